@@ -1,0 +1,243 @@
+"""Dividing by the root of an average of squared gradients: the sum (Adagrad), a running mean (RMSprop), a ratio of two (Adadelta).
+
+Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", 2011. Tieleman & Hinton,
+"Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences With Recurrent Neural Networks", 2013 (centered). Zeiler, "ADADELTA: An
+Adaptive Learning Rate Method", 2012.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.combine import MaskOrFn, chain
+from functorch_opt.rule import leafwise
+from functorch_opt.transforms.decay import add_decayed_weights
+from functorch_opt.transforms.momentum import trace
+from functorch_opt.transforms.scale import scale_by_learning_rate
+
+__all__ = ["adadelta", "adagrad", "rmsprop", "scale_by_adadelta", "scale_by_rms", "scale_by_rss", "scale_by_stddev"]
+
+
+def _constant_like(value):
+    """Slots that start at `value`: in a complex tensor, both of its parts."""
+    return lambda p: torch.full_like(tree.zeros_like(p), complex(value, value) if p.is_complex() else value)
+
+
+def _by_root(g, square, eps, eps_in_sqrt):
+    return g * (square + eps).rsqrt() if eps_in_sqrt else g / (square.sqrt() + eps)
+
+
+@transformation
+def scale_by_rms(
+    decay: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """``nu = decay nu + (1 - decay) g^2``; ``u = g / sqrt(nu + eps)``.
+
+    Args:
+        decay: in [0, 1).
+        eps: 0 or greater.
+        initial_scale: first value of ``nu``.
+        eps_in_sqrt: False: ``g / (sqrt(nu) + eps)``, as in torch.
+        bias_correction: divide ``nu`` by ``1 - decay^t``.
+
+    Source: Tieleman & Hinton, 2012.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_rms(decay=0.75, eps=0.0)
+        >>> tx.update([torch.tensor(3.0)], tx.init([torch.tensor(0.0)]))[0]
+        [tensor(2.)]
+    """
+    check_range(0, 1, decay=decay)
+    check_range(0, float("inf"), eps=eps, initial_scale=initial_scale)
+
+    def prepare(count, decay):
+        return {"correction": 1 - decay ** tree.as_real(count + 1)}
+
+    def rule(g, nu, decay, eps):
+        nu = torch.lerp(g * g, nu, decay)
+        return _by_root(g, nu, eps, eps_in_sqrt), {"nu": nu}
+
+    def corrected(g, nu, decay, eps, correction):
+        nu = torch.lerp(g * g, nu, decay)
+        return _by_root(g, nu / correction, eps, eps_in_sqrt), {"nu": nu}
+
+    slots, hyper = {"nu": _constant_like(initial_scale)}, {"decay": decay, "eps": eps}
+    return leafwise(corrected, prepare, slots=slots, hyper=hyper) if bias_correction else leafwise(rule, slots=slots, hyper=hyper)
+
+
+@transformation
+def scale_by_stddev(
+    decay: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """`scale_by_rms`, centered: ``mu = decay mu + (1 - decay) g``; ``u = g / sqrt(nu - mu^2 + eps)``.
+
+    Arguments are those of `scale_by_rms`; the bias correction divides ``mu`` as well.
+
+    Source: Graves, 2013, eqs. 38-40.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.scale_by_stddev(decay=0.99)
+        scale_by_stddev(decay=0.99)
+    """
+    check_range(0, 1, decay=decay)
+    check_range(0, float("inf"), eps=eps, initial_scale=initial_scale)
+
+    def prepare(count, decay):
+        return {"correction": 1 - decay ** tree.as_real(count + 1) if bias_correction else 1.0}
+
+    def rule(g, mu, nu, decay, eps, correction):
+        mu = torch.lerp(g, mu, decay)
+        nu = torch.lerp(g * g, nu, decay)
+        variance = nu / correction - (mu / correction) ** 2
+        return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
+
+    slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
+    return leafwise(rule, prepare, slots=slots, hyper={"decay": decay, "eps": eps})
+
+
+@transformation
+def scale_by_rss(
+    initial_accumulator_value: float = 0.1, eps: ScalarOrSchedule = 1e-7, *, eps_in_sqrt: bool = True
+) -> GradientTransformation:
+    """``sum = sum + g^2``; ``u = g / sqrt(sum + eps)``, and 0 where the sum is 0.
+
+    Args:
+        initial_accumulator_value: first value of the sum, 0 or greater.
+        eps: 0 or greater.
+        eps_in_sqrt: False: ``g / (sqrt(sum) + eps)``, as in torch.
+
+    Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_rss(initial_accumulator_value=16.0, eps=0.0)
+        >>> tx.update([torch.tensor(3.0)], tx.init([torch.tensor(0.0)]))[0]
+        [tensor(0.6000)]
+    """
+    check_range(0, float("inf"), initial_accumulator_value=initial_accumulator_value, eps=eps)
+
+    def rule(g, sum, eps):
+        sum = sum + g * g
+        return torch.where(sum > 0, _by_root(g, sum, eps, eps_in_sqrt), 0.0), {"sum": sum}
+
+    return leafwise(rule, slots={"sum": _constant_like(initial_accumulator_value)}, hyper={"eps": eps})
+
+
+@transformation
+def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6) -> GradientTransformation:
+    """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``: ``e_g`` is the running mean of ``g^2``, ``e_x`` that of ``u^2``.
+
+    Args:
+        rho: decay of both means, in [0, 1).
+        eps: greater than 0, or nothing ever moves.
+
+    Source: Zeiler, 2012, alg. 1.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.scale_by_adadelta(rho=0.95)
+        scale_by_adadelta(rho=0.95)
+    """
+    check_range(0, 1, rho=rho)
+    check_range(0, float("inf"), eps=eps)
+
+    def rule(g, e_g, e_x, rho, eps):
+        e_g = torch.lerp(g * g, e_g, rho)
+        u = g * (e_x + eps).sqrt() / (e_g + eps).sqrt()
+        return u, {"e_g": e_g, "e_x": torch.lerp(u * u, e_x, rho)}
+
+    return leafwise(rule, slots={"e_g": tree.zeros_like, "e_x": tree.zeros_like}, hyper={"rho": rho, "eps": eps})
+
+
+# ---- ready-made ------------------------------------------------------------------------------------------------------
+
+
+@transformation
+def rmsprop(
+    learning_rate: ScalarOrSchedule,
+    decay: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: ScalarOrSchedule | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """RMSprop: `scale_by_rms` (or `scale_by_stddev`), the learning rate, then `trace` if a momentum is given.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in torch.optim.RMSprop after it.
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`. torch.optim.RMSprop has decay 0.99 and eps outside.
+        centered: divide by the standard deviation.
+        momentum: decay of the trace; None: no trace is kept.
+        nesterov: of the trace.
+
+    Source: Tieleman & Hinton, 2012; Graves, 2013, eqs. 38-41.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.rmsprop(0.01, centered=True)
+        rmsprop(0.01, centered=True)
+    """
+    root = (scale_by_stddev if centered else scale_by_rms)(decay, eps, initial_scale, eps_in_sqrt, bias_correction)
+    step = scale_by_learning_rate(learning_rate)
+    return chain(root, step) if momentum is None else chain(root, step, trace(momentum, nesterov))
+
+
+@transformation
+def adagrad(
+    learning_rate: ScalarOrSchedule, initial_accumulator_value: float = 0.1, eps: ScalarOrSchedule = 1e-7
+) -> GradientTransformation:
+    """Adagrad: `scale_by_rss`, then the learning rate.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps outside the root.
+
+    Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.adagrad(0.1)
+        adagrad(0.1)
+    """
+    return chain(scale_by_rss(initial_accumulator_value, eps), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def adadelta(
+    learning_rate: ScalarOrSchedule | None = None,
+    rho: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_mask: MaskOrFn | None = None,
+) -> GradientTransformation:
+    """Adadelta: L2 regularization, `scale_by_adadelta`, then the learning rate.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign is flipped**; the paper has 1.0.
+        rho, eps: see `scale_by_adadelta`.
+        weight_decay: of the L2 term, which enters the means; 0 or greater.
+        weight_decay_mask: which parameters decay, see `masked`; by default all.
+
+    Source: Zeiler, 2012, alg. 1.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.adadelta(1.0)
+        adadelta(1.0)
+    """
+    return chain(add_decayed_weights(weight_decay, weight_decay_mask), scale_by_adadelta(rho, eps), scale_by_learning_rate(learning_rate))

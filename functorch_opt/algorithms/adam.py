@@ -1,0 +1,248 @@
+"""The Adam family: a running mean ``mu`` of the gradient over the root of a running mean ``nu`` of its square, both corrected for starting at 0.
+
+    mu = b1 mu + (1 - b1) g        c1 = 1 - b1^t
+    nu = b2 nu + (1 - b2) g^2      c2 = 1 - b2^t        u = (mu / c1) / (sqrt(nu / c2) + eps)
+
+Sources: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, alg. 1 and (Adamax) alg. 2. Reddi, Kale & Kumar, "On the
+Convergence of Adam and Beyond", 2018, alg. 2 (AMSGrad). Dozat, "Incorporating Nesterov Momentum into Adam", 2016 (NAdam). Loshchilov &
+Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2 (AdamW).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt.combine import MaskOrFn, chain
+from functorch_opt.rule import leafwise
+from functorch_opt.transforms.decay import add_decayed_weights
+from functorch_opt.transforms.scale import scale_by_learning_rate
+
+__all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam", "scale_by_adam", "scale_by_adamax"]
+
+
+@transformation
+def scale_by_adam(
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
+    amsgrad: bool | Literal["torch"] = False,
+    nu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """``u = mu_hat / (sqrt(nu_hat + eps_root) + eps)``, with ``mu_hat = mu / (1 - b1^t)`` and ``nu_hat = nu / (1 - b2^t)``.
+
+    Args:
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: added outside the root, 0 or greater.
+        eps_root: added inside the root, 0 or greater; a small one keeps derivatives through the update finite at zero gradients.
+        mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
+        nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's paper lets b1 grow with t; like optax we
+            keep it constant. torch.optim.NAdam differs from both.
+        amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest ``nu``, corrected afterwards, as
+            torch.optim does.
+        nu_dtype: as `mu_dtype`, for ``nu`` (and its maximum).
+
+    Raises:
+        ValueError: a decay outside [0, 1), or a negative eps.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_adam()
+        >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([ 1.0000, -1.0000])]
+    """
+    check_range(0, 1, b1=b1, b2=b2)
+    check_range(0, float("inf"), eps=eps, eps_root=eps_root)
+
+    def prepare(count, b1, b2):
+        t = tree.as_real(count + 1)
+        return {"c1": 1 - b1**t, "c2": 1 - b2**t, "c1_next": 1 - b1 ** (t + 1)}
+
+    def direction(g, mu, nu_hat, b1, eps, eps_root, c1, c1_next):
+        mu_hat = torch.lerp(g / c1, mu / c1_next, b1) if nesterov else mu / c1
+        return mu_hat / ((nu_hat + eps_root).sqrt() + eps)
+
+    def rule(g, mu, nu, b1, b2, eps, eps_root, c1, c2, c1_next):
+        mu = torch.lerp(g, mu, b1)
+        nu = torch.lerp(g * g, nu, b2)
+        return direction(g, mu, nu / c2, b1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu}
+
+    def rule_with_max(g, mu, nu, nu_max, b1, b2, eps, eps_root, c1, c2, c1_next):
+        mu = torch.lerp(g, mu, b1)
+        nu = torch.lerp(g * g, nu, b2)
+        nu_max = torch.maximum(nu_max, nu if amsgrad == "torch" else nu / c2)
+        nu_hat = nu_max / c2 if amsgrad == "torch" else nu_max
+        return direction(g, mu, nu_hat, b1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
+
+    second = partial(tree.zeros_like, dtype=nu_dtype)
+    slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}
+    hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    return leafwise(rule_with_max if amsgrad else rule, prepare, slots=slots, hyper=hyper)
+
+
+@transformation
+def scale_by_adamax(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8) -> GradientTransformation:
+    """``u = mu_hat / nu`` with the decaying maximum ``nu = max(b2 nu, |g| + eps)``; only ``mu`` needs correction.
+
+    Args:
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the maximum, in [0, 1).
+        eps: 0 or greater.
+
+    Source: Kingma & Ba, 2015, alg. 2 (which has no eps; this place for it is torch's and optax's).
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_adamax()
+        >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([ 1.0000, -1.0000])]
+    """
+    check_range(0, 1, b1=b1, b2=b2)
+    check_range(0, float("inf"), eps=eps)
+
+    def prepare(count, b1):
+        return {"c1": 1 - b1 ** tree.as_real(count + 1)}
+
+    def rule(g, mu, nu, b1, b2, eps, c1):
+        mu = torch.lerp(g, mu, b1)
+        nu = torch.maximum(b2 * nu, g.abs() + eps)
+        return mu / (c1 * nu), {"mu": mu, "nu": nu}
+
+    slots = {"mu": tree.zeros_like, "nu": tree.zeros_like}
+    return leafwise(rule, prepare, slots=slots, hyper={"b1": b1, "b2": b2, "eps": eps})
+
+
+# ---- ready-made ------------------------------------------------------------------------------------------------------
+
+
+@transformation
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """Adam: `scale_by_adam`, then the learning rate. The numbers are those of torch.optim.Adam.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+
+    Source: Kingma & Ba, 2015, alg. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.adam(0.1), {"w": torch.tensor(1.0)}
+        >>> updates, state = tx.update({"w": torch.tensor(5.0)}, tx.init(params), params)
+        >>> fo.apply_updates(params, updates)
+        {'w': tensor(0.9000)}
+    """
+    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def nadam(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """`adam` with ``nesterov=True``. Not torch.optim.NAdam, whose b1 grows with t.
+
+    Source: Dozat, 2016.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.nadam(0.1)
+        nadam(0.1)
+    """
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)
+
+
+@transformation
+def amsgrad(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """`adam`, divided by the largest corrected second moment so far, as in optax; torch.optim corrects the largest one afterwards.
+
+    Source: Reddi, Kale & Kumar, 2018, alg. 2 (which has no bias correction).
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.amsgrad(0.1)
+        amsgrad(0.1)
+    """
+    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=True), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: MaskOrFn | None = None,
+    *,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """Adam with decoupled weight decay: ``p -> p - learning_rate (adam + weight_decay p)``.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+        weight_decay: multiplied by the learning rate. The default is optax's 1e-4; torch.optim.AdamW has 1e-2.
+        mask: which parameters decay, see `masked`; by default all.
+
+    Source: Loshchilov & Hutter, 2019, alg. 2; there the decay is multiplied by the schedule only, not by the learning rate.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.adamw(0.1, weight_decay=0.01, mask=lambda path, p: p.ndim > 1)
+        >>> list(tx.init({"w": torch.zeros(2, 2)}))
+        ['scale_by_adam', 'add_decayed_weights', 'scale_by_learning_rate']
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@transformation
+def adamax(
+    learning_rate: ScalarOrSchedule, b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8
+) -> GradientTransformation:
+    """Adam with a decaying maximum in place of the second moment: `scale_by_adamax`, then the learning rate.
+
+    Source: Kingma & Ba, 2015, alg. 2.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.adamax(0.002)
+        adamax(0.002)
+    """
+    return chain(scale_by_adamax(b1, b2, eps), scale_by_learning_rate(learning_rate))

@@ -1,0 +1,67 @@
+"""Lion: the sign of a mix of gradient and momentum, ``u = sign((1 - b1) g + b1 mu)``, where ``mu`` itself decays with b2.
+
+Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, alg. 2.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.combine import MaskOrFn, chain
+from functorch_opt.rule import leafwise
+from functorch_opt.transforms.decay import add_decayed_weights
+from functorch_opt.transforms.scale import scale_by_learning_rate
+
+__all__ = ["lion", "scale_by_lion"]
+
+
+@transformation
+def scale_by_lion(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dtype: torch.dtype | None = None) -> GradientTransformation:
+    """``u = sign((1 - b1) g + b1 mu)``; then ``mu = b2 mu + (1 - b2) g``.
+
+    Args:
+        b1: weight of the momentum in the update, in [0, 1).
+        b2: decay of the momentum, in [0, 1).
+        mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_lion()
+        >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([ 1., -1.])]
+    """
+    check_range(0, 1, b1=b1, b2=b2)
+
+    def rule(g, mu, b1, b2):
+        return torch.sign(torch.lerp(g, mu, b1)), {"mu": torch.lerp(g, mu, b2)}
+
+    return leafwise(rule, slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)}, hyper={"b1": b1, "b2": b2})
+
+
+@transformation
+def lion(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.99,
+    mu_dtype: torch.dtype | None = None,
+    weight_decay: ScalarOrSchedule = 1e-3,
+    mask: MaskOrFn | None = None,
+) -> GradientTransformation:
+    """Lion: `scale_by_lion`, decoupled weight decay, the learning rate (3 to 10 times smaller than Adam's, says the paper).
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, mu_dtype: see `scale_by_lion`.
+        weight_decay: multiplied by the learning rate.
+        mask: which parameters decay, see `masked`; by default all.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.lion(1e-4, weight_decay=0.1)
+        lion(0.0001, weight_decay=0.1)
+    """
+    return chain(scale_by_lion(b1, b2, mu_dtype), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))

@@ -1,0 +1,256 @@
+"""The whole theory: a gradient transformation is two pure functions, and most are one rule for one tensor.
+
+    init(params) -> state
+    update(updates, state, params=None, **extra) -> (updates, state)
+    apply_updates(params, updates) -> params + updates
+
+Everything else is convenience: `functorch_opt.leafwise` makes the pair from a rule for one tensor, `functorch_opt.combine` makes one of many.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.tree import PyTree
+
+__all__ = [
+    "GradientTransformation",
+    "Scalar",
+    "ScalarOrSchedule",
+    "apply_updates",
+    "identity",
+    "stateless",
+    "transformation",
+]
+
+Scalar = float | Tensor
+"""A hyperparameter: a number, or a 0-dim tensor (to vmap over it, differentiate it, or change it without recompiling)."""
+Schedule = Callable[[Tensor], Any]
+ScalarOrSchedule = Scalar | Schedule
+"""A hyperparameter, or a function of the count that gives it."""
+
+
+# ---- objects that know how they were written ---------------------------------------------------------------------------
+
+
+class Expression:
+    """Something made by a call. It prints as that call, and pickles as that call."""
+
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        if self.call is None:
+            return object.__repr__(self)
+        function, args, kwargs = self.call
+        written = [*map(_written, args), *(f"{name}={_written(value)}" for name, value in kwargs.items())]
+        return f"{_written(function)}({', '.join(written)})"
+
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self) if self.call is None else (_call, self.call)
+
+
+def _written(value: Any) -> str:
+    return value.__name__ if isinstance(value, (FunctionType, type)) else repr(value)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+P = ParamSpec("P")
+T = TypeVar("T", bound="GradientTransformation")
+
+
+def transformation(factory: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that builds a transformation, so that what it builds carries its name, prints as the call, and pickles.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> @fo.transformation
+        ... def halve():
+        ...     return fo.leafwise(lambda g: g / 2)
+        >>> fo.chain(halve(), fo.clip(1.0))
+        chain(halve(), clip(1.0))
+    """
+
+    @functools.wraps(factory)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        tx = factory(*args, **kwargs)
+        tx.name, tx.call = factory.__name__, (wrapper, args, kwargs)
+        return tx
+
+    return wrapper
+
+
+# ---- the pair ----------------------------------------------------------------------------------------------------------
+
+
+class GradientTransformation(Expression):
+    """A pure function of gradients with a state: ``init(params)`` and ``update(updates, state, params=None, **extra)``.
+
+    Build one from two functions over trees; for a rule per tensor, which is nearly always what you want, see `leafwise`.
+
+    Args:
+        init: ``params -> state``. A state is tensors in dicts, tuples and NamedTuples.
+        update: ``(updates, state, params) -> (updates, state)``. Extra arguments are declared by naming them after ``*``:
+            ``def update(updates, state, params, *, value)``.
+        extra_args: for wrappers only: the ``extra_args`` of the transformation inside, which ``update`` takes as ``**extra``.
+
+    Attributes:
+        name: under which `chain` keeps its state.
+        extra_args: the extra arguments that ``update`` reads, ``{name: required}``.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> negate = fo.GradientTransformation(lambda params: (), lambda updates, state, params: ([-u for u in updates], state))
+        >>> negate.update([torch.tensor(2.0)], negate.init([torch.tensor(0.0)]))[0]
+        [tensor(-2.)]
+    """
+
+    def __init__(
+        self, init: Callable[[PyTree], PyTree], update: Callable[..., tuple[PyTree, PyTree]], *, extra_args: Mapping[str, bool] | None = None
+    ) -> None:
+        self._init, self._update = init, update
+        self.extra_args = dict(keyword_only(update) if extra_args is None else extra_args)
+        self.name = enclosing_name(update)
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first update.
+
+        Raises:
+            TypeError: a leaf of `params` is not a tensor or None.
+            ValueError: `params` has no tensor at all.
+        """
+        leaves, _ = tree.flatten(params)
+        for i, leaf in enumerate(leaves):
+            if not (leaf is None or isinstance(leaf, Tensor)):
+                raise TypeError(f"params holds {type(leaf).__name__} {leaf!r} at {tree.paths(params)[i]!r}; every leaf must be a tensor or None.")
+        if all(leaf is None for leaf in leaves):
+            raise ValueError("params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?")
+        return self._init(params)
+
+    def update(self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        """The transformed updates and the next state; nothing given is changed.
+
+        Args:
+            updates: a tree of the structure of the params: gradients, or what an earlier stage made of them. ``None``: no gradient.
+            state: what `init` or the last `update` returned.
+            params: the current parameters; some stages need them.
+            **extra: what the stages declare, e.g. ``value=loss``.
+
+        Raises:
+            TypeError: an extra argument that no stage declares, or a declared one that is missing.
+            ValueError: structures or shapes that do not fit, params missing, the state of another transformation.
+        """
+        undeclared = [name for name in extra if name not in self.extra_args]
+        if undeclared:
+            declared = ", ".join(sorted(self.extra_args)) or "none"
+            raise TypeError(f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}.")
+        missing = [name for name, required in self.extra_args.items() if required and name not in extra]
+        if missing:
+            raise TypeError(f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)}).")
+        return self._update(updates, state, params, **extra)
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """``params + updates``, each sum rounded once to the dtype of the parameter.
+
+    Args:
+        params: tree of tensors.
+        updates: tree of the same structure; where it is ``None`` the parameter stays as it is.
+
+    Raises:
+        ValueError: the structures, or two shapes, differ.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -0.5])})
+        {'w': tensor([1.5000, 1.5000])}
+    """
+    ps, spec = tree.flatten(params)
+    us = tree.match(params, spec, updates, names=("params", "updates"))
+    new = []
+    for i, (p, u) in enumerate(zip(ps, us, strict=True)):
+        if p is not None and u is not None:
+            if p.shape != u.shape:
+                raise ValueError(f"the update at {tree.paths(params)[i]!r} has shape {tuple(u.shape)}, its parameter {tuple(p.shape)}.")
+            p = p + u if p.dtype == u.dtype else (p + u).to(p.dtype)
+        new.append(p)
+    return tree.unflatten(spec, new)
+
+
+# ---- reading signatures (plain attributes, so that torch.compile can trace a factory) -----------------------------------
+
+
+def positional(f: Any) -> tuple[str, ...]:
+    code = _code(f)
+    if code.co_flags & 0x04:
+        raise TypeError(f"{f.__qualname__} takes *args; its arguments must be named, for their names say what it reads.")
+    return tuple(code.co_varnames[: code.co_argcount])
+
+
+def keyword_only(f: Any) -> dict[str, bool]:
+    code = _code(f)
+    if code.co_flags & 0x08:
+        raise TypeError(f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', or pass extra_args= for a wrapper.")
+    names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    return {name: name not in (f.__kwdefaults__ or {}) for name in names}
+
+
+def _code(f: Any) -> Any:
+    if not hasattr(f, "__code__"):
+        raise TypeError(f"{f!r} must be a plain function: the names of its arguments say what it reads.")
+    return f.__code__
+
+
+def enclosing_name(f: Any) -> str:
+    return f.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
+
+
+# ---- hyperparameter checks, for factories --------------------------------------------------------------------------------
+
+
+def check_range(low: float, high: float, **hyper: Any) -> None:
+    """Raise ValueError for a number outside ``[low, high)``; NaN is outside. Tensors and schedules are not looked into."""
+    for name, value in hyper.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
+            raise ValueError(f"{name} must be in [{low}, {high}); got {value}.")
+
+
+
+
+# ---- the simplest transformations -----------------------------------------------------------------------------------------
+
+
+@transformation
+def identity() -> GradientTransformation:
+    """Updates pass through.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.identity()
+        identity()
+    """
+    return GradientTransformation(lambda params: (), lambda updates, state, params: (updates, state))
+
+
+@transformation
+def stateless(f: Callable[[PyTree, PyTree | None], PyTree]) -> GradientTransformation:
+    """A transformation without state from a function of whole trees; for a function of one tensor see `leafwise`.
+
+    Args:
+        f: ``(updates, params) -> updates``.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.stateless(lambda updates, params: {k: u * len(updates) for k, u in updates.items()})
+        >>> tx.update({"w": torch.tensor(1.0), "b": torch.tensor(2.0)}, ())[0]
+        {'w': tensor(2.), 'b': tensor(4.)}
+    """
+    return GradientTransformation(lambda params: (), lambda updates, state, params: (f(updates, params), state))

@@ -1,0 +1,299 @@
+"""Transformations made of transformations: one after another, on a part of the tree, by group, with hyperparameters in the state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.base import Expression, GradientTransformation, transformation
+from functorch_opt.tree import Path, PyTree
+
+__all__ = ["chain", "inject_hyperparams", "masked", "partition"]
+
+
+# ---- one after another -----------------------------------------------------------------------------------------------
+
+
+class Chain(GradientTransformation):
+    """What `chain` makes; ``stages`` maps the name of each stage to its transformation, in order."""
+
+    def __init__(self, stages: tuple[GradientTransformation, ...]) -> None:
+        self.name = "chain"
+        self.stages: dict[str, GradientTransformation] = {}
+        self.extra_args: dict[str, bool] = {}
+        for i, stage in enumerate(stages):
+            if not isinstance(stage, GradientTransformation):
+                raise TypeError(f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); got {type(stage).__name__} {stage!r}.")
+            name, n = stage.name, 0
+            while name in self.stages:
+                n += 1
+                name = f"{stage.name}_{n}"
+            self.stages[name] = stage
+            for extra, required in stage.extra_args.items():
+                self.extra_args[extra] = required or self.extra_args.get(extra, False)
+
+    def _init(self, params: PyTree) -> dict[str, PyTree]:  # type: ignore[override]
+        return {name: stage.init(params) for name, stage in self.stages.items()}
+
+    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:  # type: ignore[override]
+        if not isinstance(state, dict) or state.keys() != self.stages.keys():
+            held = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. Use what its own init or update returned.")
+        new = {}
+        for name, stage in self.stages.items():
+            updates, new[name] = stage.update(updates, state[name], params, **{e: extra[e] for e in stage.extra_args if e in extra})
+        return updates, new
+
+
+@transformation
+def chain(*stages: GradientTransformation) -> Chain:
+    """Apply `stages` one after another: each takes the updates of the one before it.
+
+    The state is a dict, keyed by the name of the stage (a repeated name gets ``_1``, ``_2``, ...). Extra arguments of ``update`` reach
+    just the stages that declare them.
+
+    Args:
+        *stages: transformations, chains among them.
+
+    Raises:
+        TypeError: a stage that is not a transformation.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.chain(fo.clip_by_global_norm(1.0), fo.scale_by_adam(), fo.scale_by_learning_rate(0.1))
+        >>> list(tx.init({"w": torch.zeros(3)}))
+        ['clip_by_global_norm', 'scale_by_adam', 'scale_by_learning_rate']
+    """
+    return Chain(stages)
+
+
+# ---- a part of the tree ----------------------------------------------------------------------------------------------
+
+MaskOrFn = PyTree | Callable[[Path, Tensor], bool]
+LabelsOrFn = PyTree | Callable[[Path, Tensor], str]
+
+
+def _by_group(
+    transforms: Mapping[str, GradientTransformation], labels: LabelsOrFn, name: str, otherwise: Literal["pass", "zero", "error"]
+) -> GradientTransformation:
+    """Give each label's leaves to its transformation as a flat dict from path to leaf: a tree without holes.
+
+    Leaves with a label that is not in `transforms` pass, become zero, or are an error.
+    """
+
+    def assign(updates: PyTree, params: PyTree | None) -> tuple[list[Path], list[Any]]:
+        """The path and the label of every leaf. Decided by the params where they are given, so that it is the same at every step."""
+        reference = updates if params is None else params
+        paths, leaves = tree.paths(reference), tree.flatten(reference)[0]
+        if not callable(labels):
+            given = tree.broadcast(labels, reference, names=(name, "params"))
+            return paths, [None if params is not None and leaf is None else label for label, leaf in zip(given, leaves, strict=True)]
+        if params is None and any(leaf is None for leaf in leaves):
+            missing = next(path for path, leaf in zip(paths, leaves, strict=True) if leaf is None)
+            raise ValueError(f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params).")
+        return paths, [None if leaf is None else labels(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+    def check(paths: list[Path], assigned: list[Any]) -> None:
+        unknown = {label: path for path, label in zip(paths, assigned, strict=True) if label is not None and label not in transforms}
+        if unknown and otherwise == "error":
+            raise ValueError(
+                f"{name} gives {', '.join(f'{label!r} (at {path!r})' for label, path in unknown.items())}; "
+                f"the transformations are for {list(transforms)}. Add a transformation or mend the label."
+            )
+
+    def init(params: PyTree) -> dict[str, PyTree]:
+        paths, assigned = assign(params, params)
+        check(paths, assigned)
+        leaves = tree.flatten(params)[0]
+        parts = {label: _part(paths, leaves, assigned, label) for label in transforms}
+        return {label: transforms[label].init(part) for label, part in parts.items() if part}
+
+    def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+        paths, assigned = assign(updates, params)
+        check(paths, assigned)
+        us, spec = tree.flatten(updates)
+        ps = None if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+        new_state, changed = {}, {}
+        for label, tx in transforms.items():
+            part = _part(paths, us, assigned, label)
+            if not part:
+                continue
+            if label not in state:
+                raise ValueError(f"this state has no part for {label!r}; it has {list(state)}. Use what its own init or update returned.")
+            part_params = None if ps is None else _part(paths, ps, assigned, label)
+            mine = {e: extra[e] for e in tx.extra_args if e in extra}
+            part, new_state[label] = tx.update(part, state[label], part_params, **mine)
+            changed.update(part)
+        if otherwise == "zero":
+            us = [None if u is None else torch.zeros_like(u) for u in us]
+        return tree.unflatten(spec, [changed.get(path, u) for path, u in zip(paths, us, strict=True)]), new_state
+
+    declared: dict[str, bool] = {}
+    for tx in transforms.values():
+        declared |= {e: required or declared.get(e, False) for e, required in tx.extra_args.items()}
+    return GradientTransformation(init, update, extra_args=declared)
+
+
+def _part(paths: list[Path], leaves: list[Any], assigned: list[Any], label: Any) -> dict[Path, Any]:
+    return {path: leaf for path, leaf, mine in zip(paths, leaves, assigned, strict=True) if mine == label}
+
+
+@transformation
+def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pass", "zero"] = "pass") -> GradientTransformation:
+    """Apply `inner` to the chosen leaves only.
+
+    `inner` sees them as a flat dict from path to leaf, and its state has no entry for the others.
+
+    Args:
+        inner: the transformation.
+        mask: a tree of bools of the structure of the params (a bool may stand for all that is below it), or a function of path
+            (``"encoder/0/weight"``) and leaf.
+        otherwise: what becomes of the other leaves: ``"pass"``, the update goes through **as it came in** (at the start of a chain that is
+            the raw gradient, which `apply_updates` would add); ``"zero"``, the parameter is frozen.
+
+    Raises:
+        ValueError: the mask does not fit the params.
+        TypeError: the mask holds something other than True and False.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.masked(fo.scale(10.0), lambda path, p: p.ndim > 0)
+        >>> tx.update({"w": torch.ones(2), "b": torch.tensor(1.0)}, {"inner": tx.init({"w": torch.ones(2)})["inner"]})[0]
+        {'w': tensor([10., 10.]), 'b': tensor(1.)}
+    """
+    if otherwise not in ("pass", "zero"):
+        raise ValueError(f"otherwise must be 'pass' or 'zero'; got {otherwise!r}.")
+
+    def label(value: Any) -> str:
+        if not isinstance(value, bool):
+            raise TypeError(f"a mask must hold True and False; got {type(value).__name__} {value!r}.")
+        return "inner" if value else "rest"
+
+    if callable(mask):
+        return _by_group({"inner": inner}, lambda path, leaf: label(mask(path, leaf)), "mask", otherwise)
+    return _by_group({"inner": inner}, tree.map_leaves(label, mask), "mask", otherwise)
+
+
+@transformation
+def partition(transforms: Mapping[str, GradientTransformation], labels: LabelsOrFn) -> GradientTransformation:
+    """Apply to each leaf the transformation of its label.
+
+    Each transformation sees its leaves as a flat dict from path to leaf, so a norm is that of the group, and no state has holes.
+
+    Args:
+        transforms: ``{label: transformation}``.
+        labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of path and
+            leaf that returns one.
+
+    Returns:
+        A transformation whose state is ``{label: state}``.
+
+    Raises:
+        ValueError: a label that `transforms` does not have (the message shows both sides); labels that do not fit the params.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.partition({"fast": fo.sgd(1.0), "slow": fo.sgd(0.1)}, {"w": "fast", "b": "slow"})
+        >>> params = {"w": torch.zeros(1), "b": torch.zeros(1)}
+        >>> tx.update({"w": torch.ones(1), "b": torch.ones(1)}, tx.init(params))[0]
+        {'w': tensor([-1.]), 'b': tensor([-0.1000])}
+    """
+    return _by_group(dict(transforms), labels, "labels", "error")
+
+
+# ---- hyperparameters in the state ------------------------------------------------------------------------------------
+
+
+class _Injected(Expression):
+    """A factory whose transformations keep their hyperparameters in the state."""
+
+    def __init__(self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]) -> None:
+        self.factory, self.static_args = factory, static_args
+        self.call = (inject_hyperparams, (factory,), {"static_args": static_args} if static_args else {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
+        numbers, fixed = hyperparameters(self.factory, args, kwargs, self.static_args)
+        schedules = {name: value for name, value in numbers.items() if callable(value)}
+
+        def init(params: PyTree) -> dict[str, PyTree]:
+            device = tree.leaves(params)[0].device
+            count = torch.zeros((), dtype=torch.int64, device=device)
+            values = {name: value(count) if callable(value) else value for name, value in numbers.items()}
+            values = {name: _as_tensor(value, device) for name, value in values.items()}
+            counter = {"count": count} if schedules else {}
+            return {"hyperparams": values, "inner": self.factory(**fixed, **values).init(params), **counter}
+
+        def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+            if not isinstance(state, dict) or state.get("hyperparams", {}).keys() != numbers.keys():
+                raise ValueError(f"this is not a state of {tx!r}: it should hold hyperparams {list(numbers)}. Use what its own init or update returned.")
+            values, counter = dict(state["hyperparams"]), {}
+            if schedules:
+                count = state["count"]
+                values |= {name: _as_tensor(schedule(count), count.device) for name, schedule in schedules.items()}
+                counter = {"count": count + 1}
+            updates, inner = self.factory(**fixed, **values).update(updates, state["inner"], params, **extra)
+            return updates, {"hyperparams": values, "inner": inner, **counter}
+
+        tx = GradientTransformation(init, update, extra_args=self.factory(*args, **kwargs).extra_args)
+        tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
+        return tx
+
+
+def _as_tensor(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
+    return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
+
+
+def inject_hyperparams(factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()) -> Callable[..., GradientTransformation]:
+    """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
+
+    ``inject_hyperparams(adamw)(learning_rate=0.1)`` is `adamw` with the state
+    ``{"hyperparams": {"learning_rate": tensor, "b1": tensor, ...}, "inner": ...}``. What is a number (a float, a 0-dim tensor, or an
+    argument annotated ``Scalar``) becomes a tensor, float64 where the device has it; a schedule is evaluated at every update and its value
+    stored, so setting a scheduled one has no effect; everything else stays fixed. Changing a value does not recompile.
+
+    Args:
+        factory: a function that returns a transformation.
+        static_args: names of arguments to leave alone.
+
+    Returns:
+        A function of the arguments of `factory`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.inject_hyperparams(fo.sgd)(learning_rate=0.1)
+        >>> tx
+        inject_hyperparams(sgd)(learning_rate=0.1)
+        >>> state = tx.init([torch.zeros(1)])
+        >>> state["hyperparams"]["learning_rate"] = torch.tensor(0.5)
+        >>> tx.update([torch.ones(1)], state)[0]
+        [tensor([-0.5000])]
+    """
+    return _Injected(factory, static_args)
+
+
+def hyperparameters(
+    factory: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], static_args: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a call of `factory`, defaults included, in two dicts: the hyperparameters (numbers and schedules), and the rest."""
+    signature = inspect.signature(factory)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{factory.__name__}: {error}; its arguments are {list(signature.parameters)}.") from None
+    bound.apply_defaults()
+    numbers, fixed = {}, {}
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them.")
+        annotated = "Scalar" in str(parameter.annotation)
+        number = isinstance(value, float | Tensor) or (annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool))))
+        (numbers if number and name not in static_args else fixed)[name] = value
+    return numbers, fixed

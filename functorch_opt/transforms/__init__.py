@@ -1,0 +1,1 @@
+"""Building blocks that many optimizers share, one family per file."""

@@ -1,0 +1,62 @@
+"""Clipping: of each element, ``min(max(u, -c), c)``, and of all updates together, ``u min(1, c / ||u||)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, Scalar, check_range, transformation
+from functorch_opt.rule import leafwise
+
+__all__ = ["clip", "clip_by_global_norm"]
+
+
+@transformation
+def clip(max_delta: Scalar) -> GradientTransformation:
+    """Clip every element to ``[-max_delta, max_delta]``.
+
+    Args:
+        max_delta: 0 or greater.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.clip(1.0)
+        >>> tx.update([torch.tensor([-3.0, 0.5])], tx.init([torch.zeros(2)]))[0]
+        [tensor([-1.0000,  0.5000])]
+    """
+    check_range(0, float("inf"), max_delta=max_delta)
+    return leafwise(lambda g, max_delta: torch.clamp(g, -max_delta, max_delta), hyper={"max_delta": max_delta})
+
+
+@transformation
+def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
+    """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them together.
+
+    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged (``torch.nn.utils.clip_grad_norm_`` adds
+    1e-6). Inside `partition` the norm is that of the group.
+
+    Args:
+        max_norm: greater than 0.
+
+    Raises:
+        ValueError: `max_norm` is 0, negative or NaN.
+
+    Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, alg. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.clip_by_global_norm(1.0)
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([0.6000, 0.8000])]
+    """
+    check_range(5e-324, float("inf"), max_norm=max_norm)
+
+    def prepare(updates, max_norm):
+        norm = tree.norm(updates)
+        max_norm = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
+        return {"factor": max_norm / torch.maximum(norm, max_norm)}
+
+    return leafwise(lambda g, factor: g * factor, prepare, hyper={"max_norm": max_norm})

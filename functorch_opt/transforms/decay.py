@@ -1,0 +1,33 @@
+"""Weight decay: ``u + lambda p``. Before the moments it is L2 regularization; after them, decoupled weight decay."""
+
+from __future__ import annotations
+
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.combine import MaskOrFn, masked
+from functorch_opt.rule import leafwise
+
+__all__ = ["add_decayed_weights"]
+
+
+@transformation
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | None = None) -> GradientTransformation:
+    """``u -> u + weight_decay * p``. What follows in the chain, the learning rate too, multiplies the decay as well.
+
+    Args:
+        weight_decay: 0 or greater, or a schedule.
+        mask: which parameters decay, see `masked`; by default all.
+
+    Raises:
+        ValueError: a negative or NaN weight decay; ``update`` called without params.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2, line 12.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.add_decayed_weights(0.1), [torch.tensor(2.0)]
+        >>> tx.update([torch.tensor(1.0)], tx.init(params), params)[0]
+        [tensor(1.2000)]
+    """
+    check_range(0, float("inf"), weight_decay=weight_decay)
+    decay = leafwise(lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay})
+    return decay if mask is None else masked(decay, mask)

@@ -1,0 +1,134 @@
+"""Multiplying, and the other stages that look at one update and nothing else: ``u -> s u``, ``sign u``, ``0``, ``u - mean u``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, identity, transformation
+from functorch_opt.rule import leafwise
+from functorch_opt.schedules import Schedule
+
+__all__ = ["centralize", "scale", "scale_by_learning_rate", "scale_by_schedule", "set_to_zero", "sign", "zero_nans"]
+
+
+@transformation
+def scale(step_size: Scalar) -> GradientTransformation:
+    """``u -> step_size * u``.
+
+    Args:
+        step_size: factor; negative to descend.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale(-0.5)
+        >>> tx.update([torch.tensor(2.0)], tx.init([torch.tensor(0.0)]))[0]
+        [tensor(-1.)]
+    """
+    return leafwise(lambda g, step_size: g * step_size, hyper={"step_size": step_size})
+
+
+@transformation
+def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
+    """``u -> step_size_fn(count) * u``, where count is 0 at the first update.
+
+    Args:
+        step_size_fn: a function of the count; see `functorch_opt.schedules`. It may be negative.
+
+    Raises:
+        TypeError: not a function.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_schedule(fo.linear_schedule(1.0, 0.0, 2))
+        >>> state = tx.init([torch.tensor(0.0)])
+        >>> _, state = tx.update([torch.tensor(1.0)], state)
+        >>> tx.update([torch.tensor(1.0)], state)[0]
+        [tensor(0.5000)]
+    """
+    if not callable(step_size_fn):
+        raise TypeError(f"scale_by_schedule takes a function of the count; got {step_size_fn!r}. For a number use scale.")
+    return leafwise(lambda g, step_size: g * step_size, hyper={"step_size": step_size_fn})
+
+
+@transformation
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None = None, *, flip_sign: bool = True) -> GradientTransformation:
+    """``u -> -learning_rate * u``: the stage that turns a direction into a step, usually the last.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule. None: 1, and no sign is flipped (as in optax).
+        flip_sign: whether to descend.
+
+    Raises:
+        ValueError: a negative or NaN learning rate.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_learning_rate(0.1)
+        >>> tx.update([torch.tensor(2.0)], tx.init([torch.tensor(0.0)]))[0]
+        [tensor(-0.2000)]
+    """
+    if learning_rate is None:
+        return identity()
+    check_range(0, float("inf"), learning_rate=learning_rate)
+    sign = -1 if flip_sign else 1
+    return leafwise(lambda g, learning_rate: g * (sign * learning_rate), hyper={"learning_rate": learning_rate})
+
+
+@transformation
+def sign() -> GradientTransformation:
+    """``u -> sign(u)``; 0 stays 0.
+
+    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg. 1. optax: ``scale_by_sign``.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.sign().update([torch.tensor([-3.0, 0.0])], fo.sign().init([torch.zeros(2)]))[0]
+        [tensor([-1.,  0.])]
+    """
+    return leafwise(lambda g: torch.sign(g))
+
+
+@transformation
+def set_to_zero() -> GradientTransformation:
+    """``u -> 0``: freezes parameters, together with `masked` or `partition`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.set_to_zero().update([torch.tensor(2.0)], fo.set_to_zero().init([torch.tensor(0.0)]))[0]
+        [tensor(0.)]
+    """
+    return leafwise(lambda g: torch.zeros_like(g))
+
+
+@transformation
+def zero_nans() -> GradientTransformation:
+    """``u -> 0`` where u is NaN, u elsewhere (infinities too).
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.zero_nans().update([torch.tensor([float("nan"), 1.0])], fo.zero_nans().init([torch.zeros(2)]))[0]
+        [tensor([0., 1.])]
+    """
+    return leafwise(lambda g: torch.where(torch.isnan(g), torch.zeros_like(g), g))
+
+
+@transformation
+def centralize() -> GradientTransformation:
+    """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u, dims 1, 2, ...)``.
+
+    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
+
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020, eq. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.centralize()
+        >>> tx.update([torch.tensor([[1.0, 3.0]])], tx.init([torch.zeros(1, 2)]))[0]
+        [tensor([[-1.,  1.]])]
+    """
+
+    def rule(g):
+        return g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True) if g.dim() > 1 else g
+
+    return leafwise(rule, kind="tensorwise")

@@ -1,0 +1,332 @@
+"""Trees of tensors. This is the only file that imports optree.
+
+A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple, or any class registered with
+optree (globally or in the namespace ``"functorch_opt"``). ``None`` is a leaf, and it means *nothing here*: no gradient for this
+parameter, or no parameter. It is settled in this file, once: every function below hands ``None`` leaves through untouched.
+
+A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names, joined by ``/``.
+A tree is flattened and put together again inside the same call, always: a treespec may not enter compiled code from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+__all__ = ["StageState", "describe", "get", "load_state_dict", "state_dict"]
+
+PyTree = Any
+Path = str
+
+_OPTREE: dict[str, Any] = {"none_is_leaf": True, "namespace": "functorch_opt"}
+
+
+class StageState(NamedTuple):
+    """The state of one stage: ``shared`` values that all parameters have in common, and ``slots`` that mirror the parameters.
+
+    ``state.slots["mu"]`` has the structure of the params; ``state.shared["count"]`` is one tensor.
+    """
+
+    shared: dict[str, Tensor]
+    slots: dict[str, PyTree]
+
+
+# ---- structure -------------------------------------------------------------------------------------------------------
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of `tree`, ``None`` among them, and the spec that puts them together again."""
+    return optree.tree_flatten(tree, **_OPTREE)
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
+    """The tree of structure `spec` with these `leaves`."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves of `tree` that are not ``None``."""
+    return [leaf for leaf in flatten(tree)[0] if leaf is not None]
+
+
+def match(reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
+    """The leaves of `tree`, which must have the structure `spec` of `reference`; `names` are what the error calls the two."""
+    try:
+        matched = spec.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        raise ValueError(_difference(reference, tree, names)) from None
+    for leaf in matched:
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            raise ValueError(_difference(reference, tree, names))
+    return matched
+
+
+def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()) -> PyTree:
+    """Apply `f` to every leaf of `tree` that is not ``None``, together with the leaves of `rest` at the same place."""
+    first, spec = flatten(tree)
+    names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
+    columns = [match(tree, spec, other, names=(names[0], name)) for other, name in zip(rest, names[1:], strict=True)]
+    return unflatten(spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)])
+
+
+def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """Apply `f` to every leaf of a tree of anything (bools, labels), ``None`` among them."""
+    here, spec = flatten(tree)
+    return unflatten(spec, [f(leaf) for leaf in here])
+
+
+def paths(tree: PyTree) -> list[Path]:
+    """The path of every leaf (``None`` leaves too), in the order of `flatten`."""
+    return list(_walk_paths(tree, ()))
+
+
+def _walk_paths(tree: PyTree, prefix: tuple[Any, ...]) -> Iterator[Path]:
+    if tree is None or isinstance(tree, Tensor) or optree.tree_is_leaf(tree, **_OPTREE):
+        yield "/".join(str(entry) for entry in prefix)
+        return
+    one = optree.tree_flatten_one_level(tree, **_OPTREE)
+    entries = type(tree)._fields if optree.is_namedtuple_instance(tree) else one.entries
+    for entry, child in zip(entries, one.children, strict=True):
+        yield from _walk_paths(child, (*prefix, entry))
+
+
+def _difference(a: PyTree, b: PyTree, names: tuple[str, str]) -> str:
+    """What to tell somebody whose trees `a` and `b` differ in structure: the first place where they do."""
+    in_a, in_b = paths(a), paths(b)
+    for here, other, (name, other_name) in ((in_a, in_b, names), (in_b, in_a, names[::-1])):
+        for path in here:
+            if path not in other:
+                return (
+                    f"{names[0]} and {names[1]} differ in structure: {name} has a leaf at {path!r}, {other_name} does not. "
+                    f"{names[0]} has {_shorten(in_a)}; {names[1]} has {_shorten(in_b)}. Give both the same structure; "
+                    "write None where a parameter has no gradient."
+                )
+    flat = zip(in_a, flatten(a)[0], flatten(b)[0], strict=True)
+    for path, _, leaf in flat:
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            return f"{names[1]} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None."
+    return (
+        f"{names[0]} and {names[1]} have the same paths in containers of different types ({type(a).__name__} and "
+        f"{type(b).__name__} at the root). Give both the same containers."
+    )
+
+
+def _shorten(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"[{shown}{', ...' if len(names) > most else ''}]"
+
+
+def broadcast(prefix: PyTree, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
+    """For every leaf of `tree`, the leaf of `prefix` at or above it: ``{"a": True}`` speaks for all of ``{"a": {...}}``."""
+    try:
+        return flatten(optree.tree_map(lambda value, below: map_leaves(lambda _: value, below), prefix, tree, **_OPTREE))[0]
+    except (ValueError, TypeError):
+        raise ValueError(_difference(tree, prefix, (names[1], names[0]))) from None
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the floating types below it (bfloat16, float16, the 8-bit floats); any other dtype is itself."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def real_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for scalars that are worked out once a step: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_real(count: Tensor) -> Tensor:
+    """A count as a floating tensor, wide enough for ``1 - b2**count``: in float32 that is off by 3e-5 at the first step."""
+    return count.to(real_dtype(count.device))
+
+
+def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros in the shape of `x`, in `dtype`; by default in the dtype of `x`, but at least float32.
+
+    In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
+    """
+    return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
+
+
+def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
+    """`tree` with its floating leaves in `dtype`; other leaves, and everything when `dtype` is None, as they are."""
+    if dtype is None:
+        return tree
+    return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def leaf_norms(tree: PyTree) -> PyTree:
+    """The 2-norm of every leaf, a tree of 0-dim tensors, computed in float32 or wider."""
+    return map(_norm, tree)
+
+
+def norm(tree: PyTree) -> Tensor:
+    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
+
+    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN.
+    """
+    norms = [_norm(x) for x in leaves(tree)]
+    if not norms:
+        return torch.zeros(())
+    widest = max((n.dtype for n in norms), key=lambda d: d.itemsize)
+    return torch.linalg.vector_norm(torch.stack([n.to(widest) for n in norms]))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)))
+
+
+# ---- reading a state -------------------------------------------------------------------------------------------------
+
+
+def get(state: PyTree, name: str) -> Any:
+    """The value called `name` in an optimizer state, at any depth.
+
+    Args:
+        state: what ``tx.init`` or ``tx.update`` returned.
+        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter (``"learning_rate"``) or a stage; or the end of its
+            path, where the name alone is ambiguous (``"scale_by_adam/count"``).
+
+    Returns:
+        For a slot a tree of the structure of the params (of the part of them that a ``masked`` or ``partition`` group holds, keyed by
+        path); for a shared value its tensor.
+
+    Raises:
+        KeyError: nothing has that name (the message lists what there is), or several have (it lists their paths).
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params = {"w": torch.ones(2), "b": torch.zeros(())}
+        >>> state = fo.chain(fo.clip(1.0), fo.adam(0.1)).init(params)
+        >>> fo.get(state, "mu")
+        {'w': tensor([0., 0.]), 'b': tensor(0.)}
+        >>> fo.get(state, "adam/scale_by_adam/count")
+        tensor(0)
+    """
+    entries = dict(_entries(state, ""))
+    hits = [path for path in entries if path == name or path.endswith("/" + name)]
+    if len(hits) == 1:
+        return entries[hits[0]]
+    if hits:
+        raise KeyError(f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths.")
+    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(entries))}.")
+
+
+def _reprs(names: Any) -> list[str]:
+    return [repr(name) for name in names]
+
+
+def _entries(node: PyTree, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Every named value of a state with its path. It stops at slots: what lies below is named by the params."""
+    if isinstance(node, StageState):
+        for name, value in (*node.shared.items(), *node.slots.items()):
+            yield _join(path, name), value
+        return
+    if isinstance(node, dict):
+        children: Any = node.items()
+    elif optree.is_namedtuple_instance(node):
+        children = zip(node._fields, node, strict=True)
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
+        return
+    for name, child in children:
+        here = _join(path, str(name))
+        yield here, child
+        yield from _entries(child, here)
+
+
+def _join(path: Path, name: str) -> Path:
+    return f"{path}/{name}" if path else name
+
+
+def describe(tree: PyTree) -> str:
+    """A table of `tree` for people: a line per tensor with path, shape, dtype and bytes, and the total.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> print(fo.describe(fo.trace(0.9).init({"w": torch.zeros(2, 3)})))
+        slots/trace/w  (2, 3)  float32  24 B
+        total                           24 B
+    """
+    rows = []
+    total = 0
+    for path, leaf in zip(paths(tree), flatten(tree)[0], strict=True):
+        if leaf is not None:
+            size = leaf.numel() * leaf.element_size()
+            total += size
+            rows.append((path, str(tuple(leaf.shape)), str(leaf.dtype).removeprefix("torch."), f"{size:,} B"))
+    rows.append(("total", "", "", f"{total:,} B"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def state_dict(state: PyTree) -> dict[Path, Tensor]:
+    """A state (or any tree) as a flat dict from path to tensor, which ``torch.save`` writes and ``torch.load`` reads by default.
+
+    Args:
+        state: what ``tx.init`` or ``tx.update`` returned.
+
+    Returns:
+        ``{path: tensor}``. The tensors are those of `state`, not copies; ``None`` leaves are left out.
+
+    Raises:
+        ValueError: two leaves have the same path (a dict key that contains ``/``).
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> sorted(fo.state_dict(fo.adam(0.1).init({"w": torch.zeros(2)})))
+        ['scale_by_adam/shared/count', 'scale_by_adam/slots/mu/w', 'scale_by_adam/slots/nu/w']
+    """
+    flat: dict[Path, Tensor] = {}
+    for path, leaf in zip(paths(state), flatten(state)[0], strict=True):
+        if path in flat:
+            raise ValueError(f"two leaves have the path {path!r}; rename the dict key that contains '/'.")
+        if leaf is not None:
+            flat[path] = leaf
+    return flat
+
+
+def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
+    """A state of the structure of `state` with the values of `saved`; the inverse of `state_dict`.
+
+    Args:
+        state: a state of the right structure, usually a fresh ``tx.init(params)``. It is left as it is.
+        saved: what `state_dict` gave, from this process or from a file.
+
+    Returns:
+        A new state. Values keep the dtype they were saved in and go to the device of the tensor they replace.
+
+    Raises:
+        KeyError: a path is missing in `saved`, or `saved` has one that `state` has not.
+        ValueError: a shape differs.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.adam(0.1), {"w": torch.zeros(2)}
+        >>> _, state = tx.update({"w": torch.ones(2)}, tx.init(params))
+        >>> fo.get(fo.load_state_dict(tx.init(params), fo.state_dict(state)), "mu")
+        {'w': tensor([0.1000, 0.1000])}
+    """
+    here, spec = flatten(state)
+    names = paths(state)
+    wanted = [path for path, leaf in zip(names, here, strict=True) if leaf is not None]
+    missing, extra = [p for p in wanted if p not in saved], [p for p in saved if p not in wanted]
+    if missing or extra:
+        raise KeyError(
+            f"this state dict does not fit: missing {_shorten(missing)}, not expected {_shorten(extra)}. "
+            "Load it into the state of the same transformation and params that it was saved from."
+        )
+    for path, leaf in zip(names, here, strict=True):
+        if leaf is not None and saved[path].shape != leaf.shape:
+            raise ValueError(f"{path!r} has shape {tuple(saved[path].shape)} in the state dict and {tuple(leaf.shape)} here.")
+    return unflatten(spec, [None if leaf is None else saved[path].to(leaf.device, copy=True) for path, leaf in zip(names, here, strict=True)])

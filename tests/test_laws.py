@@ -1,0 +1,278 @@
+"""The laws of `docs/design.md`, over every row of the registry."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from registry import ROWS, Row
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+import functorch_opt as fo
+from functorch_opt import tree
+
+CASES = [pytest.param(row, variant, id=f"{row.id}{i or ''}") for row in ROWS for i, variant in enumerate(row.variants)]
+cases = pytest.mark.parametrize(("row", "variant"), CASES)
+
+
+def params(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict:
+    """Random values in the shapes that matter: a matrix, a 4-D kernel, a vector, a scalar, an empty tensor; nested."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {"conv": {"w": draw(2, 3, 1, 2), "b": draw(2)}, "heads": [draw(3, 2), draw()], "none": draw(0, 2)}
+
+
+def grads(step: int, dtype: torch.dtype = torch.float64) -> dict:
+    return params(dtype, seed=1000 + step)
+
+
+def run(tx: fo.GradientTransformation, steps: int, dtype: torch.dtype = torch.float64, start: int = 0, state=None, ps=None):
+    """Train for `steps`; returns params, state, and the last updates."""
+    ps = params(dtype) if ps is None else ps
+    state = tx.init(ps) if state is None else state
+    updates = None
+    for step in range(start, start + steps):
+        updates, state = tx.update(grads(step, dtype), state, ps)
+        ps = fo.apply_updates(ps, updates)
+    return ps, state, updates
+
+
+def assert_same(a, b, **tolerance) -> None:
+    left, right = tree.flatten(a), tree.flatten(b)
+    assert left[1] == right[1]
+    for path, x, y in zip(tree.paths(a), left[0], right[0], strict=True):
+        assert (x is None) == (y is None), path
+        if x is not None:
+            torch.testing.assert_close(x, y, msg=lambda m, path=path: f"{path}: {m}", equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# ---- 1. pure -----------------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_update_is_pure(row: Row, variant: dict) -> None:
+    tx = row.build(variant)
+    ps, state, _ = run(tx, 2)
+    inputs = (grads(2), state, ps)
+    before = copy.deepcopy(inputs)
+    first, second = tx.update(*inputs), tx.update(*inputs)
+    assert_same(first, second)
+    assert_same(inputs, before)
+    if row.keyed:
+        assert not torch.equal(tx.update(grads(2), first[1], ps)[0]["conv"]["w"], first[0]["conv"]["w"])
+
+
+@cases
+def test_two_inits_share_nothing(row: Row, variant: dict) -> None:
+    tx = row.build(variant)
+    one, two = tx.init(params()), tx.init(params())
+    assert_same(one, two)
+    assert not {x.data_ptr() for x in tree.leaves(one) if x.numel()} & {x.data_ptr() for x in tree.leaves(two) if x.numel()}
+
+
+# ---- 2. structure, shape, dtype ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
+@cases
+def test_structure_shape_and_dtype_stay(row: Row, variant: dict, dtype: torch.dtype) -> None:
+    tx = row.build(variant)
+    ps = params(dtype)
+    state = tx.init(ps)
+    shapes = [(s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]]
+    for step in range(3):
+        updates, state = tx.update(grads(step, dtype), state, ps)
+        assert [(s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]] == shapes
+        for p, u in zip(tree.leaves(ps), tree.leaves(updates), strict=True):
+            assert u.shape == p.shape
+            assert u.dtype in (p.dtype, tree.at_least_float32(p.dtype))
+        ps = fo.apply_updates(ps, updates)
+        assert all(p.dtype == dtype and p.isfinite().all() for p in tree.leaves(ps))
+
+
+@cases
+def test_complex_is_a_pair_of_reals(row: Row, variant: dict) -> None:
+    if row.name in ("centralize", "stateless", "masked", "partition", "identity") or "mask" in variant:
+        pytest.skip("looks at the shape, which a real view changes")
+    tx = row.build(variant)
+    complex_ps, real_ps = params(torch.complex128), tree.map(torch.view_as_real, params(torch.complex128))
+    a, b = tx.init(complex_ps), tx.init(real_ps)
+    for step in range(3):
+        gs = tree.map(lambda x: x * (1 + 0.5j), grads(step, torch.complex128))
+        u, a = tx.update(gs, a, complex_ps)
+        v, b = tx.update(tree.map(torch.view_as_real, gs), b, real_ps)
+        assert_same(tree.map(torch.view_as_real, u), v, rtol=1e-12, atol=1e-12)
+
+
+# ---- 3. vmap, grad, compile ------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_vmap_equals_a_loop(row: Row, variant: dict) -> None:
+    """Three models with their own params, gradients, keys and hyperparameters."""
+    varied = {name: torch.tensor([value * f for f in (0.5, 0.9, 1.0)], dtype=torch.float64) for name, value in row.hyper.items() if not callable(variant.get(name, 0.0)) and name not in variant}
+    if row.keyed:
+        varied["key"] = fo.random.split(fo.random.key(3), 3)
+    stack = [params(seed=i) for i in range(3)]
+    gs = [[grads(10 * i + step) for i in range(3)] for step in range(3)]
+
+    def train(hyper, ps, *gradients):
+        tx = row.build(variant, **hyper)
+        state = tx.init(ps)
+        for g in gradients:
+            updates, state = tx.update(g, state, ps)
+            ps = fo.apply_updates(ps, updates)
+        return ps, state
+
+    def stacked(trees):
+        return tree.map(lambda *xs: torch.stack(xs), *trees)
+
+    batched = vmap(train)(varied, stacked(stack), *[stacked(g) for g in gs])
+    looped = [train({name: value[i] for name, value in varied.items()}, stack[i], *[g[i] for g in gs]) for i in range(3)]
+    assert_same(batched, stacked(looped), rtol=1e-12, atol=1e-12)
+
+
+@cases
+def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
+    if not row.smooth:
+        pytest.skip("not smooth")
+    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}
+    shift = torch.tensor(0.3, dtype=torch.float64)
+
+    def after_three_steps(hyper, shift):
+        tx = row.build(variant, **hyper)
+        ps = tree.map(lambda p: p + shift, params())
+        state = tx.init(ps)
+        for step in range(3):
+            updates, state = tx.update(tree.map(lambda g, p: g * (1 + 0.1 * shift) + 0.2 * p, grads(step), ps), state, ps)
+            ps = fo.apply_updates(ps, updates)
+        return sum(p.sum() + (p**2).sum() for p in tree.leaves(ps))
+
+    derivative = jacrev(after_three_steps, argnums=(0, 1))(hyper, shift)
+    h = 1e-6
+    for name in [*hyper, None]:
+        def at(delta, name=name):
+            moved = {n: v + delta if n == name else v for n, v in hyper.items()}
+            return after_three_steps(moved, shift + delta if name is None else shift)
+
+        finite = (at(h) - at(-h)) / (2 * h)
+        exact = derivative[1] if name is None else derivative[0][name]
+        torch.testing.assert_close(exact, finite, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name or 'params'}: {m}")
+
+
+# ---- 5. missing and zero gradients -------------------------------------------------------------------------------------------
+
+
+@cases
+def test_missing_gradient_leaves_param_and_slots_alone(row: Row, variant: dict) -> None:
+    if row.name == "stateless":
+        pytest.skip("a function of whole trees does as it likes")
+    tx = row.build(variant)
+    ps, state, _ = run(tx, 2)
+    gs = grads(2)
+    gs["conv"]["w"] = gs["heads"][1] = None
+    updates, new = tx.update(gs, state, ps)
+    assert updates["conv"]["w"] is None and updates["heads"][1] is None
+    moved = fo.apply_updates(ps, updates)
+    assert moved["conv"]["w"] is ps["conv"]["w"] and moved["heads"][1] is ps["heads"][1]
+    old_flat, new_flat = fo.state_dict(state), fo.state_dict(new)
+    for path, value in new_flat.items():
+        if path.endswith(("conv/w", "heads/1")):
+            assert torch.equal(value, old_flat[path]), path
+    others = tree.leaves(gs)
+    assert len(others) == 3
+
+
+@cases
+def test_a_param_that_is_none_is_nothing(row: Row, variant: dict) -> None:
+    if row.name == "stateless":
+        pytest.skip("a function of whole trees does as it likes")
+    tx = row.build(variant)
+    ps, gs = params(), grads(0)
+    ps["heads"][0] = gs["heads"][0] = None
+    updates, state = tx.update(gs, tx.init(ps), ps)
+    assert fo.apply_updates(ps, updates)["heads"][0] is None
+    assert not [path for path in fo.state_dict(state) if path.endswith("heads/0")]
+
+
+@cases
+def test_zero_gradient_and_zero_learning_rate_move_nothing(row: Row, variant: dict) -> None:
+    tx = row.build(variant)
+    ps, state = params(), None
+    state = tx.init(ps)
+    for _ in range(2):
+        updates, state = tx.update(tree.map(torch.zeros_like, ps), state, ps)
+        assert all(u.isfinite().all() for u in tree.leaves(updates))
+    if "learning_rate" in row.hyper and row.name not in ("partition",):
+        tx = row.build({**variant, "learning_rate": 0.0})
+        updates, _ = tx.update(tree.map(torch.zeros_like, ps), tx.init(ps), ps)
+        assert_same(fo.apply_updates(ps, updates), ps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@cases
+def test_zero_gradient_is_finite_in_low_precision(row: Row, variant: dict, dtype: torch.dtype) -> None:
+    tx = row.build(variant)
+    ps = params(dtype)
+    updates, _ = tx.update(tree.map(torch.zeros_like, ps), tx.init(ps), ps)
+    assert all(u.isfinite().all() for u in tree.leaves(updates))
+
+
+# ---- 6. checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_resumed_equals_uninterrupted(row: Row, variant: dict) -> None:
+    tx = row.build(variant)
+    whole = run(tx, 5)
+    ps, state, _ = run(tx, 3)
+    file = io.BytesIO()
+    torch.save({"params": ps, "state": fo.state_dict(state)}, file)
+    file.seek(0)
+    saved = torch.load(file)  # weights_only, the default
+    again = row.build(variant)
+    resumed = run(again, 2, start=3, ps=saved["params"], state=fo.load_state_dict(again.init(params()), saved["state"]))
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ("chain", "masked", "partition", "scale_by_schedule", "stateless")], ids=lambda row: row.id)
+def test_repr_reads_as_the_call_and_pickles(row: Row) -> None:
+    tx = row.build()
+    again = pickle.loads(pickle.dumps(tx))
+    assert repr(again) == repr(tx)
+    assert repr(eval(repr(tx), vars(fo))) == repr(tx)
+    assert_same(run(again, 3), run(tx, 3))
+
+
+# ---- 7. precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_second_moment_decays_under_bfloat16_params() -> None:
+    tx = fo.scale_by_adam()
+    p = {"w": torch.zeros(1, dtype=torch.bfloat16)}
+    state = tx.init(p)
+    for _ in range(500):
+        _, state = tx.update({"w": torch.ones(1, dtype=torch.bfloat16)}, state, p)
+    nu = fo.get(state, "nu")["w"]
+    assert nu.dtype == torch.float32
+    torch.testing.assert_close(nu, torch.tensor([1 - 0.999**500]), rtol=1e-4, atol=0)
+
+
+def test_moment_dtypes_overrule() -> None:
+    state = fo.scale_by_adam(mu_dtype=torch.bfloat16, nu_dtype=torch.float64).init({"w": torch.zeros(1)})
+    assert fo.get(state, "mu")["w"].dtype == torch.bfloat16
+    assert fo.get(state, "nu")["w"].dtype == torch.float64
+
+
+def test_the_data_exercises_the_laws() -> None:
+    for step in range(4):
+        assert all(g.numel() == 0 or (g.abs() > 1e-6).all() for g in tree.leaves(grads(step)))
+    assert math.prod(grads(0)["none"].shape) == 0
