@@ -127,10 +127,7 @@ class GradientTransformation(Expression):
             TypeError: a leaf of `params` is not a tensor or None.
             ValueError: `params` has no tensor at all.
         """
-        leaves, _ = tree.flatten(params)
-        for i, leaf in enumerate(leaves):
-            if not (leaf is None or isinstance(leaf, Tensor)):
-                raise TypeError(f"params holds {type(leaf).__name__} {leaf!r} at {tree.paths(params)[i]!r}; every leaf must be a tensor or None.")
+        leaves, _ = tree.flatten_tensors(params, "params")
         if all(leaf is None for leaf in leaves):
             raise ValueError("params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?")
         return self._init(params)
@@ -166,20 +163,23 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         updates: tree of the same structure; where it is ``None`` the parameter stays as it is.
 
     Raises:
-        ValueError: the structures, or two shapes, differ.
+        ValueError: the structures, or two shapes, differ; an update that its parameter cannot hold (complex into real).
+        TypeError: a leaf is not a tensor or None.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> fo.apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 1.5000])}
     """
-    ps, spec = tree.flatten(params)
+    ps, spec = tree.flatten_tensors(params, "params")
     us = tree.match(params, spec, updates, names=("params", "updates"))
     new = []
     for i, (p, u) in enumerate(zip(ps, us, strict=True)):
-        if p is not None and u is not None:
-            if p.shape != u.shape:
-                raise ValueError(f"the update at {tree.paths(params)[i]!r} has shape {tuple(u.shape)}, its parameter {tuple(p.shape)}.")
+        if u is not None:
+            if p is None or p.shape != u.shape or (u.is_complex() and not p.is_complex()):
+                there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
+                given = f"{u.dtype} of shape {tuple(u.shape)}"
+                raise ValueError(f"the update at {tree.paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off.")
             p = p + u if p.dtype == u.dtype else (p + u).to(p.dtype)
         new.append(p)
     return tree.unflatten(spec, new)
@@ -190,8 +190,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
 def positional(f: Any) -> tuple[str, ...]:
     code = _code(f)
-    if code.co_flags & 0x04:
-        raise TypeError(f"{f.__qualname__} takes *args; its arguments must be named, for their names say what it reads.")
+    if code.co_flags & (0x04 | 0x08):
+        raise TypeError(f"{f.__qualname__} takes *args or **kwargs; its arguments must be named, for their names say what it reads.")
     return tuple(code.co_varnames[: code.co_argcount])
 
 
@@ -210,19 +210,21 @@ def _code(f: Any) -> Any:
 
 
 def enclosing_name(f: Any) -> str:
+    _code(f)
     return f.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
 
 
 # ---- hyperparameter checks, for factories --------------------------------------------------------------------------------
 
 
-def check_range(low: float, high: float, **hyper: Any) -> None:
-    """Raise ValueError for a number outside ``[low, high)``; NaN is outside. Tensors and schedules are not looked into."""
+def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -> None:
+    """Raise ValueError for a number outside ``[low, high)``, or ``(low, high)`` if `above`; NaN is outside.
+
+    Tensors and schedules are not looked into.
+    """
     for name, value in hyper.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
-            raise ValueError(f"{name} must be in [{low}, {high}); got {value}.")
-
-
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not (low <= value < high and (value > low or not above)):
+            raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}); got {value}.")
 
 
 # ---- the simplest transformations -----------------------------------------------------------------------------------------

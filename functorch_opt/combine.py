@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import Expression, GradientTransformation, transformation
+from functorch_opt.rule import part_of_tree
 from functorch_opt.tree import Path, PyTree
 
 __all__ = ["chain", "inject_hyperparams", "masked", "partition"]
@@ -78,56 +79,72 @@ MaskOrFn = PyTree | Callable[[Path, Tensor], bool]
 LabelsOrFn = PyTree | Callable[[Path, Tensor], str]
 
 
+_NO_LEAF = object()
+"""The label of a parameter that is None."""
+
+
 def _by_group(
-    transforms: Mapping[str, GradientTransformation], labels: LabelsOrFn, name: str, otherwise: Literal["pass", "zero", "error"]
+    transforms: Mapping[str, GradientTransformation],
+    labels: LabelsOrFn | MaskOrFn,
+    name: str,
+    otherwise: Literal["pass", "zero", "error"],
+    read: Callable[[Any], Any] = lambda label: label,
 ) -> GradientTransformation:
     """Give each label's leaves to its transformation as a flat dict from path to leaf: a tree without holes.
 
-    Leaves with a label that is not in `transforms` pass, become zero, or are an error.
+    Leaves with a label that is not in `transforms` pass, become zero, or are an error. `read` makes a label of what `labels` has.
     """
 
-    def assign(updates: PyTree, params: PyTree | None) -> tuple[list[Path], list[Any]]:
-        """The path and the label of every leaf. Decided by the params where they are given, so that it is the same at every step."""
-        reference = updates if params is None else params
-        paths, leaves = tree.paths(reference), tree.flatten(reference)[0]
+    for label, tx in transforms.items():
+        if not isinstance(tx, GradientTransformation):
+            raise TypeError(f"{label!r} must be a transformation, e.g. scale_by_adam(); got {type(tx).__name__} {tx!r}.")
+
+    def assign(updates: PyTree, params: PyTree | None) -> tuple[list[Path], list[Any], list[Any]]:
+        """The path, parameter and label of every leaf. Decided by the params where they are given: so it is the same at every step."""
+        us, spec = tree.flatten_tensors(updates, "updates")
+        paths = tree.paths(updates)
+        ps = us if params is None else tree.match(updates, spec, params, names=("updates", "params"))
         if not callable(labels):
-            given = tree.broadcast(labels, reference, names=(name, "params"))
-            return paths, [None if params is not None and leaf is None else label for label, leaf in zip(given, leaves, strict=True)]
-        if params is None and any(leaf is None for leaf in leaves):
-            missing = next(path for path, leaf in zip(paths, leaves, strict=True) if leaf is None)
+            given = tree.broadcast(labels, updates, names=(name, "params"))
+            return paths, ps, [_NO_LEAF if params is not None and p is None else read(label) for label, p in zip(given, ps, strict=True)]
+        if params is None and any(leaf is None for leaf in ps):
+            missing = next(path for path, leaf in zip(paths, ps, strict=True) if leaf is None)
             raise ValueError(f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params).")
-        return paths, [None if leaf is None else labels(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        return paths, ps, [_NO_LEAF if p is None else read(labels(path, p)) for path, p in zip(paths, ps, strict=True)]
 
     def check(paths: list[Path], assigned: list[Any]) -> None:
-        unknown = {label: path for path, label in zip(paths, assigned, strict=True) if label is not None and label not in transforms}
+        known = list(transforms)
+        unknown = {repr(label): path for path, label in zip(paths, assigned, strict=True) if label is not _NO_LEAF and label not in known}
         if unknown and otherwise == "error":
             raise ValueError(
-                f"{name} gives {', '.join(f'{label!r} (at {path!r})' for label, path in unknown.items())}; "
-                f"the transformations are for {list(transforms)}. Add a transformation or mend the label."
+                f"{name} gives {', '.join(f'{label} (at {path!r})' for label, path in unknown.items())}; "
+                f"the transformations are for {known}. Add a transformation or mend the label."
             )
 
     def init(params: PyTree) -> dict[str, PyTree]:
-        paths, assigned = assign(params, params)
+        tree.unique_paths(params)
+        paths, leaves, assigned = assign(params, params)
         check(paths, assigned)
-        leaves = tree.flatten(params)[0]
         parts = {label: _part(paths, leaves, assigned, label) for label in transforms}
         return {label: transforms[label].init(part) for label, part in parts.items() if part}
 
     def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
-        paths, assigned = assign(updates, params)
+        paths, ps, assigned = assign(updates, params)
         check(paths, assigned)
         us, spec = tree.flatten(updates)
-        ps = None if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+        number = {path: i for i, path in enumerate(paths)}
         new_state, changed = {}, {}
         for label, tx in transforms.items():
             part = _part(paths, us, assigned, label)
             if not part:
                 continue
-            if label not in state:
-                raise ValueError(f"this state has no part for {label!r}; it has {list(state)}. Use what its own init or update returned.")
-            part_params = None if ps is None else _part(paths, ps, assigned, label)
+            if not isinstance(state, dict) or label not in state:
+                held = list(state) if isinstance(state, dict) else type(state).__name__
+                raise ValueError(f"this state has no part for {label!r}; it has {held}. Use what its own init or update returned.")
+            part_params = None if params is None else _part(paths, ps, assigned, label)
             mine = {e: extra[e] for e in tx.extra_args if e in extra}
-            part, new_state[label] = tx.update(part, state[label], part_params, **mine)
+            with part_of_tree([number[path] for path in tree.paths(part)]):
+                part, new_state[label] = tx.update(part, state[label], part_params, **mine)
             changed.update(part)
         if otherwise == "zero":
             us = [None if u is None else torch.zeros_like(u) for u in us]
@@ -174,9 +191,9 @@ def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pa
             raise TypeError(f"a mask must hold True and False; got {type(value).__name__} {value!r}.")
         return "inner" if value else "rest"
 
-    if callable(mask):
-        return _by_group({"inner": inner}, lambda path, leaf: label(mask(path, leaf)), "mask", otherwise)
-    return _by_group({"inner": inner}, tree.map_leaves(label, mask), "mask", otherwise)
+    if not callable(mask):
+        tree.map_leaves(label, mask)  # what is no bool is an error now, not at the first use
+    return _by_group({"inner": inner}, mask, "mask", otherwise, label)
 
 
 @transformation
@@ -203,6 +220,8 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: LabelsOr
         >>> tx.update({"w": torch.ones(1), "b": torch.ones(1)}, tx.init(params))[0]
         {'w': tensor([-1.]), 'b': tensor([-0.1000])}
     """
+    if not isinstance(transforms, Mapping):
+        raise TypeError(f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}.")
     return _by_group(dict(transforms), labels, "labels", "error")
 
 
@@ -229,8 +248,14 @@ class _Injected(Expression):
             return {"hyperparams": values, "inner": self.factory(**fixed, **values).init(params), **counter}
 
         def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
-            if not isinstance(state, dict) or state.get("hyperparams", {}).keys() != numbers.keys():
-                raise ValueError(f"this is not a state of {tx!r}: it should hold hyperparams {list(numbers)}. Use what its own init or update returned.")
+            expected = {"hyperparams", "inner", *(["count"] if schedules else [])}
+            hyperparams = state["hyperparams"] if isinstance(state, dict) and state.keys() == expected else None
+            if not isinstance(hyperparams, dict) or hyperparams.keys() != numbers.keys():
+                held = list(state) if isinstance(state, dict) else type(state).__name__
+                raise ValueError(
+                    f"this is not a state of {tx!r}, which has {sorted(expected)} with the hyperparams {list(numbers)}: it holds {held}. "
+                    "Use what its own init or update returned."
+                )
             values, counter = dict(state["hyperparams"]), {}
             if schedules:
                 count = state["count"]
@@ -239,7 +264,10 @@ class _Injected(Expression):
             updates, inner = self.factory(**fixed, **values).update(updates, state["inner"], params, **extra)
             return updates, {"hyperparams": values, "inner": inner, **counter}
 
-        tx = GradientTransformation(init, update, extra_args=self.factory(*args, **kwargs).extra_args)
+        inner = self.factory(*args, **kwargs)
+        if not isinstance(inner, GradientTransformation):
+            raise TypeError(f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}.")
+        tx = GradientTransformation(init, update, extra_args=inner.extra_args)
         tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
         return tx
 
@@ -275,6 +303,15 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation], static_ar
         >>> tx.update([torch.ones(1)], state)[0]
         [tensor([-0.5000])]
     """
+    if not callable(factory):
+        raise TypeError(
+            f"inject_hyperparams takes the function that makes a transformation; got {factory!r}. "
+            "Write inject_hyperparams(adamw)(learning_rate=0.1)."
+        )
+    known = list(inspect.signature(factory).parameters)
+    unknown = [name for name in static_args if name not in known]
+    if isinstance(static_args, str) or unknown:
+        raise TypeError(f"static_args must be a tuple of names among {known}, which are the arguments of {factory.__name__}; got {static_args!r}.")
     return _Injected(factory, static_args)
 
 
@@ -286,7 +323,8 @@ def hyperparameters(
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{factory.__name__}: {error}; its arguments are {list(signature.parameters)}.") from None
+        given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
+        raise TypeError(f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}.") from None
     bound.apply_defaults()
     numbers, fixed = {}, {}
     for name, value in bound.arguments.items():

@@ -45,13 +45,18 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 def as_key(key_or_seed: Tensor | int) -> Tensor:
     """A key from a key or a seed, checked."""
     if isinstance(key_or_seed, Tensor):
-        if key_or_seed.dtype != torch.int64 or key_or_seed.shape != (2,):
-            raise TypeError(
-                f"key must be an int64 tensor of shape (2,), as random.key(seed) gives; got {key_or_seed.dtype} of shape {tuple(key_or_seed.shape)}. "
-                "For several models vmap over the keys of random.split(key, n)."
-            )
-        return key_or_seed
+        return _checked(key_or_seed)
     return key(key_or_seed)
+
+
+def _checked(key: Tensor) -> Tensor:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,):
+        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"{type(key).__name__} {key!r}"
+        raise TypeError(
+            f"key must be an int64 tensor of shape (2,), as random.key(seed) gives; got {given}. "
+            "For several models vmap over the keys of random.split(key, n)."
+        )
+    return key
 
 
 def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
@@ -69,7 +74,12 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
         >>> fo.random.fold_in(fo.random.key(0), 3).shape
         torch.Size([2])
     """
-    words = _words(key, torch.as_tensor(data, dtype=torch.int64, device=key.device))
+    numbers = torch.as_tensor(data, device=_checked(key).device)
+    if numbers.dtype in (torch.bool, torch.uint64) or numbers.is_floating_point() or numbers.is_complex():
+        raise TypeError(f"data must be a whole number or an integer tensor; got {data!r}.")
+    if isinstance(data, int) and data < 0:
+        raise ValueError(f"data must be 0 or greater; got {data}.")
+    words = _words(key, numbers.to(torch.int64))
     return torch.stack([_join(words[0], words[1]), _join(words[2], words[3])], -1)
 
 
@@ -80,7 +90,9 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> import functorch_opt as fo
         >>> a, b = fo.random.split(fo.random.key(0))
     """
-    return fold_in(key, torch.arange(num, device=key.device))
+    if num < 0:
+        raise ValueError(f"num must be 0 or greater; got {num}.")
+    return fold_in(key, torch.arange(num, device=_checked(key).device))
 
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -95,8 +107,10 @@ def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
         >>> fo.random.normal(fo.random.key(42), (2,))
         tensor([-0.9702,  0.1940])
     """
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}.")
     n = math.prod(shape)
-    return normal_blocks(key, torch.arange(-(-n // 4), device=key.device)).reshape(-1)[:n].reshape(shape)
+    return normal_blocks(key, torch.arange(-(-n // 4), device=_checked(key).device)).reshape(-1)[:n].reshape(shape)
 
 
 def normal_blocks(key: Tensor, blocks: Tensor) -> Tensor:

@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,10 +48,16 @@ class Leafwise(GradientTransformation):
         kind: Kind,
     ) -> None:
         self.rule, self.prepare, self.slots, self.shared, self.hyper, self.kind = rule, prepare, slots, shared, hyper, kind
+        if kind not in ("elementwise", "tensorwise"):
+            whole = "What looks at the whole tree is a GradientTransformation(init, update)."
+            raise ValueError(f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}")
         self.name = enclosing_name(rule)
         self.rule_reads = positional(rule)
         self.prepare_reads = positional(prepare) if prepare else ()
         self.extra_args = keyword_only(prepare) if prepare else {}
+        if keyword_only(rule):
+            names = ", ".join(keyword_only(rule))
+            raise TypeError(f"{self.name}: rule takes {names} after '*'. Let prepare take it there, and return it for rule to read by name.")
         self.counts = "count" in (*self.rule_reads, *self.prepare_reads) or any(callable(h) for h in hyper.values())
         known = ["count", *slots, *hyper, *shared]
         if len(known) != len(set(known)) or {"g", "p", "updates", "params"} & set(known):
@@ -77,19 +84,24 @@ class Leafwise(GradientTransformation):
         shared = {name: value.to(device, copy=True) for name, value in self.shared.items()}
         if self.counts:
             shared["count"] = torch.zeros((), dtype=torch.int64, device=device)
-        return StageState(shared, {name: tree.map(make, params) for name, make in self.slots.items()})
+        slots = {name: tree.map(make, params) for name, make in self.slots.items()}
+        for name, slot in slots.items():
+            tree.flatten_tensors(slot, f"{self.name}'s slot {name}")
+        return StageState(shared, slots)
 
     def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:  # type: ignore[override]
         self._check_state(state)
         if params is None and self.reads_params:
             raise ValueError(f"{self.name} reads the parameters: call update(updates, state, params).")
-        gs, spec = tree.flatten(updates)
+        gs, spec = tree.flatten_tensors(updates, "updates")
         ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
         old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            wrong = g is not None and _wrong(g, g if params is None else p, [column[i] for column in old.values()])
+            if wrong:
+                raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
         now, shared = self.scalars(updates, state.shared, params, extra)
-        if any(g is None for g in gs):
-            shared = self._keep_counts(shared, state.shared, gs)
-        per_leaf = _PerLeaf(updates, spec, len(gs), {name: now[name] for name in self.rule_reads if name in now})
+        per_leaf = _PerLeaf(updates, spec, {name: now[name] for name in self.rule_reads if name in now})
         new: dict[str, list[Any]] = {name: [] for name in old}
         us: list[Any] = []
         for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
@@ -100,7 +112,7 @@ class Leafwise(GradientTransformation):
                 try:
                     u, slots = self.apply(g, p, slots, per_leaf.at(i, dtype), dtype)
                 except _Misfit as misfit:
-                    raise misfit.explain(self.name, tree.paths(updates)[i]) from None
+                    raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {misfit}") from misfit.__cause__
             us.append(u)
             for name, value in slots.items():
                 new[name].append(value)
@@ -109,13 +121,25 @@ class Leafwise(GradientTransformation):
     def scalars(self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything a rule may read beside ``g``, ``p`` and slots, by name; and the next shared values. Once a step."""
         now: dict[str, Any] = dict(shared)
+        if self.counts:
+            now["count"] = _of_this_part(shared["count"])
         for name, value in self.hyper.items():
-            now[name] = value(shared["count"]) if callable(value) else value
+            now[name] = value(now["count"]) if callable(value) else _of_this_part(value)
+            if not isinstance(now[name], (int, float, Tensor)):
+                given = f"{type(now[name]).__name__} {now[name]!r}"
+                raise TypeError(f"{self.name}: the schedule {name} returned {given}; it must return a number or a tensor.")
+            _check_entries(name, now[name], updates)
         shared = dict(shared)
         if self.prepare is not None:
             known = {**now, "updates": updates, "params": params}
             result = self.prepare(*(known[name] for name in self.prepare_reads), **extra)
-            result, changed = result if self.shared and isinstance(result, tuple) else (result, {})
+            result, changed = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            if not isinstance(result, dict) or not isinstance(changed, dict) or changed.keys() - self.shared.keys():
+                given = _outline(result) if changed == {} else _outline((result, changed))
+                raise TypeError(
+                    f"{self.name}: prepare must return {{name: value}} for the rule, or ({{name: value}}, {{shared: new value}}) "
+                    f"with shared values among {sorted(self.shared)}; it returned {given}."
+                )
             now.update(result)
             shared.update(changed)
         if self.counts:
@@ -127,43 +151,44 @@ class Leafwise(GradientTransformation):
 
         An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does.
         """
-        if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
-            raise _Misfit(f"is a {g.layout} tensor of {g.dtype}", "Gradients must be dense and floating or complex (for nn.Embedding: sparse=False).")
-        if p is not None and p.shape != g.shape:
-            raise _Misfit(f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}", "They must be equal: nothing is broadcast.")
         pairs = dtype.is_complex and self.kind == "elementwise"
 
         def enter(x: Tensor) -> Tensor:
             x = x if x.dtype == dtype else x.to(dtype)
             return torch.view_as_real(x) if pairs else x
 
-        def leave(x: Tensor, like: Tensor) -> Tensor:
+        def leave(x: Tensor, like: Tensor, name: str) -> Tensor:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor.")
             x = torch.view_as_complex(x.contiguous()) if pairs else x
-            if x.shape != like.shape:
-                raise _Misfit(f"has shape {tuple(g.shape)}, but gave a result of shape {tuple(x.shape)} for a value of shape {tuple(like.shape)}", "Is the state that of other params?")
+            if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
+                raise _Misfit(
+                    f"is {g.dtype} of shape {tuple(g.shape)}, and the rule made of {name}, {like.dtype} of shape {tuple(like.shape)}, "
+                    f"{x.dtype} of shape {tuple(x.shape)}. Is the state that of other params?"
+                )
             return x
 
         values = {name: enter(value) if isinstance(value, Tensor) and value.is_complex() else value for name, value in now.items()}
         values |= {"g": enter(g), "p": p if p is None or "p" not in self.rule_reads else enter(p)}
         for name, slot in slots.items():
             values[name] = enter(slot) if slot.is_floating_point() or slot.is_complex() else slot
+        missing = [name for name in self.rule_reads if name not in values]
+        if missing:
+            raise TypeError(f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return.")
         try:
             result = self.rule(*(values[name] for name in self.rule_reads))
-        except KeyError as error:
-            raise TypeError(f"{self.name}: rule reads {error.args[0]}, which prepare did not return.") from None
+        except RuntimeError as error:
+            others = {name: tuple(slot.shape) for name, slot in slots.items() if slot.shape != g.shape}
+            if others:
+                raise _Misfit(f"has shape {tuple(g.shape)}, and the state has {others}. Is the state that of other params?") from error
+            raise
         if not slots:
-            return leave(result, g), slots
+            return leave(result, g, "the update"), slots
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) and result[1].keys() == slots.keys()):
+            wanted = f"(update, {{slot: new value}}) with the slots {sorted(slots)}"
+            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {_outline(result)}.")
         u, new = result
-        if new.keys() != slots.keys():
-            raise TypeError(f"{self.name}: rule returned the slots {sorted(new)}; it declares {sorted(slots)}.")
-        return leave(u, g), {name: leave(new[name], old).to(old.dtype) for name, old in slots.items()}
-
-    def _keep_counts(self, shared: dict[str, Tensor], old: dict[str, Tensor], gs: list[Any]) -> dict[str, Tensor]:
-        """Where the count has one entry per leaf (as in the stateful adapter), a leaf without gradient keeps its own."""
-        if not self.counts or shared["count"].dim() == 0:
-            return shared
-        present = torch.tensor([g is not None for g in gs], device=shared["count"].device)
-        return {**shared, "count": torch.where(present, shared["count"], old["count"])}
+        return leave(u, g, "the update"), {name: leave(new[name], old, f"slot {name}").to(old.dtype) for name, old in slots.items()}
 
     def _check_state(self, state: Any) -> None:
         expected = {*self.shared, *(["count"] if self.counts else [])}
@@ -218,41 +243,96 @@ def leafwise(
             raise TypeError(f"{name} must be a number, a 0-dim tensor or a schedule (a function of the count); got {type(value).__name__} {value!r}.")
         if isinstance(value, Tensor) and value.dim() > 1:
             raise TypeError(f"{name} must be a 0-dim tensor; got shape {tuple(value.shape)}. To train with many values at once, vmap over it.")
+    for name, make in (slots or {}).items():
+        if not callable(make):
+            raise TypeError(f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {_outline(make)}.")
+    for name, first in (shared or {}).items():
+        if not isinstance(first, Tensor):
+            raise TypeError(f"shared {name} must be a tensor; got {type(first).__name__} {first!r}.")
     return Leafwise(rule, prepare, slots or {}, shared or {}, hyper or {}, kind)
 
 
-class _Misfit(Exception):
-    """A tensor that a rule cannot take; the caller knows where it is."""
+# ---- one entry per leaf --------------------------------------------------------------------------------------------------
 
-    def explain(self, name: str, path: str) -> ValueError:
-        what, cure = self.args
-        return ValueError(f"{name}: the update at {path!r} {what}. {cure}")
+_PARTS: list[list[int]] = []
+
+
+@contextmanager
+def part_of_tree(indices: list[int]) -> Iterator[None]:
+    """Inside, a transformation sees only these leaves, so of a 1-dim count or hyperparameter (one entry per leaf) it takes these entries."""
+    _PARTS.append([_PARTS[-1][i] for i in indices] if _PARTS else indices)
+    try:
+        yield
+    finally:
+        _PARTS.pop()
+
+
+def _of_this_part(value: Any) -> Any:
+    return value[_PARTS[-1]] if _PARTS and isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def _check_entries(name: str, value: Any, updates: PyTree) -> None:
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != (n := len(tree.flatten(updates)[0])):
+        raise ValueError(
+            f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; "
+            "to train with many values at once, vmap over it."
+        )
+
+
+class _Misfit(Exception):
+    """What is wrong with a tensor, said by somebody who does not know where it is."""
+
+
+def _wrong(g: Tensor, p: Tensor | None, slots: list[Tensor | None]) -> str | None:
+    """What is wrong with an update, and its cure; None if nothing is."""
+    if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
+        return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
+    if p is None or any(slot is None for slot in slots):
+        return f"is a tensor, but {'params' if p is None else 'the state'} has None there. Give None for the update too, or init with this parameter."
+    if p.shape != g.shape:
+        return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
+    if g.is_complex() and not p.is_complex():
+        return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
+    return None
+
+
+def _outline(value: Any) -> str:
+    """A returned value in a few words: types, and the names in a dict."""
+    if isinstance(value, dict):
+        return f"a dict of {[*value]}"
+    return f"({', '.join(map(_outline, value))})" if type(value) is tuple else type(value).__name__
 
 
 class _PerLeaf:
     """The scalars of a step, cast to the dtype a tensor is computed in: a lookup, done once per dtype."""
 
-    def __init__(self, reference: PyTree, spec: Any, n: int, now: dict[str, Any]) -> None:
-        self.rows: dict[str, list[Any]] = {}
+    def __init__(self, reference: PyTree, spec: Any, now: dict[str, Any]) -> None:
         self.fixed: dict[str, Any] = {}
+        self.rows: dict[str, Any] = {}
         for name, value in now.items():
             if isinstance(value, Each):
                 self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
+            elif not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.dim() > 1):
+                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _outline(value)
+                wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree of tensors)"
+                raise TypeError(f"{name} is {given}; what a rule may read is {wanted}.")
             elif isinstance(value, Tensor) and value.dim() == 1:
-                if value.shape[0] != n:
-                    raise ValueError(
-                        f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; to train with many values at once, vmap over it."
-                    )
-                self.rows[name] = list(value.unbind())
+                _check_entries(name, value, reference)
+                self.rows[name] = value
             else:
                 self.fixed[name] = value
-        self.cast: dict[torch.dtype, dict[str, Any]] = {}
+        self.cast: dict[torch.dtype, tuple[dict[str, Any], dict[str, list[Any]]]] = {}
 
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
-        real = dtype.to_real()
         if dtype not in self.cast:
-            self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}
-        return {**self.cast[dtype], **{name: _to(row[i], real) for name, row in self.rows.items()}}
+            real = _REAL.get(dtype, dtype)
+            rows = {name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind()) for name, row in self.rows.items()}
+            self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
+        fixed, rows = self.cast[dtype]
+        return {**fixed, **{name: row[i] for name, row in rows.items()}}
+
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

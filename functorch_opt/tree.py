@@ -10,7 +10,7 @@ A tree is flattened and put together again inside the same call, always: a trees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import optree
@@ -43,6 +43,19 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     return optree.tree_flatten(tree, **_OPTREE)
 
 
+def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optree.PyTreeSpec]:
+    """`flatten`, for a tree that must hold nothing but tensors and ``None``; `name` is what the error calls it."""
+    here, spec = flatten(tree)
+    for i, leaf in enumerate(here):
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            path = paths(tree)[i]
+            if path:
+                raise TypeError(f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None.")
+            given = f"{type(leaf).__name__} {leaf!r}"
+            raise TypeError(f"{name} must be a tree of tensors, e.g. dict(model.named_parameters()) or a list; got {given}.")
+    return here, spec
+
+
 def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
     """The tree of structure `spec` with these `leaves`."""
     return optree.tree_unflatten(spec, leaves)
@@ -61,6 +74,7 @@ def match(reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tu
         raise ValueError(_difference(reference, tree, names)) from None
     for leaf in matched:
         if not (leaf is None or isinstance(leaf, Tensor)):
+            flatten_tensors(tree, names[1])
             raise ValueError(_difference(reference, tree, names))
     return matched
 
@@ -85,37 +99,75 @@ def paths(tree: PyTree) -> list[Path]:
 
 
 def _walk_paths(tree: PyTree, prefix: tuple[Any, ...]) -> Iterator[Path]:
-    if tree is None or isinstance(tree, Tensor) or optree.tree_is_leaf(tree, **_OPTREE):
-        yield "/".join(str(entry) for entry in prefix)
+    children = _children(tree)
+    if children is None:
+        yield _path(prefix)
         return
-    one = optree.tree_flatten_one_level(tree, **_OPTREE)
-    entries = type(tree)._fields if optree.is_namedtuple_instance(tree) else one.entries
-    for entry, child in zip(entries, one.children, strict=True):
+    for entry, child in children.items():
         yield from _walk_paths(child, (*prefix, entry))
 
 
-def _difference(a: PyTree, b: PyTree, names: tuple[str, str]) -> str:
-    """What to tell somebody whose trees `a` and `b` differ in structure: the first place where they do."""
-    in_a, in_b = paths(a), paths(b)
-    for here, other, (name, other_name) in ((in_a, in_b, names), (in_b, in_a, names[::-1])):
-        for path in here:
-            if path not in other:
-                return (
-                    f"{names[0]} and {names[1]} differ in structure: {name} has a leaf at {path!r}, {other_name} does not. "
-                    f"{names[0]} has {_shorten(in_a)}; {names[1]} has {_shorten(in_b)}. Give both the same structure; "
-                    "write None where a parameter has no gradient."
-                )
-    flat = zip(in_a, flatten(a)[0], flatten(b)[0], strict=True)
-    for path, _, leaf in flat:
-        if not (leaf is None or isinstance(leaf, Tensor)):
-            return f"{names[1]} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None."
-    return (
-        f"{names[0]} and {names[1]} have the same paths in containers of different types ({type(a).__name__} and "
-        f"{type(b).__name__} at the root). Give both the same containers."
-    )
+def _children(node: PyTree) -> dict[Any, PyTree] | None:
+    """What is one level below `node`, by key, index or field name; None for a leaf."""
+    if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **_OPTREE):
+        return None
+    one = optree.tree_flatten_one_level(node, **_OPTREE)
+    entries = type(node)._fields if optree.is_namedtuple_instance(node) else one.entries
+    return dict(zip(entries, one.children, strict=True))
 
 
-def _shorten(names: list[str], most: int = 8) -> str:
+def _path(entries: tuple[Any, ...]) -> Path:
+    return "/".join(str(entry) for entry in entries)
+
+
+def unique_paths(tree: PyTree) -> list[Path]:
+    """`paths`, for use as keys: two leaves with the same one are an error."""
+    seen: set[Path] = set()
+    for path in (all_paths := paths(tree)):
+        if path in seen:
+            raise ValueError(f"two leaves have the path {path!r}: rename a dict key (one contains '/', or is a number beside its own string).")
+        seen.add(path)
+    return all_paths
+
+
+_ABSENT = object()
+
+
+def _difference(upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False) -> str:
+    """What to tell somebody whose trees `upper` and `lower` differ in structure: the first place where they do."""
+    entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
+    place = f"at {_path(entries)!r}" if entries else "at the root"
+    same = "Give both the same structure; write None where a parameter has no gradient."
+    cure = "Write one value for each, or one for all that is below a place." if prefix else same
+    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+
+
+def _first_difference(upper: PyTree, lower: PyTree, prefix: bool) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
+    """Where `lower` does not go on as `upper` does, and what the two have there. Below a leaf of a `prefix` anything may come."""
+    above, below = _children(upper), _children(lower)
+    if above is None and (prefix or below is None):
+        return None
+    if above is None or below is None or not (type(upper) is type(lower) or (isinstance(upper, dict) and isinstance(lower, dict))):
+        return (), upper, lower
+    for entry in {**above, **below}:
+        if entry not in above or entry not in below:
+            return (entry,), above.get(entry, _ABSENT), below.get(entry, _ABSENT)
+        found = _first_difference(above[entry], below[entry], prefix)
+        if found:
+            return (entry, *found[0]), *found[1:]
+    return None
+
+
+def _shown(node: PyTree) -> str:
+    children = _children(node)
+    if children is not None:
+        return f"{type(node).__name__} of {_shorten(list(children))}"
+    if isinstance(node, Tensor):
+        return f"a tensor of shape {tuple(node.shape)}"
+    return "nothing" if node is _ABSENT else f"{node!r}"
+
+
+def _shorten(names: list[Any], most: int = 8) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     return f"[{shown}{', ...' if len(names) > most else ''}]"
 
@@ -125,7 +177,7 @@ def broadcast(prefix: PyTree, tree: PyTree, *, names: tuple[str, str]) -> list[A
     try:
         return flatten(optree.tree_map(lambda value, below: map_leaves(lambda _: value, below), prefix, tree, **_OPTREE))[0]
     except (ValueError, TypeError):
-        raise ValueError(_difference(tree, prefix, (names[1], names[0]))) from None
+        raise ValueError(_difference(prefix, tree, names, prefix=True)) from None
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -151,6 +203,9 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
     """
+    if dtype is not None and (dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)):
+        wanted = "complex" if x.is_complex() else "floating"
+        raise TypeError(f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None.")
     return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
 
 
@@ -174,7 +229,7 @@ def norm(tree: PyTree) -> Tensor:
     norms = [_norm(x) for x in leaves(tree)]
     if not norms:
         return torch.zeros(())
-    widest = max((n.dtype for n in norms), key=lambda d: d.itemsize)
+    widest = torch.float64 if any([n.dtype == torch.float64 for n in norms]) else torch.float32
     return torch.linalg.vector_norm(torch.stack([n.to(widest) for n in norms]))
 
 
@@ -210,7 +265,7 @@ def get(state: PyTree, name: str) -> Any:
         tensor(0)
     """
     entries = dict(_entries(state, ""))
-    hits = [path for path in entries if path == name or path.endswith("/" + name)]
+    hits = [name] if name in entries else [path for path in entries if path.endswith("/" + name)]
     if len(hits) == 1:
         return entries[hits[0]]
     if hits:
@@ -257,7 +312,7 @@ def describe(tree: PyTree) -> str:
     """
     rows = []
     total = 0
-    for path, leaf in zip(paths(tree), flatten(tree)[0], strict=True):
+    for path, leaf in zip(paths(tree), flatten_tensors(tree, "the tree")[0], strict=True):
         if leaf is not None:
             size = leaf.numel() * leaf.element_size()
             total += size
@@ -281,19 +336,15 @@ def state_dict(state: PyTree) -> dict[Path, Tensor]:
 
     Raises:
         ValueError: two leaves have the same path (a dict key that contains ``/``).
+        TypeError: a leaf is not a tensor or None.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> sorted(fo.state_dict(fo.adam(0.1).init({"w": torch.zeros(2)})))
         ['scale_by_adam/shared/count', 'scale_by_adam/slots/mu/w', 'scale_by_adam/slots/nu/w']
     """
-    flat: dict[Path, Tensor] = {}
-    for path, leaf in zip(paths(state), flatten(state)[0], strict=True):
-        if path in flat:
-            raise ValueError(f"two leaves have the path {path!r}; rename the dict key that contains '/'.")
-        if leaf is not None:
-            flat[path] = leaf
-    return flat
+    here, _ = flatten_tensors(state, "state")
+    return {path: leaf for path, leaf in zip(unique_paths(state), here, strict=True) if leaf is not None}
 
 
 def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
@@ -309,6 +360,7 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
     Raises:
         KeyError: a path is missing in `saved`, or `saved` has one that `state` has not.
         ValueError: a shape differs.
+        TypeError: `saved` is not a dict of tensors.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -319,6 +371,8 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
     """
     here, spec = flatten(state)
     names = paths(state)
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"a state dict is a dict from path to tensor, as state_dict gives; got {type(saved).__name__}.")
     wanted = [path for path, leaf in zip(names, here, strict=True) if leaf is not None]
     missing, extra = [p for p in wanted if p not in saved], [p for p in saved if p not in wanted]
     if missing or extra:
@@ -327,6 +381,14 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
             "Load it into the state of the same transformation and params that it was saved from."
         )
     for path, leaf in zip(names, here, strict=True):
-        if leaf is not None and saved[path].shape != leaf.shape:
-            raise ValueError(f"{path!r} has shape {tuple(saved[path].shape)} in the state dict and {tuple(leaf.shape)} here.")
+        if leaf is None:
+            continue
+        if not isinstance(saved[path], Tensor):
+            given = f"{type(saved[path]).__name__} {saved[path]!r}"
+            raise TypeError(f"{path!r} is {given} in the state dict; it must be a tensor, as state_dict gives.")
+        if saved[path].shape != leaf.shape:
+            raise ValueError(
+                f"{path!r} has shape {tuple(saved[path].shape)} in the state dict and {tuple(leaf.shape)} here. "
+                "Load it into the state of the params that it was saved with."
+            )
     return unflatten(spec, [None if leaf is None else saved[path].to(leaf.device, copy=True) for path, leaf in zip(names, here, strict=True)])

@@ -276,3 +276,62 @@ def test_the_data_exercises_the_laws() -> None:
     for step in range(4):
         assert all(g.numel() == 0 or (g.abs() > 1e-6).all() for g in tree.leaves(grads(step)))
     assert math.prod(grads(0)["none"].shape) == 0
+
+
+# ---- 3 again: one graph --------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A torch.compile backend that counts graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@cases
+def test_compiles_to_one_graph_for_every_count_and_hyperparameter(row: Row, variant: dict) -> None:
+    """The whole step, transformation built inside: what changes between calls are tensors, so nothing recompiles."""
+    torch._dynamo.reset()
+    backend = Counting()
+    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}
+
+    def step(hyper, gs, state, ps):
+        updates, state = row.build(variant, **hyper).update(gs, state, ps)
+        return fo.apply_updates(ps, updates), state
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    ps, ours = params(), params()
+    state = mine = row.build(variant, **hyper).init(ps)
+    for i in range(4):
+        ps, state = step(hyper, grads(i), state, ps)
+        ours, mine = compiled(hyper, grads(i), mine, ours)
+        assert_same((ours, mine), (ps, state), rtol=1e-12, atol=1e-12)
+        if row.name != "inject_hyperparams":  # its hyperparameters are in the state
+            hyper = {name: value * 0.9 for name, value in hyper.items()}
+    assert backend.graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chain", "noisy_sgd", "partition"])
+def test_inductor_gives_the_same_numbers(name: str) -> None:
+    """The rows with the most kinds of work, through the real compiler: alone, and vmapped over three models."""
+    torch._dynamo.reset()
+    row = next(row for row in ROWS if row.name == name)
+    tx = row.build()
+
+    def step(gs, state, ps):
+        updates, state = tx.update(gs, state, ps)
+        return fo.apply_updates(ps, updates), state
+
+    for transform, batch in ((lambda f: f, lambda t: t), (vmap, lambda t: tree.map(lambda x: torch.stack([x, 2 * x, -x]), t))):
+        eager, compiled = transform(step), torch.compile(transform(step), fullgraph=True)
+        ps = mine = batch(params(torch.float32))
+        state = ours = transform(tx.init)(ps)
+        for i in range(3):
+            ps, state = eager(batch(grads(i, torch.float32)), state, ps)
+            mine, ours = compiled(batch(grads(i, torch.float32)), ours, mine)
+        assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)

@@ -29,6 +29,18 @@ def _by_root(g, square, eps, eps_in_sqrt):
     return g * (square + eps).rsqrt() if eps_in_sqrt else g / (square.sqrt() + eps)
 
 
+def _weights(bias_correction):
+    """What the running means need once a step: the weight of the new value, and what corrects for starting at 0."""
+
+    def prepare(decay):
+        return {"weight": 1 - decay, "correction": 1.0}
+
+    def prepare_corrected(decay, count):
+        return {"weight": 1 - decay, "correction": 1 - decay ** tree.as_real(count + 1)}
+
+    return prepare_corrected if bias_correction else prepare
+
+
 @transformation
 def scale_by_rms(
     decay: ScalarOrSchedule = 0.9,
@@ -57,19 +69,12 @@ def scale_by_rms(
     check_range(0, 1, decay=decay)
     check_range(0, float("inf"), eps=eps, initial_scale=initial_scale)
 
-    def prepare(count, decay):
-        return {"correction": 1 - decay ** tree.as_real(count + 1)}
-
-    def rule(g, nu, decay, eps):
-        nu = torch.lerp(g * g, nu, decay)
-        return _by_root(g, nu, eps, eps_in_sqrt), {"nu": nu}
-
-    def corrected(g, nu, decay, eps, correction):
-        nu = torch.lerp(g * g, nu, decay)
+    def rule(g, nu, weight, eps, correction):
+        nu = torch.lerp(nu, g * g, weight)
         return _by_root(g, nu / correction, eps, eps_in_sqrt), {"nu": nu}
 
-    slots, hyper = {"nu": _constant_like(initial_scale)}, {"decay": decay, "eps": eps}
-    return leafwise(corrected, prepare, slots=slots, hyper=hyper) if bias_correction else leafwise(rule, slots=slots, hyper=hyper)
+    slots = {"nu": _constant_like(initial_scale)}
+    return leafwise(rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps})
 
 
 @transformation
@@ -94,17 +99,14 @@ def scale_by_stddev(
     check_range(0, 1, decay=decay)
     check_range(0, float("inf"), eps=eps, initial_scale=initial_scale)
 
-    def prepare(count, decay):
-        return {"correction": 1 - decay ** tree.as_real(count + 1) if bias_correction else 1.0}
-
-    def rule(g, mu, nu, decay, eps, correction):
-        mu = torch.lerp(g, mu, decay)
-        nu = torch.lerp(g * g, nu, decay)
+    def rule(g, mu, nu, weight, eps, correction):
+        mu = torch.lerp(mu, g, weight)
+        nu = torch.lerp(nu, g * g, weight)
         variance = nu / correction - (mu / correction) ** 2
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
-    return leafwise(rule, prepare, slots=slots, hyper={"decay": decay, "eps": eps})
+    return leafwise(rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps})
 
 
 @transformation
@@ -151,14 +153,17 @@ def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6)
         scale_by_adadelta(rho=0.95)
     """
     check_range(0, 1, rho=rho)
-    check_range(0, float("inf"), eps=eps)
+    check_range(0, float("inf"), above=True, eps=eps)
 
-    def rule(g, e_g, e_x, rho, eps):
-        e_g = torch.lerp(g * g, e_g, rho)
+    def prepare(rho):
+        return {"weight": 1 - rho}
+
+    def rule(g, e_g, e_x, weight, eps):
+        e_g = torch.lerp(e_g, g * g, weight)
         u = g * (e_x + eps).sqrt() / (e_g + eps).sqrt()
-        return u, {"e_g": e_g, "e_x": torch.lerp(u * u, e_x, rho)}
+        return u, {"e_g": e_g, "e_x": torch.lerp(e_x, u * u, weight)}
 
-    return leafwise(rule, slots={"e_g": tree.zeros_like, "e_x": tree.zeros_like}, hyper={"rho": rho, "eps": eps})
+    return leafwise(rule, prepare, slots={"e_g": tree.zeros_like, "e_x": tree.zeros_like}, hyper={"rho": rho, "eps": eps})
 
 
 # ---- ready-made ------------------------------------------------------------------------------------------------------
@@ -193,6 +198,7 @@ def rmsprop(
         rmsprop(0.01, centered=True)
     """
     root = (scale_by_stddev if centered else scale_by_rms)(decay, eps, initial_scale, eps_in_sqrt, bias_correction)
+    check_range(0, float("inf"), momentum=momentum)
     step = scale_by_learning_rate(learning_rate)
     return chain(root, step) if momentum is None else chain(root, step, trace(momentum, nesterov))
 

@@ -59,30 +59,32 @@ def scale_by_adam(
         >>> import torch, functorch_opt as fo
         >>> tx = fo.scale_by_adam()
         >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
-        [tensor([ 1.0000, -1.0000])]
+        [tensor([ 1., -1.])]
     """
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps, eps_root=eps_root)
+    if amsgrad not in (True, False, "torch"):
+        raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
 
     def prepare(count, b1, b2):
         t = tree.as_real(count + 1)
-        return {"c1": 1 - b1**t, "c2": 1 - b2**t, "c1_next": 1 - b1 ** (t + 1)}
+        return {"w1": 1 - b1, "w2": 1 - b2, "c1": 1 - b1**t, "c2": 1 - b2**t, "c1_next": 1 - b1 ** (t + 1)}
 
-    def direction(g, mu, nu_hat, b1, eps, eps_root, c1, c1_next):
-        mu_hat = torch.lerp(g / c1, mu / c1_next, b1) if nesterov else mu / c1
+    def direction(g, mu, nu_hat, w1, eps, eps_root, c1, c1_next):
+        mu_hat = torch.lerp(mu / c1_next, g / c1, w1) if nesterov else mu / c1
         return mu_hat / ((nu_hat + eps_root).sqrt() + eps)
 
-    def rule(g, mu, nu, b1, b2, eps, eps_root, c1, c2, c1_next):
-        mu = torch.lerp(g, mu, b1)
-        nu = torch.lerp(g * g, nu, b2)
-        return direction(g, mu, nu / c2, b1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu}
+    def rule(g, mu, nu, w1, w2, eps, eps_root, c1, c2, c1_next):
+        mu = torch.lerp(mu, g, w1)
+        nu = torch.lerp(nu, g * g, w2)
+        return direction(g, mu, nu / c2, w1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu}
 
-    def rule_with_max(g, mu, nu, nu_max, b1, b2, eps, eps_root, c1, c2, c1_next):
-        mu = torch.lerp(g, mu, b1)
-        nu = torch.lerp(g * g, nu, b2)
+    def rule_with_max(g, mu, nu, nu_max, w1, w2, eps, eps_root, c1, c2, c1_next):
+        mu = torch.lerp(mu, g, w1)
+        nu = torch.lerp(nu, g * g, w2)
         nu_max = torch.maximum(nu_max, nu if amsgrad == "torch" else nu / c2)
         nu_hat = nu_max / c2 if amsgrad == "torch" else nu_max
-        return direction(g, mu, nu_hat, b1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
+        return direction(g, mu, nu_hat, w1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
 
     second = partial(tree.zeros_like, dtype=nu_dtype)
     slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}
@@ -105,16 +107,16 @@ def scale_by_adamax(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, ep
         >>> import torch, functorch_opt as fo
         >>> tx = fo.scale_by_adamax()
         >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
-        [tensor([ 1.0000, -1.0000])]
+        [tensor([ 1., -1.])]
     """
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps)
 
     def prepare(count, b1):
-        return {"c1": 1 - b1 ** tree.as_real(count + 1)}
+        return {"w1": 1 - b1, "c1": 1 - b1 ** tree.as_real(count + 1)}
 
-    def rule(g, mu, nu, b1, b2, eps, c1):
-        mu = torch.lerp(g, mu, b1)
+    def rule(g, mu, nu, w1, b2, eps, c1):
+        mu = torch.lerp(mu, g, w1)
         nu = torch.maximum(b2 * nu, g.abs() + eps)
         return mu / (c1 * nu), {"mu": mu, "nu": nu}
 

@@ -36,10 +36,13 @@ def scale_by_lion(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dt
     """
     check_range(0, 1, b1=b1, b2=b2)
 
-    def rule(g, mu, b1, b2):
-        return torch.sign(torch.lerp(g, mu, b1)), {"mu": torch.lerp(g, mu, b2)}
+    def prepare(b1, b2):
+        return {"w1": 1 - b1, "w2": 1 - b2}
 
-    return leafwise(rule, slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)}, hyper={"b1": b1, "b2": b2})
+    def rule(g, mu, w1, w2):
+        return torch.sign(torch.lerp(mu, g, w1)), {"mu": torch.lerp(mu, g, w2)}
+
+    return leafwise(rule, prepare, slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)}, hyper={"b1": b1, "b2": b2})
 
 
 @transformation

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, transformation
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.combine import chain
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
@@ -43,6 +43,7 @@ def sgd(
         >>> fo.apply_updates(params, updates)
         tensor(0.8000)
     """
+    check_range(0, float("inf"), momentum=momentum)
     step = scale_by_learning_rate(learning_rate)
     return chain(step) if momentum is None else chain(trace(momentum, nesterov, accumulator_dtype), step)
 

@@ -52,7 +52,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))[0]
         [tensor([0.6000, 0.8000])]
     """
-    check_range(5e-324, float("inf"), max_norm=max_norm)
+    check_range(0, float("inf"), above=True, max_norm=max_norm)
 
     def prepare(updates, max_norm):
         norm = tree.norm(updates)

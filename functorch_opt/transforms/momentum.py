@@ -79,15 +79,15 @@ def ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.d
         >>> import torch, functorch_opt as fo
         >>> tx = fo.ema(0.9)
         >>> tx.update([torch.tensor(3.0)], tx.init([torch.tensor(0.0)]))[0]
-        [tensor(3.0000)]
+        [tensor(3.)]
     """
     check_range(0, 1, decay=decay)
 
     def prepare(count, decay):
-        return {"correction": 1 - decay ** tree.as_real(count + 1) if debias else 1.0}
+        return {"weight": 1 - decay, "correction": 1 - decay ** tree.as_real(count + 1) if debias else 1.0}
 
-    def rule(g, ema, decay, correction):
-        ema = torch.lerp(g, ema, decay)
+    def rule(g, ema, weight, correction):
+        ema = torch.lerp(ema, g, weight)
         return ema / correction, {"ema": ema}
 
     return leafwise(rule, prepare, slots={"ema": partial(tree.zeros_like, dtype=accumulator_dtype)}, hyper={"decay": decay})

@@ -25,6 +25,7 @@ def scale(step_size: Scalar) -> GradientTransformation:
         >>> tx.update([torch.tensor(2.0)], tx.init([torch.tensor(0.0)]))[0]
         [tensor(-1.)]
     """
+    check_range(-float("inf"), float("inf"), step_size=step_size)
     return leafwise(lambda g, step_size: g * step_size, hyper={"step_size": step_size})
 
 
