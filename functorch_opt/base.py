@@ -114,7 +114,11 @@ class GradientTransformation(Expression):
     """
 
     def __init__(
-        self, init: Callable[[PyTree], PyTree], update: Callable[..., tuple[PyTree, PyTree]], *, extra_args: Mapping[str, bool] | None = None
+        self,
+        init: Callable[[PyTree], PyTree],
+        update: Callable[..., tuple[PyTree, PyTree]],
+        *,
+        extra_args: Mapping[str, bool] | None = None,
     ) -> None:
         self._init, self._update = init, update
         self.extra_args = dict(keyword_only(update) if extra_args is None else extra_args)
@@ -151,7 +155,9 @@ class GradientTransformation(Expression):
             raise TypeError(f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}.")
         missing = [name for name, required in self.extra_args.items() if required and name not in extra]
         if missing:
-            raise TypeError(f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)}).")
+            raise TypeError(
+                f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)})."
+            )
         return self._update(updates, state, params, **extra)
 
 
@@ -176,13 +182,20 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     new = []
     for i, (p, u) in enumerate(zip(ps, us, strict=True)):
         if u is not None:
-            if p is None or p.shape != u.shape or (u.is_complex() and not p.is_complex()):
+            if p is None or p.shape != u.shape or _rank(u) > _rank(p):
                 there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
                 given = f"{u.dtype} of shape {tuple(u.shape)}"
-                raise ValueError(f"the update at {tree.paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off.")
+                raise ValueError(
+                    f"the update at {tree.paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off."
+                )
             p = p + u if p.dtype == u.dtype else (p + u).to(p.dtype)
         new.append(p)
     return tree.unflatten(spec, new)
+
+
+def _rank(x: Tensor) -> int:
+    """Integers fit into reals, and reals into complex numbers, but not the other way."""
+    return 2 if x.is_complex() else int(x.is_floating_point())
 
 
 # ---- reading signatures (plain attributes, so that torch.compile can trace a factory) -----------------------------------
@@ -198,7 +211,9 @@ def positional(f: Any) -> tuple[str, ...]:
 def keyword_only(f: Any) -> dict[str, bool]:
     code = _code(f)
     if code.co_flags & 0x08:
-        raise TypeError(f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', or pass extra_args= for a wrapper.")
+        raise TypeError(
+            f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', or pass extra_args= for a wrapper."
+        )
     names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     return {name: name not in (f.__kwdefaults__ or {}) for name in names}
 

@@ -29,7 +29,9 @@ class Chain(GradientTransformation):
         self.extra_args: dict[str, bool] = {}
         for i, stage in enumerate(stages):
             if not isinstance(stage, GradientTransformation):
-                raise TypeError(f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); got {type(stage).__name__} {stage!r}.")
+                raise TypeError(
+                    f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); got {type(stage).__name__} {stage!r}."
+                )
             name, n = stage.name, 0
             while name in self.stages:
                 n += 1
@@ -38,13 +40,15 @@ class Chain(GradientTransformation):
             for extra, required in stage.extra_args.items():
                 self.extra_args[extra] = required or self.extra_args.get(extra, False)
 
-    def _init(self, params: PyTree) -> dict[str, PyTree]:  # type: ignore[override]
+    def _init(self, params: PyTree) -> dict[str, PyTree]:
         return {name: stage.init(params) for name, stage in self.stages.items()}
 
-    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:  # type: ignore[override]
+    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
         if not isinstance(state, dict) or state.keys() != self.stages.keys():
             held = list(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. Use what its own init or update returned.")
+            raise ValueError(
+                f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. Use what its own init or update returned."
+            )
         new = {}
         for name, stage in self.stages.items():
             updates, new[name] = stage.update(updates, state[name], params, **{e: extra[e] for e in stage.extra_args if e in extra})
@@ -109,7 +113,9 @@ def _by_group(
             return paths, ps, [_NO_LEAF if params is not None and p is None else read(label) for label, p in zip(given, ps, strict=True)]
         if params is None and any(leaf is None for leaf in ps):
             missing = next(path for path, leaf in zip(paths, ps, strict=True) if leaf is None)
-            raise ValueError(f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params).")
+            raise ValueError(
+                f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params)."
+            )
         return paths, ps, [_NO_LEAF if p is None else read(labels(path, p)) for path, p in zip(paths, ps, strict=True)]
 
     def check(paths: list[Path], assigned: list[Any]) -> None:
@@ -278,7 +284,9 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
     return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
 
 
-def inject_hyperparams(factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()) -> Callable[..., GradientTransformation]:
+def inject_hyperparams(
+    factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()
+) -> Callable[..., GradientTransformation]:
     """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
 
     ``inject_hyperparams(adamw)(learning_rate=0.1)`` is `adamw` with the state
@@ -311,7 +319,9 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation], static_ar
     known = list(inspect.signature(factory).parameters)
     unknown = [name for name in static_args if name not in known]
     if isinstance(static_args, str) or unknown:
-        raise TypeError(f"static_args must be a tuple of names among {known}, which are the arguments of {factory.__name__}; got {static_args!r}.")
+        raise TypeError(
+            f"static_args must be a tuple of names among {known}, which are the arguments of {factory.__name__}; got {static_args!r}."
+        )
     return _Injected(factory, static_args)
 
 
@@ -326,12 +336,15 @@ def hyperparameters(
         given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
         raise TypeError(f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}.") from None
     bound.apply_defaults()
-    numbers, fixed = {}, {}
+    numbers: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         parameter = signature.parameters[name]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise TypeError(f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them.")
         annotated = "Scalar" in str(parameter.annotation)
-        number = isinstance(value, float | Tensor) or (annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool))))
+        number = isinstance(value, float | Tensor) or (
+            annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
+        )
         (numbers if number and name not in static_args else fixed)[name] = value
     return numbers, fixed

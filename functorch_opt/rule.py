@@ -57,11 +57,15 @@ class Leafwise(GradientTransformation):
         self.extra_args = keyword_only(prepare) if prepare else {}
         if keyword_only(rule):
             names = ", ".join(keyword_only(rule))
-            raise TypeError(f"{self.name}: rule takes {names} after '*'. Let prepare take it there, and return it for rule to read by name.")
+            raise TypeError(
+                f"{self.name}: rule takes {names} after '*'. Let prepare take it there, and return it for rule to read by name."
+            )
         self.counts = "count" in (*self.rule_reads, *self.prepare_reads) or any(callable(h) for h in hyper.values())
         known = ["count", *slots, *hyper, *shared]
         if len(known) != len(set(known)) or {"g", "p", "updates", "params"} & set(known):
-            raise TypeError(f"{self.name}: slots, shared and hyper must have different names, none of them g, p, count, updates or params; got {known[1:]}.")
+            raise TypeError(
+                f"{self.name}: slots, shared and hyper must have different names, none of them g, p, count, updates or params; got {known[1:]}."
+            )
         for reader, reads, allowed in (
             ("prepare", self.prepare_reads, {"updates", "params", "count", *hyper, *shared}),
             ("rule", () if prepare else self.rule_reads, {"g", "p", *known}),
@@ -76,10 +80,12 @@ class Leafwise(GradientTransformation):
         required = self.prepare_reads[: len(self.prepare_reads) - len(getattr(self.prepare, "__defaults__", None) or ())]
         return "p" in self.rule_reads or "params" in required
 
-    def _init(self, params: PyTree) -> StageState:  # type: ignore[override]
+    def _init(self, params: PyTree) -> StageState:
         for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
             if p is not None and not (p.is_floating_point() or p.is_complex()):
-                raise TypeError(f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors can be optimized. Leave it out with masked or partition.")
+                raise TypeError(
+                    f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors can be optimized. Leave it out with masked or partition."
+                )
         device = tree.leaves(params)[0].device
         shared = {name: value.to(device, copy=True) for name, value in self.shared.items()}
         if self.counts:
@@ -89,7 +95,7 @@ class Leafwise(GradientTransformation):
             tree.flatten_tensors(slot, f"{self.name}'s slot {name}")
         return StageState(shared, slots)
 
-    def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:  # type: ignore[override]
+    def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:
         self._check_state(state)
         if params is None and self.reads_params:
             raise ValueError(f"{self.name} reads the parameters: call update(updates, state, params).")
@@ -118,7 +124,9 @@ class Leafwise(GradientTransformation):
                 new[name].append(value)
         return tree.unflatten(spec, us), StageState(shared, {name: tree.unflatten(spec, column) for name, column in new.items()})
 
-    def scalars(self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def scalars(
+        self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything a rule may read beside ``g``, ``p`` and slots, by name; and the next shared values. Once a step."""
         now: dict[str, Any] = dict(shared)
         if self.counts:
@@ -146,7 +154,9 @@ class Leafwise(GradientTransformation):
             shared["count"] = shared["count"] + 1
         return now, shared
 
-    def apply(self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(
+        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rule on one tensor, computed in `dtype`; slots come back in the dtype they were stored in.
 
         An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does.
@@ -194,7 +204,9 @@ class Leafwise(GradientTransformation):
         expected = {*self.shared, *(["count"] if self.counts else [])}
         if not isinstance(state, StageState) or state.shared.keys() != expected or state.slots.keys() != self.slots.keys():
             held = [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
-            raise ValueError(f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. Use the state that its own init or update returned.")
+            raise ValueError(
+                f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. Use the state that its own init or update returned."
+            )
 
 
 def leafwise(
@@ -240,9 +252,13 @@ def leafwise(
     """
     for name, value in (hyper or {}).items():
         if isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
-            raise TypeError(f"{name} must be a number, a 0-dim tensor or a schedule (a function of the count); got {type(value).__name__} {value!r}.")
+            raise TypeError(
+                f"{name} must be a number, a 0-dim tensor or a schedule (a function of the count); got {type(value).__name__} {value!r}."
+            )
         if isinstance(value, Tensor) and value.dim() > 1:
-            raise TypeError(f"{name} must be a 0-dim tensor; got shape {tuple(value.shape)}. To train with many values at once, vmap over it.")
+            raise TypeError(
+                f"{name} must be a 0-dim tensor; got shape {tuple(value.shape)}. To train with many values at once, vmap over it."
+            )
     for name, make in (slots or {}).items():
         if not callable(make):
             raise TypeError(f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {_outline(make)}.")
@@ -326,7 +342,10 @@ class _PerLeaf:
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
         if dtype not in self.cast:
             real = _REAL.get(dtype, dtype)
-            rows = {name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind()) for name, row in self.rows.items()}
+            rows = {
+                name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind())
+                for name, row in self.rows.items()
+            }
             self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
         fixed, rows = self.cast[dtype]
         return {**fixed, **{name: row[i] for name, row in rows.items()}}

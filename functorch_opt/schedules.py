@@ -255,7 +255,9 @@ def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Seq
     """
     schedules, boundaries = list(schedules), list(boundaries)
     if len(schedules) != len(boundaries) + 1:
-        raise ValueError(f"join_schedules needs one boundary fewer than schedules; got {len(schedules)} schedules and {len(boundaries)} boundaries.")
+        raise ValueError(
+            f"join_schedules needs one boundary fewer than schedules; got {len(schedules)} schedules and {len(boundaries)} boundaries."
+        )
     _boundaries(boundaries, least=1)
 
     def value(t: Tensor) -> Any:
@@ -385,7 +387,9 @@ def warmup_cosine_decay_schedule(
     _at_least(0, warmup_steps=warmup_steps)
     _positive(peak_value=peak_value)
     if isinstance(decay_steps, int) and decay_steps <= warmup_steps:
-        raise ValueError(f"decay_steps counts the warmup too, so it must be greater than warmup_steps; got {decay_steps} and {warmup_steps}.")
+        raise ValueError(
+            f"decay_steps counts the warmup too, so it must be greater than warmup_steps; got {decay_steps} and {warmup_steps}."
+        )
     cosine = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, end_value / peak_value, exponent)
     return _after_warmup(init_value, peak_value, warmup_steps, cosine)
 
@@ -450,7 +454,11 @@ def linear_onecycle_schedule(
     _fraction(pct_start=pct_start, pct_final=pct_final)
     _positive(div_factor=div_factor, final_div_factor=final_div_factor)
     _at_least(1, transition_steps=transition_steps)
-    scales = [(int(pct_start * transition_steps), div_factor), (int(pct_final * transition_steps), 1 / div_factor), (transition_steps, 1 / final_div_factor)]
+    scales = [
+        (int(pct_start * transition_steps), div_factor),
+        (int(pct_final * transition_steps), 1 / div_factor),
+        (transition_steps, 1 / final_div_factor),
+    ]
     _boundaries([count for count, _ in scales], least=1)
     return piecewise_interpolate_schedule("linear", peak_value / div_factor, dict(scales))
 

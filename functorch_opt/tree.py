@@ -125,7 +125,9 @@ def unique_paths(tree: PyTree) -> list[Path]:
     seen: set[Path] = set()
     for path in (all_paths := paths(tree)):
         if path in seen:
-            raise ValueError(f"two leaves have the path {path!r}: rename a dict key (one contains '/', or is a number beside its own string).")
+            raise ValueError(
+                f"two leaves have the path {path!r}: rename a dict key (one contains '/', or is a number beside its own string)."
+            )
         seen.add(path)
     return all_paths
 
@@ -139,7 +141,9 @@ def _difference(upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix:
     place = f"at {_path(entries)!r}" if entries else "at the root"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
-    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    return (
+        f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    )
 
 
 def _first_difference(upper: PyTree, lower: PyTree, prefix: bool) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
@@ -391,4 +395,6 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
                 f"{path!r} has shape {tuple(saved[path].shape)} in the state dict and {tuple(leaf.shape)} here. "
                 "Load it into the state of the params that it was saved with."
             )
-    return unflatten(spec, [None if leaf is None else saved[path].to(leaf.device, copy=True) for path, leaf in zip(names, here, strict=True)])
+    return unflatten(
+        spec, [None if leaf is None else saved[path].to(leaf.device, copy=True) for path, leaf in zip(names, here, strict=True)]
+    )

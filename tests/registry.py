@@ -36,7 +36,12 @@ ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-3}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 ROWS = [
-    Row("add_decayed_weights", fo.add_decayed_weights, {"weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1}, {"weight_decay": decay_schedule})),
+    Row(
+        "add_decayed_weights",
+        fo.add_decayed_weights,
+        {"weight_decay": 0.1},
+        ({}, {"mask": lambda path, p: p.ndim > 1}, {"weight_decay": decay_schedule}),
+    ),
     Row("add_noise", fo.add_noise, {"eta": 0.1, "gamma": 0.5}, ({}, {"gamma": 0.0}), keyed=True),
     Row("centralize", fo.centralize),
     Row("chain", lambda **h: fo.chain(fo.clip_by_global_norm(h["max_norm"]), fo.adamw(h["learning_rate"])), {"max_norm": 0.5, **LR}),
@@ -45,10 +50,18 @@ ROWS = [
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
     Row("identity", fo.identity),
     Row("inject_hyperparams", fo.inject_hyperparams(fo.adamw), {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
-    Row("masked", lambda step_size, **v: fo.masked(fo.chain(fo.trace(0.9), fo.scale(step_size)), **{"mask": lambda path, p: p.ndim > 0, **v}), {"step_size": -0.3}, ({}, {"otherwise": "zero"})),
+    Row(
+        "masked",
+        lambda step_size, **v: fo.masked(fo.chain(fo.trace(0.9), fo.scale(step_size)), **{"mask": lambda path, p: p.ndim > 0, **v}),
+        {"step_size": -0.3},
+        ({}, {"otherwise": "zero"}),
+    ),
     Row(
         "partition",
-        lambda learning_rate: fo.partition({"matrix": fo.chain(fo.clip_by_global_norm(0.5), fo.adam(learning_rate)), "rest": fo.sgd(0.2)}, lambda path, p: "matrix" if p.ndim > 1 else "rest"),
+        lambda learning_rate: fo.partition(
+            {"matrix": fo.chain(fo.clip_by_global_norm(0.5), fo.adam(learning_rate)), "rest": fo.sgd(0.2)},
+            lambda path, p: "matrix" if p.ndim > 1 else "rest",
+        ),
         LR,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
@@ -57,7 +70,12 @@ ROWS = [
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
     Row("scale_by_learning_rate", fo.scale_by_learning_rate, LR, ({}, {"flip_sign": False}, {"learning_rate": decay_schedule})),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
-    Row("scale_by_rms", fo.scale_by_rms, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5})),
+    Row(
+        "scale_by_rms",
+        fo.scale_by_rms,
+        {"decay": 0.9, "eps": 1e-3},
+        ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5}),
+    ),
     Row("scale_by_rss", fo.scale_by_rss, {"eps": 1e-3}, ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False})),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule)),
     Row("scale_by_stddev", fo.scale_by_stddev, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True})),
@@ -81,5 +99,18 @@ ROWS = [
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
 ]
 
-NOT_TRANSFORMATIONS = {"Each", "GradientTransformation", "Scalar", "ScalarOrSchedule", "StageState", "apply_updates", "describe", "get", "leafwise", "load_state_dict", "state_dict", "transformation"}
+NOT_TRANSFORMATIONS = {
+    "Each",
+    "GradientTransformation",
+    "Scalar",
+    "ScalarOrSchedule",
+    "StageState",
+    "apply_updates",
+    "describe",
+    "get",
+    "leafwise",
+    "load_state_dict",
+    "state_dict",
+    "transformation",
+}
 """Public names that need no row here (schedules have their own table in `test_schedules.py`)."""

@@ -51,7 +51,9 @@ def assert_same(a, b, **tolerance) -> None:
     for path, x, y in zip(tree.paths(a), left[0], right[0], strict=True):
         assert (x is None) == (y is None), path
         if x is not None:
-            torch.testing.assert_close(x, y, msg=lambda m, path=path: f"{path}: {m}", equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0}))
+            torch.testing.assert_close(
+                x, y, msg=lambda m, path=path: f"{path}: {m}", equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0})
+            )
 
 
 # ---- 1. pure -----------------------------------------------------------------------------------------------------------
@@ -118,7 +120,11 @@ def test_complex_is_a_pair_of_reals(row: Row, variant: dict) -> None:
 @cases
 def test_vmap_equals_a_loop(row: Row, variant: dict) -> None:
     """Three models with their own params, gradients, keys and hyperparameters."""
-    varied = {name: torch.tensor([value * f for f in (0.5, 0.9, 1.0)], dtype=torch.float64) for name, value in row.hyper.items() if not callable(variant.get(name, 0.0)) and name not in variant}
+    varied = {
+        name: torch.tensor([value * f for f in (0.5, 0.9, 1.0)], dtype=torch.float64)
+        for name, value in row.hyper.items()
+        if not callable(variant.get(name, 0.0)) and name not in variant
+    }
     if row.keyed:
         varied["key"] = fo.random.split(fo.random.key(3), 3)
     stack = [params(seed=i) for i in range(3)]
@@ -159,6 +165,7 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
     derivative = jacrev(after_three_steps, argnums=(0, 1))(hyper, shift)
     h = 1e-6
     for name in [*hyper, None]:
+
         def at(delta, name=name):
             moved = {n: v + delta if n == name else v for n, v in hyper.items()}
             return after_three_steps(moved, shift + delta if name is None else shift)
@@ -243,7 +250,11 @@ def test_resumed_equals_uninterrupted(row: Row, variant: dict) -> None:
     assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ("chain", "masked", "partition", "scale_by_schedule", "stateless")], ids=lambda row: row.id)
+@pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if row.name not in ("chain", "masked", "partition", "scale_by_schedule", "stateless")],
+    ids=lambda row: row.id,
+)
 def test_repr_reads_as_the_call_and_pickles(row: Row) -> None:
     tx = row.build()
     again = pickle.loads(pickle.dumps(tx))

@@ -34,7 +34,9 @@ def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = 
         p.grad = None if i in missing else g
 
 
-def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, start: int = 0, missing_at: dict[int, tuple[int, ...]] | None = None) -> list[Tensor]:
+def train(
+    opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, start: int = 0, missing_at: dict[int, tuple[int, ...]] | None = None
+) -> list[Tensor]:
     for step in range(start, start + steps):
         set_grads(params, step, (missing_at or {}).get(step, ()))
         opt.step()
@@ -47,13 +49,30 @@ FREEZE = {2: (0, 1, 2, 3, 4), 4: (1,), 5: (1,), 6: (1, 2)}
 """At step 2 nobody has a gradient; later some have none for a while: their counts must stand still."""
 
 OPTIONS: list[tuple[str, dict]] = [
-    *[("SGD", dict(lr=0.1, momentum=m, dampening=d, weight_decay=w, nesterov=n, maximize=x)) for m, d, w, n, x in [
-        (0, 0, 0, False, False), (0.9, 0, 0, False, False), (0.9, 0.5, 0, False, False), (0.9, 0, 0.1, True, False), (0.9, 0.3, 0.1, False, True), (0, 0, 0.1, False, True),
-    ]],
-    *[(name, dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, amsgrad=a, maximize=x)) for name, w, a, x in itertools.product(["Adam", "AdamW"], [0, 0.1], [False, True], [False, True])],
+    *[
+        ("SGD", dict(lr=0.1, momentum=m, dampening=d, weight_decay=w, nesterov=n, maximize=x))
+        for m, d, w, n, x in [
+            (0, 0, 0, False, False),
+            (0.9, 0, 0, False, False),
+            (0.9, 0.5, 0, False, False),
+            (0.9, 0, 0.1, True, False),
+            (0.9, 0.3, 0.1, False, True),
+            (0, 0, 0.1, False, True),
+        ]
+    ],
+    *[
+        (name, dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, amsgrad=a, maximize=x))
+        for name, w, a, x in itertools.product(["Adam", "AdamW"], [0, 0.1], [False, True], [False, True])
+    ],
     ("Adam", dict(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
-    *[("RMSprop", dict(lr=0.01, alpha=0.9, weight_decay=w, momentum=m, centered=c, maximize=x)) for w, m, c, x in itertools.product([0, 0.1], [0, 0.9], [False, True], [False, True])],
-    *[("Adagrad", dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x)) for d, w, i, x in itertools.product([0, 0.1], [0, 0.1], [0, 0.5], [False, True])],
+    *[
+        ("RMSprop", dict(lr=0.01, alpha=0.9, weight_decay=w, momentum=m, centered=c, maximize=x))
+        for w, m, c, x in itertools.product([0, 0.1], [0, 0.9], [False, True], [False, True])
+    ],
+    *[
+        ("Adagrad", dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x))
+        for d, w, i, x in itertools.product([0, 0.1], [0, 0.1], [0, 0.5], [False, True])
+    ],
     *[(name, {}) for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")],
 ]
 ids = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items() if v and k not in ('lr', 'betas', 'eps'))}" for name, options in OPTIONS]
@@ -83,7 +102,16 @@ def test_arguments_and_defaults_are_torchs(name: str) -> None:
     assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
 
 
-@pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9, "dampening": 0.1}), ("Adam", {"amsgrad": True}), ("AdamW", {}), ("RMSprop", {"momentum": 0.9, "centered": True}), ("Adagrad", {"lr_decay": 0.1})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"momentum": 0.9, "dampening": 0.1}),
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {}),
+        ("RMSprop", {"momentum": 0.9, "centered": True}),
+        ("Adagrad", {"lr_decay": 0.1}),
+    ],
+)
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_a_torch_checkpoint_goes_on(name: str, options: dict, direction: str) -> None:
     first, second = (getattr(torch.optim, name), getattr(fo.optim, name))[:: 1 if direction == "from torch" else -1]
@@ -121,7 +149,9 @@ def test_complex_parameters_as_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["list", "named"])
-@pytest.mark.parametrize(("row", "variant"), [pytest.param(row, v, id=f"{row.id}{i or ''}") for row in ROWS for i, v in enumerate(row.variants)])
+@pytest.mark.parametrize(
+    ("row", "variant"), [pytest.param(row, v, id=f"{row.id}{i or ''}") for row in ROWS for i, v in enumerate(row.variants)]
+)
 def test_any_transformation_equals_its_functional_self(row: Row, variant: dict, named: bool) -> None:
     tx = row.build(variant)
     params = make_params()
@@ -160,7 +190,10 @@ def test_groups_are_separate_optimizers() -> None:
     params, twins = make_params(), make_params()
     groups = [{"params": params[:2], "lr": 0.2, "weight_decay": 0.0, "amsgrad": True}, {"params": params[2:], "betas": (0.5, 0.9)}]
     opt = fo.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
-    one, two = fo.optim.AdamW(twins[:2], lr=0.2, weight_decay=0.0, amsgrad=True), fo.optim.AdamW(twins[2:], lr=0.05, weight_decay=0.1, betas=(0.5, 0.9))
+    one, two = (
+        fo.optim.AdamW(twins[:2], lr=0.2, weight_decay=0.0, amsgrad=True),
+        fo.optim.AdamW(twins[2:], lr=0.05, weight_decay=0.1, betas=(0.5, 0.9)),
+    )
     for step in range(5):
         set_grads(params, step)
         set_grads(twins, step)
@@ -208,7 +241,13 @@ def test_closure_runs_with_gradients_and_its_value_returns() -> None:
 
 def test_an_error_in_a_closure_or_in_the_update_leaves_everything_as_it_was() -> None:
     params = make_params()
-    opt = fo.optim.Optimizer([{"params": params[:1], "nesterov": False}, {"params": params[1:], "nesterov": True}], fo.sgd, learning_rate=0.1, momentum=0.9, nesterov=False)
+    opt = fo.optim.Optimizer(
+        [{"params": params[:1], "nesterov": False}, {"params": params[1:], "nesterov": True}],
+        fo.sgd,
+        learning_rate=0.1,
+        momentum=0.9,
+        nesterov=False,
+    )
     train(opt, params, 2)
     before = copy.deepcopy((opt.state_dict(), params))
     set_grads(params, 2)
@@ -298,7 +337,9 @@ def test_a_generic_chain_is_driven_by_a_scheduler() -> None:
     params, twins = make_params(), make_params()
     opt = fo.optim.Optimizer(params, fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1)))
     sched = lr_scheduler.StepLR(opt, 1, 0.5)
-    state = (tx := fo.chain(fo.clip_by_global_norm(0.5), fo.scale_by_adam(), fo.scale_by_schedule(fo.exponential_decay(-0.1, 1, 0.5)))).init(twins)
+    state = (
+        tx := fo.chain(fo.clip_by_global_norm(0.5), fo.scale_by_adam(), fo.scale_by_schedule(fo.exponential_decay(-0.1, 1, 0.5)))
+    ).init(twins)
     ps = [p.detach() for p in twins]
     for step in range(4):
         set_grads(params, step)
@@ -320,7 +361,15 @@ def test_a_tensor_lr_is_not_shared_between_groups() -> None:
     sched.step()
 
 
-@pytest.mark.parametrize("build", [lambda ps: fo.optim.AdamW(ps, amsgrad=True), lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20)))), lambda ps: fo.optim.Optimizer(ps, fo.lion, learning_rate=0.1)], ids=["AdamW", "noise", "lion"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda ps: fo.optim.AdamW(ps, amsgrad=True),
+        lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20)))),
+        lambda ps: fo.optim.Optimizer(ps, fo.lion, learning_rate=0.1),
+    ],
+    ids=["AdamW", "noise", "lion"],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_resumed_equals_uninterrupted_bit_for_bit(build, dtype: torch.dtype) -> None:
     params = make_params(dtype)
@@ -439,7 +488,15 @@ def test_grad_scaler_skips_infinite_steps_and_unscales() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("build", [fo.optim.AdamW, lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.0, key=1), fo.adam(0.1))), lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.1)], ids=["AdamW", "chain", "factory"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        fo.optim.AdamW,
+        lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.0, key=1), fo.adam(0.1))),
+        lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.1),
+    ],
+    ids=["AdamW", "chain", "factory"],
+)
 def test_copies_go_on_alike(how, build) -> None:
     params = make_params()
     opt = build(params)
@@ -500,7 +557,11 @@ def test_hooks_fire_in_order_once() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda ps: fo.optim.Optimizer(ps, fo.adam(0.1), learning_rate=0.1), TypeError, "ready transformation takes no hyperparameters; got learning_rate"),
+        (
+            lambda ps: fo.optim.Optimizer(ps, fo.adam(0.1), learning_rate=0.1),
+            TypeError,
+            "ready transformation takes no hyperparameters; got learning_rate",
+        ),
         (lambda ps: fo.optim.Optimizer(ps, "adam"), TypeError, "must be a transformation or a function"),
         (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rat=0.1), TypeError, "learning_rat"),
         (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=-0.1), ValueError, "learning_rate must be in"),

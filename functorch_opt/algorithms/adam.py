@@ -11,13 +11,12 @@ Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2 (AdamW).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.combine import MaskOrFn, chain
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.decay import add_decayed_weights

@@ -13,7 +13,7 @@ parameters (a noise key) are kept with the first one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
-from functorch_opt.combine import chain, hyperparameters
+from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.rule import leafwise
 from functorch_opt.tree import PyTree, StageState
 
@@ -69,33 +69,41 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], tx: GradientTransformation | Callable[..., GradientTransformation], **hyper: Any) -> None:
         if isinstance(tx, GradientTransformation):
             if hyper:
-                raise TypeError(f"a ready transformation takes no hyperparameters; got {', '.join(hyper)}. Give the function that makes it: Optimizer(params, adamw, learning_rate=...).")
-            defaults, fixed = {"lr": 1.0}, {}
+                raise TypeError(
+                    f"a ready transformation takes no hyperparameters; got {', '.join(hyper)}. "
+                    "Give the function that makes it: Optimizer(params, adamw, learning_rate=...)."
+                )
+            numbers: dict[str, Any] = {}
+            others: dict[str, Any] = {}
         elif callable(tx):
             tx(**hyper)  # what it does not like about its arguments, it says now
-            numbers, fixed = hyperparameters(tx, (), hyper)
-            defaults = {name: value for name, value in numbers.items() if not callable(value)}
-            fixed |= {name: value for name, value in numbers.items() if callable(value)}
-            defaults |= {name: fixed.pop(name) for name, value in list(fixed.items()) if isinstance(value, (bool, int, str, torch.dtype, type(None)))}
-            defaults = {"lr": defaults.pop("learning_rate", 1.0), **defaults}
+            numbers, others = hyperparameters(tx, (), hyper)
         else:
             raise TypeError(f"tx must be a transformation or a function that returns one; got {type(tx).__name__} {tx!r}.")
-        self._recipe = (tx, fixed)
-        self._setup(params, defaults)
+        plain = {name: value for name, value in others.items() if isinstance(value, (bool, int, str, torch.dtype, type(None)))}
+        fixed = {name: value for name, value in (others | numbers).items() if name not in plain and callable(value)}
+        numbers = {name: value for name, value in numbers.items() if name not in fixed}
+        fixed |= {name: value for name, value in others.items() if name not in plain}
+        has_lr = "learning_rate" in numbers
+        lr = numbers.pop("learning_rate", 1.0)
+        self._recipe: tuple[Any, dict[str, Any], bool] = (tx, fixed, has_lr)
+        self._setup(params, {"lr": lr, **numbers, **plain}, numbers=("lr", *numbers))
 
-    def _setup(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def _setup(self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str]) -> None:
+        """What every constructor ends with; `numbers` names the options that are hyperparameters."""
+        self._numbers = frozenset(numbers)
         self._plans: dict[Any, _Plan] = {}
         super().__init__(params, defaults)
 
-    def _chain(self, **options: Any) -> GradientTransformation:
+    def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
         """The transformation for these group options, of which numbers may be tensors: 0-dim, or one entry per parameter."""
-        tx, fixed = self._recipe
+        tx, fixed, has_lr = self._recipe
         lr = options.pop("lr")
-        if isinstance(tx, GradientTransformation):
-            return chain(tx, _group_lr(lr))
-        if "learning_rate" in fixed or "learning_rate" not in hyperparameters(tx, (), {**fixed, "learning_rate": 0.0}, ())[0]:
-            return chain(tx(**fixed, **options), _group_lr(lr))
-        return tx(**fixed, **options, learning_rate=lr)
+        if has_lr:
+            return tx(**fixed, **options, learning_rate=lr)
+        ready: GradientTransformation = tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
+        stages = ready.stages.values() if isinstance(ready, Chain) else [ready]
+        return chain(*stages, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------------------------------
 
@@ -121,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
 
         Args:
@@ -168,7 +176,8 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[p][name] = torch.tensor(float(value))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_recipe": self._recipe} if hasattr(self, "_recipe") else super().__getstate__()
+        private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers") if name in vars(self)}
+        return {**super().__getstate__(), **private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,44 +191,40 @@ class Optimizer(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
-        steps = [self._plan(static, groups).compute(self.state) for static, groups in self._buckets() if any(p.grad is not None for g in groups for p in g["params"])]
-        for fresh, sums, copies in steps:
-            for p, name, value in fresh:
-                self.state[p][name] = value
-            _foreach(torch._foreach_add_, Tensor.add_, sums)
-            _foreach(torch._foreach_copy_, Tensor.copy_, copies)
+        writes = [
+            self._plan(fixed, groups).compute(groups, self.state)
+            for fixed, groups in self._buckets()
+            if any(p.grad is not None for group in groups for p in group["params"])
+        ]
+        for write in writes:
+            write()
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            static = tuple((name, group[name]) for name in self.defaults if name not in _FLAGS and not self._is_number(name, group[name]))
-            buckets.setdefault(static, []).append(group)
+            fixed = tuple((name, group[name]) for name in self._options() if not self._varies(name, group[name]))
+            buckets.setdefault(fixed, []).append(group)
         return buckets.items()
 
-    def _is_number(self, name: str, value: Any) -> bool:
-        if isinstance(value, tuple):
-            return all(self._is_number(name, part) for part in value)
-        if name in self._structural and not isinstance(value, Tensor) and value == 0:
-            return False
-        return isinstance(value, Tensor) or (isinstance(value, (int, float)) and not isinstance(value, bool) and isinstance(self.defaults[name], (int, float, Tensor, tuple)) and not isinstance(self.defaults[name], bool))
+    def _options(self) -> list[str]:
+        return [name for name in self.defaults if name not in _FLAGS]
 
-    def _plan(self, static: tuple[Any, ...], groups: list[dict[str, Any]]) -> _Plan:
-        params = [p for group in groups for p in group["params"]]
-        plan = self._plans.get(static)
-        if plan is None or not plan.fits(groups, params):
-            names = [name for name in self.defaults if name not in _FLAGS and name not in dict(static)]
-            plan = self._plans[static] = _Plan(lambda numbers: self._chain(**dict(static), **numbers), names, groups, params, self._names)
-        plan.read(groups, params)
+    def _varies(self, name: str, value: Any) -> bool:
+        """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a zero leaves out a stage."""
+        return name in self._numbers and (name not in self._structural or isinstance(value, Tensor) or value != 0)
+
+    def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> _Plan:
+        plan = self._plans.get(fixed)
+        if plan is None or plan.layout != _layout(groups):
+            options = dict(fixed)
+            varying = [name for name in self._options() if name not in options]
+            plan = self._plans[fixed] = _Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names)
         return plan
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """Options by which torch chooses among its implementations. There is one here."""
-
-
-def _group_lr(lr: Any) -> GradientTransformation:
-    return leafwise(lambda g, lr: g * lr, hyper={"lr": lr})
 
 
 def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -255,7 +260,9 @@ def _places(state: PyTree, path: str, index: dict[str, int]) -> PyTree:
         slots = {}
         for name, slot in state.slots.items():
             spec = tree.flatten(slot)[1]
-            slots[name] = tree.unflatten(spec, [_Place("slot", under(name), under(f"slots/{name}/{leaf}"), index[leaf]) for leaf in tree.paths(slot)])
+            slots[name] = tree.unflatten(
+                spec, [_Place("slot", under(name), under(f"slots/{name}/{leaf}"), index[leaf]) for leaf in tree.paths(slot)]
+            )
         return StageState(shared, slots)  # type: ignore[arg-type]
     if isinstance(state, dict):
         return {name: _places(child, under(name), index) for name, child in state.items()}
@@ -270,93 +277,122 @@ class _Plan:
     """What is worked out once for a bucket of groups: its transformation, and where each tensor of the state lives."""
 
     def __init__(
-        self, make: Callable[[dict[str, Any]], GradientTransformation], names: list[str], groups: list[dict[str, Any]], params: list[Tensor], rename: dict[str, str]
+        self,
+        make: Callable[[dict[str, Any]], GradientTransformation],
+        varying: list[str],
+        groups: list[dict[str, Any]],
+        rename: dict[str, str],
     ) -> None:
+        params = [p for group in groups for p in group["params"]]
         self.layout = _layout(groups)
         self.device = params[0].device
-        self.group_of = [i for i, group in enumerate(groups) for _ in group["params"]]
-        size = () if len(groups) == 1 else (len(params),)
-        new = lambda: torch.zeros(size, dtype=tree.real_dtype(self.device), device=self.device)  # noqa: E731
-        self.numbers = {name: tuple(new() for _ in groups[0][name]) if isinstance(groups[0][name], tuple) else new() for name in names}
+        shape = () if len(groups) == 1 else (len(params),)
+
+        def buffer(value: Any) -> Any:
+            """Where a hyperparameter is written at every step; the transformation reads it there."""
+            if isinstance(value, tuple):
+                return tuple(buffer(part) for part in value)
+            return torch.zeros(shape, dtype=tree.real_dtype(self.device), device=self.device)
+
+        self.numbers = {name: buffer(groups[0][name]) for name in varying}
         self.tx = make(self.numbers)
-        self.paths = [name for group in groups for name in group.get("param_names", [])]
-        self.named = len(set(self.paths)) == len(params)
-        self.paths = self.paths if self.named else [str(i) for i in range(len(params))]
+
+        names = [name for group in groups for name in group.get("param_names", [])]
+        self.named = len(set(names)) == len(params)
+        self.paths = names if self.named else [str(i) for i in range(len(params))]
         number = {path: i for i, path in enumerate(self.paths)}
         self.order = [number[path] for path in tree.paths(self._tree(params))]
-        places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
-        counts = [place for place in tree.flatten(places)[0] if place is not None and place.kind == "count"]
-        rename = {**({counts[0].key: "step"} if counts else {}), **rename}
-        self.places = tree.map_leaves(lambda place: place and _Place(place.kind, rename.get(place.key, place.key), place.path, place.i), places)
-        self.flat = [place for place in tree.flatten(self.places)[0] if place is not None]
 
-    def fits(self, groups: list[dict[str, Any]], params: list[Tensor]) -> bool:
-        return self.layout == _layout(groups)
+        places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
+        counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
+        rename = {**{key: "step" for key in counts[:1]}, **rename}
+        self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
+        self.flat: list[_Place] = tree.leaves(self.places)
+        self.counts = list(dict.fromkeys(["step", *(place.key for place in self.flat if place.kind == "count")]))
 
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
-    def read(self, groups: list[dict[str, Any]], params: list[Tensor]) -> None:
-        """Take hyperparameters and parameters as they are now."""
-        self.params = params
-        for name, buffer in self.numbers.items():
-            for i, part in enumerate(buffer) if isinstance(buffer, tuple) else [(None, buffer)]:
-                values = [group[name] if i is None else group[name][i] for group in groups]
-                if len(groups) == 1:
-                    part.copy_(values[0].reshape(())) if isinstance(values[0], Tensor) else part.fill_(values[0])
-                else:
-                    part.copy_(torch.tensor([float(values[g]) for g in self.group_of], dtype=part.dtype))
-
-    def compute(self, state: dict[Tensor, dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
-        """New entries of the state, additions to parameters, and copies into the state, for the caller to carry out."""
-        params, self.params = self.params, []
-        has_grad = [p.grad is not None for p in params]
-        fresh = self._missing(state, params, has_grad)
-        known = {(id(p), name): value for p, name, value in fresh}
+    def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
+        """Work out the step; nothing changes before the function that this returns is called."""
+        for name, target in self.numbers.items():
+            values = [group[name] for group in groups]
+            if isinstance(target, tuple):
+                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
+                    _write_number(part, of_groups, groups)
+            else:
+                _write_number(target, values, groups)
+        params = [p for group in groups for p in group["params"]]
+        moved = [i for i, p in enumerate(params) if p.grad is not None]
+        entries = [dict(state.get(p, ())) for p in params]
+        self._complete(entries, params, moved)
 
         def fetch(place: _Place | None) -> Any:
-            if place is None:
-                return None
-            if place.kind == "count":
-                counts = [self._entry(state, known, p, place.key) for p in params]
-                return torch.stack([torch.zeros(()) if c is None else c.detach().cpu() for c in counts]).to(self.device, torch.int64)
-            return self._entry(state, known, params[place.i], place.key)
+            if place is None or place.kind != "count":
+                return None if place is None else entries[place.i].get(place.key)
+            counts = [entry.get(place.key, _ZERO) for entry in entries]
+            return torch.stack([count.detach().cpu() for count in counts]).to(self.device, torch.int64)
 
         old = tree.map_leaves(fetch, self.places)
         updates, new = self.tx.update(self._tree([p.grad for p in params]), old, self._tree([p.detach() for p in params]))
-        sums = [(params[i], u) for i, u in zip(self.order, tree.flatten(updates)[0], strict=True) if u is not None]
-        copies = []
-        for place, value in zip(tree.flatten(self.places)[0], tree.flatten(new)[0], strict=True):
-            if place is not None and (place.kind == "joint" or (place.kind == "slot" and has_grad[place.i])):
-                copies.append((self._entry(state, known, params[place.i], place.key), value))
-        counted = {place.key for place in self.flat if place.kind == "count"} | {"step"}
-        for p, moved in zip(params, has_grad, strict=True):
-            if moved:
-                sums += [(c, torch.ones_like(c)) for c in (self._entry(state, known, p, key) for key in counted)]
-        return fresh, sums, copies
+        us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
+        places_and_values = zip(tree.flatten(self.places)[0], tree.flatten(new)[0], strict=True)
+        copies = [
+            (entries[place.i][place.key], value)
+            for place, value in places_and_values
+            if place is not None and (place.kind == "joint" or (place.kind == "slot" and place.i in us and us[place.i] is not None))
+        ]
 
-    @staticmethod
-    def _entry(state: dict[Tensor, dict[str, Any]], fresh: dict[tuple[int, str], Tensor], p: Tensor, key: str) -> Any:
-        found = fresh.get((id(p), key))
-        return found if found is not None else (state[p].get(key) if p in state else None)
+        def write() -> None:
+            for i in {0, *moved}:
+                state[params[i]].update(entries[i])
+            _foreach(torch._foreach_add_, Tensor.add_, [(params[i], us[i]) for i in moved])
+            _foreach(torch._foreach_copy_, Tensor.copy_, copies)
+            torch._foreach_add_([entries[i][key] for i in moved for key in self.counts], 1)
 
-    def _missing(self, state: dict[Tensor, dict[str, Any]], params: list[Tensor], has_grad: list[bool]) -> list[tuple[Tensor, str, Tensor]]:
-        """First values for parameters that have a gradient and no state yet, and for shared values that nobody has."""
-        absent = [place for place in self.flat if place.kind != "count" and (place.kind == "joint" or has_grad[place.i]) and place.key not in state.get(params[place.i], {})]
-        started = [bool(state.get(p)) for p in params]
-        entries: list[tuple[Tensor, str, Tensor]] = []
+        return write
+
+    def _complete(self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]) -> None:
+        """Give first values to parameters that have a gradient and no state yet, and to shared values that nobody has."""
+        has_grad = set(moved)
+        absent = [
+            place
+            for place in self.flat
+            if (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad)) and place.key not in entries[place.i]
+        ]
+        for i in moved:
+            # A checkpoint of torch's SGD has no step: where there is state, this is not the first one.
+            first_step = torch.tensor(1.0 if entries[i] else 0.0, dtype=_step_dtype())
+            for key in self.counts:
+                entries[i].setdefault(key, first_step if key == "step" else torch.zeros((), dtype=torch.int64))
         if absent:
-            joint = any(place.kind == "joint" for place in absent)
+            everything = any(place.kind == "joint" for place in absent)
             wanted = {place.i for place in absent}
-            first = tree.state_dict(self.tx.init(self._tree([p.detach() if joint or i in wanted else None for i, p in enumerate(params)])))
-            entries += [(params[place.i], place.key, first[place.path]) for place in absent]
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        for key in {place.key for place in self.flat if place.kind == "count"} | {"step"}:
-            for p, moved, before in zip(params, has_grad, started, strict=True):
-                if moved and key not in state.get(p, {}):
-                    # A checkpoint of torch's SGD has no step: if there is state, this is not the first one.
-                    entries.append((p, key, torch.tensor(int(before), dtype=dtype if key == "step" else torch.int64)))
-        return entries
+            first = tree.state_dict(
+                self.tx.init(self._tree([p.detach() if everything or i in wanted else None for i, p in enumerate(params)]))
+            )
+            for place in absent:
+                entries[place.i][place.key] = first[place.path]
+
+
+_ZERO = torch.zeros(())
+
+
+def _step_dtype() -> torch.dtype:
+    """That of torch's own ``step``."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _write_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, Any]]) -> None:
+    """Write a hyperparameter where the transformation reads it: one number, or with several groups one for each parameter."""
+    values = list(values)
+    if len(groups) > 1:
+        of_params = [float(value) for value, group in zip(values, groups, strict=True) for _ in group["params"]]
+        target.copy_(torch.tensor(of_params, dtype=target.dtype))
+    elif isinstance(values[0], Tensor):
+        target.copy_(values[0].reshape(()))
+    else:
+        target.fill_(values[0])
 
 
 def _layout(groups: list[dict[str, Any]]) -> list[Any]:

@@ -30,8 +30,11 @@ class _TorchNamed(Optimizer):
     def _begin(self, params: Iterable[Any], options: dict[str, Any], *, differentiable: bool, **flags: Any) -> None:
         """Take torch's arguments: `options` say what is computed, `flags` how."""
         if differentiable:
-            raise ValueError(f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: tx.update and apply_updates.")
-        self._setup(params, {**options, **flags})
+            raise ValueError(
+                f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: tx.update and apply_updates."
+            )
+        numbers = [name for name, value in options.items() if not isinstance(value, bool)]
+        self._setup(params, {**options, **flags}, numbers)
 
 
 def _parts(*stages: GradientTransformation | None) -> GradientTransformation:
@@ -93,7 +96,14 @@ class SGD(_TorchNamed):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
         self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused)
 
     def _chain(self, lr: Any, momentum: Any, dampening: Any, weight_decay: Any, nesterov: bool, maximize: bool) -> GradientTransformation:
@@ -169,7 +179,8 @@ class Adam(_TorchNamed):
         self, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: bool, maximize: bool, decoupled_weight_decay: bool
     ) -> GradientTransformation:
         decay = _l2(weight_decay)
-        adam = scale_by_adam(*betas, eps, amsgrad="torch" if amsgrad else False)
+        b1, b2 = betas
+        adam = scale_by_adam(b1, b2, eps, amsgrad="torch" if amsgrad else False)
         decayed = (adam, decay) if decoupled_weight_decay else (decay, adam)
         return _parts(_ascend(maximize), *decayed, scale_by_learning_rate(lr))
 
@@ -267,10 +278,20 @@ class RMSprop(_TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        options = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "centered": centered, "maximize": maximize}
+        options = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "maximize": maximize,
+        }
         self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable)
 
-    def _chain(self, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: bool, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: bool, maximize: bool
+    ) -> GradientTransformation:
         root = (scale_by_stddev if centered else scale_by_rms)(alpha, eps, eps_in_sqrt=False)
         momentum_stage = None if not isinstance(momentum, Tensor) and momentum == 0 else trace(momentum)
         return _parts(_ascend(maximize), _l2(weight_decay), root, momentum_stage, scale_by_learning_rate(lr))
@@ -298,7 +319,7 @@ class Adagrad(_TorchNamed):
     """
 
     _names: ClassVar = {"scale_by_rss/sum": "sum"}
-    _structural: ClassVar = ("weight_decay", "initial_accumulator_value")
+    _structural: ClassVar = ("weight_decay",)
 
     def __init__(
         self,
@@ -324,10 +345,14 @@ class Adagrad(_TorchNamed):
         }
         self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused)
 
-    def _chain(self, lr: Any, lr_decay: Any, weight_decay: Any, initial_accumulator_value: float, eps: Any, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, lr_decay: Any, weight_decay: Any, initial_accumulator_value: float, eps: Any, maximize: bool
+    ) -> GradientTransformation:
         check_range(0, float("inf"), lr=lr, lr_decay=lr_decay)
         root = scale_by_rss(initial_accumulator_value, eps, eps_in_sqrt=False)
         step = leafwise(
-            lambda g, step_size: g * step_size, lambda count, lr, lr_decay: {"step_size": -lr / (1 + count * lr_decay)}, hyper={"lr": lr, "lr_decay": lr_decay}
+            lambda g, step_size: g * step_size,
+            lambda count, lr, lr_decay: {"step_size": -lr / (1 + count * lr_decay)},
+            hyper={"lr": lr, "lr_decay": lr_decay},
         )
         return _parts(_ascend(maximize), _l2(weight_decay), root, step)

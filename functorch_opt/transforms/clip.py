@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, Scalar, check_range, transformation

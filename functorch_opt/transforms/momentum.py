@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.rule import leafwise
 
 __all__ = ["ema", "trace"]

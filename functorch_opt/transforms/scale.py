@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, identity, transformation
 from functorch_opt.rule import leafwise

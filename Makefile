@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything on a fresh machine: they create .venv and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+
+.PHONY: help demo test quick parity lint types docs ci clean
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+# torch goes in first, so that nothing else pulls another build of it.
+$(BIN)/python: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+
+$(VENV)/.%: pyproject.toml $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
+	$(BIN)/python -m demo
+
+test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity with torch.optim and optax, examples in docs and docstrings
+	$(RUN) $(BIN)/python -m pytest -q
+
+quick: $(VENV)/.test ## the tests that do not compile
+	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(VENV)/.dev ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## static types
+	$(BIN)/mypy functorch_opt
+
+docs: $(VENV)/.docs ## build the site into site/, strictly
+	$(BIN)/mkdocs build --strict --quiet
+
+ci: lint types docs test ## everything
+
+clean:
+	rm -rf $(VENV) site demo_output .pytest_cache .ruff_cache .mypy_cache
