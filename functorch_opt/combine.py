@@ -247,7 +247,7 @@ class _Injected(Expression):
 
         def init(params: PyTree) -> dict[str, PyTree]:
             device = tree.leaves(params)[0].device
-            count = torch.zeros((), dtype=torch.int64, device=device)
+            count = tree.zero_count(params)
             values = {name: value(count) if callable(value) else value for name, value in numbers.items()}
             values = {name: _as_tensor(value, device) for name, value in values.items()}
             counter = {"count": count} if schedules else {}

@@ -89,7 +89,7 @@ class Leafwise(GradientTransformation):
         device = tree.leaves(params)[0].device
         shared = {name: value.to(device, copy=True) for name, value in self.shared.items()}
         if self.counts:
-            shared["count"] = torch.zeros((), dtype=torch.int64, device=device)
+            shared["count"] = tree.zero_count(params)
         slots = {name: tree.map(make, params) for name, make in self.slots.items()}
         for name, slot in slots.items():
             tree.flatten_tensors(slot, f"{self.name}'s slot {name}")

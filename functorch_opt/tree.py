@@ -197,6 +197,18 @@ def real_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def zero_count(params: PyTree) -> Tensor:
+    """A count of 0, int64, on the device of the params.
+
+    Under vmap it is batched as they are: an unbatched one would come out as a view with stride 0, and compiled code that has seen that
+    would compile again at the second step.
+    """
+    p = leaves(params)[0]
+    if type(p) in (Tensor, torch.nn.Parameter):
+        return p.new_zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device=p.device)  # beside sharded tensors: an ordinary one
+
+
 def as_real(count: Tensor) -> Tensor:
     """A count as a floating tensor, wide enough for ``1 - b2**count``: in float32 that is off by 3e-5 at the first step."""
     return count.to(real_dtype(count.device))

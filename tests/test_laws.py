@@ -326,6 +326,16 @@ def test_compiles_to_one_graph_for_every_count_and_hyperparameter(row: Row, vari
     assert backend.graphs == 1
 
 
+def test_vmapped_init_and_update_compile_once() -> None:
+    torch._dynamo.reset()
+    tx, backend = fo.adamw(fo.linear_schedule(0.1, 0.0, 9)), Counting()
+    ps = tree.map(lambda p: torch.stack([p, -p]), params())
+    state, update = vmap(tx.init)(ps), torch.compile(vmap(tx.update), fullgraph=True, backend=backend)
+    for i in range(3):
+        _, state = update(tree.map(lambda g: torch.stack([g, g]), grads(i)), state, ps)
+    assert backend.graphs == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "noisy_sgd", "partition"])
 def test_inductor_gives_the_same_numbers(name: str) -> None:

@@ -1,0 +1,1 @@
+"""What functorch_opt does, in three short experiments: ``python -m demo``."""

@@ -1,0 +1,192 @@
+"""Chains, masks, partitions and injected hyperparameters: what reaches whom, and what the state looks like."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+import functorch_opt as fo
+from functorch_opt import tree
+
+
+@fo.transformation
+def scale_by_value() -> fo.GradientTransformation:
+    """Reads an extra argument: ``u -> value u``."""
+
+    def prepare(*, value):
+        return {"value": value}
+
+    return fo.leafwise(lambda g, value: g * value, prepare)
+
+
+@fo.transformation
+def count_calls(factor: float = 1.0) -> fo.GradientTransformation:
+    """A treewise transformation with an extra argument that has a default."""
+
+    def update(updates, state, params, *, bonus=0.0):
+        return tree.map(lambda u: u * factor + bonus, updates), {"calls": state["calls"] + 1}
+
+    return fo.GradientTransformation(lambda params: {"calls": torch.zeros((), dtype=torch.int64)}, update)
+
+
+PARAMS = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+GRADS = {"w": torch.tensor([0.5, -0.5]), "b": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: fo.chain(tx),
+        lambda tx: fo.chain(fo.identity(), fo.chain(tx)),
+        lambda tx: fo.masked(tx, {"w": True, "b": True}),
+        lambda tx: fo.partition({"a": tx, "b": fo.identity()}, {"w": "a", "b": "a"}),
+    ],
+)
+def test_extra_arguments_reach_the_stages_that_declare_them(wrap) -> None:
+    tx = wrap(scale_by_value())
+    assert tx.extra_args == {"value": True}
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=torch.tensor(3.0))
+    torch.testing.assert_close(updates, tree.map(lambda g: 3 * g, GRADS))
+    with pytest.raises(TypeError, match="reads value"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match=r"got valeu, which no stage reads. Declared extra arguments: value\."):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, valeu=3.0)
+
+
+def test_an_optional_extra_argument_may_be_left_out() -> None:
+    tx = fo.chain(count_calls(), fo.scale(2.0), scale_by_value())
+    assert tx.extra_args == {"bonus": False, "value": True}
+    plain, state = tx.update(GRADS, tx.init(PARAMS), value=1.0)
+    raised, _ = tx.update(GRADS, state, value=1.0, bonus=1.0)
+    assert plain["b"] == 4.0 and raised["b"] == 6.0
+    assert fo.get(state, "calls") == 1
+
+
+def test_injected_factories_pass_extra_arguments_on() -> None:
+    def factory(step_size: float):
+        return fo.chain(scale_by_value(), fo.scale(step_size))
+
+    tx = fo.inject_hyperparams(factory)(step_size=2.0)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), value=3.0)
+    assert updates["b"] == 12.0
+
+
+def test_chain_state_is_keyed_by_stage_and_survives_an_inserted_stage() -> None:
+    tx = fo.chain(fo.trace(0.9), fo.scale(1.0), fo.trace(0.5), fo.scale(2.0), fo.adamw(0.1))
+    assert list(tx.init(PARAMS)) == ["trace", "scale", "trace_1", "scale_1", "adamw"]
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    longer = fo.chain(fo.clip(9.0), *tx.stages.values())
+    moved = longer.init(PARAMS) | state
+    assert fo.get(moved, "trace_1/trace") is fo.get(state, "trace_1/trace")
+
+
+def test_repr_reads_as_it_was_written() -> None:
+    tx = fo.chain(
+        fo.clip_by_global_norm(1.0),
+        fo.masked(fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01), {"w": True, "b": False}),
+        count_calls(factor=2.0),
+    )
+    written = "chain(clip_by_global_norm(1.0), masked(adamw(cosine_decay_schedule(0.1, 100), weight_decay=0.01), {'w': True, 'b': False}), count_calls(factor=2.0))"
+    assert repr(tx) == written
+    assert repr(eval(written, {**vars(fo), "count_calls": count_calls})) == written
+
+
+def test_masked_leaves_pass_or_become_zero() -> None:
+    for otherwise, expected in (("pass", GRADS["b"]), ("zero", torch.zeros(()))):
+        tx = fo.masked(fo.scale(10.0), lambda path, p: path == "w", otherwise)
+        updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+        assert torch.equal(updates["w"], 10 * GRADS["w"])
+        assert torch.equal(updates["b"], expected)
+
+
+def test_groups_have_no_holes() -> None:
+    """Each group's transformation sees a flat dict of its own leaves, so norms are the group's and states vmap."""
+    params = {"deep": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "out": (torch.ones(3),)}
+    tx = fo.partition(
+        {"matrix": fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1)), "rest": fo.trace(0.9)},
+        lambda path, p: "matrix" if p.ndim == 2 else "rest",
+    )
+    state = tx.init(params)
+    assert set(state["matrix"]["adam"]["scale_by_adam"].slots["mu"]) == {"deep/w"}
+    assert set(fo.get(state, "trace")) == {"deep/b", "out/0"}
+    updates, _ = tx.update(tree.map(lambda p: 3 * p, params), state, params)
+    assert torch.equal(updates["deep"]["b"], torch.full((2,), 3.0))
+    batched = vmap(tx.init)(tree.map(lambda p: p.expand(4, *p.shape), params))
+    assert fo.get(batched, "mu")["deep/w"].shape == (4, 2, 2)
+
+
+def test_a_group_without_leaves_has_no_state() -> None:
+    tx = fo.partition({"all": fo.sgd(0.1), "none": fo.adam(0.1)}, "all")
+    state = tx.init(PARAMS)
+    assert list(state) == ["all"]
+    assert tx.update(GRADS, state)[0]["b"] == pytest.approx(-0.2)
+
+
+class Layer(NamedTuple):
+    mu: torch.Tensor
+    count: torch.Tensor
+
+
+def test_get_is_not_misled_by_parameters_with_a_slots_name() -> None:
+    params = {"mu": Layer(torch.ones(2), torch.ones(3)), "count": torch.ones(1)}
+    _, state = fo.adam(0.1).update(params, fo.adam(0.1).init(params))
+    assert isinstance(fo.get(state, "mu")["mu"], Layer)
+    assert fo.get(state, "count") == 1
+
+
+def test_injected_equals_plain_and_is_readable_and_writable() -> None:
+    plain, injected = fo.adamw(0.1, b1=0.8), fo.inject_hyperparams(fo.adamw)(0.1, b1=0.8)
+    a, b = plain.init(PARAMS), injected.init(PARAMS)
+    for _ in range(3):
+        u, a = plain.update(GRADS, a, PARAMS)
+        v, b = injected.update(GRADS, b, PARAMS)
+        torch.testing.assert_close(u, v)
+    assert fo.get(b, "b1").item() == 0.8
+    b["hyperparams"]["learning_rate"] = torch.tensor(0.0)
+    assert all((u == 0).all() for u in tree.leaves(injected.update(GRADS, b, PARAMS)[0]))
+
+
+def test_injected_schedules_are_evaluated_and_stored() -> None:
+    tx = fo.inject_hyperparams(fo.sgd)(fo.linear_schedule(1.0, 0.0, 4))
+    state = tx.init(PARAMS)
+    seen = []
+    for _ in range(3):
+        updates, state = tx.update(GRADS, state)
+        seen.append((fo.get(state, "learning_rate").item(), updates["b"].item()))
+    assert seen == [(1.0, -2.0), (0.75, -1.5), (0.5, -1.0)]
+
+
+def test_injected_hyperparameters_vmap_and_differentiate() -> None:
+    tx = fo.inject_hyperparams(fo.adam)(learning_rate=0.1)
+
+    def after(lr):
+        state = tx.init(PARAMS)
+        state["hyperparams"]["learning_rate"] = lr
+        updates, _ = tx.update(GRADS, state, PARAMS)
+        return fo.apply_updates(PARAMS, updates)["b"]
+
+    rates = torch.tensor([0.0, 0.1, 0.5])
+    torch.testing.assert_close(vmap(after)(rates), 3.0 - rates)
+    torch.testing.assert_close(grad(after)(torch.tensor(0.1)), torch.tensor(-1.0))
+
+
+def test_static_arguments_stay_what_they_are() -> None:
+    tx = fo.inject_hyperparams(fo.adam, static_args=("b1",))(learning_rate=0.1)
+    hyperparams = tx.init(PARAMS)["hyperparams"]
+    assert "b1" not in hyperparams and "b2" in hyperparams
+    assert repr(tx) == "inject_hyperparams(adam, static_args=('b1',))(learning_rate=0.1)"
+
+
+def test_stateless_sees_whole_trees() -> None:
+    tx = fo.stateless(lambda updates, params: tree.map(lambda u, p: u * p, updates, params))
+    assert tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["b"] == 6.0
+
+
+def test_tensorwise_rules_see_whole_complex_tensors() -> None:
+    tx = fo.leafwise(lambda g: g / torch.linalg.vector_norm(g), kind="tensorwise")
+    g = torch.tensor([3.0 + 4.0j])
+    assert torch.allclose(tx.update([g], tx.init([g]))[0][0].abs(), torch.ones(1))

@@ -1,0 +1,129 @@
+"""What the demo claims, in small: by hand equals `sgd`, functional equals stateful, vmapped equals trained separately."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for extra in ("rich", "matplotlib", "sklearn"):
+    pytest.importorskip(extra)
+
+import functorch_opt as fo  # noqa: E402
+from demo import __main__, digits, regression, sweep  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data() -> digits.Data:
+    return digits.load()
+
+
+def in_float64(data: digits.Data) -> digits.Data:
+    return digits.Data(data.x_train.double(), data.y_train, data.x_test.double(), data.y_test)
+
+
+# ---- 1. regression -----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_descent_by_hand_equals_sgd_bit_for_bit() -> None:
+    (by_hand, losses), (params, sgd_losses) = regression.train_by_hand(0.1, 50), regression.train(fo.sgd(0.1), 50)
+    assert losses == sgd_losses
+    assert by_hand == params
+
+
+@pytest.mark.parametrize("policy", regression.POLICIES)
+@pytest.mark.parametrize("optimizer", regression.OPTIMIZERS)
+def test_every_optimizer_comes_near_y_equals_2x(optimizer: str, policy: str) -> None:
+    params, losses = regression.train(regression.OPTIMIZERS[optimizer](regression.POLICIES[policy]), 150)
+    assert losses[-1] < 0.05 < losses[0]
+    assert params["w"].item() == pytest.approx(2, abs=0.3)
+
+
+# ---- 2. digits ---------------------------------------------------------------------------------------------------------
+
+
+def test_minibatches_are_seeded_and_see_every_image_once_an_epoch(data: digits.Data) -> None:
+    numbered = data._replace(x_train=torch.arange(len(data.x_train)))
+    first, again = digits.minibatches(numbered, epochs=2), digits.minibatches(numbered, epochs=2)
+    assert all(torch.equal(x, x_again) for (x, _), (x_again, _) in zip(first, again, strict=True))
+    epoch = torch.cat([x for x, _ in first[: len(first) // 2]])
+    assert len(epoch.unique()) == len(epoch) == 1437 // digits.BATCH * digits.BATCH
+
+
+def train_digits(data: digits.Data, eta: float) -> dict[str, digits.Record]:
+    steps = 12
+    batches = digits.minibatches(data, epochs=1)[:steps]
+    torch.manual_seed(0)
+    models = [digits.ConvNet().to(data.x_train.dtype)]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    tx = digits.make_chain(steps, eta)
+    return {
+        "functional": digits.record(digits.functional(models[0], tx, batches), models[0], data),
+        "stateful": digits.record(digits.stateful(models[1], tx, batches), models[1], data),
+        "torch": digits.record(digits.torch_adamw(models[2], steps, batches), models[2], data),
+    }
+
+
+def test_functional_equals_stateful(data: digits.Data) -> None:
+    runs = train_digits(data, eta=1e-6)
+    assert runs["functional"].losses[-1] < runs["functional"].losses[0]
+    torch.testing.assert_close(runs["stateful"].trajectory, runs["functional"].trajectory)
+    assert digits.largest_difference(runs["functional"], runs["torch"]) > 1e-3  # the noise is there
+
+
+def test_without_noise_the_chain_is_torch_adamw(data: digits.Data) -> None:
+    runs = train_digits(in_float64(data), eta=0.0)
+    # clip_grad_norm_ adds 1e-6 to the norm, hence not to the last bit
+    torch.testing.assert_close(runs["functional"].trajectory, runs["torch"].trajectory, rtol=1e-5, atol=1e-7)
+
+
+# ---- 3. learning rates -------------------------------------------------------------------------------------------------
+
+
+def test_vmapped_equals_trained_separately(data: digits.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "model", copy.deepcopy(sweep.model).double())  # float64, so that nothing hides behind rounding
+    lrs, batches = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64), digits.minibatches(in_float64(data), epochs=1)[:5]
+    params, state = sweep.start(len(lrs))
+    for x, y in batches:
+        params, state, losses = sweep.train_steps(params, state, lrs, x, y)
+    assert losses.shape == (3,)
+    models = [copy.deepcopy(sweep.model) for _ in lrs]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip(models, lrs.tolist(), strict=True)]
+    sweep.train_separately(models, optimizers, batches)
+    separate = {name: torch.stack([net.get_parameter(name).detach() for net in models]) for name in params}
+    torch.testing.assert_close(params, separate, rtol=1e-9, atol=1e-11)
+    assert sweep.largest_differences(params, separate).shape == (3,)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(data: digits.Data) -> None:
+    lrs, (x, y) = torch.tensor([1e-3, 1e-2]), digits.minibatches(data, epochs=1)[0]
+    params, state = sweep.start(2)
+    compiled = torch.compile(sweep.train_steps, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, state, lrs, x, y), sweep.train_steps(params, state, lrs, x, y))
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sections_draw_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(regression, "ITERATIONS", 3)
+    monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(sweep, "EPOCHS", 1)
+    monkeypatch.setattr(sweep, "MODELS", 6)
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)
+    for section in (regression, digits, sweep):
+        picture = section.run(tmp_path)
+        assert picture.stat().st_size > 10_000
+    assert "loop / vmapped" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    monkeypatch.setattr(__main__, "find_spec", lambda package: None if package == "rich" else object())
+    with pytest.raises(SystemExit, match=r"needs rich.*pip install functorch_opt\[demo\]"):
+        __main__.main()
