@@ -203,14 +203,14 @@ def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pa
 
 
 @transformation
-def partition(transforms: Mapping[str, GradientTransformation], labels: LabelsOrFn) -> GradientTransformation:
+def partition(transforms: Mapping[str, GradientTransformation], param_labels: LabelsOrFn) -> GradientTransformation:
     """Apply to each leaf the transformation of its label.
 
     Each transformation sees its leaves as a flat dict from path to leaf, so a norm is that of the group, and no state has holes.
 
     Args:
         transforms: ``{label: transformation}``.
-        labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of path and
+        param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of path and
             leaf that returns one.
 
     Returns:
@@ -228,7 +228,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: LabelsOr
     """
     if not isinstance(transforms, Mapping):
         raise TypeError(f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}.")
-    return _by_group(dict(transforms), labels, "labels", "error")
+    return _by_group(dict(transforms), param_labels, "labels", "error")
 
 
 # ---- hyperparameters in the state ------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
 
 
 def inject_hyperparams(
-    factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()
+    inner_factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()
 ) -> Callable[..., GradientTransformation]:
     """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
 
@@ -295,11 +295,11 @@ def inject_hyperparams(
     stored, so setting a scheduled one has no effect; everything else stays fixed. Changing a value does not recompile.
 
     Args:
-        factory: a function that returns a transformation.
+        inner_factory: a function that returns a transformation.
         static_args: names of arguments to leave alone.
 
     Returns:
-        A function of the arguments of `factory`.
+        A function of the arguments of `inner_factory`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -311,18 +311,18 @@ def inject_hyperparams(
         >>> tx.update([torch.ones(1)], state)[0]
         [tensor([-0.5000])]
     """
-    if not callable(factory):
+    if not callable(inner_factory):
         raise TypeError(
-            f"inject_hyperparams takes the function that makes a transformation; got {factory!r}. "
+            f"inject_hyperparams takes the function that makes a transformation; got {inner_factory!r}. "
             "Write inject_hyperparams(adamw)(learning_rate=0.1)."
         )
-    known = list(inspect.signature(factory).parameters)
+    known = list(inspect.signature(inner_factory).parameters)
     unknown = [name for name in static_args if name not in known]
     if isinstance(static_args, str) or unknown:
         raise TypeError(
-            f"static_args must be a tuple of names among {known}, which are the arguments of {factory.__name__}; got {static_args!r}."
+            f"static_args must be a tuple of names among {known}, which are the arguments of {inner_factory.__name__}; got {static_args!r}."
         )
-    return _Injected(factory, static_args)
+    return _Injected(inner_factory, static_args)
 
 
 def hyperparameters(

@@ -57,11 +57,21 @@ def _schedule(factory: Callable[P, Callable[[Tensor], Any]]) -> Callable[P, Sche
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+        args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         schedule = Schedule(factory(*args, **kwargs))
         schedule.call = (wrapper, args, kwargs)
         return schedule
 
     return wrapper
+
+
+def _own(value: Any) -> Any:
+    """A copy of a container, a list of an iterator: the call is kept, to print and to pickle, and nobody may change it or use it up."""
+    if isinstance(value, Mapping):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
+        return [_own(item) for item in value]
+    return value
 
 
 # ---- checks at construction ------------------------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def exponential_decay(
         decay_rate: factor, greater than 0.
         transition_begin: updates before the decay starts.
         staircase: hold the value between multiples of `transition_steps`, as torch's ``StepLR`` does.
-        end_value: bound for the value: from below if it decays, from above if it grows (``decay_rate > 1``).
+        end_value: bound for the value: from below if it decays, from above otherwise (``decay_rate >= 1``).
 
     Raises:
         ValueError: no transition steps, or a rate that is not positive.
@@ -181,7 +191,7 @@ def exponential_decay(
     _positive(decay_rate=decay_rate)
     _at_least(1, transition_steps=transition_steps)
     _at_least(0, transition_begin=transition_begin)
-    grows = torch.as_tensor(decay_rate) > 1
+    grows = torch.as_tensor(decay_rate) >= 1
 
     def value(t: Tensor) -> Any:
         exponent = (t - transition_begin).clamp(min=0) / transition_steps
@@ -261,9 +271,10 @@ def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Seq
     _boundaries(boundaries, least=1)
 
     def value(t: Tensor) -> Any:
-        result = schedules[0](t)
-        for boundary, schedule in zip(boundaries, schedules[1:], strict=True):
-            result = torch.where(t < boundary, result, schedule((t - boundary).clamp(min=0)))
+        result = t
+        for begin, end, schedule in zip([0, *boundaries], [*boundaries, None], schedules, strict=True):
+            piece = schedule((t - begin).clamp(0, end and end - begin))  # beyond its end it might overflow, and 0 * inf is no gradient
+            result = torch.where(t < begin, result, piece) if begin else piece
         return result
 
     return value
@@ -358,6 +369,7 @@ def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_step
         >>> fo.warmup_constant_schedule(0.0, 1.0, 10)(20)
         tensor(1., dtype=torch.float64)
     """
+    _finite(init_value=init_value, peak_value=peak_value)
     return _after_warmup(init_value, peak_value, warmup_steps, constant_schedule(peak_value))
 
 
@@ -384,9 +396,11 @@ def warmup_cosine_decay_schedule(
         >>> [round(schedule(count).item(), 3) for count in (0, 5, 10, 60, 110)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    _at_least(0, warmup_steps=warmup_steps)
+    _finite(init_value=init_value, end_value=end_value)
     _positive(peak_value=peak_value)
-    if isinstance(decay_steps, int) and decay_steps <= warmup_steps:
+    _at_least(0, warmup_steps=warmup_steps)
+    _at_least(1, decay_steps=decay_steps)
+    if decay_steps <= warmup_steps:
         raise ValueError(
             f"decay_steps counts the warmup too, so it must be greater than warmup_steps; got {decay_steps} and {warmup_steps}."
         )
@@ -412,6 +426,7 @@ def warmup_exponential_decay_schedule(
         >>> fo.warmup_exponential_decay_schedule(0.0, 1.0, 10, 5, 0.5)(15)
         tensor(0.5000, dtype=torch.float64)
     """
+    _finite(init_value=init_value, peak_value=peak_value)
     decay = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
     return _after_warmup(init_value, peak_value, warmup_steps, decay)
 
@@ -452,6 +467,7 @@ def linear_onecycle_schedule(
         1.0
     """
     _fraction(pct_start=pct_start, pct_final=pct_final)
+    _finite(peak_value=peak_value)
     _positive(div_factor=div_factor, final_div_factor=final_div_factor)
     _at_least(1, transition_steps=transition_steps)
     scales = [
@@ -477,6 +493,7 @@ def cosine_onecycle_schedule(
         tensor(1., dtype=torch.float64)
     """
     _fraction(pct_start=pct_start)
+    _finite(peak_value=peak_value)
     _positive(div_factor=div_factor, final_div_factor=final_div_factor)
     _at_least(1, transition_steps=transition_steps)
     scales = [(int(pct_start * transition_steps), div_factor), (transition_steps, 1 / (div_factor * final_div_factor))]

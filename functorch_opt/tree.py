@@ -178,10 +178,18 @@ def _shorten(names: list[Any], most: int = 8) -> str:
 
 def broadcast(prefix: PyTree, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
     """For every leaf of `tree`, the leaf of `prefix` at or above it: ``{"a": True}`` speaks for all of ``{"a": {...}}``."""
-    try:
-        return flatten(optree.tree_map(lambda value, below: map_leaves(lambda _: value, below), prefix, tree, **_OPTREE))[0]
-    except (ValueError, TypeError):
-        raise ValueError(_difference(prefix, tree, names, prefix=True)) from None
+    if _first_difference(prefix, tree, prefix=True):
+        raise ValueError(_difference(prefix, tree, names, prefix=True))
+    return list(_spread(prefix, tree))
+
+
+def _spread(prefix: PyTree, tree: PyTree) -> Iterator[Any]:
+    above, below = _children(prefix), _children(tree)
+    if above is None or below is None:
+        yield from [prefix] * len(flatten(tree)[0])
+        return
+    for entry, child in below.items():
+        yield from _spread(above[entry], child)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

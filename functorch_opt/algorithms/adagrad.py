@@ -102,7 +102,7 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        variance = nu / correction - (mu / correction) ** 2
+        variance = (nu / correction - (mu / correction) ** 2).clamp(min=0)  # at the first step it is 0, and rounding may be below
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}

@@ -72,9 +72,9 @@ def _normals_like(updates: Any, params: Any, key: Tensor, count: Tensor) -> Any:
 def _buckets(blocks: list[int]) -> list[list[tuple[int, int]]]:
     """Leaves to draw together: lists of (leaf, its first block)."""
     buckets: list[list[tuple[int, int]]] = []
-    filled = _AT_ONCE
+    filled = 0
     for i, begin in enumerate(accumulate([0, *blocks[:-1]])):
-        if filled + blocks[i] > _AT_ONCE:
+        if not buckets or filled + blocks[i] > _AT_ONCE:
             buckets.append([])
             filled = 0
         buckets[-1].append((i, begin))

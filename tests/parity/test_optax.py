@@ -1,0 +1,504 @@
+"""The functional layer against optax: the same names, arguments and numbers, or a stated reason why not.
+
+A case is one expression, evaluated in both libraries (``lambda o: o.adamw(0.1)`` with ``o = fo`` and ``o = optax``): what ports by changing
+the import. Where the expressions have to differ, the case holds two, and `DIVERGENCES` says why. Written against optax 0.2.8.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from registry import ROWS
+
+import functorch_opt as fo
+from functorch_opt import schedules, tree
+
+jax = pytest.importorskip("jax", reason="comparison with optax needs jax: pip install jax optax")
+optax = pytest.importorskip("optax", reason="comparison with optax needs optax: pip install jax optax")
+jnp = jax.numpy
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_x64", True)
+
+STEPS = 50
+
+
+# ---- data and the two training loops ---------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> dict:
+    """A nested tree with a matrix, a vector and a scalar, float64; no entry near zero."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        x = rng.standard_normal(shape)
+        return torch.tensor(x + np.copysign(0.01, x))
+
+    return {"layer": {"w": leaf(3, 4), "b": leaf(4)}, "scales": [leaf()]}
+
+
+PARAMS, GRADS = draw(0), [draw(step) for step in range(1, STEPS + 1)]
+WITH_NANS = [tree.map(lambda g: torch.where(g > 1, torch.nan, g), g) for g in GRADS]
+ZEROS = [tree.map(torch.zeros_like, g) for g in GRADS]
+
+
+def to_jax(x: Any) -> Any:
+    return tree.map(lambda leaf: jnp.asarray(leaf.numpy()), x)
+
+
+def arrays(x: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree of either library, by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(x)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def run_ours(tx: fo.GradientTransformation, grads: list = GRADS) -> tuple[list, Any, Any]:
+    """All updates, the last params, the last state."""
+    ps, state, seen = PARAMS, tx.init(PARAMS), []
+    for g in grads:
+        updates, state = tx.update(g, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        seen.append(updates)
+    return seen, ps, state
+
+
+def run_theirs(tx: Any, grads: list = GRADS) -> tuple[list, Any, Any]:
+    """The same. Not jitted: to compile a case takes longer than its 50 steps, and single operations are compiled once for all cases."""
+    ps, seen = to_jax(PARAMS), []
+    state = tx.init(ps)
+    for g in grads:
+        updates, state = tx.update(to_jax(g), state, ps)
+        ps = optax.apply_updates(ps, updates)
+        seen.append(updates)
+    return seen, ps, state
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
+    a, b = arrays(ours), arrays(theirs)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype == np.float64
+        np.testing.assert_allclose(a[path], b[path], rtol=tolerance, atol=tolerance, err_msg=path)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ours: Callable[[Any], Any]
+    theirs: Callable[[Any], Any]
+    grads: list | None = None
+    moves: bool = True
+    tolerance: float = 1e-10
+
+
+def same(name: str, *expressions: Callable[[Any], Any], **options: Any) -> list[Case]:
+    return [Case(name, expression, expression, **options) for expression in expressions]
+
+
+def pair(name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **options: Any) -> list[Case]:
+    return [Case(name, ours, theirs, **options)]
+
+
+MASK = {"layer": {"w": True, "b": False}, "scales": [True]}
+LABELS = {"layer": {"w": "matrix", "b": "rest"}, "scales": ["rest"]}
+MASKS = (lambda path, p: p.ndim > 1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+"""The same mask as a function, in either library's form."""
+FLOAT32 = {"tolerance": 1e-5}
+"""For float32 moments under float64 params: optax multiplies them by their decay in float32, where we compute everything in float64."""
+
+
+def wide(o: Any, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """optax counts in int32, and int32 / int is float32 in JAX: give its schedules an int64, so that they compute in float64 like ours."""
+    return schedule if o is fo else lambda count: schedule(count.astype(jnp.int64))
+
+
+def decay(o: Any) -> Any:
+    return wide(o, o.exponential_decay(0.3, 10, 0.5))
+
+
+def warmup(o: Any) -> Any:
+    return wide(o, o.warmup_cosine_decay_schedule(0.01, 0.2, 10, 40, 0.02))
+
+
+CASES: list[Case] = [
+    *same(
+        "add_decayed_weights",
+        lambda o: o.add_decayed_weights(0.1),
+        lambda o: o.add_decayed_weights(),
+        lambda o: o.add_decayed_weights(decay(o)),
+    ),
+    *same("add_decayed_weights", lambda o: o.add_decayed_weights(0.1, MASK), lambda o: o.add_decayed_weights(decay(o), mask=MASK)),
+    *pair("add_decayed_weights", lambda o: o.add_decayed_weights(0.1, MASKS[0]), lambda o: o.add_decayed_weights(0.1, MASKS[1])),
+    *same("centralize", lambda o: o.centralize()),
+    *same(
+        "chain",
+        lambda o: o.chain(o.clip_by_global_norm(0.5), o.scale_by_adam(), o.add_decayed_weights(0.1), o.scale_by_learning_rate(warmup(o))),
+        lambda o: o.chain(o.chain(o.trace(0.9), o.trace(0.5)), o.clip(0.3), o.scale(-0.1)),
+    ),
+    *same("clip", lambda o: o.clip(0.7), lambda o: o.clip(100.0)),
+    *same("clip", lambda o: o.clip(0.0), moves=False),
+    *same(
+        "clip_by_global_norm",
+        lambda o: o.clip_by_global_norm(0.5),
+        lambda o: o.clip_by_global_norm(5.0),
+        lambda o: o.clip_by_global_norm(1e6),
+    ),
+    *same("ema", lambda o: o.ema(0.9), lambda o: o.ema(0.9, debias=False), lambda o: o.ema(0.0)),
+    *pair("ema", lambda o: o.ema(0.9, accumulator_dtype=torch.float32), lambda o: o.ema(0.9, accumulator_dtype=jnp.float32), **FLOAT32),
+    *same("identity", lambda o: o.identity()),
+    *same(
+        "inject_hyperparams",
+        lambda o: o.inject_hyperparams(o.adamw)(learning_rate=0.1, weight_decay=0.1),
+        lambda o: o.inject_hyperparams(o.adamw)(learning_rate=warmup(o), b1=wide(o, o.linear_schedule(0.8, 0.95, 30)), eps=1e-3),
+        lambda o: o.inject_hyperparams(o.rmsprop)(0.01, centered=True, momentum=0.9, nesterov=True),
+        lambda o: o.inject_hyperparams(o.sgd, static_args=("momentum",))(decay(o), 0.9),
+    ),
+    *same(
+        "masked",
+        lambda o: o.masked(o.chain(o.trace(0.9), o.scale(-0.3)), MASK),
+        lambda o: o.masked(o.clip_by_global_norm(0.5), MASK),
+        lambda o: o.chain(o.masked(o.adamw(0.1), MASK), o.masked(o.scale(0.5), {"layer": True, "scales": False})),
+        lambda o: o.masked(o.scale_by_schedule(decay(o)), False),
+    ),
+    *pair("masked", lambda o: o.masked(o.adam(0.1), MASKS[0]), lambda o: o.masked(o.adam(0.1), MASKS[1])),
+    *same(
+        "partition",
+        lambda o: o.partition({"matrix": o.chain(o.clip_by_global_norm(0.5), o.adam(0.1)), "rest": o.sgd(0.2, 0.9)}, LABELS),
+        lambda o: o.partition({"matrix": o.adamw(warmup(o)), "rest": o.set_to_zero(), "spare": o.lion(0.1)}, LABELS),
+        lambda o: o.chain(o.partition({"a": o.scale_by_adam(), "b": o.identity()}, {"layer": "a", "scales": "b"}), o.scale(-0.1)),
+    ),
+    *pair(
+        "partition",
+        lambda o: o.partition({"matrix": o.adam(0.1), "rest": o.sgd(0.2)}, lambda path, p: "matrix" if p.ndim > 1 else "rest"),
+        lambda o: o.partition(
+            {"matrix": o.adam(0.1), "rest": o.sgd(0.2)}, lambda ps: jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "rest", ps)
+        ),
+    ),
+    *same("scale", lambda o: o.scale(-0.3), lambda o: o.scale(2)),
+    *same("scale_by_adadelta", lambda o: o.scale_by_adadelta(), lambda o: o.scale_by_adadelta(0.95, 1e-2)),
+    *same(
+        "scale_by_adam",
+        lambda o: o.scale_by_adam(),
+        lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.scale_by_adam(nesterov=True),
+        lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, nesterov=True),
+        lambda o: o.scale_by_adam(0.0, 0.0, 1.0),
+    ),
+    *pair("scale_by_adam", lambda o: o.scale_by_adam(amsgrad=True), lambda o: o.scale_by_amsgrad()),
+    *pair(
+        "scale_by_adam", lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, amsgrad=True), lambda o: o.scale_by_amsgrad(0.5, 0.7, 1e-2, 1e-3)
+    ),
+    *pair("scale_by_adam", lambda o: o.scale_by_adam(mu_dtype=torch.float32), lambda o: o.scale_by_adam(mu_dtype=jnp.float32), **FLOAT32),
+    *same("scale_by_adamax", lambda o: o.scale_by_adamax(), lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2)),
+    *same(
+        "scale_by_learning_rate",
+        lambda o: o.scale_by_learning_rate(0.1),
+        lambda o: o.scale_by_learning_rate(0.1, flip_sign=False),
+        lambda o: o.scale_by_learning_rate(decay(o)),
+        lambda o: o.scale_by_learning_rate(decay(o), flip_sign=False),
+        lambda o: o.scale_by_learning_rate(None),
+        lambda o: o.scale_by_learning_rate(),
+    ),
+    *same("scale_by_lion", lambda o: o.scale_by_lion(), lambda o: o.scale_by_lion(0.5, 0.7)),
+    *pair("scale_by_lion", lambda o: o.scale_by_lion(mu_dtype=torch.float32), lambda o: o.scale_by_lion(mu_dtype=jnp.float32)),
+    *same(
+        "scale_by_rms",
+        lambda o: o.scale_by_rms(),
+        lambda o: o.scale_by_rms(0.99, 1e-2, 0.5),
+        lambda o: o.scale_by_rms(eps=1e-3, eps_in_sqrt=False),
+        lambda o: o.scale_by_rms(bias_correction=True),
+        lambda o: o.scale_by_rms(0.99, 1e-3, 0.5, eps_in_sqrt=False, bias_correction=True),
+    ),
+    *same("scale_by_rss", lambda o: o.scale_by_rss(), lambda o: o.scale_by_rss(0.0, 1e-3), lambda o: o.scale_by_rss(2.0)),
+    *same(
+        "scale_by_schedule",
+        lambda o: o.scale_by_schedule(decay(o)),
+        lambda o: o.scale_by_schedule(lambda count: -(0.5**count)),
+    ),
+    *same(
+        "scale_by_stddev",
+        lambda o: o.scale_by_stddev(),
+        lambda o: o.scale_by_stddev(0.99, 1e-2, 0.5),
+        lambda o: o.scale_by_stddev(eps=1e-3, eps_in_sqrt=False),
+        # bias corrected, the variance at the first step is g^2 - g^2: the default eps of 1e-8 would show the rounding of either library
+        lambda o: o.scale_by_stddev(eps=1e-2, bias_correction=True),
+    ),
+    *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
+    *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
+    *pair(
+        "stateless",
+        lambda o: o.stateless(lambda updates, params: tree.map(lambda u, p: 0.1 * p - u, updates, params)),
+        lambda o: o.stateless(lambda updates, params: jax.tree.map(lambda u, p: 0.1 * p - u, updates, params)),
+    ),
+    *same("trace", lambda o: o.trace(0.9), lambda o: o.trace(0.5, nesterov=True), lambda o: o.trace(decay=0.0)),
+    *pair(
+        "trace", lambda o: o.trace(0.9, accumulator_dtype=torch.float32), lambda o: o.trace(0.9, accumulator_dtype=jnp.float32), **FLOAT32
+    ),
+    *same("zero_nans", lambda o: o.zero_nans(), grads=WITH_NANS),
+    # optimizers
+    *same(
+        "adadelta",
+        lambda o: o.adadelta(),
+        lambda o: o.adadelta(None, 0.95, 1e-3),
+        lambda o: o.adadelta(1.0, weight_decay=0.1, weight_decay_mask=MASK),
+        lambda o: o.adadelta(decay(o), eps=1e-2, weight_decay=decay(o)),
+    ),
+    *same("adagrad", lambda o: o.adagrad(0.1), lambda o: o.adagrad(decay(o), 0.0, 1e-3)),
+    *same(
+        "adam",
+        lambda o: o.adam(0.1),
+        lambda o: o.adam(decay(o), 0.8, 0.95, 1e-3, 1e-4),
+        lambda o: o.adam(learning_rate=warmup(o), nesterov=True),
+        lambda o: o.adam(0.1, mu_dtype=None),
+    ),
+    *pair("adam", lambda o: o.adam(0.1, mu_dtype=torch.float32), lambda o: o.adam(0.1, mu_dtype=jnp.float32), **FLOAT32),
+    *same("adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)),
+    *same(
+        "adamw",
+        lambda o: o.adamw(0.1),
+        lambda o: o.adamw(warmup(o), weight_decay=0.1, mask=MASK),
+        lambda o: o.adamw(0.1, 0.8, 0.95, 1e-3, 1e-4, None, decay(o), None, nesterov=True),
+        lambda o: o.adamw(0.1, weight_decay=0.0),
+    ),
+    *pair("adamw", lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[0]), lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1])),
+    *same("amsgrad", lambda o: o.amsgrad(0.1), lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *same("lion", lambda o: o.lion(0.01), lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK)),
+    *same("nadam", lambda o: o.nadam(0.1), lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *same(
+        "rmsprop",
+        lambda o: o.rmsprop(0.01),
+        lambda o: o.rmsprop(decay(o), 0.99, 1e-3, 0.5, False, momentum=0.9),
+        lambda o: o.rmsprop(0.01, centered=True),
+        lambda o: o.rmsprop(0.01, centered=True, momentum=0.9, nesterov=True, eps=1e-2, bias_correction=True),
+        lambda o: o.rmsprop(0.01, momentum=0.9, nesterov=True, bias_correction=True),
+    ),
+    *same(
+        "sgd",
+        lambda o: o.sgd(0.1),
+        lambda o: o.sgd(decay(o), 0.9),
+        lambda o: o.sgd(0.1, momentum=0.9, nesterov=True),
+        lambda o: o.sgd(0.1, 0.0),
+    ),
+    *pair(
+        "sgd",
+        lambda o: o.sgd(0.1, 0.9, accumulator_dtype=torch.float32),
+        lambda o: o.sgd(0.1, 0.9, accumulator_dtype=jnp.float32),
+        **FLOAT32,
+    ),
+    *same("sign_sgd", lambda o: o.sign_sgd(0.1), lambda o: o.sign_sgd(decay(o))),
+]
+
+DIVERGENCES = {
+    "add_noise": "other random numbers (Philox from a key in the state, not Threefry): only the variance schedule is compared, below",
+    "noisy_sgd": "as add_noise",
+}
+"""Rows of the registry that are not in `CASES`, and why."""
+
+SIGNATURES = {
+    "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
+    "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
+    "chain": "the stages are *stages, not *args: nobody names them",
+    "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
+    "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
+    "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again",
+    "noisy_sgd": "as add_noise; without a default, the key comes after * ",
+    "partition": "extra arguments as in masked",
+    "scale_by_adam": "amsgrad= stands for optax's scale_by_amsgrad, and has torch's variant too; nu_dtype= is ours",
+    "scale_by_lion": "optax 0.2.8 has softer signs (mode, smooth_beta); not offered here",
+    "scale_by_rss": "eps_in_sqrt= is ours, for torch.optim.Adagrad",
+    "trace": "dampening= is ours, for torch.optim.SGD",
+}
+"""Functions whose parameters are not optax's, and why. Names, order and defaults of all others are compared."""
+
+OTHER_NAMES = {"sign": "scale_by_sign"}
+
+# Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without holes, where optax keeps the tree with
+# MaskedNode in the gaps; a function mask takes (path, leaf) and not the tree; zero_nans keeps no found_nan; a chain's state is a dict by
+# stage name, not a tuple. Complex tensors are pairs of reals here, as in torch.optim; optax uses |g|^2. Low-precision params keep float32
+# moments here, and moments of their own dtype in optax. centralize takes the same dims in both, which are those of a torch weight
+# [out, in], but not of a JAX kernel [in, out].
+
+
+# ---- transformations and optimizers ---------------------------------------------------------------------------------------------
+
+
+def named(cases: list) -> list:
+    return [pytest.param(case, id=f"{case.name}-{i}") for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("case", named(CASES))
+def test_equals_optax(case: Case) -> None:
+    grads = GRADS if case.grads is None else case.grads
+    updates, ps, _ = run_ours(case.ours(fo), grads)
+    their_updates, their_ps, _ = run_theirs(case.theirs(optax), grads)
+    assert_same(updates, their_updates, case.tolerance)
+    assert_same(ps, their_ps, case.tolerance)
+    before, after = arrays(PARAMS), arrays(ps)
+    assert all(np.isfinite(value).all() for value in after.values())
+    assert case.moves != all(np.array_equal(after[path], before[path]) for path in before)
+
+
+def test_the_data_exercises_the_cases() -> None:
+    everything = [torch.stack(xs) for xs in zip(*(tree.leaves(g) for g in GRADS), strict=True)]
+    assert all((g.abs() >= 0.01).all() and (g > 1).any() and (g < -1).any() for g in everything)
+    norms = torch.stack([tree.norm(g) for g in GRADS])
+    assert (norms < 5).any()
+    assert (norms > 5).any()
+    assert all(torch.stack(xs).isnan().any() for xs in zip(*(tree.leaves(g) for g in WITH_NANS), strict=True))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_injected_hyperparameters_read_the_same(index: int) -> None:
+    case = [case for case in CASES if case.name == "inject_hyperparams"][index]
+    ours, theirs = run_ours(case.ours(fo))[2]["hyperparams"], run_theirs(case.theirs(optax))[2].hyperparams
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("eta", "gamma"), [(0.01, 0.55), (2.0, 0.0), (0.5, 1.3)])
+@pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
+def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) -> None:
+    """With one key the numbers drawn do not depend on the variance: dividing by the noise of variance 1 leaves the standard deviation."""
+    first = () if name == "add_noise" else (1.0,)
+    deviations = []
+    for o, run in ((fo, run_ours), (optax, run_theirs)):
+        noise, unit = (arrays(run(getattr(o, name)(*first, eta=e, gamma=g, key=3), ZEROS)[0]) for e, g in ((eta, gamma), (1.0, 0.0)))
+        deviations.append({path: noise[path] / unit[path] for path in noise})
+    assert_same(*deviations)
+    at_first, at_last = deviations[0]["0/layer/w"], deviations[0][f"{STEPS - 1}/layer/w"]
+    assert np.allclose(at_first, at_last) == (gamma == 0)
+
+
+@pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
+def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
+    """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17 draws, within four deviations."""
+    tx = getattr(fo, name)(**({} if name == "add_noise" else {"learning_rate": 1.0}), eta=1.0, gamma=0.0, key=3)
+    drawn = np.concatenate([x.ravel() for x in arrays(run_ours(tx, ZEROS)[0]).values()])
+    assert abs(drawn.mean()) < 4 / drawn.size**0.5
+    assert abs((drawn**2).mean() - 1) < 4 * (2 / drawn.size) ** 0.5
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------------------------
+
+CYCLE = {"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 5, "decay_steps": 30}
+
+SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
+    ("constant_schedule", lambda o: o.constant_schedule(0.3)),
+    ("polynomial_schedule", lambda o: o.polynomial_schedule(0.1, 2.0, 2.5, 60)),
+    (
+        "polynomial_schedule",
+        lambda o: o.polynomial_schedule(init_value=1.0, end_value=-1.0, power=0.5, transition_steps=40, transition_begin=17),
+    ),
+    ("linear_schedule", lambda o: o.linear_schedule(0.0, 1.0, 70)),
+    ("linear_schedule", lambda o: o.linear_schedule(1.0, 0.1, 1, 30)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3, 9, True)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3, transition_begin=9, end_value=0.2)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.3, end_value=1.1)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.3, end_value=0.2)),
+    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.0, end_value=0.5)),
+    ("exponential_decay", lambda o: o.exponential_decay(-0.7, 20, 0.5, staircase=True)),
+    ("cosine_decay_schedule", lambda o: o.cosine_decay_schedule(0.4, 80)),
+    ("cosine_decay_schedule", lambda o: o.cosine_decay_schedule(0.4, 33, 0.2, 2.5)),
+    (
+        "join_schedules",
+        lambda o: o.join_schedules([o.linear_schedule(0.0, 1.0, 9), o.exponential_decay(1.0, 7, 0.5), o.constant_schedule(0.2)], [12, 55]),
+    ),
+    ("join_schedules", lambda o: o.join_schedules([o.cosine_decay_schedule(1.0, 50)], [])),
+    ("piecewise_constant_schedule", lambda o: o.piecewise_constant_schedule(0.4)),
+    ("piecewise_constant_schedule", lambda o: o.piecewise_constant_schedule(0.4, {50: 0.1, 7: 3.0, 8: 0.5})),
+    ("piecewise_interpolate_schedule", lambda o: o.piecewise_interpolate_schedule("linear", 0.4, {50: 0.1, 7: 3.0, 8: 0.5})),
+    ("piecewise_interpolate_schedule", lambda o: o.piecewise_interpolate_schedule("cosine", 0.4, {50: 0.1, 7: 3.0})),
+    ("warmup_constant_schedule", lambda o: o.warmup_constant_schedule(0.1, 0.9, 25)),
+    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.0, 0.9, 10, 90)),
+    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 10, 70, 0.05, 1.5)),
+    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 0, 70, end_value=0.05)),
+    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5)),
+    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5, 5, True, 0.2)),
+    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 0, 20, 0.5)),
+    ("linear_onecycle_schedule", lambda o: o.linear_onecycle_schedule(90, 0.6)),
+    ("linear_onecycle_schedule", lambda o: o.linear_onecycle_schedule(77, 0.6, 0.45, 0.7, 4.0, 10.0)),
+    ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(90, 0.6)),
+    ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(77, 0.6, 0.45, 4.0, 10.0)),
+    (
+        "sgdr_schedule",
+        lambda o: o.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": 0.5, "warmup_steps": 0}, {**CYCLE, "decay_steps": 20, "end_value": 0.2}]),
+    ),
+]
+
+REFUSED: list[tuple[str, Callable[[Any], Any]]] = [
+    ("optax stays at the first value for ever", lambda o: o.linear_schedule(0.5, 1.0, 0)),
+    ("optax stays at the first value for ever", lambda o: o.polynomial_schedule(0.5, 1.0, 2.0, -3)),
+    ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 0, 0.9)),
+    ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 10, 0.0)),
+    ("optax takes it for 0", lambda o: o.linear_schedule(0.5, 1.0, 10, -3)),
+    ("0^0 is 1: optax never leaves the first value", lambda o: o.polynomial_schedule(0.5, 1.0, 0.0, 10)),
+    ("optax decays to a value that is not the end value", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.0, 5, 20, 0.3)),
+    ("optax skips the first schedule", lambda o: o.join_schedules([o.constant_schedule(1.0), o.constant_schedule(2.0)], [0])),
+    ("optax skips the second schedule", lambda o: o.join_schedules([o.constant_schedule(float(i)) for i in range(3)], [5, 5])),
+    ("optax never reaches the last schedule", lambda o: o.join_schedules([o.constant_schedule(1.0)] * 2, [])),
+    ("optax scales from the start: write it into the first value", lambda o: o.piecewise_constant_schedule(1.0, {0: 0.5})),
+    ("in optax the first two pieces are one and the peak is never reached", lambda o: o.linear_onecycle_schedule(3, 1.0)),
+    ("steps are whole numbers", lambda o: o.linear_schedule(0.5, 1.0, 10.0)),
+]
+"""What optax takes and we refuse when it is made, since it cannot be meant."""
+
+
+def values_of(make: Callable[[Any], Any], last: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    theirs = make(optax)
+    return make(fo)(torch.arange(last)).numpy(), np.asarray(
+        jax.vmap(lambda count: jnp.asarray(theirs(count), jnp.float64))(jnp.arange(last))
+    )
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=f"{name}-{i}") for i, (name, make) in enumerate(SCHEDULES)])
+def test_schedule_equals_optax(make: Callable[[Any], Any]) -> None:
+    ours, theirs = values_of(make)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("reason", "make"), REFUSED, ids=[f"{i}-{reason}" for i, (reason, _) in enumerate(REFUSED)])
+def test_refused_here_and_not_in_optax(reason: str, make: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"must be|one boundary fewer"):
+        make(fo)
+    make(optax)(3)
+
+
+def test_warmup_of_no_steps_is_at_the_peak_and_not_in_optax() -> None:
+    ours, theirs = values_of(lambda o: o.warmup_constant_schedule(0.1, 0.9, 0))
+    assert (ours == 0.9).all()
+    assert (theirs == 0.1).all()
+
+
+def test_negative_scales_are_allowed_and_not_in_optax() -> None:
+    make = lambda o: o.piecewise_constant_schedule(1.0, {10: -0.5})  # noqa: E731
+    assert make(fo)(10) == -0.5
+    with pytest.raises(ValueError, match="non-negative"):
+        make(optax)
+
+
+# ---- complete ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_compared_or_explained() -> None:
+    compared, registered = {case.name for case in CASES}, {row.name for row in ROWS}
+    assert not compared & DIVERGENCES.keys()
+    assert compared | DIVERGENCES.keys() == registered
+    assert {name for name, _ in SCHEDULES} == set(schedules.__all__)
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in ROWS} | set(schedules.__all__) | {"apply_updates"}))
+def test_arguments_are_those_of_optax(name: str) -> None:
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (getattr(fo, name), getattr(optax, OTHER_NAMES.get(name, name)))
+    )
+    assert (ours == theirs) == (name not in SIGNATURES), (ours, theirs)
