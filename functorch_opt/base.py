@@ -4,7 +4,7 @@
     update(updates, state, params=None, **extra) -> (updates, state)
     apply_updates(params, updates) -> params + updates
 
-Everything else is convenience: `functorch_opt.leafwise` makes the pair from a rule for one tensor, `functorch_opt.combine` makes one of many.
+Everything else is convenience: `functorch_opt.leafwise` makes the pair from a rule for one tensor, `functorch_opt.chain` one of many.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ def keyword_only(f: Any) -> dict[str, bool]:
     code = _code(f)
     if code.co_flags & 0x08:
         raise TypeError(
-            f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', or pass extra_args= for a wrapper."
+            f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', "
+            "or pass extra_args= for a wrapper."
         )
     names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     return {name: name not in (f.__kwdefaults__ or {}) for name in names}

@@ -47,7 +47,8 @@ class Chain(GradientTransformation):
         if not isinstance(state, dict) or state.keys() != self.stages.keys():
             held = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. Use what its own init or update returned."
+                f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. "
+                "Use what its own init or update returned."
             )
         new = {}
         for name, stage in self.stages.items():
@@ -210,8 +211,8 @@ def partition(transforms: Mapping[str, GradientTransformation], param_labels: La
 
     Args:
         transforms: ``{label: transformation}``.
-        param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of path and
-            leaf that returns one.
+        param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of
+            path and leaf that returns one.
 
     Returns:
         A transformation whose state is ``{label: state}``.

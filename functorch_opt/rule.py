@@ -1,6 +1,7 @@
 """One rule for one tensor: what is really particular about nearly every optimizer.
 
-`leafwise` makes the pair ``(init, update)`` from two functions: ``prepare``, worked out once a step, and ``rule``, for one tensor. Both say by the *names of their arguments* what they read, and nothing else has to be declared:
+`leafwise` makes the pair ``(init, update)`` from two functions: ``prepare``, worked out once a step, and ``rule``, for one tensor.
+Both say by the *names of their arguments* what they read, and nothing else has to be declared:
 
     g        the incoming update of this tensor           count    how many updates were made before this one (int64)
     p        the parameter itself                         updates  the whole tree of incoming updates
@@ -64,7 +65,8 @@ class Leafwise(GradientTransformation):
         known = ["count", *slots, *hyper, *shared]
         if len(known) != len(set(known)) or {"g", "p", "updates", "params"} & set(known):
             raise TypeError(
-                f"{self.name}: slots, shared and hyper must have different names, none of them g, p, count, updates or params; got {known[1:]}."
+                f"{self.name}: slots, shared and hyper must have different names, "
+                f"none of them g, p, count, updates or params; got {known[1:]}."
             )
         for reader, reads, allowed in (
             ("prepare", self.prepare_reads, {"updates", "params", "count", *hyper, *shared}),
@@ -84,7 +86,8 @@ class Leafwise(GradientTransformation):
         for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
             if p is not None and not (p.is_floating_point() or p.is_complex()):
                 raise TypeError(
-                    f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors can be optimized. Leave it out with masked or partition."
+                    f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors can be optimized. "
+                    "Leave it out with masked or partition."
                 )
         device = tree.leaves(params)[0].device
         shared = {name: value.to(device, copy=True) for name, value in self.shared.items()}
@@ -205,7 +208,8 @@ class Leafwise(GradientTransformation):
         if not isinstance(state, StageState) or state.shared.keys() != expected or state.slots.keys() != self.slots.keys():
             held = [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
             raise ValueError(
-                f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. Use the state that its own init or update returned."
+                f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. "
+                "Use the state that its own init or update returned."
             )
 
 
@@ -275,7 +279,7 @@ _PARTS: list[list[int]] = []
 
 @contextmanager
 def part_of_tree(indices: list[int]) -> Iterator[None]:
-    """Inside, a transformation sees only these leaves, so of a 1-dim count or hyperparameter (one entry per leaf) it takes these entries."""
+    """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
     _PARTS.append([_PARTS[-1][i] for i in indices] if _PARTS else indices)
     try:
         yield
@@ -304,7 +308,8 @@ def _wrong(g: Tensor, p: Tensor | None, slots: list[Tensor | None]) -> str | Non
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
     if p is None or any(slot is None for slot in slots):
-        return f"is a tensor, but {'params' if p is None else 'the state'} has None there. Give None for the update too, or init with this parameter."
+        holder = "params" if p is None else "the state"
+        return f"is a tensor, but {holder} has None there. Give None for the update too, or init with this parameter."
     if p.shape != g.shape:
         return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
     if g.is_complex() and not p.is_complex():

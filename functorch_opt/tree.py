@@ -253,7 +253,7 @@ def norm(tree: PyTree) -> Tensor:
     norms = [_norm(x) for x in leaves(tree)]
     if not norms:
         return torch.zeros(())
-    widest = torch.float64 if any([n.dtype == torch.float64 for n in norms]) else torch.float32
+    widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
     return torch.linalg.vector_norm(torch.stack([n.to(widest) for n in norms]))
 
 

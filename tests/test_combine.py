@@ -90,7 +90,10 @@ def test_repr_reads_as_it_was_written() -> None:
         fo.masked(fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01), {"w": True, "b": False}),
         count_calls(factor=2.0),
     )
-    written = "chain(clip_by_global_norm(1.0), masked(adamw(cosine_decay_schedule(0.1, 100), weight_decay=0.01), {'w': True, 'b': False}), count_calls(factor=2.0))"
+    written = (
+        "chain(clip_by_global_norm(1.0), masked(adamw(cosine_decay_schedule(0.1, 100), weight_decay=0.01), {'w': True, 'b': False}), "
+        "count_calls(factor=2.0))"
+    )
     assert repr(tx) == written
     assert repr(eval(written, {**vars(fo), "count_calls": count_calls})) == written
 

@@ -1,4 +1,6 @@
-"""The Adam family: a running mean ``mu`` of the gradient over the root of a running mean ``nu`` of its square, both corrected for starting at 0.
+"""The Adam family: a running mean ``mu`` of the gradient over the root of a running mean ``nu`` of its square.
+
+Both start at 0 and are corrected for it:
 
     mu = b1 mu + (1 - b1) g        c1 = 1 - b1^t
     nu = b2 nu + (1 - b2) g^2      c2 = 1 - b2^t        u = (mu / c1) / (sqrt(nu / c2) + eps)

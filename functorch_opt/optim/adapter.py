@@ -305,7 +305,7 @@ class _Plan:
 
         places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
-        rename = {**{key: "step" for key in counts[:1]}, **rename}
+        rename = {**dict.fromkeys(counts[:1], "step"), **rename}
         self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
         self.flat: list[_Place] = tree.leaves(self.places)
         self.counts = list(dict.fromkeys(["step", *(place.key for place in self.flat if place.kind == "count")]))

@@ -31,7 +31,8 @@ class _TorchNamed(Optimizer):
         """Take torch's arguments: `options` say what is computed, `flags` how."""
         if differentiable:
             raise ValueError(
-                f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: tx.update and apply_updates."
+                f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: "
+                "tx.update and apply_updates."
             )
         numbers = [name for name, value in options.items() if not isinstance(value, bool)]
         self._setup(params, {**options, **flags}, numbers)
@@ -117,7 +118,8 @@ class SGD(_TorchNamed):
 class Adam(_TorchNamed):
     """torch.optim.Adam, with L2 weight decay (or decoupled, as in `AdamW`).
 
-    The rule is that of `functorch_opt.scale_by_adam`; with `amsgrad` the divisor is the largest ``exp_avg_sq`` so far, corrected afterwards.
+    The rule is that of `functorch_opt.scale_by_adam`; with `amsgrad` the divisor is the largest ``exp_avg_sq`` so far, corrected
+    afterwards.
 
     Args:
         params: parameters, named parameters or groups.

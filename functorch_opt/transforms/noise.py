@@ -53,7 +53,10 @@ def add_noise(eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int)
 
 
 def _normals_like(updates: Any, params: Any, key: Tensor, count: Tensor) -> Any:
-    """Standard normals in the shapes of `updates`. A leaf's place in the stream depends on the sizes before it, not on which have gradients."""
+    """Standard normals in the shapes of `updates`.
+
+    A leaf's place in the stream depends on the sizes of the leaves before it, not on which of them have gradients.
+    """
     gs, spec = tree.flatten(updates)
     leaves = gs if params is None else tree.match(updates, spec, params, names=("updates", "params"))
     if any(leaf is None for leaf in leaves) and params is None:
