@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test quick parity lint types docs ci clean
+.PHONY: help demo test quick lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,7 +35,7 @@ types: $(VENV)/.dev ## static types
 	$(BIN)/mypy functorch_opt
 
 docs: $(VENV)/.docs ## build the site into site/, strictly
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ci: lint types docs test ## everything
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import Expression, GradientTransformation, transformation
+from functorch_opt.base import Expression, GradientTransformation, Scalar, ScalarOrSchedule, transformation
 from functorch_opt.rule import part_of_tree
 from functorch_opt.tree import Path, PyTree
 
@@ -343,7 +343,7 @@ def hyperparameters(
         parameter = signature.parameters[name]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise TypeError(f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them.")
-        annotated = "Scalar" in str(parameter.annotation)
+        annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(parameter.annotation)
         number = isinstance(value, float | Tensor) or (
             annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
         )

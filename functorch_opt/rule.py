@@ -12,7 +12,7 @@ Both say by the *names of their arguments* what they read, and nothing else has 
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -110,6 +110,9 @@ class Leafwise(GradientTransformation):
             if wrong:
                 raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
         now, shared = self.scalars(updates, state.shared, params, extra)
+        missing = [name for name in self.rule_reads if name not in ("g", "p", *old, *now)]
+        if missing:
+            raise TypeError(f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return.")
         per_leaf = _PerLeaf(updates, spec, {name: now[name] for name in self.rule_reads if name in now})
         new: dict[str, list[Any]] = {name: [] for name in old}
         us: list[Any] = []
@@ -125,7 +128,8 @@ class Leafwise(GradientTransformation):
             us.append(u)
             for name, value in slots.items():
                 new[name].append(value)
-        return tree.unflatten(spec, us), StageState(shared, {name: tree.unflatten(spec, column) for name, column in new.items()})
+        slots = {name: tree.like(state.slots[name], tree.unflatten(spec, column)) for name, column in new.items()}
+        return tree.unflatten(spec, us), StageState(shared, slots)
 
     def scalars(
         self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]
@@ -165,43 +169,41 @@ class Leafwise(GradientTransformation):
         An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does.
         """
         pairs = dtype.is_complex and self.kind == "elementwise"
-
-        def enter(x: Tensor) -> Tensor:
-            x = x if x.dtype == dtype else x.to(dtype)
-            return torch.view_as_real(x) if pairs else x
-
-        def leave(x: Tensor, like: Tensor, name: str) -> Tensor:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor.")
-            x = torch.view_as_complex(x.contiguous()) if pairs else x
-            if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
-                raise _Misfit(
-                    f"is {g.dtype} of shape {tuple(g.shape)}, and the rule made of {name}, {like.dtype} of shape {tuple(like.shape)}, "
-                    f"{x.dtype} of shape {tuple(x.shape)}. Is the state that of other params?"
-                )
-            return x
-
-        values = {name: enter(value) if isinstance(value, Tensor) and value.is_complex() else value for name, value in now.items()}
-        values |= {"g": enter(g), "p": p if p is None or "p" not in self.rule_reads else enter(p)}
-        for name, slot in slots.items():
-            values[name] = enter(slot) if slot.is_floating_point() or slot.is_complex() else slot
-        missing = [name for name in self.rule_reads if name not in values]
-        if missing:
-            raise TypeError(f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return.")
+        values = {**now, **slots, "g": g, "p": p}
+        args = [values[name] for name in self.rule_reads]
+        if pairs or any(isinstance(x, Tensor) and x.dtype != dtype for x in args):
+            args = [_enter(x, dtype, pairs) for x in args]
         try:
-            result = self.rule(*(values[name] for name in self.rule_reads))
+            result = self.rule(*args)
         except RuntimeError as error:
-            others = {name: tuple(slot.shape) for name, slot in slots.items() if slot.shape != g.shape}
+            others = [name for name, slot in slots.items() if slot.shape != g.shape or slot.is_complex() != dtype.is_complex]
             if others:
-                raise _Misfit(f"has shape {tuple(g.shape)}, and the state has {others}. Is the state that of other params?") from error
+                held = ", ".join(f"{name}, {slots[name].dtype} of shape {tuple(slots[name].shape)}" for name in others)
+                raise _Misfit(
+                    f"is {g.dtype} of shape {tuple(g.shape)}, and the state has {held}. Is the state that of other params?"
+                ) from error
             raise
         if not slots:
-            return leave(result, g, "the update"), slots
+            return self._leave(result, g, "the update", g, pairs), slots
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) and result[1].keys() == slots.keys()):
             wanted = f"(update, {{slot: new value}}) with the slots {sorted(slots)}"
             raise TypeError(f"{self.name}: rule must return {wanted}; it returned {_outline(result)}.")
         u, new = result
-        return leave(u, g, "the update"), {name: leave(new[name], old, f"slot {name}").to(old.dtype) for name, old in slots.items()}
+        new = {name: self._leave(new[name], old, f"slot {name}", g, pairs).to(old.dtype) for name, old in slots.items()}
+        return self._leave(u, g, "the update", g, pairs), new
+
+    def _leave(self, x: Any, like: Tensor, name: str, g: Tensor, pairs: bool) -> Tensor:
+        """What the rule returned for `like`, checked: a rule that broadcasts has met a state of other params, or is wrong."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor.")
+        if pairs and like.is_complex():
+            x = torch.view_as_complex(x.contiguous())
+        if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
+            raise _Misfit(
+                f"is {g.dtype} of shape {tuple(g.shape)}, and the rule made of {name}, {like.dtype} of shape {tuple(like.shape)}, "
+                f"{x.dtype} of shape {tuple(x.shape)}. Is the state that of other params?"
+            )
+        return x
 
     def _check_state(self, state: Any) -> None:
         expected = {*self.shared, *(["count"] if self.counts else [])}
@@ -274,21 +276,29 @@ def leafwise(
 
 # ---- one entry per leaf --------------------------------------------------------------------------------------------------
 
-_PARTS: list[list[int]] = []
+
+class _Parts(threading.local):
+    """The parts of the tree that this thread is inside of, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[list[int]] = []
+
+
+_PARTS = _Parts()
 
 
 @contextmanager
 def part_of_tree(indices: list[int]) -> Iterator[None]:
     """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
-    _PARTS.append([_PARTS[-1][i] for i in indices] if _PARTS else indices)
+    _PARTS.stack.append([_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices)
     try:
         yield
     finally:
-        _PARTS.pop()
+        _PARTS.stack.pop()
 
 
 def _of_this_part(value: Any) -> Any:
-    return value[_PARTS[-1]] if _PARTS and isinstance(value, Tensor) and value.dim() == 1 else value
+    return value[_PARTS.stack[-1]] if _PARTS.stack and isinstance(value, Tensor) and value.dim() == 1 else value
 
 
 def _check_entries(name: str, value: Any, updates: PyTree) -> None:
@@ -356,6 +366,14 @@ class _PerLeaf:
         return {**fixed, **{name: row[i] for name, row in rows.items()}}
 
 
+def _enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
+    """A value as a rule computes with it: numbers in `dtype`, or the real part of it; complex ones as pairs. Bools and integers stay."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    x = x.to(dtype if x.is_complex() or not pairs else _REAL[dtype])
+    return torch.view_as_real(x) if pairs and x.is_complex() else x
+
+
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -365,5 +383,9 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 
 def working_dtype(*values: Tensor | None) -> torch.dtype:
     """What a rule computes in: the widest of its floating and complex tensors, at least float32."""
-    dtypes = {tree.at_least_float32(x.dtype) for x in values if x is not None and (x.is_floating_point() or x.is_complex())}
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+    found: torch.dtype | None = None
+    for x in values:
+        if x is not None and x.dtype != found and (x.is_floating_point() or x.is_complex()):
+            dtype = tree.at_least_float32(x.dtype)
+            found = dtype if found is None else torch.promote_types(found, dtype)
+    return found or torch.float32

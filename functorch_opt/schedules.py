@@ -57,9 +57,10 @@ def _schedule(factory: Callable[P, Callable[[Tensor], Any]]) -> Callable[P, Sche
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
-        schedule = Schedule(factory(*args, **kwargs))
-        schedule.call = (wrapper, args, kwargs)
+        own_args: Any = [_own(value) for value in args]
+        own_kwargs: Any = {name: _own(value) for name, value in kwargs.items()}
+        schedule = Schedule(factory(*own_args, **own_kwargs))
+        schedule.call = (wrapper, tuple(own_args), own_kwargs)
         return schedule
 
     return wrapper

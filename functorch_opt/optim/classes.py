@@ -63,7 +63,8 @@ class SGD(_TorchNamed):
         weight_decay: L2, 0 or greater.
         nesterov: needs a momentum and no dampening.
         maximize: ascend.
-        foreach, differentiable, fused: see `functorch_opt.optim.classes`.
+        foreach, fused: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -130,7 +131,8 @@ class Adam(_TorchNamed):
         amsgrad: keep the maximum.
         maximize: ascend.
         decoupled_weight_decay: multiply the decay by the learning rate and keep it out of the moments.
-        foreach, capturable, differentiable, fused: see `functorch_opt.optim.classes`.
+        foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -194,7 +196,8 @@ class AdamW(Adam):
         params: parameters, named parameters or groups.
         lr, betas, eps, amsgrad, maximize: as in `Adam`.
         weight_decay: multiplied by the learning rate; 0 or greater.
-        foreach, capturable, differentiable, fused: see `functorch_opt.optim.classes`.
+        foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -248,7 +251,8 @@ class RMSprop(_TorchNamed):
         momentum: 0 or greater.
         centered: subtract the squared mean gradient.
         maximize: ascend.
-        capturable, foreach, differentiable: see `functorch_opt.optim.classes`.
+        capturable, foreach: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -310,7 +314,8 @@ class Adagrad(_TorchNamed):
         initial_accumulator_value: first value of ``sum``, 0 or greater.
         eps: 0 or greater.
         maximize: ascend.
-        foreach, differentiable, fused: see `functorch_opt.optim.classes`.
+        foreach, fused: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
 
     Raises:
         ValueError: an argument outside its range.
