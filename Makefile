@@ -10,11 +10,12 @@ help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 # torch goes in first, so that nothing else pulls another build of it.
-$(BIN)/python: constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@touch $@
 
-$(VENV)/.%: pyproject.toml $(BIN)/python
+$(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	@touch $@
 
