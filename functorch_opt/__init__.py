@@ -7,6 +7,7 @@ from functorch_opt.algorithms.lion import *
 from functorch_opt.algorithms.sgd import *
 from functorch_opt.base import *
 from functorch_opt.combine import *
+from functorch_opt.compiled import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
 from functorch_opt.transforms.clip import *

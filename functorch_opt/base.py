@@ -149,6 +149,11 @@ class GradientTransformation(Expression):
             TypeError: an extra argument that no stage declares, or a declared one that is missing.
             ValueError: structures or shapes that do not fit, params missing, the state of another transformation.
         """
+        self.check_extra(extra)
+        return self._update(updates, state, params, **extra)
+
+    def check_extra(self, extra: dict[str, Any]) -> None:
+        """Raise TypeError for an extra argument that no stage declares, or a declared one that is missing."""
         undeclared = [name for name in extra if name not in self.extra_args]
         if undeclared:
             declared = ", ".join(sorted(self.extra_args)) or "none"
@@ -158,7 +163,6 @@ class GradientTransformation(Expression):
             raise TypeError(
                 f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)})."
             )
-        return self._update(updates, state, params, **extra)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

@@ -43,13 +43,16 @@ class Chain(GradientTransformation):
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         return {name: stage.init(params) for name, stage in self.stages.items()}
 
-    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+    def check_state(self, state: Any) -> None:
         if not isinstance(state, dict) or state.keys() != self.stages.keys():
             held = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
                 f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. "
                 "Use what its own init or update returned."
             )
+
+    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+        self.check_state(state)
         new = {}
         for name, stage in self.stages.items():
             updates, new[name] = stage.update(updates, state[name], params, **{e: extra[e] for e in stage.extra_args if e in extra})

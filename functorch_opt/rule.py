@@ -13,7 +13,7 @@ Both say by the *names of their arguments* what they read, and nothing else has 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -99,14 +99,14 @@ class Leafwise(GradientTransformation):
         return StageState(shared, slots)
 
     def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:
-        self._check_state(state)
+        self.check_state(state)
         if params is None and self.reads_params:
             raise ValueError(f"{self.name} reads the parameters: call update(updates, state, params).")
         gs, spec = tree.flatten_tensors(updates, "updates")
         ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
         old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
         for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            wrong = g is not None and _wrong(g, g if params is None else p, [column[i] for column in old.values()])
+            wrong = g is not None and wrong_update(g, g if params is None else p, [column[i] for column in old.values()])
             if wrong:
                 raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
         now, shared = self.scalars(updates, state.shared, params, extra)
@@ -205,7 +205,7 @@ class Leafwise(GradientTransformation):
             )
         return x
 
-    def _check_state(self, state: Any) -> None:
+    def check_state(self, state: Any) -> None:
         expected = {*self.shared, *(["count"] if self.counts else [])}
         if not isinstance(state, StageState) or state.shared.keys() != expected or state.slots.keys() != self.slots.keys():
             held = [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
@@ -313,7 +313,7 @@ class _Misfit(Exception):
     """What is wrong with a tensor, said by somebody who does not know where it is."""
 
 
-def _wrong(g: Tensor, p: Tensor | None, slots: list[Tensor | None]) -> str | None:
+def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."

@@ -106,6 +106,7 @@ NOT_TRANSFORMATIONS = {
     "ScalarOrSchedule",
     "StageState",
     "apply_updates",
+    "compiled_step",
     "describe",
     "get",
     "leafwise",

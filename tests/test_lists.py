@@ -105,8 +105,9 @@ FLOORS = {
     "combine.py": 3,
     "transforms/": 4,
     "algorithms/": 5,
-    "optim/": 6,
-    "__init__.py": 7,
+    "compiled.py": 6,
+    "optim/": 7,
+    "__init__.py": 8,
 }
 """A file imports from lower floors only. Within `optim/` files may import each other."""
 

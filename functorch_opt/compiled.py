@@ -1,0 +1,338 @@
+"""The compiled, in-place execution: a chain's rules compiled once for a block of tensors, and run over the model block by block.
+
+`compiled_step` does what ``update`` and ``apply_updates`` do, in one pass over memory. The stages of a chain are taken apart into
+``prepare`` and ``rule``. Scalars are worked out first, eagerly, once a step. Then the rules of consecutive elementwise stages, composed for
+one tensor, run as one compiled function of `BLOCK` tensors, which writes slots and parameters in place. The tensors may have any sizes,
+so compile time does not grow with the model, and models of the same dtypes share the code. What is no elementwise rule runs eagerly
+between, and a ``prepare`` that looks at updates in mid-chain begins a new pass.
+
+torch's guards are left out, because they would cost more than a small block does. What they would check is checked here: each tensor that
+the compiled code would get wrong (not contiguous, complex, a subclass, fewer than two elements, more than an int32 can index, memory that
+is not aligned on a GPU) takes the same rules eagerly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation
+from functorch_opt.combine import Chain
+from functorch_opt.rule import Each, Leafwise, working_dtype, wrong_update
+from functorch_opt.tree import PyTree, StageState
+
+__all__ = ["compiled_step"]
+
+BLOCK, SMALL_BLOCK = 32, 8
+"""Tensors in a block, the smaller one for models that fit into it. The last block is filled up with small tensors."""
+
+
+def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> CompiledStep:
+    """The step ``params, state = step(params, grads, state)`` of `tx`, compiled: ``update`` and ``apply_updates`` in one pass.
+
+    Args:
+        tx: any transformation. Chains of elementwise stages run as one kernel per block of tensors; other stages run eagerly between.
+        donate: overwrite the tensors of `params` and of the state's slots and return them, as JAX does with donated arguments. False:
+            they stay as they are, at the price of a copy.
+
+    Returns:
+        ``step(params, grads, state, **extra)``, which returns the new params and state. It must not be differentiated or vmapped; for
+        that there is ``update``.
+
+    Raises:
+        ValueError: (by the step) two parameters share memory, so that an update in place would move both; what ``update`` raises.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.adamw(0.1), {"w": torch.ones(3)}
+        >>> step, state = fo.compiled_step(tx), tx.init(params)
+        >>> params, state = step(params, {"w": torch.ones(3)}, state)  # doctest: +SKIP
+    """
+    return CompiledStep(tx, donate)
+
+
+# ---- a step ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pending:
+    """An elementwise stage whose rule has not run yet: its slots, a column each, and its scalars."""
+
+    leafwise: Leafwise
+    slots: dict[str, list[Any]]
+    now: dict[str, Any]
+
+
+class CompiledStep:
+    """What `compiled_step` makes. It keeps the code it has compiled, and views of the params and slots it saw last."""
+
+    def __init__(self, tx: GradientTransformation, donate: bool, backend: str = "inductor") -> None:
+        self.tx, self.donate, self.backend = tx, donate, backend
+        self.programs: dict[Any, _Program] = {}
+        self.segments: dict[Any, _Segment] = {}
+
+    def __repr__(self) -> str:
+        return f"compiled_step({self.tx!r}{'' if self.donate else ', donate=False'})"
+
+    @torch.no_grad()
+    def __call__(self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        self.tx.check_extra(extra)
+        if not self.donate:
+            params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
+        ps, spec = tree.flatten_tensors(params, "params")
+        us = tree.match(params, spec, grads, names=("params", "grads"))
+        run = _Run(self, params, spec, ps, us, extra)
+        state = run.stage(self.tx, state)
+        run.finish()
+        return params, state
+
+
+@dataclass
+class _Run:
+    """One step. `us` are the updates as far as they are worked out; `pending` the rules that are still to be applied to them."""
+
+    step: CompiledStep
+    params: PyTree
+    spec: Any
+    ps: list[Any]
+    us: list[Any]
+    extra: dict[str, Any]
+    pending: list[_Pending] = field(default_factory=list)
+
+    def stage(self, tx: GradientTransformation, state: PyTree) -> PyTree:
+        """Take in one stage; return its next state, whose slots are written when the rules run."""
+        if isinstance(tx, Chain):
+            tx.check_state(state)
+            return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
+        extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
+        if not (isinstance(tx, Leafwise) and tx.kind == "elementwise"):
+            self.flush()
+            updates, new = tx.update(tree.unflatten(self.spec, self.us), state, self.params, **extra)
+            self.us = tree.match(self.params, self.spec, updates, names=("params", "updates"))
+            return new
+        tx.check_state(state)
+        if self.pending and "updates" in tx.prepare_reads:
+            self.flush()
+        updates = tree.unflatten(self.spec, self.us)
+        now, shared = tx.scalars(updates, state.shared, self.params, extra)
+        columns = {
+            name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}")) for name, slot in state.slots.items()
+        }
+        self.pending.append(_Pending(tx, columns, {name: now[name] for name in tx.rule_reads if name in now}))
+        return StageState(shared, state.slots)
+
+    def flush(self) -> None:
+        """Apply the pending rules to the updates."""
+        if self.pending:
+            outs = [None if u is None else torch.empty_like(u, dtype=tree.at_least_float32(u.dtype)) for u in self.us]
+            self._apply(outs)
+            self.us = outs
+
+    def finish(self) -> None:
+        """Apply the pending rules, and add the updates to the params."""
+        if self.pending:
+            self._apply(None)
+        else:
+            for p, u in zip(self.ps, self.us, strict=True):
+                if u is not None:
+                    p.add_(u)
+
+    def _apply(self, outs: list[Any] | None) -> None:
+        """Run the pending rules for every leaf that has an update."""
+        pending, self.pending = self.pending, []
+        body = _Body([stage.leafwise for stage in pending], [stage.now for stage in pending], add=outs is None)
+        slots = [column for stage in pending for column in stage.slots.values()]
+        rows = [self._row(name, stage.now[name]) for stage, names in zip(pending, body.rows, strict=True) for name in names]
+        segment = self.step.segments.get(body.key)
+        if segment is None or not segment.fits(self.us, self.ps, slots):
+            segment = self.step.segments[body.key] = _Segment(self.step, body, self.params, self.us, self.ps, slots, rows)
+        segment.run(self.us, self.ps, slots, rows, outs, body.scalars)
+
+    def _row(self, name: str, value: Any) -> list[Any]:
+        """One entry per leaf."""
+        return tree.match(self.params, self.spec, value.tree, names=("params", name)) if isinstance(value, Each) else list(value.unbind())
+
+
+# ---- a segment: consecutive elementwise stages ---------------------------------------------------------------------------
+
+
+class _Body:
+    """The rules of consecutive elementwise stages, for a block of leaves: what is compiled, and what runs where that cannot be."""
+
+    def __init__(self, stages: list[Leafwise], now: list[dict[str, Any]], add: bool) -> None:
+        self.stages, self.add = stages, add
+        self.fixed = [{name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now]
+        self.shared = [[name for name, v in of.items() if isinstance(v, Tensor) and v.dim() == 0] for of in now]
+        self.rows = [[name for name, v in of.items() if isinstance(v, Each) or (isinstance(v, Tensor) and v.dim() == 1)] for of in now]
+        self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
+        fixed = tuple([tuple(of.items()) for of in self.fixed])
+        self.key = tuple(map(id, stages)), add, fixed, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
+
+    def __call__(
+        self, us: list[Tensor], ps: list[Tensor], slots: list[Any], rows: list[Any], outs: list[Any], scalars: list[Tensor]
+    ) -> None:
+        """Write slots, and the updates to `outs` or, added, to `ps`. `slots` and `rows` have an entry per leaf, stage after stage."""
+        for u, p, of_slots, of_rows, out in zip(us, ps, slots, rows, outs, strict=True):
+            left, entries, values = list(of_slots), list(of_rows), list(scalars)
+            for stage, fixed, shared, row in zip(self.stages, self.fixed, self.shared, self.rows, strict=True):
+                now = {**fixed, **{name: values.pop(0) for name in shared}, **{name: entries.pop(0) for name in row}}
+                mine = {name: left.pop(0) for name in stage.slots}
+                u, new = stage.apply(u, p, mine, now, working_dtype(u, p if "p" in stage.rule_reads else None, *mine.values()))
+                for name, slot in mine.items():
+                    slot.copy_(new[name])
+            if self.add:
+                p.copy_(p + u)
+            else:
+                out.copy_(u)
+
+
+class _Leaf(NamedTuple):
+    """A parameter and its slots, flat, with what would show that they are other tensors now, or lie elsewhere."""
+
+    i: int
+    p: Tensor
+    slots: list[Tensor]
+    u_dtype: torch.dtype
+    identity: list[Any]
+
+
+def _identity(p: Tensor, slots: list[Tensor]) -> list[Any]:
+    return [fact for x in (p, *slots) for fact in (id(x), x.data_ptr(), x.stride())]
+
+
+class _Segment:
+    """The leaves of a model, sorted into blocks of equal dtypes, for one body."""
+
+    def __init__(
+        self, step: CompiledStep, body: _Body, params: PyTree, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]]
+    ) -> None:
+        self.body = body
+        self.present = [u is not None for u in us]
+        self.eager: list[int] = []
+        self.identities: dict[int, list[Any]] = {}
+        groups: dict[Any, list[_Leaf]] = {}
+        seen: dict[int, int] = {}
+        for i, (u, p) in enumerate(zip(us, ps, strict=True)):
+            if u is None:
+                continue
+            mine = [column[i] for column in slots]
+            if wrong := wrong_update(u, p, mine):
+                raise ValueError(f"compiled_step: the update at {tree.paths(params)[i]!r} {wrong}")
+            if p.numel() and (first := seen.setdefault(p.data_ptr(), i)) != i:
+                paths = tree.paths(params)
+                raise ValueError(
+                    f"the parameters at {paths[first]!r} and {paths[i]!r} share memory, so an update in place would move both. "
+                    "Give it once."
+                )
+            signature = _signature(u, p, mine, [row[i] for row in rows])
+            leaf = _Leaf(i, p, mine, u.dtype, _identity(p, mine))
+            groups.setdefault(signature, []).append(leaf)
+        self.leaves = [leaf for leaves in groups.values() for leaf in leaves]
+        self.blocks: list[_Block] = []
+        for signature, leaves in groups.items():
+            if signature is None:
+                self.eager += [leaf.i for leaf in leaves]
+                continue
+            size = BLOCK if len(leaves) > SMALL_BLOCK else SMALL_BLOCK
+            key = body.key, signature, size
+            if key not in step.programs:
+                i = leaves[0].i
+                step.programs[key] = _Program(body, signature, size, [row[i].dim() > 0 for row in rows], step.backend)
+            self.blocks += [_Block(step.programs[key], leaves[k : k + size]) for k in range(0, len(leaves), size)]
+
+    def fits(self, us: list[Any], ps: list[Any], slots: list[list[Any]]) -> bool:
+        """Whether these are the tensors that the blocks were made of, where they were, and gradients of the same kind."""
+        if [u is not None for u in us] != self.present:
+            return False
+        for i, _, _, u_dtype, identity in self.leaves:
+            u, p = us[i], ps[i]
+            if (
+                u.dtype is not u_dtype
+                or u.shape != p.shape
+                or type(u) is not Tensor
+                or _identity(p, [column[i] for column in slots]) != identity
+            ):
+                return False
+        return True
+
+    def run(
+        self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]
+    ) -> None:
+        for block in self.blocks:
+            block.run(us, rows, outs, scalars)
+        for i in self.eager:
+            mine, row, out = [column[i] for column in slots], [row[i] for row in rows], None if outs is None else outs[i]
+            self.body([us[i]], [ps[i]], [mine], [row], [out], scalars)
+
+
+def _signature(u: Tensor, p: Tensor, slots: list[Tensor], rows: list[Tensor]) -> Any:
+    """What compiled code depends on; None if these tensors must not meet it."""
+    shaped = [u, *(row for row in rows if row.dim())]
+    if not 2 <= p.numel() < 2**31 or not all(x.shape == p.shape and x.device == p.device and type(x) is Tensor for x in (*shaped, *slots)):
+        return None
+    in_place = (p, *slots)
+    if not all(x.is_contiguous() and not x.is_complex() and (x.device.type == "cpu" or x.data_ptr() % 16 == 0) for x in in_place):
+        return None
+    return p.device, u.dtype, p.dtype, tuple([x.dtype for x in slots]), tuple([row.dtype for row in rows])
+
+
+class _Block:
+    """Up to as many leaves as a program takes, and small tensors for the rest."""
+
+    def __init__(self, program: _Program, leaves: list[_Leaf]) -> None:
+        self.program, self.indices = program, [leaf.i for leaf in leaves]
+        n = len(leaves)
+        self.ps = [leaf.p.detach().view(-1) for leaf in leaves] + program.ps[n:]
+        self.slots = [[x.view(-1) for x in leaf.slots] for leaf in leaves] + program.slots[n:]
+
+    def run(self, us: list[Any], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]) -> None:
+        n, program = len(self.indices), self.program
+        flat_us = [us[i].reshape(-1) for i in self.indices] + program.us[n:]
+        flat_rows = [[row[i].reshape(-1) if row[i].dim() else row[i] for row in rows] for i in self.indices] + program.rows[n:]
+        flat_outs = program.outs if outs is None else [outs[i].view(-1) for i in self.indices] + program.outs[n:]
+        program.block(flat_us, self.ps, self.slots, flat_rows, flat_outs, scalars)
+
+
+_numbers = itertools.count()
+
+
+class _Program:
+    """A body compiled for blocks of `size` leaves of one signature, and the small tensors that it was traced on."""
+
+    def __init__(self, body: _Body, signature: Any, size: int, shaped_rows: list[bool], backend: str) -> None:
+        device, u_dtype, p_dtype, slot_dtypes, row_dtypes = signature
+        # Dynamo takes equal sizes for one symbol, and 0 and 1 for constants. On a GPU the sizes it sees decide the launch for good.
+        sizes = range(17, 17 + size) if device.type == "cpu" else range(131_072, 131_072 + size)
+
+        def ones(n: int, dtype: torch.dtype) -> Tensor:
+            return torch.ones(n, dtype=dtype, device=device)
+
+        self.us = [ones(n, u_dtype) for n in sizes]
+        self.ps = [ones(n, p_dtype) for n in sizes]
+        self.slots = [[ones(n, dtype) for dtype in slot_dtypes] for n in sizes]
+        self.rows = [[ones(n, d) if s else ones(1, d)[0] for d, s in zip(row_dtypes, shaped_rows, strict=True)] for n in sizes]
+        self.outs: list[Any] = [None] * size if body.add else [ones(n, tree.at_least_float32(u_dtype)) for n in sizes]
+
+        def block(*args: Any) -> None:
+            body(*args)
+
+        # Compiled code is kept by code object, and without guards the first would serve every body.
+        block.__code__ = block.__code__.replace(co_name=f"block_{next(_numbers)}")
+        options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        self.block: Callable[..., None] = torch.compile(block, fullgraph=True, dynamic=True, backend=backend, options=options)
+        try:
+            with torch._dynamo.config.patch(specialize_float=True):
+                self.block(self.us, self.ps, self.slots, self.rows, self.outs, body.scalars)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"compiled_step runs eagerly, for compiling failed: {reason} On a CPU it needs a C++ compiler, e.g. g++.", stacklevel=2
+            )
+            self.block = body

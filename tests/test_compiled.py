@@ -1,0 +1,209 @@
+"""The compiled, in-place step equals `update` and `apply_updates`, for every row and for every kind of tensor."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from registry import ROWS, Row
+from test_laws import CASES, assert_same, grads, params
+from torch import Tensor
+
+import functorch_opt as fo
+from functorch_opt import tree
+from functorch_opt.compiled import CompiledStep
+
+SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
+
+
+def draw(shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def eagerly(tx: fo.GradientTransformation, ps, state, gs):
+    updates, state = tx.update(gs, state, ps)
+    return fo.apply_updates(ps, updates), state
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+# ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
+
+
+@pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
+@pytest.mark.parametrize(("row", "variant"), CASES)
+def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> None:
+    tx = row.build(variant)
+    step = CompiledStep(tx, donate, backend="eager")
+    ps, mine = params(), params()
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(3):
+        before = tree.map(torch.clone, (mine, ours))
+        ps, state = eagerly(tx, ps, state, grads(i))
+        new = step(mine, grads(i), ours)
+        assert_same(new, (ps, state), rtol=1e-12, atol=1e-12)
+        if donate:
+            assert all(x is y for x, y in zip(tree.leaves(new[0]), tree.leaves(mine), strict=True))
+        else:
+            assert_same((mine, ours), before)
+        mine, ours = new
+
+
+# ---- the real compiler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_program_serves_all_sizes_and_models() -> None:
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    step = fo.compiled_step(tx)
+    models = [SMALL, {f"p{i}": (i + 2, 3) for i in range(5)}, {"tiny": (2,), "one": (1,), "empty": (0,), "scalar": (), "big": (300, 70)}]
+    for n, shapes in enumerate(models):
+        ps, mine = draw(shapes, n), draw(shapes, n)
+        state, ours = tx.init(ps), tx.init(mine)
+        for i in range(3):
+            ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
+            mine, ours = step(mine, draw(shapes, 100 + i), ours)
+            assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+    assert len(step.programs) == 1
+
+
+@pytest.mark.slow
+def test_two_transformations_do_not_share_code() -> None:
+    """Guards are left out, so Dynamo must not find the one's code for the other."""
+    ps = draw(SMALL, 0)
+    for tx in (fo.sgd(0.1), fo.sgd(0.2), fo.sign_sgd(0.1)):
+        mine = draw(SMALL, 0)
+        expected, _ = eagerly(tx, ps, tx.init(ps), draw(SMALL, 1))
+        got, _ = fo.compiled_step(tx)(mine, draw(SMALL, 1), tx.init(mine))
+        assert_same(got, expected, rtol=1e-6, atol=1e-6)
+
+
+# ---- what guards would have seen ---------------------------------------------------------------------------------------------
+
+
+def check(tx: fo.GradientTransformation, step: CompiledStep, ps: dict, gs: dict, *, steps: int = 2) -> None:
+    """From these very tensors, in place, against the functional step on copies."""
+    copies = {name: p.detach().clone() for name, p in ps.items()}
+    state, ours = tx.init(copies), tx.init(ps)
+    for _ in range(steps):
+        copies, state = eagerly(tx, copies, state, gs)
+        ps, ours = step(ps, gs, ours)
+    assert_same({name: p.detach() for name, p in ps.items()}, copies, rtol=1e-4, atol=1e-5)
+
+
+def kinds() -> dict[str, dict[str, Tensor]]:
+    base = torch.arange(60.0) / 7
+    return {
+        "as before": draw(SMALL, 3),
+        "other sizes": {"a": torch.randn(9, 5), "b": torch.randn(2), "c": torch.randn(30)},
+        "sizes 0 and 1": {"a": torch.randn(0, 5), "b": torch.randn(1), "c": torch.randn(())},
+        "transposed": {"a": torch.randn(3, 4).t(), "b": torch.randn(3), "c": torch.randn(7, 2)},
+        "slices of one buffer": {"a": base[1:13].view(4, 3), "b": base[13:16], "c": base[17:31].view(7, 2)},
+        "strided": {"a": torch.randn(8, 3)[::2], "b": torch.randn(6)[::2], "c": torch.randn(7, 2)},
+        "bfloat16": draw(SMALL, 4, torch.bfloat16),
+        "float64": draw(SMALL, 5, torch.float64),
+        "mixed": {"a": torch.randn(4, 3, dtype=torch.float64), "b": torch.randn(3).bfloat16(), "c": torch.randn(7, 2)},
+        "complex": {"a": torch.randn(4, 3, dtype=torch.complex64), "b": torch.randn(3), "c": torch.randn(7, 2)},
+        "parameters": {name: torch.nn.Parameter(p) for name, p in draw(SMALL, 6).items()},
+    }
+
+
+@pytest.mark.slow
+def test_changed_tensors_never_meet_code_for_others() -> None:
+    """One step object, met by every kind of tensor in turn, and by the first kind again."""
+    tx = fo.adam(0.01, eps=1e-3)
+    step = fo.compiled_step(tx)
+    for name, ps in [*kinds().items(), ("again", draw(SMALL, 7))]:
+        gs = {key: torch.randn_like(p).detach() for key, p in ps.items()}
+        try:
+            check(tx, step, ps, gs)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.parametrize(
+    "change", ["data swapped", "data transposed", "gradient strided", "gradient in another dtype", "gradient missing", "slot replaced"]
+)
+def test_changes_between_steps_are_seen(change: str) -> None:
+    tx = fo.adam(0.01, eps=1e-3)
+    step = CompiledStep(tx, True, backend="eager")
+    ps = {"a": torch.randn(3, 3), "b": torch.randn(4)}
+    state = tx.init(ps)
+    gs = {"a": torch.randn(3, 3), "b": torch.randn(4)}
+    ps, state = step(ps, gs, state)
+    if change == "data swapped":
+        ps["a"].data = torch.randn(3, 3)
+    elif change == "data transposed":
+        ps["a"].data = ps["a"].data.t()
+    elif change == "gradient strided":
+        gs["a"] = gs["a"].t()
+    elif change == "gradient in another dtype":
+        gs["a"] = gs["a"].bfloat16()
+    elif change == "gradient missing":
+        gs["a"] = None
+    else:
+        fo.get(state, "mu")["a"] = torch.randn(3, 3)
+    expected, expected_state = eagerly(tx, tree.map(torch.clone, ps), tree.map(torch.clone, state), gs)
+    ps, state = step(ps, gs, state)
+    assert_same((ps, state), (expected, expected_state), rtol=1e-6, atol=1e-6)
+
+
+def test_hyperparameters_as_tensors_are_inputs() -> None:
+    lr = torch.tensor(0.1)
+    step = CompiledStep(fo.adam(lr), True, backend="eager")
+    ps, state = draw(SMALL, 0), fo.adam(lr).init(draw(SMALL, 0))
+    ps, state = step(ps, draw(SMALL, 1), state)
+    lr.fill_(0.0)
+    before = tree.map(torch.clone, ps)
+    ps, state = step(ps, draw(SMALL, 2), state)
+    assert_same(ps, before)
+    assert len(step.programs) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda step, ps, gs, state: step(ps, {"a": gs["a"]}, state), ValueError, "params and grads differ in structure"),
+        (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["b"]}, state), ValueError, "'a' has shape"),
+        (lambda step, ps, gs, state: step({**ps, "b": ps["a"]}, {**gs, "b": gs["a"]}, state), ValueError, "'a' and 'b' share memory"),
+        (lambda step, ps, gs, state: step(ps, gs, fo.sgd(0.1).init(ps)), ValueError, "not a state of this chain"),
+        (lambda step, ps, gs, state: step(ps, gs, state, value=1.0), TypeError, "which no stage reads"),
+        (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["a"].to_sparse()}, state), ValueError, "must be dense"),
+    ],
+)
+def test_bad_input(wrong, error, message) -> None:
+    tx, ps, gs = fo.adam(0.1), draw(SMALL, 0), draw(SMALL, 1)
+    state = tx.init(ps)
+    before = tree.map(torch.clone, (ps, state))
+    with pytest.raises(error, match=message):
+        wrong(CompiledStep(tx, True, backend="eager"), ps, gs, state)
+    assert_same((ps, state), before)
+
+
+def test_without_a_compiler_it_warns_once_and_goes_on() -> None:
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    tx, ps = fo.adam(0.1), draw(SMALL, 0)
+    step = CompiledStep(tx, True, backend=broken)  # type: ignore[arg-type]
+    state = tx.init(ps)
+    expected, _ = eagerly(tx, ps, state, draw(SMALL, 1))
+    with pytest.warns(UserWarning, match="needs a C\\+\\+ compiler"):
+        got, state = step(tree.map(torch.clone, ps), draw(SMALL, 1), state)
+    assert_same(got, expected, rtol=1e-6, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(got, draw(SMALL, 2), state)
+
+
+def test_all_rows_are_here() -> None:
+    assert {case.values[0].name for case in CASES} == {row.name for row in ROWS}
+
+
+def test_repr() -> None:
+    assert repr(fo.compiled_step(fo.adam(0.1), donate=False)) == "compiled_step(adam(0.1), donate=False)"
