@@ -17,6 +17,8 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +77,9 @@ class CompiledStep:
 
     def __init__(self, tx: GradientTransformation, donate: bool, backend: str = "inductor") -> None:
         self.tx, self.donate, self.backend = tx, donate, backend
-        self.programs: dict[Any, _Program] = {}
         self.segments: dict[Any, _Segment] = {}
+        self.constants: dict[Any, Any] = {}
+        self.returned: PyTree = None
 
     def __repr__(self) -> str:
         return f"compiled_step({self.tx!r}{'' if self.donate else ', donate=False'})"
@@ -88,10 +91,43 @@ class CompiledStep:
             params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
         ps, spec = tree.flatten_tensors(params, "params")
         us = tree.match(params, spec, grads, names=("params", "grads"))
+        if state is not self.returned:
+            _check_slots(self.tx, state, params, ps, spec)
         run = _Run(self, params, spec, ps, us, extra)
-        state = run.stage(self.tx, state)
+        self.returned = run.stage(self.tx, state)
         run.finish()
-        return params, state
+        return params, self.returned
+
+    def body(self, pending: list[_Pending], add: bool) -> _Body:
+        """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
+        stages = [stage.leafwise for stage in pending]
+        body = _Body(stages, [stage.now for stage in pending], add)
+        where = tuple(map(id, stages)), add
+        if self.constants.setdefault(where, body.fixed) != body.fixed:
+            self.constants[where] = None
+            now = [
+                {name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for name, v in stage.now.items()}
+                for stage in pending
+            ]
+            body = _Body(stages, now, add)
+        return body
+
+
+def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:
+    """That a state which comes from elsewhere fits, before anything is written."""
+    if isinstance(tx, Chain):
+        tx.check_state(state)
+        for name, stage in tx.stages.items():
+            _check_slots(stage, state[name], params, ps, spec)
+    elif isinstance(tx, Leafwise) and tx.kind == "elementwise":
+        tx.check_state(state)
+        for name, slot in state.slots.items():
+            for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
+                if x is not None and p is not None and x.shape != p.shape:
+                    raise ValueError(
+                        f"{tx.name}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
+                        f"its parameter {tuple(p.shape)}. Is the state that of other params?"
+                    )
 
 
 @dataclass
@@ -147,7 +183,7 @@ class _Run:
     def _apply(self, outs: list[Any] | None) -> None:
         """Run the pending rules for every leaf that has an update."""
         pending, self.pending = self.pending, []
-        body = _Body([stage.leafwise for stage in pending], [stage.now for stage in pending], add=outs is None)
+        body = self.step.body(pending, add=outs is None)
         slots = [column for stage in pending for column in stage.slots.values()]
         rows = [self._row(name, stage.now[name]) for stage, names in zip(pending, body.rows, strict=True) for name in names]
         segment = self.step.segments.get(body.key)
@@ -173,7 +209,8 @@ class _Body:
         self.rows = [[name for name, v in of.items() if isinstance(v, Each) or (isinstance(v, Tensor) and v.dim() == 1)] for of in now]
         self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
         fixed = tuple([tuple(of.items()) for of in self.fixed])
-        self.key = tuple(map(id, stages)), add, fixed, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
+        what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots)) for stage in stages])
+        self.key = what, add, fixed, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
 
     def __call__(
         self, us: list[Tensor], ps: list[Tensor], slots: list[Any], rows: list[Any], outs: list[Any], scalars: list[Tensor]
@@ -194,17 +231,22 @@ class _Body:
 
 
 class _Leaf(NamedTuple):
-    """A parameter and its slots, flat, with what would show that they are other tensors now, or lie elsewhere."""
+    """A parameter and its slots."""
 
     i: int
     p: Tensor
     slots: list[Tensor]
-    u_dtype: torch.dtype
-    identity: list[Any]
 
 
-def _identity(p: Tensor, slots: list[Tensor]) -> list[Any]:
-    return [fact for x in (p, *slots) for fact in (id(x), x.data_ptr(), x.stride())]
+def _memory(tensors: list[Tensor]) -> list[Any]:
+    """What shows that tensors lie elsewhere now, or are to be read otherwise."""
+    facts = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
+    return [list(map(fact, tensors)) for fact in facts]
+
+
+def _kind(gradients: list[Any]) -> list[Any]:
+    """What of a gradient matters to compiled code; its strides do not, it is copied if it must be."""
+    return [list(map(fact, gradients)) for fact in (type, Tensor.size, attrgetter("dtype"))]
 
 
 class _Segment:
@@ -216,7 +258,6 @@ class _Segment:
         self.body = body
         self.present = [u is not None for u in us]
         self.eager: list[int] = []
-        self.identities: dict[int, list[Any]] = {}
         groups: dict[Any, list[_Leaf]] = {}
         seen: dict[int, int] = {}
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
@@ -225,42 +266,37 @@ class _Segment:
             mine = [column[i] for column in slots]
             if wrong := wrong_update(u, p, mine):
                 raise ValueError(f"compiled_step: the update at {tree.paths(params)[i]!r} {wrong}")
-            if p.numel() and (first := seen.setdefault(p.data_ptr(), i)) != i:
+            if type(p) in (Tensor, torch.nn.Parameter) and p.numel() and (first := seen.setdefault(p.data_ptr(), i)) != i:
                 paths = tree.paths(params)
                 raise ValueError(
                     f"the parameters at {paths[first]!r} and {paths[i]!r} share memory, so an update in place would move both. "
                     "Give it once."
                 )
             signature = _signature(u, p, mine, [row[i] for row in rows])
-            leaf = _Leaf(i, p, mine, u.dtype, _identity(p, mine))
-            groups.setdefault(signature, []).append(leaf)
-        self.leaves = [leaf for leaves in groups.values() for leaf in leaves]
+            groups.setdefault(signature, []).append(_Leaf(i, p, mine))
+        self.compiled = sorted(leaf.i for signature, leaves in groups.items() if signature is not None for leaf in leaves)
+        self.memory, self.kind = self._facts(us, ps, slots)
         self.blocks: list[_Block] = []
         for signature, leaves in groups.items():
             if signature is None:
                 self.eager += [leaf.i for leaf in leaves]
                 continue
             size = BLOCK if len(leaves) > SMALL_BLOCK else SMALL_BLOCK
-            key = body.key, signature, size
-            if key not in step.programs:
-                i = leaves[0].i
-                step.programs[key] = _Program(body, signature, size, [row[i].dim() > 0 for row in rows], step.backend)
-            self.blocks += [_Block(step.programs[key], leaves[k : k + size]) for k in range(0, len(leaves), size)]
+            shaped = tuple([row[leaves[0].i].dim() > 0 for row in rows])
+            key = body.key, signature, shaped, size, step.backend
+            if key not in _PROGRAMS:
+                _PROGRAMS[key] = _Program(body, signature, shaped, size, step.backend)
+            self.blocks += [_Block(_PROGRAMS[key], leaves[k : k + size]) for k in range(0, len(leaves), size)]
 
     def fits(self, us: list[Any], ps: list[Any], slots: list[list[Any]]) -> bool:
         """Whether these are the tensors that the blocks were made of, where they were, and gradients of the same kind."""
-        if [u is not None for u in us] != self.present:
-            return False
-        for i, _, _, u_dtype, identity in self.leaves:
-            u, p = us[i], ps[i]
-            if (
-                u.dtype is not u_dtype
-                or u.shape != p.shape
-                or type(u) is not Tensor
-                or _identity(p, [column[i] for column in slots]) != identity
-            ):
-                return False
-        return True
+        return [u is not None for u in us] == self.present and self._facts(us, ps, slots) == (self.memory, self.kind)
+
+    def _facts(self, us: list[Any], ps: list[Any], slots: list[list[Any]]) -> tuple[list[Any], list[Any]]:
+        columns = [us, ps, *slots]
+        if len(self.compiled) < len(us):
+            columns = [[column[i] for i in self.compiled] for column in columns]
+        return _memory([x for column in columns[1:] for x in column]), _kind(columns[0])
 
     def run(
         self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]
@@ -281,6 +317,31 @@ def _signature(u: Tensor, p: Tensor, slots: list[Tensor], rows: list[Tensor]) ->
     if not all(x.is_contiguous() and not x.is_complex() and (x.device.type == "cpu" or x.data_ptr() % 16 == 0) for x in in_place):
         return None
     return p.device, u.dtype, p.dtype, tuple([x.dtype for x in slots]), tuple([row.dtype for row in rows])
+
+
+_PROGRAMS: dict[Any, _Program] = {}
+"""Compiled code, for all steps of this process: the same rules on the same dtypes are compiled once."""
+
+
+def _meaning(value: Any) -> Any:
+    """What a rule computes, for use as a key: its code and what it closes over, where that is plain; else the object itself."""
+    if isinstance(value, FunctionType):
+        cells = tuple([_meaning(cell.cell_contents) for cell in value.__closure__ or ()])
+        return value.__code__, cells, value.__defaults__
+    return value if isinstance(value, (bool, int, float, str, torch.dtype, type(None))) else _ByIdentity(value)
+
+
+class _ByIdentity:
+    """A key for an object that is equal to itself only; it keeps the object alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class _Block:
@@ -306,7 +367,7 @@ _numbers = itertools.count()
 class _Program:
     """A body compiled for blocks of `size` leaves of one signature, and the small tensors that it was traced on."""
 
-    def __init__(self, body: _Body, signature: Any, size: int, shaped_rows: list[bool], backend: str) -> None:
+    def __init__(self, body: _Body, signature: Any, shaped_rows: tuple[bool, ...], size: int, backend: str) -> None:
         device, u_dtype, p_dtype, slot_dtypes, row_dtypes = signature
         # Dynamo takes equal sizes for one symbol, and 0 and 1 for constants. On a GPU the sizes it sees decide the launch for good.
         sizes = range(17, 17 + size) if device.type == "cpu" else range(131_072, 131_072 + size)
@@ -320,19 +381,49 @@ class _Program:
         self.rows = [[ones(n, d) if s else ones(1, d)[0] for d, s in zip(row_dtypes, shaped_rows, strict=True)] for n in sizes]
         self.outs: list[Any] = [None] * size if body.add else [ones(n, tree.at_least_float32(u_dtype)) for n in sizes]
 
+        # Compiled code is kept by code object, and without guards the first would serve every body.
         def block(*args: Any) -> None:
             body(*args)
 
-        # Compiled code is kept by code object, and without guards the first would serve every body.
         block.__code__ = block.__code__.replace(co_name=f"block_{next(_numbers)}")
+        direct: list[Callable[..., None]] = []
+
+        def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            with torch._inductor.config.patch(size_asserts=False):
+                compiled = torch._dynamo.lookup_backend(backend)(graph, inputs)
+            if arguments := _arguments(graph):
+
+                def call(*args: Any) -> None:
+                    compiled(*arguments({"args": args}))
+
+                direct.append(call)
+            return compiled
+
         options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        self.block: Callable[..., None] = torch.compile(block, fullgraph=True, dynamic=True, backend=backend, options=options)
+        traced = torch.compile(block, fullgraph=True, dynamic=True, backend=compile_graph, options=options)
         try:
-            with torch._dynamo.config.patch(specialize_float=True):
-                self.block(self.us, self.ps, self.slots, self.rows, self.outs, body.scalars)
+            # Otherwise numbers that a rule closes over would become inputs of every call.
+            with torch._dynamo.config.patch(specialize_float=True, specialize_int=True):
+                traced(self.us, self.ps, self.slots, self.rows, self.outs, body.scalars)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"compiled_step runs eagerly, for compiling failed: {reason} On a CPU it needs a C++ compiler, e.g. g++.", stacklevel=2
-            )
-            self.block = body
+            cure = "On a CPU it needs a C++ compiler, e.g. g++."
+            warnings.warn(f"compiled_step runs eagerly, for compiling failed: {reason} {cure}", stacklevel=2)
+            traced = body
+        self.block: Callable[..., None] = direct[0] if direct and traced is not body else traced
+
+
+def _arguments(graph: torch.fx.GraphModule) -> Callable[[dict[str, Any]], list[Any]] | None:
+    """From the arguments of a block to the inputs of its graph, as Dynamo names them; None if it needs others.
+
+    Calling the compiled graph directly saves what Dynamo does at each call, which is as much as a block of small tensors takes.
+    """
+    names = []
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = getattr(source, "name", "")
+            names.append(name() if callable(name) else name)
+    if not all(name.startswith("L['args']") for name in names):
+        return None
+    return eval(f"lambda L: [{', '.join(names)}]")

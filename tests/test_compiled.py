@@ -12,7 +12,7 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt.compiled import CompiledStep
+from functorch_opt.compiled import _PROGRAMS, CompiledStep
 
 SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
 
@@ -30,6 +30,7 @@ def eagerly(tx: fo.GradientTransformation, ps, state, gs):
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+    _PROGRAMS.clear()
 
 
 # ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
@@ -69,7 +70,7 @@ def test_one_program_serves_all_sizes_and_models() -> None:
             ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
             mine, ours = step(mine, draw(shapes, 100 + i), ours)
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
-    assert len(step.programs) == 1
+    assert len(_PROGRAMS) == 1
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
     before = tree.map(torch.clone, ps)
     ps, state = step(ps, draw(SMALL, 2), state)
     assert_same(ps, before)
-    assert len(step.programs) == 1
+    assert len(_PROGRAMS) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,13 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
     [
         (lambda step, ps, gs, state: step(ps, {"a": gs["a"]}, state), ValueError, "params and grads differ in structure"),
         (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["b"]}, state), ValueError, "'a' has shape"),
-        (lambda step, ps, gs, state: step({**ps, "b": ps["a"]}, {**gs, "b": gs["a"]}, state), ValueError, "'a' and 'b' share memory"),
+        (
+            lambda step, ps, gs, state: step(
+                {"a": ps["a"], "b": ps["a"]}, {"a": gs["a"], "b": gs["a"]}, step.tx.init({"a": ps["a"], "b": ps["a"]})
+            ),
+            ValueError,
+            "'a' and 'b' share memory",
+        ),
         (lambda step, ps, gs, state: step(ps, gs, fo.sgd(0.1).init(ps)), ValueError, "not a state of this chain"),
         (lambda step, ps, gs, state: step(ps, gs, state, value=1.0), TypeError, "which no stage reads"),
         (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["a"].to_sparse()}, state), ValueError, "must be dense"),
@@ -182,6 +189,42 @@ def test_bad_input(wrong, error, message) -> None:
     before = tree.map(torch.clone, (ps, state))
     with pytest.raises(error, match=message):
         wrong(CompiledStep(tx, True, backend="eager"), ps, gs, state)
+    assert_same((ps, state), before)
+
+
+def test_equal_rules_share_code_and_others_do_not() -> None:
+    ps, gs = draw(SMALL, 0), draw(SMALL, 1)
+    for tx, programs in (
+        (fo.adam(0.1), 1),
+        (fo.adam(0.1), 1),
+        (fo.adam(torch.tensor(0.2)), 2),
+        (fo.adam(torch.tensor(0.3)), 2),
+        (fo.nadam(0.1), 3),
+    ):
+        expected, _ = eagerly(tx, ps, tx.init(ps), gs)
+        got, _ = CompiledStep(tx, False, backend="eager")(ps, gs, tx.init(ps))
+        assert_same(got, expected, rtol=1e-6, atol=1e-6)
+        assert len(_PROGRAMS) == programs
+
+
+def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
+    numbers = iter([1.0, 2.0, 3.0, 4.0])
+    tx = fo.leafwise(lambda g, factor: g * factor, lambda: {"factor": next(numbers)})
+    step, ps = CompiledStep(tx, True, backend="eager"), {"w": torch.zeros(4)}
+    state = tx.init(ps)
+    for expected in (1.0, 3.0, 6.0, 10.0):
+        ps, state = step(ps, {"w": torch.ones(4)}, state)
+        assert (ps["w"] == expected).all()
+    assert len(_PROGRAMS) == 2
+
+
+def test_a_foreign_state_is_refused_before_anything_is_written() -> None:
+    tx, ps, gs = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(1.0), fo.adam(0.1)), draw(SMALL, 0), draw(SMALL, 1)
+    state = tx.init(ps)
+    fo.get(state, "mu")["a"] = torch.zeros(2, 2)
+    before = tree.map(torch.clone, (ps, state))
+    with pytest.raises(ValueError, match="the state's mu at 'a' has shape"):
+        CompiledStep(tx, True, backend="eager")(ps, gs, state)
     assert_same((ps, state), before)
 
 

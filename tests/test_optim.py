@@ -170,6 +170,29 @@ def test_any_transformation_equals_its_functional_self(row: Row, variant: dict, 
         torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    """Two groups with their own numbers, missing gradients, a scheduler: in place, through compiled blocks."""
+
+    def factory(learning_rate: float, weight_decay: float = 0.1) -> fo.GradientTransformation:
+        return fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(learning_rate, weight_decay=weight_decay))
+
+    torch._dynamo.reset()
+    runs = []
+    for compile in (False, True):
+        params = make_params()
+        groups = [{"params": params[:2], "lr": 0.2}, {"params": params[2:], "weight_decay": 0.0}]
+        opt = fo.optim.Optimizer(groups, factory, compile=compile, learning_rate=0.1, weight_decay=0.1)
+        sched = lr_scheduler.ExponentialLR(opt, 0.9)
+        for step in range(7):
+            set_grads(params, step, FREEZE.get(step, ()))
+            opt.step()
+            sched.step()
+        runs.append([*(p.detach() for p in params), *(v for p in params for v in opt.state[p].values())])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_one_tree_for_all_groups() -> None:
     """A factory's clip sees the norm of all groups; each group has its own numbers."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
+from functorch_opt.compiled import compiled_step
 from functorch_opt.rule import leafwise
 from functorch_opt.tree import PyTree, StageState
 
@@ -41,6 +42,7 @@ class Optimizer(torch.optim.Optimizer):
         params: parameters, ``(name, parameter)`` pairs or group dicts, as for every torch optimizer. With names, masks and labels see
             the tree ``{name: parameter}``, otherwise a list.
         tx: a transformation, or a function that returns one.
+        compile: run the step in place through `compiled_step`; the numbers are the same. The first step then takes seconds.
         **hyper: arguments of the function.
 
     Raises:
@@ -66,7 +68,14 @@ class Optimizer(torch.optim.Optimizer):
     _structural: ClassVar[tuple[str, ...]] = ()
     """Options that, when zero, leave a stage out."""
 
-    def __init__(self, params: Iterable[Any], tx: GradientTransformation | Callable[..., GradientTransformation], **hyper: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        tx: GradientTransformation | Callable[..., GradientTransformation],
+        *,
+        compile: bool = False,
+        **hyper: Any,
+    ) -> None:
         if isinstance(tx, GradientTransformation):
             if hyper:
                 raise TypeError(
@@ -87,10 +96,11 @@ class Optimizer(torch.optim.Optimizer):
         has_lr = "learning_rate" in numbers
         lr = numbers.pop("learning_rate", 1.0)
         self._recipe: tuple[Any, dict[str, Any], bool] = (tx, fixed, has_lr)
-        self._setup(params, {"lr": lr, **numbers, **plain}, numbers=("lr", *numbers))
+        self._setup(params, {"lr": lr, **numbers, **plain}, ("lr", *numbers), compile)
 
-    def _setup(self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str]) -> None:
+    def _setup(self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str], compile: bool) -> None:
         """What every constructor ends with; `numbers` names the options that are hyperparameters."""
+        self._compile = compile
         self._numbers = frozenset(numbers)
         self._plans: dict[Any, _Plan] = {}
         super().__init__(params, defaults)
@@ -176,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[p][name] = torch.tensor(float(value))
 
     def __getstate__(self) -> dict[str, Any]:
-        private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers") if name in vars(self)}
+        private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers", "_compile") if name in vars(self)}
         return {**super().__getstate__(), **private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,7 +229,9 @@ class Optimizer(torch.optim.Optimizer):
         if plan is None or plan.layout != _layout(groups):
             options = dict(fixed)
             varying = [name for name in self._options() if name not in options]
-            plan = self._plans[fixed] = _Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names)
+            plan = self._plans[fixed] = _Plan(
+                lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile
+            )
         return plan
 
 
@@ -282,6 +294,7 @@ class _Plan:
         varying: list[str],
         groups: list[dict[str, Any]],
         rename: dict[str, str],
+        compile: bool,
     ) -> None:
         params = [p for group in groups for p in group["params"]]
         self.layout = _layout(groups)
@@ -296,6 +309,7 @@ class _Plan:
 
         self.numbers = {name: buffer(groups[0][name]) for name in varying}
         self.tx = make(self.numbers)
+        self.compiled = compiled_step(self.tx) if compile else None
 
         names = [name for group in groups for name in group.get("param_names", [])]
         self.named = len(set(names)) == len(params)
@@ -330,24 +344,28 @@ class _Plan:
         def fetch(place: _Place | None) -> Any:
             if place is None or place.kind != "count":
                 return None if place is None else entries[place.i].get(place.key)
-            counts = [entry.get(place.key, _ZERO) for entry in entries]
-            return torch.stack([count.detach().cpu() for count in counts]).to(self.device, torch.int64)
+            counts = torch.stack([entry.get(place.key, _ZERO).cpu() for entry in entries]).to(self.device, torch.int64)
+            # One for each parameter; but nearly always those that have a gradient have the same, and one number is less work.
+            same = not torch.compiler.is_compiling() and bool((counts[moved] == counts[moved[0]]).all())
+            return counts[moved[0]] if same else counts
 
         old = tree.map_leaves(fetch, self.places)
-        updates, new = self.tx.update(self._tree([p.grad for p in params]), old, self._tree([p.detach() for p in params]))
-        us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
-        places_and_values = zip(tree.flatten(self.places)[0], tree.flatten(new)[0], strict=True)
-        copies = [
-            (entries[place.i][place.key], value)
-            for place, value in places_and_values
-            if place is not None and (place.kind == "joint" or (place.kind == "slot" and place.i in us and us[place.i] is not None))
-        ]
+        grads = self._tree([p.grad for p in params])
+        sums: list[tuple[Tensor, Tensor]] = []
+        if self.compiled is None:
+            updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]))
+            us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
+            sums = [(params[i], us[i]) for i in moved]
 
         def write() -> None:
             for i in {0, *moved}:
                 state[params[i]].update(entries[i])
-            _foreach(torch._foreach_add_, Tensor.add_, [(params[i], us[i]) for i in moved])
-            _foreach(torch._foreach_copy_, Tensor.copy_, copies)
+            _foreach(torch._foreach_add_, Tensor.add_, sums)
+            after = new if self.compiled is None else self.compiled(self._tree(params), grads, old)[1]  # which writes slots, too
+            values = zip(tree.flatten(self.places)[0], tree.flatten(after)[0], strict=True)
+            kinds = ("joint", "slot") if self.compiled is None else ("joint",)
+            copies = [(entries[place.i][place.key], x) for place, x in values if place and place.kind in kinds and x is not None]
+            _foreach(torch._foreach_copy_, Tensor.copy_, [(mine, x) for mine, x in copies if mine is not x])
             torch._foreach_add_([entries[i][key] for i in moved for key in self.counts], 1)
 
         return write

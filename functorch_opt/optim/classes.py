@@ -27,7 +27,7 @@ Number = float | Tensor
 
 
 class _TorchNamed(Optimizer):
-    def _begin(self, params: Iterable[Any], options: dict[str, Any], *, differentiable: bool, **flags: Any) -> None:
+    def _begin(self, params: Iterable[Any], options: dict[str, Any], *, differentiable: bool, compile: bool = False, **flags: Any) -> None:
         """Take torch's arguments: `options` say what is computed, `flags` how."""
         if differentiable:
             raise ValueError(
@@ -35,7 +35,7 @@ class _TorchNamed(Optimizer):
                 "tx.update and apply_updates."
             )
         numbers = [name for name, value in options.items() if not isinstance(value, bool)]
-        self._setup(params, {**options, **flags}, numbers)
+        self._setup(params, {**options, **flags}, numbers, compile)
 
 
 def _parts(*stages: GradientTransformation | None) -> GradientTransformation:
