@@ -27,7 +27,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain
-from functorch_opt.rule import Each, Leafwise, working_dtype, wrong_update
+from functorch_opt.rule import Each, Leafwise, Misfit, working_dtype, wrong_update
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["compiled_step"]
@@ -305,7 +305,10 @@ class _Segment:
             block.run(us, rows, outs, scalars)
         for i in self.eager:
             mine, row, out = [column[i] for column in slots], [row[i] for row in rows], None if outs is None else outs[i]
-            self.body([us[i]], [ps[i]], [mine], [row], [out], scalars)
+            try:
+                self.body([us[i]], [ps[i]], [mine], [row], [out], scalars)
+            except Misfit as misfit:
+                raise ValueError(f"compiled_step: the update of leaf {i} {misfit}") from misfit.__cause__
 
 
 def _signature(u: Tensor, p: Tensor, slots: list[Tensor], rows: list[Tensor]) -> Any:

@@ -123,7 +123,7 @@ class Leafwise(GradientTransformation):
                 dtype = working_dtype(g, p if "p" in self.rule_reads else None, *slots.values())
                 try:
                     u, slots = self.apply(g, p, slots, per_leaf.at(i, dtype), dtype)
-                except _Misfit as misfit:
+                except Misfit as misfit:
                     raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {misfit}") from misfit.__cause__
             us.append(u)
             for name, value in slots.items():
@@ -179,7 +179,7 @@ class Leafwise(GradientTransformation):
             others = [name for name, slot in slots.items() if slot.shape != g.shape or slot.is_complex() != dtype.is_complex]
             if others:
                 held = ", ".join(f"{name}, {slots[name].dtype} of shape {tuple(slots[name].shape)}" for name in others)
-                raise _Misfit(
+                raise Misfit(
                     f"is {g.dtype} of shape {tuple(g.shape)}, and the state has {held}. Is the state that of other params?"
                 ) from error
             raise
@@ -199,7 +199,7 @@ class Leafwise(GradientTransformation):
         if pairs and like.is_complex():
             x = torch.view_as_complex(x.contiguous())
         if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
-            raise _Misfit(
+            raise Misfit(
                 f"is {g.dtype} of shape {tuple(g.shape)}, and the rule made of {name}, {like.dtype} of shape {tuple(like.shape)}, "
                 f"{x.dtype} of shape {tuple(x.shape)}. Is the state that of other params?"
             )
@@ -309,7 +309,7 @@ def _check_entries(name: str, value: Any, updates: PyTree) -> None:
         )
 
 
-class _Misfit(Exception):
+class Misfit(Exception):
     """What is wrong with a tensor, said by somebody who does not know where it is."""
 
 

@@ -310,6 +310,7 @@ class _Plan:
         self.numbers = {name: buffer(groups[0][name]) for name in varying}
         self.tx = make(self.numbers)
         self.compiled = compiled_step(self.tx) if compile else None
+        self.checked = False
 
         names = [name for group in groups for name in group.get("param_names", [])]
         self.named = len(set(names)) == len(params)
@@ -361,7 +362,7 @@ class _Plan:
             for i in {0, *moved}:
                 state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
-            after = new if self.compiled is None else self.compiled(self._tree(params), grads, old)[1]  # which writes slots, too
+            after = new if self.compiled is None else self._run_compiled(params, grads, old)
             values = zip(tree.flatten(self.places)[0], tree.flatten(after)[0], strict=True)
             kinds = ("joint", "slot") if self.compiled is None else ("joint",)
             copies = [(entries[place.i][place.key], x) for place, x in values if place and place.kind in kinds and x is not None]
@@ -369,6 +370,13 @@ class _Plan:
             torch._foreach_add_([entries[i][key] for i in moved for key in self.counts], 1)
 
         return write
+
+    def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree) -> PyTree:
+        """The new state; parameters and slots are written in place."""
+        assert self.compiled is not None
+        self.compiled.returned = old if self.checked else None
+        self.checked = True
+        return self.compiled(self._tree(params), grads, old)[1]
 
     def _complete(self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]) -> None:
         """Give first values to parameters that have a gradient and no state yet, and to shared values that nobody has."""
@@ -380,9 +388,10 @@ class _Plan:
         ]
         for i in moved:
             # A checkpoint of torch's SGD has no step: where there is state, this is not the first one.
-            first_step = torch.tensor(1.0 if entries[i] else 0.0, dtype=_step_dtype())
+            started = len(entries[i]) > 0
             for key in self.counts:
-                entries[i].setdefault(key, first_step if key == "step" else torch.zeros((), dtype=torch.int64))
+                if key not in entries[i]:
+                    entries[i][key] = torch.tensor(int(started and key == "step"), dtype=_step_dtype() if key == "step" else torch.int64)
         if absent:
             everything = any(place.kind == "joint" for place in absent)
             wanted = {place.i for place in absent}
