@@ -14,6 +14,7 @@ is not aligned on a GPU) takes the same rules eagerly.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -347,6 +348,11 @@ class _ByIdentity:
         return id(self.value)
 
 
+def _flat(x: Tensor, reads_shapes: bool) -> Tensor:
+    """`x` as compiled code takes it: one dimension. Called directly it reads the memory only, and making the view would take longer."""
+    return x.reshape(-1) if reads_shapes or not x.is_contiguous() else x
+
+
 class _Block:
     """Up to as many leaves as a program takes, and small tensors for the rest."""
 
@@ -358,7 +364,7 @@ class _Block:
 
     def run(self, us: list[Any], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]) -> None:
         n, program = len(self.indices), self.program
-        flat_us = [us[i].reshape(-1) for i in self.indices] + program.us[n:]
+        flat_us = [_flat(us[i], program.reads_shapes) for i in self.indices] + program.us[n:]
         flat_rows = [[row[i].reshape(-1) if row[i].dim() else row[i] for row in rows] for i in self.indices] + program.rows[n:]
         flat_outs = program.outs if outs is None else [outs[i].view(-1) for i in self.indices] + program.outs[n:]
         program.block(flat_us, self.ps, self.slots, flat_rows, flat_outs, scalars)
@@ -414,6 +420,7 @@ class _Program:
             warnings.warn(f"compiled_step runs eagerly, for compiling failed: {reason} {cure}", stacklevel=2)
             traced = body
         self.block: Callable[..., None] = direct[0] if direct and traced is not body else traced
+        self.reads_shapes = self.block is traced or backend != "inductor"
 
 
 def _arguments(graph: torch.fx.GraphModule) -> Callable[[dict[str, Any]], list[Any]] | None:
@@ -429,4 +436,7 @@ def _arguments(graph: torch.fx.GraphModule) -> Callable[[dict[str, Any]], list[A
             names.append(name() if callable(name) else name)
     if not all(name.startswith("L['args']") for name in names):
         return None
+    # Every size is read from the parameters, which are flat.
+    sizes = re.compile(r"L\['args'\]\[\d+\]\[(\d+)\](?:\[\d+\])*\.size\(\)\[0\]")
+    names = [sizes.sub(r"L['args'][1][\1].size()[0]", name) for name in names]
     return eval(f"lambda L: [{', '.join(names)}]")
