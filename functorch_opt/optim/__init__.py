@@ -1,4 +1,12 @@
 """Optimizers for ordinary loops: any transformation as a `torch.optim.Optimizer`, and torch's own names."""
 
+from functorch_opt.optim.adafactor import *
+from functorch_opt.optim.adagrad import *
+from functorch_opt.optim.adam import *
 from functorch_opt.optim.adapter import *
-from functorch_opt.optim.classes import *
+from functorch_opt.optim.asgd import *
+from functorch_opt.optim.muon import *
+from functorch_opt.optim.nadam import *
+from functorch_opt.optim.radam import *
+from functorch_opt.optim.rprop import *
+from functorch_opt.optim.sgd import *

@@ -1,0 +1,81 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from functorch_opt.base import GradientTransformation
+from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
+from functorch_opt.transforms.momentum import trace
+from functorch_opt.transforms.scale import scale_by_learning_rate
+
+__all__ = ["SGD"]
+
+
+class SGD(TorchNamed):
+    """torch.optim.SGD: gradient descent with momentum, dampening, Nesterov momentum and L2 weight decay.
+
+    ``g += weight_decay p``; ``buf = momentum buf + (1 - dampening) g`` (the first ``buf`` is ``g``); ``p -= lr buf``.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: learning rate, 0 or greater; a float or a 1-element tensor.
+        momentum: 0 or greater.
+        dampening: of the gradient's part in the momentum.
+        weight_decay: L2, 0 or greater.
+        nesterov: needs a momentum and no dampening.
+        maximize: ascend.
+        foreach, fused: accepted, without effect: they choose among torch's implementations.
+        differentiable: must be False; see the functional layer.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> opt = fo.optim.SGD([w], lr=0.1, momentum=0.9)
+        >>> (w**2).backward()
+        >>> opt.step()
+        >>> w.item()
+        0.800000011920929
+        >>> sorted(opt.state[w])
+        ['momentum_buffer', 'step']
+    """
+
+    _names: ClassVar = {"trace/trace": "momentum_buffer"}
+    _structural: ClassVar = ("momentum", "dampening", "weight_decay")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: Number = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: Number = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused)
+
+    def _chain(self, lr: Any, momentum: Any, dampening: Any, weight_decay: Any, nesterov: bool, maximize: bool) -> GradientTransformation:
+        still = not isinstance(momentum, Tensor) and momentum == 0
+        if nesterov and still:
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening; got momentum 0.")
+        momentum_stage = None if still else trace(momentum, nesterov, dampening=dampening)
+        return parts(ascend(maximize), l2(weight_decay), momentum_stage, scale_by_learning_rate(lr))
