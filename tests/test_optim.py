@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import itertools
 import pickle
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,11 +21,17 @@ import functorch_opt as fo
 from functorch_opt import tree
 
 SHAPES = {"conv": (2, 3, 1, 2), "bias": (2,), "scalar": (), "empty": (0, 2), "matrix": (4, 3)}
+SHAPES_OF = {
+    "Adafactor": {"conv": (2, 3, 4, 2), "bias": (2,), "scalar": (), "row": (1, 5), "matrix": (4, 3)},
+    "Muon": {"tall": (4, 3), "wide": (3, 4), "square": (5, 5), "row": (1, 6), "large": (20, 30)},
+}
+"""Where a class does not take every shape. torch's Adafactor divides by the size of a tensor, and so has no empty ones."""
 
 
-def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
+def make_params(dtype: torch.dtype = torch.float64, seed: int = 0, of: str = "") -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES.values()]
+    shapes = SHAPES_OF.get(of, SHAPES).values()
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
 
 
 def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
@@ -44,6 +52,19 @@ def train(
 
 
 # ---- numbers: every torch-named class against torch.optim, over its options ----------------------------------------------
+
+TORCH_NAMED = [name for name in vars(fo.optim) if name[0].isupper() and name != "Optimizer"]
+
+
+@pytest.fixture
+def same_scalars(name: str) -> Iterator[None]:
+    """torch keeps NAdam's mu_product and ASGD's eta and mu in the default dtype, we in that of the parameter. Here both are float64."""
+    before = torch.get_default_dtype()
+    if name in ("NAdam", "ASGD"):
+        torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
 
 FREEZE = {2: (0, 1, 2, 3, 4), 4: (1,), 5: (1,), 6: (1, 2)}
 """At step 2 nobody has a gradient; later some have none for a while: their counts must stand still."""
@@ -73,15 +94,57 @@ OPTIONS: list[tuple[str, dict]] = [
         ("Adagrad", dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x))
         for d, w, i, x in itertools.product([0, 0.1], [0, 0.1], [0, 0.5], [False, True])
     ],
-    *[(name, {}) for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")],
+    *[
+        ("Adadelta", dict(lr=0.5, rho=r, eps=e, weight_decay=w, maximize=x))
+        for (r, e), w, x in itertools.product([(0.9, 1e-6), (0.5, 1e-2)], [0, 0.1], [False, True])
+    ],
+    *[
+        ("Adamax", dict(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=w, maximize=x))
+        for w, x in itertools.product([0, 0.1], [False, True])
+    ],
+    *[
+        ("ASGD", dict(lr=0.1, lambd=l, alpha=a, t0=t, weight_decay=w, maximize=x))
+        for (l, a), t, w, x in itertools.product([(1e-4, 0.75), (0.1, 0.5), (0, 0.75)], [1e6, 10, 0], [0, 0.1], [False, True])
+    ],
+    *[
+        ("NAdam", dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, decoupled_weight_decay=d, momentum_decay=m, maximize=x))
+        for (w, d), m, x in itertools.product([(0, False), (0.1, False), (0.1, True), (0, True)], [0, 4e-3, 0.1], [False, True])
+    ],
+    *[
+        ("RAdam", dict(lr=0.1, betas=b, eps=e, weight_decay=w, decoupled_weight_decay=d, maximize=x))
+        for b, e, (w, d), x in itertools.product(
+            [(0.8, 0.999), (0.9, 0.9), (0.9, 0.5)], [1e-8, 1e-2], [(0, False), (0.1, False), (0.1, True)], [False, True]
+        )
+    ],
+    *[
+        ("Rprop", dict(lr=l, etas=e, step_sizes=s, maximize=x))
+        for l, e, s, x in itertools.product([0.1, 1e-8], [(0.5, 1.2), (0.3, 2.0)], [(1e-6, 50), (1e-2, 0.2)], [False, True])
+    ],
+    *[
+        ("Adafactor", dict(lr=0.1, beta2_decay=b, eps=e, d=d, weight_decay=w, maximize=x))
+        for b, e, d, w, x in itertools.product([-0.8, -0.3], [(None, 1e-3), (0.5, 2.0)], [1.0, 1.5], [0, 0.1], [False, True])
+    ],
+    *[
+        ("Muon", dict(lr=0.1, weight_decay=w, momentum=m, nesterov=n, adjust_lr_fn=a))
+        for w, m, n, a in itertools.product([0, 0.1], [0, 0.9], [False, True], [None, "original", "match_rms_adamw"])
+    ],
+    ("Muon", dict(ns_coefficients=(2.0, -1.5, 0.5), eps=1e-2, ns_steps=3)),
+    *[(name, {}) for name in TORCH_NAMED],
 ]
 ids = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items() if v and k not in ('lr', 'betas', 'eps'))}" for name, options in OPTIONS]
 
 
+def torchs(name: str, params: list, **options) -> torch.optim.Optimizer:
+    """torch's class, as a loop over the parameters."""
+    return getattr(torch.optim, name)(params, **options, **({} if name == "Muon" else {"foreach": False}))
+
+
+@pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=ids)
 def test_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
-    ours, theirs = make_params(), make_params()
-    a, b = getattr(fo.optim, name)(ours, **options), getattr(torch.optim, name)(theirs, foreach=False, **options)
+    """Muon too: Newton-Schulz rounds to bfloat16, but it does so in the same places, and in float64 what it starts from is the same."""
+    ours, theirs = make_params(of=name), make_params(of=name)
+    a, b = getattr(fo.optim, name)(ours, **options), torchs(name, theirs, **options)
     start = [p.detach().clone() for p in ours]
     x, y = train(a, ours, 50, missing_at=FREEZE), train(b, theirs, 50, missing_at=FREEZE)
     for p, q, s in zip(x, y, start, strict=True):
@@ -94,10 +157,26 @@ def test_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
             torch.testing.assert_close(a.state[p][key], value, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
-def test_arguments_and_defaults_are_torchs(name: str) -> None:
-    import inspect
+@pytest.mark.usefixtures("same_scalars")
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_groups_and_a_scheduler_as_in_torch(name: str) -> None:
+    """Here two groups are one tree, with one entry per parameter for counts and numbers. ASGD hears of an lr a step late, Rprop never."""
+    trajectories = []
+    for build in (getattr(fo.optim, name), lambda groups, **options: torchs(name, groups, **options)):
+        params = make_params(of=name)
+        opt = build([{"params": params[:2], "lr": 0.2}, {"params": params[2:]}], lr=0.05)
+        sched = lr_scheduler.ExponentialLR(opt, 0.5)
+        trajectory = []
+        for step in range(12):
+            trajectory += train(opt, params, 1, start=step, missing_at=FREEZE)
+            sched.step()
+        trajectories.append(trajectory)
+    for p, q in zip(*trajectories, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
+
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_arguments_and_defaults_are_torchs(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (fo.optim, torch.optim))
     assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
 
@@ -110,12 +189,21 @@ def test_arguments_and_defaults_are_torchs(name: str) -> None:
         ("AdamW", {}),
         ("RMSprop", {"momentum": 0.9, "centered": True}),
         ("Adagrad", {"lr_decay": 0.1}),
+        ("Adadelta", {}),
+        ("Adamax", {}),
+        ("ASGD", {"t0": 3}),
+        ("NAdam", {}),
+        ("RAdam", {"betas": (0.9, 0.99)}),
+        ("Rprop", {}),
+        ("Adafactor", {}),
+        ("Muon", {}),
     ],
 )
+@pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_a_torch_checkpoint_goes_on(name: str, options: dict, direction: str) -> None:
     first, second = (getattr(torch.optim, name), getattr(fo.optim, name))[:: 1 if direction == "from torch" else -1]
-    params = make_params()
+    params = make_params(of=name)
     opt = first(params, **options)
     train(opt, params, 5)
     file = io.BytesIO()
@@ -128,21 +216,86 @@ def test_a_torch_checkpoint_goes_on(name: str, options: dict, direction: str) ->
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("same_scalars")
+@pytest.mark.parametrize("name", [name for name in TORCH_NAMED if name not in ("Adafactor", "Muon")])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_complex_parameters_as_torch(dtype: torch.dtype) -> None:
+def test_complex_parameters_as_torch(dtype: torch.dtype, name: str) -> None:
     ours, theirs = make_params(dtype), make_params(dtype)
-    for step in range(5):
+    for step in range(8):
         set_grads(ours, step)
         for p, q in zip(ours, theirs, strict=True):
             p.grad = p.grad * (1 - 0.5j)
             q.grad = p.grad.clone()
         if step == 0:
-            a, b = fo.optim.AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+            a, b = getattr(fo.optim, name)(ours, lr=0.1), torchs(name, theirs, lr=0.1)
         a.step()
         b.step()
     tolerance = 1e-5 if dtype == torch.complex64 else 1e-10
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_low_precision_parameters_as_everywhere_here(name: str) -> None:
+    params = make_params(torch.bfloat16, of=name)
+    opt = getattr(fo.optim, name)(params)
+    train(opt, params, 3)
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in params)
+    assert {value.dtype for p in params for value in opt.state[p].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_zero_lr_and_zero_gradients_move_nothing(name: str) -> None:
+    """torch.distributed.checkpoint makes such a step to create state."""
+    params = make_params(of=name)
+    opt = getattr(fo.optim, name)(params)
+    before = [p.detach().clone() for p in params]
+    for lr in (0.0, torch.tensor(0.0)):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+    assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True))
+
+
+def chain_of(name: str, params: list) -> fo.GradientTransformation:
+    """What a class with torch's name runs, as a pure function."""
+    opt = getattr(fo.optim, name)(params)
+    return opt._chain(**{option: opt.defaults[option] for option in opt._options()})
+
+
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_the_chains_can_be_vmapped(name: str) -> None:
+    batch = [torch.stack(ps).detach() for ps in zip(*(make_params(seed=i, of=name) for i in range(3)), strict=True)]
+    tx = chain_of(name, make_params(of=name))
+
+    def run(ps: list[Tensor]) -> list[Tensor]:
+        state = tx.init(ps)
+        for step in range(6):
+            updates, state = tx.update([(p * (step + 1.0)).sin() for p in ps], state, ps)
+            ps = fo.apply_updates(ps, updates)
+        return ps
+
+    tolerance = 1e-2 if name == "Muon" else 1e-10  # a batch of bfloat16 products is summed in another order
+    for together, *alone in zip(torch.func.vmap(run)(batch), *(run([p[i] for p in batch]) for i in range(3)), strict=True):
+        torch.testing.assert_close(together, torch.stack(alone), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCH_NAMED)
+def test_the_chains_compile_to_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    params = [p.detach() for p in make_params(of=name)]
+    tx = chain_of(name, make_params(of=name))
+    compiled = torch.compile(tx.update, fullgraph=True, backend="aot_eager")
+    state, twin = tx.init(params), tx.init(params)
+    for step in range(6):
+        gradients = [(p * (step + 1.0)).sin() for p in params]
+        updates, state = tx.update(gradients, state, params)
+        with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+            others, twin = compiled(gradients, twin, params)
+        for u, v in zip(updates, others, strict=True):
+            torch.testing.assert_close(u, v, rtol=1e-10, atol=1e-10)
 
 
 # ---- law 4: the adapter equals update + apply_updates --------------------------------------------------------------------
@@ -390,8 +543,13 @@ def test_a_tensor_lr_is_not_shared_between_groups() -> None:
         lambda ps: fo.optim.AdamW(ps, amsgrad=True),
         lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20)))),
         lambda ps: fo.optim.Optimizer(ps, fo.lion, learning_rate=0.1),
+        lambda ps: fo.optim.NAdam(ps),
+        lambda ps: fo.optim.ASGD(ps, t0=1),
+        lambda ps: fo.optim.Rprop(ps),
+        lambda ps: fo.optim.Adafactor(ps[:3] + ps[4:]),
+        lambda ps: fo.optim.Muon(ps[4:]),
     ],
-    ids=["AdamW", "noise", "lion"],
+    ids=["AdamW", "noise", "lion", "NAdam", "ASGD", "Rprop", "Adafactor", "Muon"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_resumed_equals_uninterrupted_bit_for_bit(build, dtype: torch.dtype) -> None:
@@ -594,6 +752,31 @@ def test_hooks_fire_in_order_once() -> None:
         (lambda ps: fo.optim.AdamW(ps, lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
         (lambda ps: fo.optim.AdamW(ps, differentiable=True), ValueError, "functional layer"),
         (lambda ps: fo.optim.SGD(ps, nesterov=True), ValueError, "Nesterov momentum requires a momentum"),
+        (lambda ps: fo.optim.Adadelta(ps, rho=1.1), ValueError, "rho must be in"),
+        (lambda ps: fo.optim.Adadelta(ps, eps=-1.0), ValueError, "eps must be in"),
+        (lambda ps: fo.optim.Adadelta(ps, weight_decay=-1.0), ValueError, "weight_decay must be in"),
+        (lambda ps: fo.optim.Adamax(ps, betas=(0.0, 1.0)), ValueError, "b2 must be in"),
+        (lambda ps: fo.optim.Adamax(ps, lr=-1.0), ValueError, "learning_rate must be in"),
+        (lambda ps: fo.optim.ASGD(ps, lr=-1.0), ValueError, "lr must be in"),
+        (lambda ps: fo.optim.ASGD(ps, weight_decay=-0.5), ValueError, "weight_decay must be in"),
+        (lambda ps: fo.optim.ASGD(ps, lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
+        (lambda ps: fo.optim.NAdam(ps, betas=(1.0, 0.9)), ValueError, "b1 must be in"),
+        (lambda ps: fo.optim.NAdam(ps, momentum_decay=-0.2), ValueError, "momentum_decay must be in"),
+        (lambda ps: fo.optim.NAdam(ps, differentiable=True), ValueError, "functional layer"),
+        (lambda ps: fo.optim.RAdam(ps, eps=-1.0), ValueError, "eps must be in"),
+        (lambda ps: fo.optim.Rprop(ps, etas=(1.0, 0.5)), ValueError, "etaminus must be in"),
+        (lambda ps: fo.optim.Rprop(ps, etas=(0.5, 1.0)), ValueError, "etaplus must be in"),
+        (lambda ps: fo.optim.Rprop([{"params": ps, "lr": -1.0}]), ValueError, "lr must be in"),
+        (lambda ps: fo.optim.Adafactor(ps, eps=(-1e-30, 1e-3)), ValueError, "eps1 must be in"),
+        (lambda ps: fo.optim.Adafactor(ps, eps=(None, -1e-3)), ValueError, "eps2 must be in"),
+        (lambda ps: fo.optim.Adafactor(ps, d=0.0), ValueError, "d must be in"),
+        (lambda ps: fo.optim.Adafactor(ps, beta2_decay=0.8), ValueError, "beta2_decay must be 0 or less"),
+        (lambda ps: fo.optim.Adafactor([*ps, torch.ones(2) * 1j]), ValueError, "parameter 5 .* does not take complex"),
+        (lambda ps: fo.optim.Muon(ps), ValueError, r"parameter 0 .* shape \(2, 3, 1, 2\)\. Muon takes real matrices only"),
+        (lambda ps: fo.optim.Muon(ps[4:], momentum=-0.1), ValueError, "momentum must be in"),
+        (lambda ps: fo.optim.Muon(ps[4:], ns_steps=100), ValueError, "ns_steps must be in"),
+        (lambda ps: fo.optim.Muon(ps[4:], ns_coefficients=(1.0, 2.0)), ValueError, "must be three numbers"),
+        (lambda ps: fo.optim.Muon(ps[4:], adjust_lr_fn="arbitrary"), ValueError, "adjust_lr_fn must be"),
         (lambda ps: fo.optim.AdamW([]), ValueError, "empty parameter list"),
         (lambda ps: fo.optim.AdamW(ps[0]), TypeError, "iterable of Tensors or dicts"),
         (lambda ps: fo.optim.AdamW([{"params": ps}, {"params": ps[0]}]), ValueError, "more than one parameter group"),

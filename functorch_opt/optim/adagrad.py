@@ -105,6 +105,7 @@ class Adagrad(TorchNamed):
 
     _names: ClassVar = {"scale_by_rss/sum": "sum"}
     _structural: ClassVar = ("weight_decay",)
+    _fixed: ClassVar = ("initial_accumulator_value",)
 
     def __init__(
         self,
