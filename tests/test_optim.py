@@ -282,8 +282,8 @@ def test_the_chains_can_be_vmapped(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCH_NAMED)
-def test_the_chains_compile_to_one_graph(name: str) -> None:
+@pytest.mark.parametrize("name", ["NAdam", "RAdam", "ASGD", "Rprop", "Adafactor", "Muon"])
+def test_the_rules_beside_the_classes_compile_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
     params = [p.detach() for p in make_params(of=name)]
     tx = chain_of(name, make_params(of=name))

@@ -7,7 +7,7 @@
     p   -= rho max(eps2, RMS(p)) u / max(1, RMS(u) / d) + lr weight_decay p
 
 Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, algs. 4 (matrices) and 5 (vectors). There
-eps1 is added to g^2, and 0.01 stands for lr.
+eps1 is added to g^2; alg. 6 proposes 0.01 for lr.
 """
 
 from __future__ import annotations

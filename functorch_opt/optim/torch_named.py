@@ -37,6 +37,7 @@ class TorchNamed(Optimizer):
                 f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: "
                 "tx.update and apply_updates."
             )
+        self._chain(**options)  # as in torch, an argument outside its range is an error before any parameter is looked at
         numbers = [name for name, value in options.items() if name not in self._fixed and not isinstance(value, bool)]
         self._setup(params, {**options, **flags}, numbers, compile)
 
