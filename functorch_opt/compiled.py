@@ -124,7 +124,7 @@ def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: 
         tx.check_state(state)
         for name, slot in state.slots.items():
             for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
-                if x is not None and p is not None and x.shape != p.shape:
+                if x is not None and p is not None and x.shape != p.shape and x.shape != tx.slots[name](p.to("meta")).shape:
                     raise ValueError(
                         f"{tx.name}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
                         f"its parameter {tuple(p.shape)}. Is the state that of other params?"

@@ -298,6 +298,24 @@ def test_the_rules_beside_the_classes_compile_to_one_graph(name: str) -> None:
             torch.testing.assert_close(u, v, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["NAdam", "RAdam", "ASGD", "Rprop", "Adafactor", "Muon"])
+def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
+    """NAdam and ASGD, which keep single numbers for a parameter, run there eagerly."""
+    torch._dynamo.reset()
+    ps, qs = ([p.detach() for p in make_params(of=name)] for _ in range(2))
+    tx = chain_of(name, make_params(of=name))
+    step = fo.compiled_step(tx)
+    state, twin = tx.init(ps), tx.init(qs)
+    for k in range(4):
+        gradients = [None if k == 2 and i == 1 else (p * (k + 1.0)).sin() for i, p in enumerate(ps)]
+        updates, state = tx.update(gradients, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        qs, twin = step(qs, gradients, twin)
+        for p, q in zip(ps, qs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
 # ---- law 4: the adapter equals update + apply_updates --------------------------------------------------------------------
 
 
