@@ -12,7 +12,8 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt.compiled import _PROGRAMS, CompiledStep
+from functorch_opt.blocks import PROGRAMS
+from functorch_opt.compiled import CompiledStep
 
 SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
 
@@ -30,7 +31,7 @@ def eagerly(tx: fo.GradientTransformation, ps, state, gs):
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-    _PROGRAMS.clear()
+    PROGRAMS.clear()
 
 
 # ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
@@ -70,7 +71,7 @@ def test_one_program_serves_all_sizes_and_models() -> None:
             ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
             mine, ours = step(mine, draw(shapes, 100 + i), ours)
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
-    assert len(_PROGRAMS) == 1
+    assert len(PROGRAMS) == 1
 
 
 @pytest.mark.slow
@@ -163,7 +164,7 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
     before = tree.map(torch.clone, ps)
     ps, state = step(ps, draw(SMALL, 2), state)
     assert_same(ps, before)
-    assert len(_PROGRAMS) == 1
+    assert len(PROGRAMS) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_equal_rules_share_code_and_others_do_not() -> None:
         expected, _ = eagerly(tx, ps, tx.init(ps), gs)
         got, _ = CompiledStep(tx, False, backend="eager")(ps, gs, tx.init(ps))
         assert_same(got, expected, rtol=1e-6, atol=1e-6)
-        assert len(_PROGRAMS) == programs
+        assert len(PROGRAMS) == programs
 
 
 def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
@@ -215,7 +216,7 @@ def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
     for expected in (1.0, 3.0, 6.0, 10.0):
         ps, state = step(ps, {"w": torch.ones(4)}, state)
         assert (ps["w"] == expected).all()
-    assert len(_PROGRAMS) == 2
+    assert len(PROGRAMS) == 2
 
 
 def test_a_foreign_state_is_refused_before_anything_is_written() -> None:

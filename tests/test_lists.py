@@ -103,6 +103,7 @@ FLOORS = {
     "schedules.py": 2,
     "random.py": 2,
     "combine.py": 3,
+    "blocks.py": 3,
     "transforms/": 4,
     "algorithms/": 5,
     "compiled.py": 6,

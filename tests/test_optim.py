@@ -178,7 +178,9 @@ def test_groups_and_a_scheduler_as_in_torch(name: str) -> None:
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_arguments_and_defaults_are_torchs(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (fo.optim, torch.optim))
-    assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
+    *like_torch, last = [(p.name, p.default, p.kind) for p in ours.values()]
+    assert like_torch == [(p.name, p.default, p.kind) for p in theirs.values()]
+    assert last == ("compile", False, inspect.Parameter.KEYWORD_ONLY)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ class Adafactor(TorchNamed):
         weight_decay: multiplied by `lr`, kept out of the moments; 0 or greater.
         foreach: accepted, without effect: it chooses among torch's implementations.
         maximize: ascend.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range; a complex parameter.
@@ -139,9 +140,10 @@ class Adafactor(TorchNamed):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {"lr": lr, "beta2_decay": beta2_decay, "eps": tuple(eps), "d": d, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach)
+        self._begin(params, options, foreach=foreach, compile=compile)
 
     def _chain(self, lr: Any, beta2_decay: Any, eps: Any, d: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
         eps1, eps2 = eps

@@ -31,6 +31,7 @@ class RMSprop(TorchNamed):
         maximize: ascend.
         capturable, foreach: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -61,6 +62,8 @@ class RMSprop(TorchNamed):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -71,7 +74,7 @@ class RMSprop(TorchNamed):
             "centered": centered,
             "maximize": maximize,
         }
-        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable)
+        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable, compile=compile)
 
     def _chain(
         self, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: bool, maximize: bool
@@ -94,6 +97,7 @@ class Adagrad(TorchNamed):
         maximize: ascend.
         foreach, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -120,6 +124,7 @@ class Adagrad(TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -129,7 +134,7 @@ class Adagrad(TorchNamed):
             "eps": eps,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused)
+        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused, compile=compile)
 
     def _chain(
         self, lr: Any, lr_decay: Any, weight_decay: Any, initial_accumulator_value: float, eps: Any, maximize: bool
@@ -159,6 +164,7 @@ class Adadelta(TorchNamed):
         maximize: ascend.
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -190,9 +196,10 @@ class Adadelta(TorchNamed):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable)
+        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
 
     def _chain(self, lr: Any, rho: Any, eps: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
         return parts(ascend(maximize), l2(weight_decay), scale_by_adadelta(rho, eps), scale_by_learning_rate(lr))

@@ -30,6 +30,7 @@ class Adam(TorchNamed):
         decoupled_weight_decay: multiply the decay by the learning rate and keep it out of the moments.
         foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -64,6 +65,7 @@ class Adam(TorchNamed):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -74,7 +76,7 @@ class Adam(TorchNamed):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused)
+        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused, compile=compile)
 
     def _chain(
         self, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: bool, maximize: bool, decoupled_weight_decay: bool
@@ -95,6 +97,7 @@ class AdamW(Adam):
         weight_decay: multiplied by the learning rate; 0 or greater.
         foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -119,6 +122,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -133,6 +137,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            compile=compile,
         )
 
 
@@ -150,6 +155,7 @@ class Adamax(TorchNamed):
         maximize: ascend.
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -183,9 +189,10 @@ class Adamax(TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable)
+        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable, compile=compile)
 
     def _chain(self, lr: Any, betas: Any, eps: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
         b1, b2 = betas

@@ -13,18 +13,15 @@ parameters (a noise key) are kept with the first one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
-from functorch_opt.compiled import compiled_step
+from functorch_opt.optim.plan import Plan, layout
 from functorch_opt.rule import leafwise
-from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["Optimizer"]
 
@@ -102,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         """What every constructor ends with; `numbers` names the options that are hyperparameters."""
         self._compile = compile
         self._numbers = frozenset(numbers)
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Any, Plan] = {}
         super().__init__(params, defaults)
 
     def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
@@ -224,203 +221,14 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a zero leaves out a stage."""
         return name in self._numbers and (name not in self._structural or isinstance(value, Tensor) or value != 0)
 
-    def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> _Plan:
+    def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
-        if plan is None or plan.layout != _layout(groups):
+        if plan is None or plan.layout != layout(groups):
             options = dict(fixed)
             varying = [name for name in self._options() if name not in options]
-            plan = self._plans[fixed] = _Plan(
-                lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile
-            )
+            plan = self._plans[fixed] = Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile)
         return plan
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """Options by which torch chooses among its implementations. There is one here."""
-
-
-def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones)."""
-    if pairs and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
-        many([a for a, _ in pairs], [b for _, b in pairs])
-    else:
-        for a, b in pairs:
-            one(a, b)
-
-
-# ---- state, taken apart and put together ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the functional state lives: ``state[p][key]``; `path` is its place in a fresh functional state."""
-
-    kind: str  # "slot": of parameter i; "count": one for every parameter; "joint": with the first parameter
-    key: str
-    path: str
-    i: int = 0
-
-
-def _places(state: PyTree, path: str, index: dict[str, int]) -> PyTree:
-    """The tree `state` with a `_Place` for every tensor; `index` maps the path of a parameter to its number."""
-
-    def under(name: object) -> str:
-        return f"{path}/{name}" if path else str(name)
-
-    if isinstance(state, StageState):
-        shared = {name: _Place("count" if name == "count" else "joint", under(name), under(f"shared/{name}")) for name in state.shared}
-        slots = {}
-        for name, slot in state.slots.items():
-            spec = tree.flatten(slot)[1]
-            slots[name] = tree.unflatten(
-                spec, [_Place("slot", under(name), under(f"slots/{name}/{leaf}"), index[leaf]) for leaf in tree.paths(slot)]
-            )
-        return StageState(shared, slots)  # type: ignore[arg-type]
-    if isinstance(state, dict):
-        return {name: _places(child, under(name), index) for name, child in state.items()}
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_places(child, under(name), index) for name, child in zip(state._fields, state, strict=True)))
-    if isinstance(state, (list, tuple)):
-        return type(state)(_places(child, under(i), index) for i, child in enumerate(state))
-    return None if state is None else _Place("joint", path, path)
-
-
-class _Plan:
-    """What is worked out once for a bucket of groups: its transformation, and where each tensor of the state lives."""
-
-    def __init__(
-        self,
-        make: Callable[[dict[str, Any]], GradientTransformation],
-        varying: list[str],
-        groups: list[dict[str, Any]],
-        rename: dict[str, str],
-        compile: bool,
-    ) -> None:
-        params = [p for group in groups for p in group["params"]]
-        self.layout = _layout(groups)
-        self.device = params[0].device
-        shape = () if len(groups) == 1 else (len(params),)
-
-        def buffer(value: Any) -> Any:
-            """Where a hyperparameter is written at every step; the transformation reads it there."""
-            if isinstance(value, tuple):
-                return tuple(buffer(part) for part in value)
-            return torch.zeros(shape, dtype=tree.real_dtype(self.device), device=self.device)
-
-        self.numbers = {name: buffer(groups[0][name]) for name in varying}
-        self.tx = make(self.numbers)
-        self.compiled = compiled_step(self.tx) if compile else None
-        self.checked = False
-
-        names = [name for group in groups for name in group.get("param_names", [])]
-        self.named = len(set(names)) == len(params)
-        self.paths = names if self.named else [str(i) for i in range(len(params))]
-        number = {path: i for i, path in enumerate(self.paths)}
-        self.order = [number[path] for path in tree.paths(self._tree(params))]
-
-        places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
-        counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
-        rename = {**dict.fromkeys(counts[:1], "step"), **rename}
-        self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
-        self.flat: list[_Place] = tree.leaves(self.places)
-        self.counts = list(dict.fromkeys(["step", *(place.key for place in self.flat if place.kind == "count")]))
-
-    def _tree(self, values: list[Any]) -> PyTree:
-        return dict(zip(self.paths, values, strict=True)) if self.named else values
-
-    def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
-        """Work out the step; nothing changes before the function that this returns is called."""
-        for name, target in self.numbers.items():
-            values = [group[name] for group in groups]
-            if isinstance(target, tuple):
-                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
-                    _write_number(part, of_groups, groups)
-            else:
-                _write_number(target, values, groups)
-        params = [p for group in groups for p in group["params"]]
-        moved = [i for i, p in enumerate(params) if p.grad is not None]
-        entries = [dict(state.get(p, ())) for p in params]
-        self._complete(entries, params, moved)
-
-        def fetch(place: _Place | None) -> Any:
-            if place is None or place.kind != "count":
-                return None if place is None else entries[place.i].get(place.key)
-            counts = torch.stack([entry.get(place.key, _ZERO).cpu() for entry in entries]).to(self.device, torch.int64)
-            # One for each parameter; but nearly always those that have a gradient have the same, and one number is less work.
-            same = not torch.compiler.is_compiling() and bool((counts[moved] == counts[moved[0]]).all())
-            return counts[moved[0]] if same else counts
-
-        old = tree.map_leaves(fetch, self.places)
-        grads = self._tree([p.grad for p in params])
-        sums: list[tuple[Tensor, Tensor]] = []
-        if self.compiled is None:
-            updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]))
-            us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
-            sums = [(params[i], us[i]) for i in moved]
-
-        def write() -> None:
-            for i in {0, *moved}:
-                state[params[i]].update(entries[i])
-            _foreach(torch._foreach_add_, Tensor.add_, sums)
-            after = new if self.compiled is None else self._run_compiled(params, grads, old)
-            values = zip(tree.flatten(self.places)[0], tree.flatten(after)[0], strict=True)
-            kinds = ("joint", "slot") if self.compiled is None else ("joint",)
-            copies = [(entries[place.i][place.key], x) for place, x in values if place and place.kind in kinds and x is not None]
-            _foreach(torch._foreach_copy_, Tensor.copy_, [(mine, x) for mine, x in copies if mine is not x])
-            torch._foreach_add_([entries[i][key] for i in moved for key in self.counts], 1)
-
-        return write
-
-    def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree) -> PyTree:
-        """The new state; parameters and slots are written in place."""
-        assert self.compiled is not None
-        self.compiled.returned = old if self.checked else None
-        self.checked = True
-        return self.compiled(self._tree(params), grads, old)[1]
-
-    def _complete(self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]) -> None:
-        """Give first values to parameters that have a gradient and no state yet, and to shared values that nobody has."""
-        has_grad = set(moved)
-        absent = [
-            place
-            for place in self.flat
-            if (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad)) and place.key not in entries[place.i]
-        ]
-        for i in moved:
-            # A checkpoint of torch's SGD has no step: where there is state, this is not the first one.
-            started = len(entries[i]) > 0
-            for key in self.counts:
-                if key not in entries[i]:
-                    entries[i][key] = torch.tensor(int(started and key == "step"), dtype=_step_dtype() if key == "step" else torch.int64)
-        if absent:
-            everything = any(place.kind == "joint" for place in absent)
-            wanted = {place.i for place in absent}
-            first = tree.state_dict(
-                self.tx.init(self._tree([p.detach() if everything or i in wanted else None for i, p in enumerate(params)]))
-            )
-            for place in absent:
-                entries[place.i][place.key] = first[place.path]
-
-
-_ZERO = torch.zeros(())
-
-
-def _step_dtype() -> torch.dtype:
-    """That of torch's own ``step``."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _write_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, Any]]) -> None:
-    """Write a hyperparameter where the transformation reads it: one number, or with several groups one for each parameter."""
-    values = list(values)
-    if len(groups) > 1:
-        of_params = [float(value) for value, group in zip(values, groups, strict=True) for _ in group["params"]]
-        target.copy_(torch.tensor(of_params, dtype=target.dtype))
-    elif isinstance(values[0], Tensor):
-        target.copy_(values[0].reshape(()))
-    else:
-        target.fill_(values[0])
-
-
-def _layout(groups: list[dict[str, Any]]) -> list[Any]:
-    return [([id(p) for p in group["params"]], group.get("param_names")) for group in groups]

@@ -58,6 +58,7 @@ class ASGD(TorchNamed):
         maximize: ascend.
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     ``eta`` and ``mu`` are kept in the dtype of the parameter, at least float32; torch has them in the default dtype. So for float64
     parameters they are more exact here, unless the default dtype is float64 too.
@@ -97,9 +98,11 @@ class ASGD(TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
+        *,
+        compile: bool = False,
     ) -> None:
         options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable)
+        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable, compile=compile)
 
     def _chain(self, lr: Any, lambd: Any, alpha: Any, t0: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
         return parts(ascend(maximize), l2(weight_decay), step_by_asgd(lr, lambd, alpha, t0))

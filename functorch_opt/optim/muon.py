@@ -84,6 +84,7 @@ class Muon(TorchNamed):
         ns_steps: steps of Newton-Schulz, fewer than 100.
         adjust_lr_fn: ``"original"``, or None: multiply by ``sqrt(max(1, n / m))`` for a parameter ``[n, m]``. ``"match_rms_adamw"``: by
             ``0.2 sqrt(max(n, m))``, so that learning rates of AdamW fit. The weight decay is not multiplied.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range; a parameter that is no real matrix.
@@ -118,6 +119,8 @@ class Muon(TorchNamed):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        *,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -129,7 +132,7 @@ class Muon(TorchNamed):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        self._begin(params, options)
+        self._begin(params, options, compile=compile)
 
     def _chain(
         self,

@@ -61,6 +61,7 @@ class NAdam(TorchNamed):
         maximize: ascend.
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     ``mu_product`` is kept in the dtype of the parameter, at least float32; torch has it in the default dtype. So for float64 parameters it
     is more exact here, unless the default dtype is float64 too.
@@ -97,6 +98,7 @@ class NAdam(TorchNamed):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -107,7 +109,7 @@ class NAdam(TorchNamed):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable)
+        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
 
     def _chain(
         self, lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any, decoupled_weight_decay: bool, maximize: bool

@@ -66,6 +66,7 @@ class RAdam(TorchNamed):
         maximize: ascend.
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -100,6 +101,7 @@ class RAdam(TorchNamed):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -109,7 +111,7 @@ class RAdam(TorchNamed):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable)
+        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
 
     def _chain(
         self, lr: Any, betas: Any, eps: Any, weight_decay: Any, decoupled_weight_decay: bool, maximize: bool

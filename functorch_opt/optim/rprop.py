@@ -58,6 +58,7 @@ class Rprop(TorchNamed):
         maximize: ascend.
         capturable, foreach: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -91,9 +92,10 @@ class Rprop(TorchNamed):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        compile: bool = False,
     ) -> None:
         options = {"lr": lr, "etas": tuple(etas), "step_sizes": tuple(step_sizes), "maximize": maximize}
-        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable)
+        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable, compile=compile)
 
     def _chain(self, lr: Any, etas: Any, step_sizes: Any, maximize: bool) -> GradientTransformation:
         return parts(ascend(maximize), step_by_rprop(lr, etas, step_sizes))

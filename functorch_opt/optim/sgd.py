@@ -30,6 +30,7 @@ class SGD(TorchNamed):
         maximize: ascend.
         foreach, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
+        compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -62,6 +63,7 @@ class SGD(TorchNamed):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        compile: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -71,7 +73,7 @@ class SGD(TorchNamed):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused)
+        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused, compile=compile)
 
     def _chain(self, lr: Any, momentum: Any, dampening: Any, weight_decay: Any, nesterov: bool, maximize: bool) -> GradientTransformation:
         still = not isinstance(momentum, Tensor) and momentum == 0
