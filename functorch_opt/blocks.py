@@ -38,7 +38,8 @@ class Body:
         self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
         fixed = tuple([tuple(of.items()) for of in self.fixed])
         what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots)) for stage in stages])
-        self.key = what, add, fixed, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
+        numbers = tuple([(name, v.dtype, v.dim(), v.device) for of in now for name, v in of.items() if isinstance(v, Tensor)])
+        self.key = what, add, fixed, numbers, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
 
     def __call__(
         self, us: list[Tensor], ps: list[Tensor], slots: list[Any], rows: list[Any], outs: list[Any], scalars: list[Tensor]
@@ -66,15 +67,22 @@ class _Leaf(NamedTuple):
     slots: list[Tensor]
 
 
-def _memory(tensors: list[Tensor]) -> list[Any]:
-    """What shows that tensors lie elsewhere now, or are to be read otherwise."""
-    facts = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
-    return [list(map(fact, tensors)) for fact in facts]
+_dtype = attrgetter("dtype")
 
 
-def _kind(gradients: list[Any]) -> list[Any]:
-    """What of a gradient matters to compiled code; its strides do not, it is copied if it must be."""
-    return [list(map(fact, gradients)) for fact in (type, Tensor.size, attrgetter("dtype"))]
+def _facts(us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]]) -> list[list[Any]]:
+    """What shows that these are not the tensors, or not the kinds of tensors, that blocks were made of.
+
+    Of parameters and slots where they lie, and how they are to be read. Of gradients and rows no strides: they are copied if they must be.
+    """
+    slots = [x for column in slots for x in column]
+    return [
+        *(list(map(fact, [*ps, *slots])) for fact in (Tensor.data_ptr, Tensor.stride)),
+        *(list(map(fact, ps)) for fact in (Tensor.size, _dtype)),
+        list(map(_dtype, slots)),
+        *(list(map(fact, us)) for fact in (type, Tensor.size, _dtype)),
+        *(list(map(fact, row)) for row in rows for fact in (type, Tensor.size, _dtype)),
+    ]
 
 
 class Segment:
@@ -103,7 +111,7 @@ class Segment:
             signature = _signature(u, p, mine, [row[i] for row in rows])
             groups.setdefault(signature, []).append(_Leaf(i, p, mine))
         self.compiled = sorted(leaf.i for signature, leaves in groups.items() if signature is not None for leaf in leaves)
-        self.memory, self.kind = self._facts(us, ps, slots)
+        self.facts = self._facts(us, ps, slots, rows)
         self.blocks: list[_Block] = []
         for signature, leaves in groups.items():
             if signature is None:
@@ -116,15 +124,18 @@ class Segment:
                 PROGRAMS[key] = Program(body, signature, shaped, size, backend)
             self.blocks += [_Block(PROGRAMS[key], leaves[k : k + size]) for k in range(0, len(leaves), size)]
 
-    def fits(self, us: list[Any], ps: list[Any], slots: list[list[Any]]) -> bool:
+    def fits(self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]]) -> bool:
         """Whether these are the tensors that the blocks were made of, where they were, and gradients of the same kind."""
-        return [u is not None for u in us] == self.present and self._facts(us, ps, slots) == (self.memory, self.kind)
+        return [u is not None for u in us] == self.present and self._facts(us, ps, slots, rows) == self.facts
 
-    def _facts(self, us: list[Any], ps: list[Any], slots: list[list[Any]]) -> tuple[list[Any], list[Any]]:
-        columns = [us, ps, *slots]
+    def _facts(self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]]) -> list[list[Any]]:
+        if not self.compiled:
+            return []
+        rows = [row for row in rows if row[self.compiled[0]].dim()]  # of the others the body knows the dtype
         if len(self.compiled) < len(us):
-            columns = [[column[i] for i in self.compiled] for column in columns]
-        return _memory([x for column in columns[1:] for x in column]), _kind(columns[0])
+            us, ps, *columns = ([column[i] for i in self.compiled] for column in (us, ps, *slots, *rows))
+            slots, rows = columns[: len(slots)], columns[len(slots) :]
+        return _facts(us, ps, slots, rows)
 
     def run(
         self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]
@@ -225,12 +236,25 @@ class Program:
         direct: list[Callable[..., None]] = []
 
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            with torch._inductor.config.patch(size_asserts=False):
-                compiled = torch._dynamo.lookup_backend(backend)(graph, inputs)
-            if arguments := _arguments(graph):
+            arguments = _arguments(graph)
+            if backend != "inductor":
+                return torch._dynamo.lookup_backend(backend)(graph, inputs)
+            from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # importing it takes seconds
+
+            kernels: list[Callable[..., Any]] = []
+
+            def keep(*args: Any, **kwargs: Any) -> Any:
+                kernels.append(compile_fx_inner(*args, **kwargs))
+                return kernels[-1]
+
+            # The cache of whole graphs would skip `keep`; that of kernels, below it, is what saves the time.
+            with torch._inductor.config.patch(size_asserts=False), torch._functorch.config.patch(enable_autograd_cache=False):
+                compiled: Any = compile_fx(graph, inputs, inner_compile=keep)
+            if arguments and len(kernels) == 1:
 
                 def call(*args: Any) -> None:
-                    compiled(*arguments({"args": args}))
+                    kernels[0](arguments({"args": args}))
+                    torch.autograd.graph.increment_version(args[1])  # so that autograd sees that parameters have changed
 
                 direct.append(call)
             return compiled
@@ -247,7 +271,7 @@ class Program:
             warnings.warn(f"compiled_step runs eagerly, for compiling failed: {reason} {cure}", stacklevel=2)
             traced = body
         self.block: Callable[..., None] = direct[0] if direct and traced is not body else traced
-        self.reads_shapes = self.block is traced or backend != "inductor"
+        self.reads_shapes = self.block is traced
 
 
 def _arguments(graph: torch.fx.GraphModule) -> Callable[[dict[str, Any]], list[Any]] | None:

@@ -175,7 +175,7 @@ class _Run:
         slots = [column for stage in pending for column in stage.slots.values()]
         rows = [self._row(name, stage.now[name]) for stage, names in zip(pending, body.rows, strict=True) for name in names]
         segment = self.step.segments.get(body.key)
-        if segment is None or not segment.fits(self.us, self.ps, slots):
+        if segment is None or not segment.fits(self.us, self.ps, slots, rows):
             segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, self.us, self.ps, slots, rows)
         segment.run(self.us, self.ps, slots, rows, outs, body.scalars)
 
