@@ -1,0 +1,199 @@
+"""``benchmarks cpu``: step times on the CPU, every contender and the memory floor interleaved in one run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import chains, contenders, floor, python_time, record, report, shapes
+from benchmarks.contenders import Contender, Unavailable, draw, same
+from benchmarks.timing import in_turns, summary
+
+
+class Row(NamedTuple):
+    title: str
+    shapes: shapes.Shapes
+    contenders: tuple[type[Contender], ...]
+    against: str
+    target: float | None
+    floor: dict[str, Any] = {}  # noqa: RUF012 (never written)
+    check: tuple[int, ...] = ()
+    """Which contenders compute other numbers than the first, and must not be compared with it."""
+
+
+AVERAGED = {"averages": 1, "norm": True}
+RANDOM = (1,)
+
+ROWS = {
+    "gpt": Row("AdamW, 76 tensors of a 12 M GPT", shapes.NANOGPT, contenders.ADAMW, contenders.FUSED, 1.0),
+    "large": Row("AdamW, 32 tensors of 1024x1024", shapes.LARGE, contenders.ADAMW, contenders.FUSED, 1.0),
+    "small": Row("AdamW, 150 tensors of 64x64 and 64", shapes.SMALL, contenders.ADAMW, contenders.FUSED, 1.0),
+    "many": Row("AdamW, 1,000 tensors of 256", shapes.MANY, contenders.ADAMW, contenders.FUSED, 1.0),
+    "ema": Row(
+        "clip + AdamW + warmup-cosine + parameter EMA, 12 M GPT",
+        shapes.NANOGPT,
+        chains.EMA_CHAIN,
+        chains.EmaTorch.name,
+        0.70,
+        AVERAGED,
+    ),
+    "research": Row("8-stage research chain, 12 M GPT", shapes.NANOGPT, chains.RESEARCH, chains.ResearchTorch.name, 0.25, AVERAGED),
+    "noise": Row(
+        "the same with Gaussian noise first, 12 M GPT", shapes.NANOGPT, chains.NOISE, chains.NoiseTorch.name, 0.70, AVERAGED, RANDOM
+    ),
+    "eager": Row("eager functional AdamW, 12 M GPT", shapes.NANOGPT, contenders.EAGER, contenders.TorchOpt.name, 0.6),
+    "eager-small": Row("eager functional AdamW, 150 small tensors", shapes.SMALL, contenders.EAGER, contenders.TorchOpt.name, 0.6),
+}
+PYTHON = "python"
+
+
+# ---- a row ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Stop what takes longer, where there are signals."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Unavailable(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def prepare(row: Row, seconds: float) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
+    """The contenders that can run, after three steps on the same data; why the others cannot; and how far each is from the first."""
+    ps, feeds = draw(row.shapes, 0), [draw(row.shapes, seed) for seed in (1, 2, 3)]
+    ready: dict[str, Contender] = {}
+    notes: dict[str, str] = {}
+    results: dict[str, list[torch.Tensor]] = {}
+    for make in report.track(row.contenders, f"{row.title}: check"):
+        try:
+            with limit(seconds):
+                contender = make(ps, feeds[0])
+                for gs in feeds:
+                    contender.feed(gs)
+                    contender.step()
+        except ModuleNotFoundError as error:
+            notes[make.name] = f"not installed ({error.name})"
+        except Unavailable as why:
+            notes[make.name] = str(why)
+        except Exception as error:
+            cause = error.__cause__ or error.__context__ or error
+            reason = cause if isinstance(cause, Unavailable) else f"{type(error).__name__}: {error}"
+            notes[make.name] = f"failed: {str(reason).splitlines()[0][:90]}"
+        else:
+            ready[make.name], results[make.name] = contender, [x.clone() for x in contender.read()]
+    compared = [make.name for i, make in enumerate(row.contenders) if i not in row.check and make.name in results]
+    differences = {name: same([results[compared[0]], results[name]]) for name in compared[1:]}
+    for name, difference in differences.items():
+        if not difference <= 1:
+            notes[name] = f"DIFFERENT NUMBERS: {difference:.3g} x the tolerance"
+    return ready, notes, differences
+
+
+def measure(name: str, row: Row, rounds: int, seconds: float) -> dict[str, Any]:
+    ready, notes, differences = prepare(row, seconds)
+    run, size = floor.adamw(shapes.numel(row.shapes), **row.floor)
+    work = {**{name: contender.step for name, contender in ready.items()}, "floor": run}
+    times = in_turns(work, rounds, f"{row.title}: time") if ready else {}
+    found = summary(times, row.against)
+    for contender, why in notes.items():
+        found.setdefault(contender, {})["note"] = why
+    return {
+        "row": name,
+        "title": row.title,
+        "tensors": len(row.shapes),
+        "parameters": shapes.numel(row.shapes),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "against": row.against,
+        "target": row.target,
+        "floor_bytes": size,
+        "difference_over_tolerance": differences,
+        "results": {make.name: found[make.name] for make in row.contenders} | {"floor": found.get("floor", {})},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = []
+    for name, entry in result["results"].items():
+        note = entry.get("note", "")
+        if "ms" not in entry:
+            rows.append([name, "-", "-", "-", "-", note])
+            continue
+        ratio = f"{entry['ratio']:.2f}" if "ratio" in entry else "-"
+        spread = "{:.2f}-{:.2f}".format(*entry["ratio_quartiles"]) if "ratio" in entry else "-"
+        if name == next(iter(result["results"])) and result["target"]:
+            note = note or f"to reach: {result['target']:.2f}"
+        rows.append([name, f"{entry['ms']:.3f}", ratio, spread, f"{entry['over_floor']:.2f}", note])
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    header = ["", "ms", "ratio", "quartiles", "over floor", ""]
+    report.table(f"{result['title']}; {threads}; ratio to {result['against']}", header, rows, numbers_to=5)
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------------
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    if len(args.threads) > 1:
+        return _each_in_a_process(args)
+    torch.set_num_threads(args.threads[0])
+    os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(args.threads[0])  # how many threads JAX takes, if it has not started yet
+    result = record.header("cpu") | {"threads": args.threads, "rows": []}
+    chosen = args.rows or [*ROWS, PYTHON]
+    for name in chosen:
+        if name == PYTHON:
+            result["python"] = [python_time.run(shapes.TINY if args.quick else shapes.SMALL, 20 if args.quick else 300)]
+            continue
+        row = ROWS[name]._replace(shapes=shapes.TINY) if args.quick else ROWS[name]
+        result["rows"].append(measure(name, row, 3 if args.quick else args.rounds, args.limit))
+        show(result["rows"][-1])
+        gc.collect()
+    _keep(args.out, result)
+    return result
+
+
+def _each_in_a_process(args: Namespace) -> dict[str, Any]:
+    """JAX takes its threads once, when it starts: so a fresh process for every number of threads."""
+    result = record.header("cpu") | {"threads": args.threads, "rows": [], "python": []}
+    for threads in args.threads:
+        out = args.out / f"threads_{threads}"
+        command = [sys.executable, "-m", "benchmarks", "cpu", "--threads", str(threads), "--out", str(out)]
+        command += ["--rounds", str(args.rounds), "--limit", str(args.limit), *(["--quick"] if args.quick else [])]
+        command += ["--rows", *args.rows] if args.rows else []
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        part = json.loads((out / "cpu.json").read_text())
+        result["rows"] += part["rows"]
+        result["python"] += part.get("python", [])
+    _keep(args.out, result)
+    return result
+
+
+def _keep(out: Path, result: dict[str, Any]) -> None:
+    record.write(out / "cpu.json", result)
+    panels = []
+    for row in result["rows"]:
+        values = [(name, entry["over_floor"]) for name, entry in row["results"].items() if "ms" in entry and name != "floor"]
+        panels.append((f"{row['title']}; threads: {row['threads']}", values, 1.0))
+    report.bars(out / "cpu.png", panels, "step time, in multiples of the memory floor (the line at 1)", log=True)

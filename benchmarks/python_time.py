@@ -1,0 +1,118 @@
+"""The Python time of a step: a step of the same tree with next to nothing to compute, and a profile of where it goes."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import report
+from benchmarks.contenders import Compiled, draw, our_adamw
+from benchmarks.shapes import Shapes
+from functorch_opt.combine import Chain
+
+
+class Watch:
+    """Stands in for ``torch.compile`` while a step is made: keeps what was compiled, with the arguments of its last calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.watching = False
+        self.compile = torch.compile
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        compiled = self.compile(*args, **options)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.watching:
+                self.calls.append((compiled, args, kwargs))
+            return compiled(*args, **kwargs)
+
+        return call
+
+    def replay(self) -> None:
+        for compiled, args, kwargs in self.calls:
+            compiled(*args, **kwargs)
+
+
+def microseconds(call: Callable[[], None], n: int) -> float:
+    """The median of n calls."""
+    times = []
+    for _ in range(n):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1e6 * statistics.median(times)
+
+
+def profile(call: Callable[[], None], n: int, most: int = 12) -> list[dict[str, Any]]:
+    """The functions with the most time of their own, in microseconds a call; the profiler itself makes everything slower."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(n):
+        call()
+    profiler.disable()
+    stats: Any = pstats.Stats(profiler)
+    entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:most]
+    found = []
+    for (file, line, function), (_, calls, own, total, _) in entries:
+        where = function if file == "~" else f"{'/'.join(file.replace(chr(92), '/').split('/')[-2:])}:{line} {function}"
+        found.append({"function": where, "calls": calls / n, "own_us": 1e6 * own / n, "with_calls_us": 1e6 * total / n})
+    return found
+
+
+def run(of: Shapes, n: int) -> dict[str, Any]:
+    real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
+    with mock.patch("torch.compile", watch := Watch()):
+        step = Compiled(real, draw(of, 1))
+        step.step()
+    watch.watching = True
+    step.step()
+    watch.watching = False
+    for _ in range(10):
+        step.step()
+    small = Compiled(tiny, [torch.ones_like(x) for x in tiny])
+    for _ in range(10):
+        small.step()
+    whole = microseconds(step.step, n)
+    kernels = microseconds(torch.no_grad()(watch.replay), n) if watch.calls else None
+    result = {
+        "tensors": len(of),
+        "threads": torch.get_num_threads(),
+        "step_us": whole,
+        "compiled_calls": len(watch.calls),
+        "compiled_calls_alone_us": kernels,
+        "executor_us": whole - kernels if kernels is not None else None,
+        "step_of_tiny_tensors_us": microseconds(small.step, n),
+        "prepare_us": _prepare(real, n),
+        "profile": profile(step.step, n),
+    }
+    shown = [("a step", "step_us"), ("the compiled calls alone, with the same arguments", "compiled_calls_alone_us")]
+    shown += [("the difference: Python of the executor, with prepare", "executor_us")]
+    shown += [("of which prepare, eager, by itself", "prepare_us")]
+    shown += [("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us")]
+    rows = [[text, "not seen" if result[key] is None else f"{result[key]:.0f}"] for text, key in shown]
+    report.table(f"AdamW, {len(of)} tensors: Python time; threads: {torch.get_num_threads()}", ["", "us"], rows)
+    rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
+    report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows)
+    return result
+
+
+def _prepare(ps: list[torch.Tensor], n: int) -> float:
+    """The scalars of a step, worked out for one tensor: an `update` of it, less its rule, would be about this."""
+    tx = our_adamw()
+    state = tx.init(ps)
+    stages = [(stage, state[name]) for name, stage in tx.stages.items()] if isinstance(tx, Chain) else []
+
+    @torch.no_grad()
+    def scalars() -> None:
+        for stage, of in stages:
+            stage.scalars(ps, of.shared, ps, {})
+
+    return microseconds(scalars, n)
