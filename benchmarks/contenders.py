@@ -125,12 +125,17 @@ class Eager(Contender):
 
 
 class Adapter(TorchOptim):
-    name = "functorch_opt optim.AdamW(compile=True)"
+    """torch's own name where it takes ``compile``, and the general adapter where only that does."""
+
+    name = "functorch_opt optim, compile=True"
 
     def make(self) -> torch.optim.Optimizer:
-        if "compile" not in inspect.signature(fo.optim.AdamW).parameters:
-            raise Unavailable("fo.optim.AdamW takes no compile= yet")
-        return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True)
+        if "compile" in inspect.signature(fo.optim.AdamW).parameters:
+            return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True)
+        if "compile" in inspect.signature(fo.optim.Optimizer).parameters:
+            hyper = {"learning_rate": LR, "b1": BETAS[0], "b2": BETAS[1], "eps": EPS, "weight_decay": DECAY}
+            return fo.optim.Optimizer(self.ps, fo.adamw, compile=True, **hyper)
+        raise Unavailable("fo.optim takes no compile= yet")
 
 
 # ---- others ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 
+import functorch_opt as fo
 from benchmarks import report
 from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import Shapes
@@ -19,26 +21,31 @@ from functorch_opt.combine import Chain
 
 
 class Watch:
-    """Stands in for ``torch.compile`` while a step is made: keeps what was compiled, with the arguments of its last calls."""
+    """Stands in for Dynamo's table of backends while a step is made: keeps what was compiled, with the arguments of its last calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.watching = False
-        self.compile = torch.compile
+        self.lookup = torch._dynamo.lookup_backend
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        compiled = self.compile(*args, **options)
+    def __call__(self, name: Any) -> Any:
+        backend = self.lookup(name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.watching:
-                self.calls.append((compiled, args, kwargs))
-            return compiled(*args, **kwargs)
+        def compile(*args: Any, **options: Any) -> Any:
+            compiled = backend(*args, **options)
 
-        return call
+            def call(*args: Any) -> Any:
+                if self.watching:
+                    self.calls.append((compiled, args))
+                return compiled(*args)
+
+            return call
+
+        return compile
 
     def replay(self) -> None:
-        for compiled, args, kwargs in self.calls:
-            compiled(*args, **kwargs)
+        for compiled, args in self.calls:
+            compiled(*args)
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:
@@ -51,7 +58,7 @@ def microseconds(call: Callable[[], None], n: int) -> float:
     return 1e6 * statistics.median(times)
 
 
-def profile(call: Callable[[], None], n: int, most: int = 12) -> list[dict[str, Any]]:
+def profile(call: Callable[[], None], n: int) -> list[dict[str, Any]]:
     """The functions with the most time of their own, in microseconds a call; the profiler itself makes everything slower."""
     profiler = cProfile.Profile()
     profiler.enable()
@@ -59,7 +66,7 @@ def profile(call: Callable[[], None], n: int, most: int = 12) -> list[dict[str, 
         call()
     profiler.disable()
     stats: Any = pstats.Stats(profiler)
-    entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:most]
+    entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])
     found = []
     for (file, line, function), (_, calls, own, total, _) in entries:
         where = function if file == "~" else f"{'/'.join(file.replace(chr(92), '/').split('/')[-2:])}:{line} {function}"
@@ -67,9 +74,15 @@ def profile(call: Callable[[], None], n: int, most: int = 12) -> list[dict[str, 
     return found
 
 
+def kernels_us(profiled: list[dict[str, Any]]) -> float:
+    """Inductor's kernels: C functions, which the profiler does not slow down."""
+    return sum(entry["own_us"] for entry in profiled if re.search(r"built-in method \w+\.kernel", entry["function"]))
+
+
 def run(of: Shapes, n: int) -> dict[str, Any]:
     real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
-    with mock.patch("torch.compile", watch := Watch()):
+    programs = getattr(fo.compiled, "_PROGRAMS", {})  # those of this process are kept, and compiled anew for this
+    with mock.patch("torch._dynamo.lookup_backend", watch := Watch()), mock.patch.dict(programs, clear=True):
         step = Compiled(real, draw(of, 1))
         step.step()
     watch.watching = True
@@ -82,21 +95,29 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         small.step()
     whole = microseconds(step.step, n)
     kernels = microseconds(torch.no_grad()(watch.replay), n) if watch.calls else None
-    result = {
+    profiled = profile(step.step, n)
+    result: dict[str, Any] = {
         "tensors": len(of),
         "threads": torch.get_num_threads(),
         "step_us": whole,
         "compiled_calls": len(watch.calls),
         "compiled_calls_alone_us": kernels,
+        "kernels_us": kernels_us(profiled),
         "executor_us": whole - kernels if kernels is not None else None,
         "step_of_tiny_tensors_us": microseconds(small.step, n),
         "prepare_us": _prepare(real, n),
-        "profile": profile(step.step, n),
+        "profile": profiled[:12],
     }
-    shown = [("a step", "step_us"), ("the compiled calls alone, with the same arguments", "compiled_calls_alone_us")]
-    shown += [("the difference: Python of the executor, with prepare", "executor_us")]
-    shown += [("of which prepare, eager, by itself", "prepare_us")]
-    shown += [("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us")]
+    result["python_us"] = whole - result["kernels_us"]
+    shown = [
+        ("a step", "step_us"),
+        ("the kernels, by the profile", "kernels_us"),
+        ("the difference: Python, of the executor and of torch", "python_us"),
+        ("the compiled calls alone, with the same arguments: kernels, and torch's Python around them", "compiled_calls_alone_us"),
+        ("a step without these: Python of the executor", "executor_us"),
+        ("of which prepare, eager, by itself", "prepare_us"),
+        ("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us"),
+    ]
     rows = [[text, "not seen" if result[key] is None else f"{result[key]:.0f}"] for text, key in shown]
     report.table(f"AdamW, {len(of)} tensors: Python time; threads: {torch.get_num_threads()}", ["", "us"], rows)
     rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
