@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +52,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
+def wrong(result: dict[str, Any]) -> list[str]:
+    """What of ours failed, or computed other numbers."""
+    entries = [(row, name, entry) for row in result["rows"] for name, entry in row.get("results", {row.get("name"): row}).items()]
+    return [
+        f"{row.get('title', '')}: {name}: {entry['note']}"
+        for row, name, entry in entries
+        if str(name).startswith("functorch_opt") and str(entry.get("note", "")).startswith(("failed", "DIFFERENT"))
+    ]
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit("\n".join(wrong(main())))

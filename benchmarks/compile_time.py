@@ -21,8 +21,8 @@ def run(args: Namespace) -> dict[str, Any]:
     result = record.header("compile-time") | {"threads": args.threads, "limit": args.limit, "rows": []}
     cases = [(who, n) for n in ((6,) if args.quick else TENSORS) for who in args.rows or ROWS]
     for who, n in report.track(cases, "first steps in fresh processes"):
-        result["rows"].append(_case(who, n, args.threads[0], args.limit))
-    _show(result)
+        result["rows"].append(case(who, n, args.threads[0], args.limit))
+    show(result["rows"])
     record.write(args.out / "compile_time.json", result)
     panels = []
     for n in dict.fromkeys(row["tensors"] for row in result["rows"]):
@@ -36,7 +36,7 @@ def _counts(result: dict[str, Any]) -> list[int]:
     return [row["tensors"] for row in result["rows"] for key in TARGET if "seconds" in row[key]]
 
 
-def _case(who: str, n: int, threads: int, limit: float) -> dict[str, Any]:
+def case(who: str, n: int, threads: int, limit: float, device: str = "cpu") -> dict[str, Any]:
     name = first_step.WHO[who].name
     row: dict[str, Any] = {"who": who, "name": name, "tensors": n}
     with tempfile.TemporaryDirectory() as cache:
@@ -45,15 +45,15 @@ def _case(who: str, n: int, threads: int, limit: float) -> dict[str, Any]:
         env |= {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "PJRT_NPROC": str(threads), "NPROC": str(threads)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
         for key in TARGET:
-            row[key] = _first(who, n, threads, limit, env)
+            row[key] = _first(who, n, threads, limit, device, env)
             if "seconds" not in row[key]:
                 row.setdefault("warm disk cache", {"note": "not tried"})
                 break
     return row
 
 
-def _first(who: str, n: int, threads: int, limit: float, env: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.first_step", who, str(n), str(threads)]
+def _first(who: str, n: int, threads: int, limit: float, device: str, env: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.first_step", who, str(n), str(threads), device]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -65,10 +65,10 @@ def _first(who: str, n: int, threads: int, limit: float, env: dict[str, str]) ->
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(found: list[dict[str, Any]]) -> None:
     def cell(entry: dict[str, Any]) -> str:
         return f"{entry['seconds']:.1f}" if "seconds" in entry else entry["note"]
 
-    rows = [[row["name"], str(row["tensors"]), *(cell(row[key]) for key in TARGET)] for row in result["rows"]]
+    rows = [[row["name"], str(row["tensors"]), *(cell(row[key]) for key in TARGET)] for row in found]
     header = ["", "tensors", *(f"{key}, s (to reach: {most:.0f})" for key, most in TARGET.items())]
     report.table("AdamW: the first step in a fresh process, without imports", header, rows)

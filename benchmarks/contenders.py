@@ -20,9 +20,14 @@ class Unavailable(Exception):
     """Why a contender cannot take part: said in its row."""
 
 
-def draw(shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def draw(shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return [(scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
+
+
+def gradients(shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all others the sum."""
+    return [x + torch.copysign(torch.full_like(x, 0.01), x) for x in draw(shapes, seed, device, dtype)]
 
 
 class Contender:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import chains, contenders, floor, python_time, record, report, shapes
-from benchmarks.contenders import Contender, Unavailable, draw, same
+from benchmarks.contenders import Contender, Unavailable, draw, gradients, same
 from benchmarks.timing import in_turns, summary
 
 
@@ -83,7 +83,7 @@ def limit(seconds: float) -> Iterator[None]:
 
 def prepare(row: Row, seconds: float) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
     """The contenders that can run, after three steps on the same data; why the others cannot; and how far each is from the first."""
-    ps, feeds = draw(row.shapes, 0), [draw(row.shapes, seed) for seed in (1, 2, 3)]
+    ps, feeds = draw(row.shapes, 0, scale=0.02), [gradients(row.shapes, seed) for seed in (1, 2, 3)]
     ready: dict[str, Contender] = {}
     notes: dict[str, str] = {}
     results: dict[str, list[torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""One first step, in this process, which must be fresh: ``python -m benchmarks.first_step WHO TENSORS THREADS`` prints its seconds."""
+"""One first step in a fresh process: ``python -m benchmarks.first_step WHO TENSORS THREADS DEVICE`` prints its seconds."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ class Whole(Fused):
 WHO: dict[str, type[Contender]] = {"ours": Compiled, "torch": Whole, "optax": Optax}
 
 
-def main(who: str, tensors: int, threads: int) -> None:
+def main(who: str, tensors: int, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
     of = shapes.small(tensors)
-    contender = WHO[who](draw(of, 0), draw(of, 1))
+    contender = WHO[who](draw(of, 0, device), draw(of, 1, device))
     times = []
     for _ in range(3):
         begin = time.perf_counter()
         contender.step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     print(json.dumps({"seconds": times[0], "second": times[1], "third": times[2]}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

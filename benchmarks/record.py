@@ -62,7 +62,7 @@ def _processor() -> str:
 
 def header(what: str) -> dict[str, Any]:
     command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 (Python 3.10)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"benchmark": what, "command": command, "date": now, "commit": commit(), "machine": machine(), "versions": versions()}
 
 

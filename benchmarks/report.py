@@ -57,7 +57,9 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
     if console and sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        with Progress(TextColumn(f"{description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
+        with Progress(
+            TextColumn(f"{description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress:
             yield from progress.track(items, total=len(items))
         return
     for i, item in enumerate(items, 1):

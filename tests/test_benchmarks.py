@@ -1,0 +1,211 @@
+"""The benchmarks measure what they say: the shapes are those of the models, contenders agree, results are complete. No times."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+for extra in ("rich", "matplotlib"):
+    pytest.importorskip(extra)
+
+from benchmarks import __main__, chains, compile_time, contenders, cpu, floor, gpu, memory, report, shapes, timing  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # those of the peers are not ours
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("NPROC", "PJRT_NPROC"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of", "tensors", "total"),
+    [
+        (shapes.NANOGPT, 76, 12_318_720),
+        (shapes.GPT2, 148, 124_439_808),  # what transformers' GPT2LMHeadModel has, head tied
+        (shapes.RESNET50, 161, 25_557_032),  # torchvision's documentation
+        (shapes.VIT_B16, 152, 86_567_656),
+        (shapes.SMALL, 150, 75 * 64 * 65),
+        (shapes.MANY, 1000, 256_000),
+    ],
+    ids=["nanogpt", "gpt2", "resnet50", "vit_b16", "small", "many"],
+)
+def test_shapes_are_those_of_the_models(of: shapes.Shapes, tensors: int, total: int) -> None:
+    assert (len(of), shapes.numel(of)) == (tensors, total)
+
+
+def test_small_sets_have_the_size_asked_for() -> None:
+    assert [len(shapes.small(n)) for n in (6, 20, 150, 1000)] == [6, 20, 150, 1000]
+
+
+# ---- contenders ----------------------------------------------------------------------------------------------------------
+
+
+def after_three_steps(make: type[contenders.Contender]) -> list[torch.Tensor]:
+    contender = make(contenders.draw(shapes.TINY, 0, scale=0.02), contenders.gradients(shapes.TINY, 1))
+    for seed in (1, 2, 3):
+        contender.feed(contenders.gradients(shapes.TINY, seed))
+        contender.step()
+    return contender.read()
+
+
+EAGER = [
+    (contenders.Fused, (contenders.Eager, contenders.Foreach, contenders.ForLoop, contenders.Optax, contenders.TorchOpt)),
+    (chains.EmaTorch, (chains.EmaEager,)),
+    (chains.ResearchTorch, (chains.ResearchEager,)),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), [(first, second) for first, others in EAGER for second in others])
+def test_contenders_compute_the_same(first: type[contenders.Contender], second: type[contenders.Contender]) -> None:
+    if second is contenders.Optax:
+        pytest.importorskip("optax")
+    if second is contenders.TorchOpt:
+        pytest.importorskip("torchopt")
+    assert contenders.same([after_three_steps(first), after_three_steps(second)]) <= 1
+
+
+def test_same_sees_one_wrong_element() -> None:
+    good, bad = [torch.ones(3), torch.ones(2)], [torch.ones(3), torch.tensor([1.0, 1.001])]
+    assert contenders.same([good, good]) == 0
+    assert contenders.same([good, bad]) > 1
+
+
+def test_a_missing_peer_and_a_failing_contender_have_their_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    class Failing(contenders.Contender):
+        name = "functorch_opt failing"
+
+        def step(self) -> None:
+            raise RuntimeError("broken")
+
+    monkeypatch.setitem(sys.modules, "torchopt", None)
+    row = cpu.Row("row", shapes.TINY, (contenders.Eager, contenders.TorchOpt, Failing), contenders.Eager.name, None)
+    result = cpu.measure("row", row, rounds=2, seconds=60)
+    assert result["results"][contenders.TorchOpt.name]["note"] == "not installed (torchopt)"
+    assert "broken" in result["results"][Failing.name]["note"]
+    assert __main__.wrong({"rows": [result]}) == ["row: functorch_opt failing: failed: RuntimeError: broken"]
+    cpu.show(result)
+    assert "not installed (torchopt)" in capsys.readouterr().out
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_medians_of_paired_rounds() -> None:
+    found = timing.summary({"a": [2.0, 4.0, 9.0], "b": [1.0, 4.0, 3.0], "floor": [1.0, 1.0, 1.0]}, against="b")
+    assert (found["a"]["ratio"], found["b"]["ratio"], found["a"]["over_floor"]) == (2.0, 1.0, 4.0)
+
+
+def test_every_contender_has_every_round() -> None:
+    seen: list[str] = []
+    times = timing.in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "turns", turn=0.0)
+    assert {name: len(of) for name, of in times.items()} == {"a": 3, "b": 3}
+
+
+def test_the_floor_leaves_numbers_finite_and_counts_its_bytes() -> None:
+    run, size = floor.adamw(100, averages=1, norm=True)
+    run()
+    assert size == 100 * 4 * (4 + 2 * 3)
+
+
+def test_allocations_are_exact() -> None:
+    def step() -> None:
+        a = torch.empty(1000)
+        del a
+        b = torch.empty(500)
+        del b
+
+    assert memory.allocations(step) == (6000, 4000)
+
+
+def test_tables_without_rich_and_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(report, "console", None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    report.table("Title", ["", "ms"], [["fused", "1.5"]])
+    assert report.bars(Path("nowhere.png"), [("row", [("fused", 1.0)], None)], "ms") is None
+    assert list(report.track([1, 2], "steps")) == [1, 2]
+    out = capsys.readouterr().out
+    assert "fused  1.5" in out
+    assert "matplotlib is not installed" in out
+
+
+# ---- the program, in small ---------------------------------------------------------------------------------------------------
+
+
+def run(out: Path, command: str, *options: str) -> dict:
+    __main__.main([command, "--quick", "--out", str(out), *options])
+    file = out / f"{command.replace('-', '_')}.json"
+    result = json.loads(file.read_text())
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"].keys() >= {"python", "optree", "jax", "optax", "torchopt", "heavyball"}
+    assert result["machine"]["cores"] and result["date"] and result["command"].startswith("python -m benchmarks")
+    assert __main__.wrong(result) == []
+    return result
+
+
+def test_cpu_without_compiling(tmp_path: Path) -> None:
+    result = run(tmp_path, "cpu", "--rows", "eager", "--threads", "1")
+    assert result["rows"][0]["results"]["functorch_opt eager"]["ms"] > 0
+    assert (tmp_path / "cpu.png").exists()
+
+
+def test_gpu_without_a_gpu_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="rehearse"):
+        __main__.main(["gpu", "--out", str(tmp_path)])
+
+
+def test_an_unknown_row_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["cpu", "--rows", "nonsense", "--out", str(tmp_path)])
+    assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cpu(tmp_path: Path) -> None:
+    result = run(tmp_path, "cpu", "--rows", "small", "ema", "research", "noise", "python", "--threads", "1")
+    assert [row["row"] for row in result["rows"]] == ["small", "ema", "research", "noise"]
+    for row in result["rows"]:
+        assert row["results"][contenders.OURS]["ms"] > 0
+        assert row["results"]["floor"]["ms"] > 0
+    python = result["python"][0]
+    assert 0 < python["kernels_us"] < python["step_us"]
+    assert python["profile"]
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path) -> None:
+    result = run(tmp_path, "memory", "--rows", "adamw")
+    assert {row["name"]: row.get("allocated") for row in result["rows"]}["torch foreach"] > 0.5
+    assert (tmp_path / "memory.png").exists()
+
+
+@pytest.mark.slow
+def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(compile_time.__file__).parents[1])  # the first steps run in processes of their own
+    result = run(tmp_path, "compile-time", "--rows", "ours")
+    assert all(row[key]["seconds"] > 0 for row in result["rows"] for key in compile_time.TARGET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["resnet50-fp32", "resnet50-bf16"])
+def test_rehearsal_of_the_gpu_program(tmp_path: Path, row: str) -> None:
+    result = run(tmp_path, "gpu", "--device", "cpu", "--rows", row)["rows"][0]
+    assert row in gpu.ROWS
+    assert result["results"][contenders.OURS]["difference_over_tolerance"] <= 1
+    assert "CUDA" in result["results"][gpu.CompiledGraph.name]["note"]
