@@ -47,8 +47,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     known = [*command.ROWS, *([command.PYTHON] if hasattr(command, "PYTHON") else [])]
     if unknown := [row for row in args.rows or [] if row not in known]:
         top.error(f"no row {', '.join(unknown)} in {args.command}: there are {', '.join(known)}")
+    report.tables.clear()
     result = command.run(args)
-    report.say(f"Numbers: {args.out / (args.command.replace('-', '_') + '.json')}")
+    machine, versions = result["machine"], {name: version for name, version in result["versions"].items() if version}
+    facts = {"command": f"`{result['command']}`", "date": result["date"], "commit": result["commit"]}
+    facts |= {"machine": ", ".join(f"{name} {value}" for name, value in machine.items())}
+    facts |= {"versions": ", ".join(f"{name} {value}" for name, value in versions.items())}
+    file = args.out / args.command.replace("-", "_")
+    report.markdown(file.with_suffix(".md"), facts)
+    report.say(f"Numbers: {file.with_suffix('.json')}; tables in Markdown: {file.with_suffix('.md')}")
     return result
 
 

@@ -135,7 +135,7 @@ def measure(name: str, row: Row, rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], quiet: bool = False) -> None:
     rows = []
     for name, entry in result["results"].items():
         note = entry.get("note", "")
@@ -149,7 +149,7 @@ def show(result: dict[str, Any]) -> None:
         rows.append([name, f"{entry['ms']:.3f}", ratio, spread, f"{entry['over_floor']:.2f}", note])
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     header = ["", "ms", "ratio", "quartiles", "over floor", ""]
-    report.table(f"{result['title']}; {threads}; ratio to {result['against']}", header, rows, numbers_to=5)
+    report.table(f"{result['title']}; {threads}; ratio to {result['against']}", header, rows, numbers_to=5, quiet=quiet)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------------
@@ -186,6 +186,10 @@ def _each_in_a_process(args: Namespace) -> dict[str, Any]:
         part = json.loads((out / "cpu.json").read_text())
         result["rows"] += part["rows"]
         result["python"] += part.get("python", [])
+    for row in result["rows"]:
+        show(row, quiet=True)  # the processes have printed them
+    for python in result["python"]:
+        python_time.show(python, quiet=True)
     _keep(args.out, result)
     return result
 

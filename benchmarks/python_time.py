@@ -109,6 +109,11 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         "profile": profiled[:12],
     }
     result["python_us"] = whole - result["kernels_us"]
+    show(result)
+    return result
+
+
+def show(result: dict[str, Any], quiet: bool = False) -> None:
     shown = [
         ("a step", "step_us"),
         ("the kernels, by the profile", "kernels_us"),
@@ -119,10 +124,9 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         ("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us"),
     ]
     rows = [[text, "not seen" if result[key] is None else f"{result[key]:.0f}"] for text, key in shown]
-    report.table(f"AdamW, {len(of)} tensors: Python time; threads: {torch.get_num_threads()}", ["", "us"], rows)
+    report.table(f"AdamW, {result['tensors']} tensors: Python time; threads: {result['threads']}", ["", "us"], rows, quiet=quiet)
     rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
-    report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows)
-    return result
+    report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows, quiet=quiet)
 
 
 def _prepare(ps: list[torch.Tensor], n: int) -> float:

@@ -22,6 +22,10 @@ else:
 BLACK, ORANGE, SKY, BLUE = "#000000", "#E69F00", "#56B4E9", "#0072B2"
 
 
+tables: list[str] = []
+"""Every table so far, in Markdown: for the file beside the numbers, and from there for the documentation."""
+
+
 def say(text: str) -> None:
     if console:
         console.print(text, soft_wrap=True, markup=False)
@@ -29,10 +33,21 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1, numbers_to: int | None = None) -> None:
-    """Print a table; the columns from `numbers_from` to `numbers_to` are aligned to the right."""
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers_from: int = 1,
+    numbers_to: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Print a table, and keep it in Markdown; the columns from `numbers_from` to `numbers_to` are aligned to the right."""
     rows = [list(row) for row in rows]
     right = range(len(header))[numbers_from:numbers_to]
+    lines = [header, ["--:" if i in right else "---" for i in range(len(header))], *rows]
+    tables.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    if quiet:
+        return
     if console:
         from rich.box import SIMPLE_HEAD
         from rich.markup import escape
@@ -101,4 +116,12 @@ def bars(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float]], fl
     figure.savefig(path, dpi=110)
     plt.close(figure)
     say(f"Picture: {path}")
+    return path
+
+
+def markdown(path: Path, facts: dict[str, object]) -> Path:
+    """The tables of this run, and what they were measured with."""
+    about = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    path.write_text("\n\n".join([about, *tables]) + "\n")
+    tables.clear()
     return path

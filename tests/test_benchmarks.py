@@ -154,6 +154,7 @@ def run(out: Path, command: str, *options: str) -> dict:
     assert result["versions"].keys() >= {"python", "optree", "jax", "optax", "torchopt", "heavyball"}
     assert result["machine"]["cores"] and result["date"] and result["command"].startswith("python -m benchmarks")
     assert __main__.wrong(result) == []
+    assert f"torch {torch.__version__}" in file.with_suffix(".md").read_text()
     return result
 
 
