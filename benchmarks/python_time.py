@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 
-import functorch_opt as fo
 from benchmarks import report
 from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import Shapes
+from functorch_opt import blocks
 from functorch_opt.combine import Chain
 
 
@@ -81,8 +81,8 @@ def kernels_us(profiled: list[dict[str, Any]]) -> float:
 
 def run(of: Shapes, n: int) -> dict[str, Any]:
     real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
-    programs = getattr(fo.compiled, "_PROGRAMS", {})  # those of this process are kept, and compiled anew for this
-    with mock.patch("torch._dynamo.lookup_backend", watch := Watch()), mock.patch.dict(programs, clear=True):
+    # What this process has compiled is put aside, so that it is compiled anew for this.
+    with mock.patch("torch._dynamo.lookup_backend", watch := Watch()), mock.patch.dict(blocks.PROGRAMS, clear=True):
         step = Compiled(real, draw(of, 1))
         step.step()
     watch.watching = True

@@ -109,6 +109,8 @@ def bars(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float]], fl
             ax.text(number, i, f" {number:.3g}", va="center", fontsize=8)
         ax.invert_yaxis()
         ax.margins(x=0.12)
+        if log:
+            ax.set_xlim(left=min(0.5, *numbers))
         ax.set_title(title, loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
