@@ -140,6 +140,9 @@ class Segment:
     def run(
         self, us: list[Any], ps: list[Any], slots: list[list[Any]], rows: list[list[Any]], outs: list[Any] | None, scalars: list[Tensor]
     ) -> None:
+        for i in self.eager:  # of the others the facts are known
+            if wrong := wrong_update(us[i], ps[i]):
+                raise ValueError(f"compiled_step: the update of leaf {i} {wrong}")
         for block in self.blocks:
             block.run(us, rows, outs, scalars)
         for i in self.eager:

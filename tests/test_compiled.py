@@ -166,6 +166,19 @@ def test_changes_between_steps_are_seen(change: str) -> None:
     assert_same((ps, state), (expected, expected_state), rtol=1e-6, atol=1e-6)
 
 
+def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> None:
+    """The transposed parameter runs eagerly, the other compiled."""
+    tx = fo.sgd(0.1)
+    for name in ("a", "b"):
+        ps = {"a": torch.randn(3, 4).t(), "b": torch.randn(4, 3)}
+        step, state = CompiledStep(tx, True, backend="eager"), tx.init(ps)
+        ps, state = step(ps, tree.map(torch.ones_like, ps), state)
+        before = tree.map(torch.clone, ps)
+        with pytest.raises(ValueError, match="nothing is broadcast"):
+            step(ps, {**tree.map(torch.ones_like, ps), name: torch.ones(3)}, state)
+        assert_same(ps, before)
+
+
 def test_hyperparameters_as_tensors_are_inputs() -> None:
     lr = torch.tensor(0.1)
     step = CompiledStep(fo.adam(lr), True, backend="eager")
