@@ -23,7 +23,7 @@ demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
 	$(BIN)/python -m demo
 
 test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity with torch.optim and optax, examples in docs and docstrings
-	$(RUN) $(BIN)/python -m pytest -q
+	$(RUN) $(BIN)/python -m pytest -q -rs
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"

@@ -22,6 +22,12 @@ class Row:
     """Whether finite differences mean anything at a random point."""
     keyed: bool = False
     """Whether it draws noise, from a `key` argument."""
+    reads_shape: bool = False
+    """Whether it looks at the shape of a tensor, so that a complex one is not just pairs of reals."""
+    passes_none: bool = True
+    """Whether it leaves parameters without gradient alone; a function of whole trees does as it likes."""
+    written: bool = True
+    """Whether `make` is the public function itself, so that what it builds prints as one call and pickles."""
 
     @property
     def id(self) -> str:
@@ -43,8 +49,13 @@ ROWS = [
         ({}, {"mask": lambda path, p: p.ndim > 1}, {"weight_decay": decay_schedule}),
     ),
     Row("add_noise", fo.add_noise, {"eta": 0.1, "gamma": 0.5}, ({}, {"gamma": 0.0}), keyed=True),
-    Row("centralize", fo.centralize),
-    Row("chain", lambda **h: fo.chain(fo.clip_by_global_norm(h["max_norm"]), fo.adamw(h["learning_rate"])), {"max_norm": 0.5, **LR}),
+    Row("centralize", fo.centralize, reads_shape=True),
+    Row(
+        "chain",
+        lambda max_norm, learning_rate: fo.chain(fo.clip_by_global_norm(max_norm), fo.adamw(learning_rate)),
+        {"max_norm": 0.5, **LR},
+        written=False,
+    ),
     Row("clip", fo.clip, {"max_delta": 0.7}),
     Row("clip_by_global_norm", fo.clip_by_global_norm, {"max_norm": 0.5}, ({}, {"max_norm": 1e6})),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
@@ -55,6 +66,8 @@ ROWS = [
         lambda step_size, **v: fo.masked(fo.chain(fo.trace(0.9), fo.scale(step_size)), **{"mask": lambda path, p: p.ndim > 0, **v}),
         {"step_size": -0.3},
         ({}, {"otherwise": "zero"}),
+        reads_shape=True,
+        written=False,
     ),
     Row(
         "partition",
@@ -63,6 +76,8 @@ ROWS = [
             lambda path, p: "matrix" if p.ndim > 1 else "rest",
         ),
         LR,
+        reads_shape=True,
+        written=False,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
@@ -77,11 +92,11 @@ ROWS = [
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5}),
     ),
     Row("scale_by_rss", fo.scale_by_rss, {"eps": 1e-3}, ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False})),
-    Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule)),
+    Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
     Row("scale_by_stddev", fo.scale_by_stddev, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True})),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
-    Row("stateless", lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates))),
+    Row("stateless", lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)), passes_none=False, written=False),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
     Row("zero_nans", fo.zero_nans),
     # optimizers
