@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
@@ -67,13 +68,15 @@ def scale_by_adam(
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
 
+    rootless = not isinstance(eps_root, Tensor) and eps_root == 0  # the usual case: one pass over memory fewer
+
     def prepare(count, b1, b2):
         t = tree.as_real(count + 1)
         return {"w1": 1 - b1, "w2": 1 - b2, "c1": 1 - b1**t, "c2": 1 - b2**t, "c1_next": 1 - b1 ** (t + 1)}
 
     def direction(g, mu, nu_hat, w1, eps, eps_root, c1, c1_next):
         mu_hat = torch.lerp(mu / c1_next, g / c1, w1) if nesterov else mu / c1
-        return mu_hat / ((nu_hat + eps_root).sqrt() + eps)
+        return mu_hat / ((nu_hat if rootless else nu_hat + eps_root).sqrt() + eps)
 
     def rule(g, mu, nu, w1, w2, eps, eps_root, c1, c2, c1_next):
         mu = torch.lerp(mu, g, w1)

@@ -72,7 +72,11 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None = None, *, fli
         return identity()
     check_range(0, float("inf"), learning_rate=learning_rate)
     sign = -1 if flip_sign else 1
-    return leafwise(lambda g, learning_rate: g * (sign * learning_rate), hyper={"learning_rate": learning_rate})
+
+    def prepare(learning_rate):
+        return {"step_size": sign * learning_rate}
+
+    return leafwise(lambda g, step_size: g * step_size, prepare, hyper={"learning_rate": learning_rate})
 
 
 @transformation
