@@ -70,4 +70,4 @@ def wrong(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(wrong(main())))
+    sys.exit("\n".join(wrong(main())) or 0)

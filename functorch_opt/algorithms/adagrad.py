@@ -36,7 +36,7 @@ def _weights(bias_correction):
         return {"weight": 1 - decay, "correction": 1.0}
 
     def prepare_corrected(decay, count):
-        return {"weight": 1 - decay, "correction": 1 - decay ** tree.as_real(count + 1)}
+        return {"weight": 1 - decay, "correction": 1 / (1 - decay ** tree.as_real(count + 1))}
 
     return prepare_corrected if bias_correction else prepare
 
@@ -71,7 +71,7 @@ def scale_by_rms(
 
     def rule(g, nu, weight, eps, correction):
         nu = torch.lerp(nu, g * g, weight)
-        return _by_root(g, nu / correction, eps, eps_in_sqrt), {"nu": nu}
+        return _by_root(g, nu * correction, eps, eps_in_sqrt), {"nu": nu}
 
     slots = {"nu": _constant_like(initial_scale)}
     return leafwise(rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps})
@@ -102,7 +102,7 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        variance = (nu / correction - (mu / correction) ** 2).clamp(min=0)  # at the first step it is 0, and rounding may be below
+        variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)  # at the first step it is 0, and rounding may be below
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}

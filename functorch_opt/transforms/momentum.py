@@ -83,10 +83,10 @@ def ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.d
     check_range(0, 1, decay=decay)
 
     def prepare(count, decay):
-        return {"weight": 1 - decay, "correction": 1 - decay ** tree.as_real(count + 1) if debias else 1.0}
+        return {"weight": 1 - decay, "correction": 1 / (1 - decay ** tree.as_real(count + 1)) if debias else 1.0}
 
     def rule(g, ema, weight, correction):
         ema = torch.lerp(ema, g, weight)
-        return ema / correction, {"ema": ema}
+        return ema * correction, {"ema": ema}
 
     return leafwise(rule, prepare, slots={"ema": partial(tree.zeros_like, dtype=accumulator_dtype)}, hyper={"decay": decay})
