@@ -100,7 +100,9 @@ def prepare(row: Row, seconds: float) -> tuple[dict[str, Contender], dict[str, s
             notes[make.name] = str(why)
         except Exception as error:
             limits = [e for e in (error.__cause__, error.__context__) if isinstance(e, Unavailable)]  # raised inside a compiler
-            notes[make.name] = str(limits[0]) if limits else f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+            notes[make.name] = (
+                str(limits[0]).splitlines()[0] if limits else f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+            )
         else:
             ready[make.name], results[make.name] = contender, [x.clone() for x in contender.read()]
     compared = [make.name for i, make in enumerate(row.contenders) if i not in row.check and make.name in results]
