@@ -140,9 +140,10 @@ class Leafwise(GradientTransformation):
             now["count"] = _of_this_part(shared["count"])
         for name, value in self.hyper.items():
             now[name] = value(now["count"]) if callable(value) else _of_this_part(value)
-            if not isinstance(now[name], (int, float, Tensor)):
-                given = f"{type(now[name]).__name__} {now[name]!r}"
-                raise TypeError(f"{self.name}: the schedule {name} returned {given}; it must return a number or a tensor.")
+            if not isinstance(now[name], (int, float, Tensor)) or (isinstance(now[name], Tensor) and now[name].dim() > 1):
+                shape = f"a tensor of shape {tuple(now[name].shape)}" if isinstance(now[name], Tensor) else None
+                given = shape or f"{type(now[name]).__name__} {now[name]!r}"
+                raise TypeError(f"{self.name}: the schedule {name} returned {given}; it must return a number or a 0-dim tensor.")
             _check_entries(name, now[name], updates)
         shared = dict(shared)
         if self.prepare is not None:

@@ -300,7 +300,7 @@ HYPERPARAMETERS = [
     Case("1-dim-b1", lambda: update(fo.adam(0.1, b1=ones(2) / 2), params(), state=fo.adam(0.1).init(params())),
          ValueError, r"\bb1\b", "2 entries for 3", "vmap"),
     Case("schedule-returns-none", lambda: partial(fo.sgd(lambda count: None).update, params(), fo.sgd(abs).init(params())),
-         TypeError, "learning_rate", "NoneType", "a number or a tensor"),
+         TypeError, "learning_rate", "NoneType", "a number or a 0-dim tensor"),
     Case("schedule-returns-matrix", lambda: partial(fo.sgd(lambda count: ones(2, 2)).update, params(), fo.sgd(abs).init(params())),
          TypeError, "learning_rate", r"\(2, 2\)", "a 0-dim tensor"),
 ]
