@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -130,17 +129,12 @@ class Eager(Contender):
 
 
 class Adapter(TorchOptim):
-    """torch's own name where it takes ``compile``, and the general adapter where only that does."""
+    """The class with torch's name, its step run in compiled blocks."""
 
     name = "functorch_opt optim, compile=True"
 
     def make(self) -> torch.optim.Optimizer:
-        if "compile" in inspect.signature(fo.optim.AdamW).parameters:
-            return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True)
-        if "compile" in inspect.signature(fo.optim.Optimizer).parameters:
-            hyper = {"learning_rate": LR, "b1": BETAS[0], "b2": BETAS[1], "eps": EPS, "weight_decay": DECAY}
-            return fo.optim.Optimizer(self.ps, fo.adamw, compile=True, **hyper)
-        raise Unavailable("fo.optim takes no compile= yet")
+        return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True)
 
 
 # ---- others ---------------------------------------------------------------------------------------------------------------

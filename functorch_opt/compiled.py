@@ -2,7 +2,7 @@
 
 `compiled_step` does what ``update`` and ``apply_updates`` do, in one pass over memory. The stages of a chain are taken apart into
 ``prepare`` and ``rule``. Scalars are worked out first, eagerly, once a step. Then the rules of consecutive elementwise stages, composed for
-one tensor, run as one compiled function of `BLOCK` tensors, which writes slots and parameters in place. The tensors may have any sizes,
+one tensor, run as one compiled function of a block of tensors, which writes slots and parameters in place. They may have any sizes,
 so compile time does not grow with the model, and models of the same dtypes share the code. What is no elementwise rule runs eagerly
 between, and a ``prepare`` that looks at updates in mid-chain begins a new pass.
 """
@@ -43,7 +43,7 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
         >>> import torch, functorch_opt as fo
         >>> tx, params = fo.adamw(0.1), {"w": torch.ones(3)}
         >>> step, state = fo.compiled_step(tx), tx.init(params)
-        >>> params, state = step(params, {"w": torch.ones(3)}, state)  # doctest: +SKIP
+        >>> params, state = step(params, {"w": torch.ones(3)}, state)
     """
     return CompiledStep(tx, donate)
 
