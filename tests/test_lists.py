@@ -106,9 +106,12 @@ FLOORS = {
     "blocks.py": 3,
     "transforms/": 4,
     "algorithms/": 5,
-    "compiled.py": 6,
-    "optim/": 7,
-    "__init__.py": 8,
+    "wrappers/": 6,
+    "per_example.py": 6,
+    "compiled.py": 7,
+    "optim/": 8,
+    "sweep.py": 8,
+    "__init__.py": 9,
 }
 """A file imports from lower floors only. Within `optim/` files may import each other."""
 
