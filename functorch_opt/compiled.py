@@ -107,7 +107,7 @@ def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: 
         tx.check_state(state)
         for name, stage in tx.stages.items():
             _check_slots(stage, state[name], params, ps, spec)
-    elif isinstance(tx, Leafwise) and tx.kind == "elementwise":
+    elif isinstance(tx, Leafwise):
         tx.check_state(state)
         for name, slot in state.slots.items():
             for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
@@ -136,7 +136,7 @@ class _Run:
             tx.check_state(state)
             return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
         extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
-        if not (isinstance(tx, Leafwise) and tx.kind == "elementwise"):
+        if not isinstance(tx, Leafwise):
             self.flush()
             updates, new = tx.update(tree.unflatten(self.spec, self.us), state, self.params, **extra)
             self.us = tree.match(self.params, self.spec, updates, names=("params", "updates"))
@@ -174,10 +174,11 @@ class _Run:
         body = self.step.body(pending, add=outs is None)
         slots = [column for stage in pending for column in stage.slots.values()]
         rows = [self._row(name, stage.now[name]) for stage, names in zip(pending, body.rows, strict=True) for name in names]
+        columns = [self.us, self.ps, *slots, *rows, *([] if outs is None else [outs])]
         segment = self.step.segments.get(body.key)
-        if segment is None or not segment.fits(self.us, self.ps, slots, rows):
-            segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, self.us, self.ps, slots, rows)
-        segment.run(self.us, self.ps, slots, rows, outs, body.scalars)
+        if segment is None or not segment.run(columns, body.scalars):
+            segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, columns)
+            segment.run(columns, body.scalars)
 
     def _row(self, name: str, value: Any) -> list[Any]:
         """One entry per leaf."""
