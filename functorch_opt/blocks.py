@@ -128,35 +128,36 @@ class Segment:
         for sort, indices in sorts.items():
             of_program: dict[int, _Part] = {}
             for i in indices:
-                leaf = [column[number[i]] for column in flat]
-                program, size = self._program(sort, leaf)
+                of_leaf = [column[number[i]] for column in flat]
+                program, size = self._program(sort, of_leaf)
                 part = of_program.setdefault(id(program), _Part(program, [], [], size))
                 part.indices.append(number[i])
-                part.sizes.append(leaf[1].numel())
+                part.sizes.append(of_leaf[1].numel())
             self.parts += of_program.values()
-        checked = [x for column in mine for x in column]
-        self.matches = torch._C._dynamo.guards.TensorGuards(
-            *checked, dynamic_dims_sizes=[list(x.shape) for x in checked], dynamic_dims_strides=[list(x.stride()) for x in checked]
-        )
+        checked: list[Any] = [x for column in mine for x in column]
+        shapes: list[Any] = [[*x.shape] for x in checked]
+        strides: list[Any] = [[*x.stride()] for x in checked]
+        self.matches = torch._C._dynamo.guards.TensorGuards(*checked, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
     def _sort(self, leaf: tuple[Any, ...], in_place: int) -> Any:
         """What compiled code depends on beside sizes; None if these tensors must not meet it."""
-        if _is_sharded(leaf[1]) and not self.body.whole:
-            spec = leaf[1]._spec
-            if not all(x._spec.placements == spec.placements and x._spec.mesh == spec.mesh if _is_sharded(x) else not x.dim() for x in leaf):
+        p: Any = leaf[1]
+        if _is_sharded(p) and not self.body.whole:
+            if not all(
+                x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh if _is_sharded(x) else not x.dim() for x in leaf
+            ):
                 return None
             leaf = tuple(map(_local, leaf))
-        u, p, *others = leaf
+            p = leaf[1]
         if p.numel() < 2 or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_complex() for x in leaf):
             return None
         if not all(x.is_contiguous() and (p.device.type == "cpu" or x.data_ptr() % 16 == 0) for x in leaf[1:in_place]):
             return None
         if not all(x.device == p.device and (self.body.whole or not x.dim() or x.shape == p.shape) for x in leaf):
             return None
-        if not all(x.dim() or k >= in_place for k, x in enumerate(leaf)) and not self.body.whole:
-            return None  # a slot with one number for the parameter
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
-        shapes = tuple([tuple([n if n < 2 else -1 for n in x.shape]) for x in leaf]) if self.body.whole else tuple([bool(x.dim()) for x in leaf])
+        whole = self.body.whole
+        shapes = tuple([tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim()) for x in leaf])
         return p.device, threads, shapes, tuple([x.dtype for x in leaf])
 
     def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
@@ -165,7 +166,7 @@ class Segment:
             columns = [[column[i] for i in self.compiled] for column in columns]
         return [list(map(_local, column)) for column in columns] if self.sharded else columns
 
-    def _program(self, sort: Any, leaf: list[Tensor]) -> tuple[Any, int]:
+    def _program(self, sort: Any, leaf: list[Any]) -> tuple[Any, int]:
         """A program for this leaf, and how many leaves it takes at a time."""
         device, threads = sort[:2]
         size = BLOCK.get(device.type, LAUNCH)
@@ -202,11 +203,14 @@ class Segment:
                 part.run(mine, scalars, self.body.whole)
             torch.autograd.graph.increment_version(mine[1])  # so that autograd sees that parameters have changed
         for i in self.eager:
-            try:
-                self.body([*(column[i] for column in columns), *scalars])
-            except Misfit as misfit:
-                raise ValueError(f"compiled_step: the update of leaf {i} {misfit}") from misfit.__cause__
+            self._eagerly(i, [column[i] for column in columns], scalars)
         return True
+
+    def _eagerly(self, i: int, leaf: list[Any], scalars: list[Tensor]) -> None:
+        try:
+            self.body([*leaf, *scalars])
+        except Misfit as misfit:
+            raise ValueError(f"compiled_step: the update of leaf {i} {misfit}") from misfit.__cause__
 
 
 class _Uncompiled:

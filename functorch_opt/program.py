@@ -36,17 +36,18 @@ class Program:
     """
 
     def __init__(self, f: Callable[[list[Any]], None], examples: list[Tensor], threads: int, backend: Any) -> None:
-        from torch.fx.experimental._config import patch
+        from torch.fx.experimental import _config
         from torch.fx.experimental.proxy_tensor import make_fx
 
         self.kernel: Callable[..., None] | None = None
         self.arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
+        symbols: Any = _config
         table: Any = None
         if backend == "inductor":
             from torch._inductor.decomposition import select_decomp_table  # importing it takes seconds
 
             table = select_decomp_table()
-        with patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
+        with symbols.patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
             graph = make_fx(lambda *args: f([*args]), decomposition_table=table, tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         self.env = inputs[0].fake_mode.shape_env
@@ -67,7 +68,12 @@ class Program:
         output.args = ((),)
         graph.recompile()
         mode, on_cpu = inputs[0].fake_mode, examples[0].device.type == "cpu"
-        options = {"size_asserts": False, "cpp.threads": threads, **({} if on_cpu else {k: v for k, v in _COMBINE.items() if hasattr(config, k)})}
+        options = {
+            "size_asserts": False,
+            "cpp.threads": threads,
+            "emulate_precision_casts": True,
+            **({} if on_cpu else {k: v for k, v in _COMBINE.items() if hasattr(config, k)}),
+        }
         with config.patch(options), tracing(TracingContext(mode)), V.set_fake_mode(mode), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about itself
             compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
@@ -77,7 +83,7 @@ class Program:
 
     def _find_kernel(self, compiled: Any, examples: list[Tensor]) -> None:
         """If all that `compiled` does is to call one kernel with its inputs and their size, remember that kernel and the order."""
-        call = getattr(compiled, "current_callable", None)
+        call: Any = getattr(compiled, "current_callable", None)
         names = getattr(getattr(call, "__func__", call), "__globals__", {})
         kernels = [name for name in names if name.startswith("cpp_fused")]
         if len(kernels) != 1:

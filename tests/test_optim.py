@@ -303,7 +303,7 @@ def test_the_rules_beside_the_classes_compile_to_one_graph(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["NAdam", "RAdam", "ASGD", "Rprop", "Adafactor", "Muon"])
 def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
-    """NAdam and ASGD, which keep single numbers for a parameter, run there eagerly."""
+    """Slots with one number for a parameter (NAdam, ASGD) and matrices (Muon, Adafactor) among them."""
     torch._dynamo.reset()
     ps, qs = ([p.detach() for p in make_params(of=name)] for _ in range(2))
     tx = chain_of(name, make_params(of=name))
@@ -315,7 +315,8 @@ def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
         ps = fo.apply_updates(ps, updates)
         qs, twin = step(qs, gradients, twin)
         for p, q in zip(ps, qs, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+            near = 1e-4 if name == "Muon" else 1e-10  # its products of bfloat16 are rounded in another order
+            torch.testing.assert_close(p, q, rtol=near, atol=near)
 
 
 # ---- law 4: the adapter equals update + apply_updates --------------------------------------------------------------------

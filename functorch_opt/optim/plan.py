@@ -95,54 +95,84 @@ class Plan:
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
         rename = {**dict.fromkeys(counts[:1], "step"), **rename}
         self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
-        self.flat: list[_Place] = tree.leaves(self.places)
-        self.counts = list(dict.fromkeys(["step", *(place.key for place in self.flat if place.kind == "count")]))
+        self.flat, self.spec = tree.flatten(self.places)
+        kinds = [place and place.kind for place in self.flat]
+        self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
+        self.joint = [k for k, kind in enumerate(kinds) if kind == "joint"]
+        self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
+        self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
+        self.counts = list(dict.fromkeys(["step", *(key for _, key in self.counted)]))
+        self.written: dict[str, list[Any]] = {}
 
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
     def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called."""
-        for name, target in self.numbers.items():
-            values = [group[name] for group in groups]
-            if isinstance(target, tuple):
-                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
-                    _write_number(part, of_groups, groups)
-            else:
-                _write_number(target, values, groups)
+        self._write_numbers(groups)
         params = [p for group in groups for p in group["params"]]
-        moved = [i for i, p in enumerate(params) if p.grad is not None]
-        entries = [dict(state.get(p, ())) for p in params]
-        self._complete(entries, params, moved)
+        gradients = [p.grad for p in params]
+        moved = [i for i, g in enumerate(gradients) if g is not None]
+        entries, began = [state.get(p, _NOTHING) for p in params], False
+        try:
+            kept = [entries[i][key] for i, key in self.where]
+            counts = {key: [entries[i][key] for i in moved] for key in self.counts}
+        except KeyError:  # the first step of some parameter
+            entries, began = [dict(entry) for entry in entries], True
+            self._complete(entries, params, moved)
+            kept = [entries[i].get(key) for i, key in self.where]
+            counts = {key: [entries[i][key] for i in moved] for key in self.counts}
 
-        def fetch(place: _Place | None) -> Any:
-            if place is None or place.kind != "count":
-                return None if place is None else entries[place.i].get(place.key)
-            counts = torch.stack([entry.get(place.key, _ZERO).cpu() for entry in entries]).to(self.device, torch.int64)
-            # One for each parameter; but nearly always those that have a gradient have the same, and one number is less work.
-            same = not torch.compiler.is_compiling() and bool((counts[moved] == counts[moved[0]]).all())
-            return counts[moved[0]] if same else counts
-
-        old = tree.map_leaves(fetch, self.places)
-        grads = self._tree([p.grad for p in params])
+        flat: list[Any] = [None] * len(self.flat)
+        for k, x in zip(self.kept, kept, strict=True):
+            flat[k] = x
+        of_key = {key: self._count(counts[key], moved, len(params)) for _, key in self.counted}
+        for k, key in self.counted:
+            flat[k] = of_key[key]
+        old = tree.unflatten(self.spec, flat)
+        grads = self._tree(gradients)
+        in_place = self.compiled is not None and not torch.compiler.is_compiling()
         sums: list[tuple[Tensor, Tensor]] = []
-        if self.compiled is None:
+        if not in_place:
             updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]))
             us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
             sums = [(params[i], us[i]) for i in moved]
 
         def write() -> None:
-            for i in {0, *moved}:
-                state[params[i]].update(entries[i])
+            if began:
+                for i in {0, *moved}:
+                    state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
-            after = new if self.compiled is None else self._run_compiled(params, grads, old)
-            values = zip(tree.flatten(self.places)[0], tree.flatten(after)[0], strict=True)
-            kinds = ("joint", "slot") if self.compiled is None else ("joint",)
-            copies = [(entries[place.i][place.key], x) for place, x in values if place and place.kind in kinds and x is not None]
-            _foreach(torch._foreach_copy_, Tensor.copy_, [(mine, x) for mine, x in copies if mine is not x])
-            torch._foreach_add_([entries[i][key] for i in moved for key in self.counts], 1)
+            after = tree.flatten(self._run_compiled(params, grads, old) if in_place else new)[0]
+            changed = [(flat[k], after[k]) for k in (self.joint if in_place else self.kept)]
+            copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
+            _foreach(torch._foreach_copy_, Tensor.copy_, copies)
+            torch._foreach_add_([count for key in self.counts for count in counts[key]], 1)
 
         return write
+
+    def _write_numbers(self, groups: list[dict[str, Any]]) -> None:
+        """Write the hyperparameters where the transformation reads them."""
+        for name, target in self.numbers.items():
+            values = [group[name] for group in groups]
+            if values == self.written.get(name) and not any(isinstance(value, Tensor) for value in values):
+                continue
+            if isinstance(target, tuple):
+                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
+                    _write_number(part, of_groups, groups)
+            else:
+                _write_number(target, values, groups)
+            plain = all(isinstance(value, (int, float)) for value in values)  # a tensor may be changed without our seeing it
+            self.written[name] = values if plain else []
+
+    def _count(self, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
+        """One for each parameter; but nearly always those that have a gradient have the same, and one number is less work."""
+        if len({count.device for count in counts}) > 1:
+            counts = [count.cpu() for count in counts]
+        of_moved = torch.stack(counts).to(self.device, torch.int64)
+        if not torch.compiler.is_compiling() and bool((of_moved == of_moved[0]).all()):
+            return of_moved[0]
+        return of_moved.new_zeros(n).index_copy(0, torch.tensor(moved, device=self.device), of_moved)
 
     def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree) -> PyTree:
         """The new state; parameters and slots are written in place."""
@@ -157,7 +187,7 @@ class Plan:
         absent = [
             place
             for place in self.flat
-            if (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad)) and place.key not in entries[place.i]
+            if place and (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad)) and place.key not in entries[place.i]
         ]
         for i in moved:
             # A checkpoint of torch's SGD has no step: where there is state, this is not the first one.
@@ -175,7 +205,7 @@ class Plan:
                 entries[place.i][place.key] = first[place.path]
 
 
-_ZERO = torch.zeros(())
+_NOTHING: dict[str, Any] = {}
 
 
 def _step_dtype() -> torch.dtype:
