@@ -8,6 +8,7 @@ from functorch_opt.algorithms.sgd import *
 from functorch_opt.base import *
 from functorch_opt.combine import *
 from functorch_opt.compiled import *
+from functorch_opt.leaf import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
 from functorch_opt.transforms.clip import *

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt.leaf import Each, Misfit, working_dtype, wrong_update
 from functorch_opt.program import Program
-from functorch_opt.rule import Each, Leafwise, Misfit, working_dtype, wrong_update
+from functorch_opt.rule import Leafwise
 from functorch_opt.tree import PyTree
 
 BLOCK = {"cpu": 1}

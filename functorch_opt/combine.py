@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import Expression, GradientTransformation, Scalar, ScalarOrSchedule, transformation
-from functorch_opt.rule import part_of_tree
+from functorch_opt.leaf import part_of_tree
+from functorch_opt.rule import Leafwise, update_in_one_pass
 from functorch_opt.tree import Path, PyTree
 
 __all__ = ["chain", "inject_hyperparams", "masked", "partition"]
@@ -53,10 +55,29 @@ class Chain(GradientTransformation):
 
     def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
         self.check_state(state)
-        new = {}
-        for name, stage in self.stages.items():
-            updates, new[name] = stage.update(updates, state[name], params, **{e: extra[e] for e in stage.extra_args if e in extra})
+        new: dict[str, PyTree] = {}
+        for names in self.passes:
+            stages: list[Any] = [self.stages[name] for name in names]
+            if len(stages) > 1:
+                updates, states = update_in_one_pass(stages, updates, [state[name] for name in names], params, extra)
+                new |= dict(zip(names, states, strict=True))
+            else:
+                mine = {e: extra[e] for e in stages[0].extra_args if e in extra}
+                updates, new[names[0]] = stages[0].update(updates, state[names[0]], params, **mine)
         return updates, new
+
+    @functools.cached_property
+    def passes(self) -> list[list[str]]:
+        """Stages that are worked out together, leaf by leaf: consecutive rules, of which only the first may look at the whole tree."""
+        passes: list[list[str]] = []
+        goes_on = False
+        for name, stage in self.stages.items():
+            if goes_on and isinstance(stage, Leafwise) and "updates" not in stage.prepare_reads:
+                passes[-1].append(name)
+            else:
+                passes.append([name])
+            goes_on = isinstance(stage, Leafwise)
+        return passes
 
 
 @transformation

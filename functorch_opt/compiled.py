@@ -18,7 +18,8 @@ from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.blocks import Body, Segment
 from functorch_opt.combine import Chain
-from functorch_opt.rule import Each, Leafwise
+from functorch_opt.leaf import Each
+from functorch_opt.rule import Leafwise
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["compiled_step"]

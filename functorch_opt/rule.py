@@ -12,25 +12,18 @@ Both say by the *names of their arguments* what they read, and nothing else has 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
+from functorch_opt.leaf import Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype, wrong_update
 from functorch_opt.tree import PyTree, StageState
 
-__all__ = ["Each", "leafwise"]
-
-
-class Each(NamedTuple):
-    """Wraps what ``prepare`` hands to every tensor separately: a tree of the structure of the params (a slice of noise, a mask)."""
-
-    tree: PyTree
+__all__ = ["leafwise"]
 
 
 Kind = Literal["elementwise", "tensorwise"]
@@ -99,37 +92,8 @@ class Leafwise(GradientTransformation):
         return StageState(shared, slots)
 
     def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:
-        self.check_state(state)
-        if params is None and self.reads_params:
-            raise ValueError(f"{self.name} reads the parameters: call update(updates, state, params).")
-        gs, spec = tree.flatten_tensors(updates, "updates")
-        ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
-        old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
-        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            wrong = g is not None and wrong_update(g, g if params is None else p, [column[i] for column in old.values()])
-            if wrong:
-                raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
-        now, shared = self.scalars(updates, state.shared, params, extra)
-        missing = [name for name in self.rule_reads if name not in ("g", "p", *old, *now)]
-        if missing:
-            raise TypeError(f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return.")
-        per_leaf = _PerLeaf(updates, spec, {name: now[name] for name in self.rule_reads if name in now})
-        new: dict[str, list[Any]] = {name: [] for name in old}
-        us: list[Any] = []
-        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            slots = {name: column[i] for name, column in old.items()}
-            u = None
-            if g is not None:
-                dtype = working_dtype(g, p if "p" in self.rule_reads else None, *slots.values())
-                try:
-                    u, slots = self.apply(g, p, slots, per_leaf.at(i, dtype), dtype)
-                except Misfit as misfit:
-                    raise ValueError(f"{self.name}: the update at {tree.paths(updates)[i]!r} {misfit}") from misfit.__cause__
-            us.append(u)
-            for name, value in slots.items():
-                new[name].append(value)
-        slots = {name: tree.like(state.slots[name], tree.unflatten(spec, column)) for name, column in new.items()}
-        return tree.unflatten(spec, us), StageState(shared, slots)
+        updates, (new,) = update_in_one_pass([self], updates, [state], params, extra)
+        return updates, new
 
     def scalars(
         self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]
@@ -137,21 +101,21 @@ class Leafwise(GradientTransformation):
         """Everything a rule may read beside ``g``, ``p`` and slots, by name; and the next shared values. Once a step."""
         now: dict[str, Any] = dict(shared)
         if self.counts:
-            now["count"] = _of_this_part(shared["count"])
+            now["count"] = of_this_part(shared["count"])
         for name, value in self.hyper.items():
-            now[name] = value(now["count"]) if callable(value) else _of_this_part(value)
+            now[name] = value(now["count"]) if callable(value) else of_this_part(value)
             if not isinstance(now[name], (int, float, Tensor)) or (isinstance(now[name], Tensor) and now[name].dim() > 1):
                 shape = f"a tensor of shape {tuple(now[name].shape)}" if isinstance(now[name], Tensor) else None
                 given = shape or f"{type(now[name]).__name__} {now[name]!r}"
                 raise TypeError(f"{self.name}: the schedule {name} returned {given}; it must return a number or a 0-dim tensor.")
-            _check_entries(name, now[name], updates)
+            check_entries(name, now[name], updates)
         shared = dict(shared)
         if self.prepare is not None:
             known = {**now, "updates": updates, "params": params}
             result = self.prepare(*(known[name] for name in self.prepare_reads), **extra)
             result, changed = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
             if not isinstance(result, dict) or not isinstance(changed, dict) or changed.keys() - self.shared.keys():
-                given = _outline(result) if changed == {} else _outline((result, changed))
+                given = outline(result) if changed == {} else outline((result, changed))
                 raise TypeError(
                     f"{self.name}: prepare must return {{name: value}} for the rule, or ({{name: value}}, {{shared: new value}}) "
                     f"with shared values among {sorted(self.shared)}; it returned {given}."
@@ -163,17 +127,18 @@ class Leafwise(GradientTransformation):
         return now, shared
 
     def apply(
-        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype
+        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype, uniform: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rule on one tensor, computed in `dtype`; slots come back in the dtype they were stored in.
 
-        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does.
+        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does. `uniform`: every tensor is of
+        `dtype`, and real.
         """
         pairs = dtype.is_complex and self.kind == "elementwise"
         values = {**now, **slots, "g": g, "p": p}
         args = [values[name] for name in self.rule_reads]
-        if pairs or any(isinstance(x, Tensor) and x.dtype != dtype for x in args):
-            args = [_enter(x, dtype, pairs) for x in args]
+        if not uniform and (pairs or any(isinstance(x, Tensor) and x.dtype != dtype for x in args)):
+            args = [enter(x, dtype, pairs) for x in args]
         try:
             result = self.rule(*args)
         except RuntimeError as error:
@@ -188,13 +153,19 @@ class Leafwise(GradientTransformation):
             return self._leave(result, g, "the update", g, pairs), slots
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) and result[1].keys() == slots.keys()):
             wanted = f"(update, {{slot: new value}}) with the slots {sorted(slots)}"
-            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {_outline(result)}.")
+            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {outline(result)}.")
         u, new = result
-        new = {name: self._leave(new[name], old, f"slot {name}", g, pairs).to(old.dtype) for name, old in slots.items()}
-        return self._leave(u, g, "the update", g, pairs), new
+        kept = {}
+        for name, old in slots.items():
+            x = self._leave(new[name], old, name, g, pairs)
+            kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
+        return self._leave(u, g, "the update", g, pairs), kept
 
     def _leave(self, x: Any, like: Tensor, name: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked: a rule that broadcasts has met a state of other params, or is wrong."""
+        if isinstance(x, Tensor) and x.dtype is like.dtype and not pairs and x.shape == like.shape:
+            return x
+        name = name if like is g else f"slot {name}"
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor.")
         if pairs and like.is_complex():
@@ -214,6 +185,80 @@ class Leafwise(GradientTransformation):
                 f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. "
                 "Use the state that its own init or update returned."
             )
+
+
+class _Stage:
+    """A stage in the middle of an update: the leaves of its slots, old and new, and what its rule may read."""
+
+    def __init__(self, tx: Leafwise, state: StageState, updates: PyTree, spec: Any, params: PyTree | None) -> None:
+        tx.check_state(state)
+        if params is None and tx.reads_params:
+            raise ValueError(f"{tx.name} reads the parameters: call update(updates, state, params).")
+        self.tx, self.state = tx, state
+        self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
+        self.new: dict[str, list[Any]] = {name: [] for name in self.old}
+        self.reads_p = "p" in tx.rule_reads
+
+    def prepare(self, updates: PyTree, spec: Any, params: PyTree | None, extra: Mapping[str, Any]) -> None:
+        tx = self.tx
+        mine = {name: extra[name] for name in tx.extra_args if name in extra}
+        now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
+        missing = [name for name in tx.rule_reads if name not in ("g", "p", *self.old, *now)]
+        if missing:
+            raise TypeError(f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return.")
+        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in tx.rule_reads if name in now})
+
+    def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
+        """The update that the rule makes of `g`; the new slots are kept."""
+        slots = {name: column[i] for name, column in self.old.items()}
+        u = None
+        if g is not None:
+            dtype = g.dtype
+            uniform = dtype in _PLAIN and (not self.reads_p or p is None or p.dtype is dtype)
+            for slot in slots.values():
+                uniform = uniform and slot.dtype is dtype
+            if not uniform:
+                dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
+            u, slots = self.tx.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype, uniform)
+        for name, value in slots.items():
+            self.new[name].append(value)
+        return u
+
+    def next_state(self, spec: Any) -> StageState:
+        slots = {name: tree.like(self.state.slots[name], tree.unflatten(spec, column)) for name, column in self.new.items()}
+        return StageState(self.shared, slots)
+
+
+_PLAIN = (torch.float32, torch.float64)
+
+
+def update_in_one_pass(
+    stages: Sequence[Leafwise], updates: PyTree, states: Sequence[StageState], params: PyTree | None, extra: Mapping[str, Any]
+) -> tuple[PyTree, list[StageState]]:
+    """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
+
+    Only the first stage may have a ``prepare`` that reads updates.
+    """
+    gs, spec = tree.flatten_tensors(updates, "updates")
+    ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+    running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
+    for stage in running:
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            if g is not None and (wrong := wrong_update(g, g if params is None else p, [column[i] for column in stage.old.values()])):
+                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
+    for stage in running:
+        stage.prepare(updates, spec, params, extra)
+    us: list[Any] = []
+    stage = running[0]
+    try:
+        for g, p in zip(gs, ps, strict=True):
+            u = g
+            for stage in running:
+                u = stage.leaf(len(us), u, p)
+            us.append(u)
+    except Misfit as misfit:
+        raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}") from misfit.__cause__
+    return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
 
 
 def leafwise(
@@ -268,125 +313,8 @@ def leafwise(
             )
     for name, make in (slots or {}).items():
         if not callable(make):
-            raise TypeError(f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {_outline(make)}.")
+            raise TypeError(f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {outline(make)}.")
     for name, first in (shared or {}).items():
         if not isinstance(first, Tensor):
             raise TypeError(f"shared {name} must be a tensor; got {type(first).__name__} {first!r}.")
     return Leafwise(rule, prepare, slots or {}, shared or {}, hyper or {}, kind)
-
-
-# ---- one entry per leaf --------------------------------------------------------------------------------------------------
-
-
-class _Parts(threading.local):
-    """The parts of the tree that this thread is inside of, the innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[list[int]] = []
-
-
-_PARTS = _Parts()
-
-
-@contextmanager
-def part_of_tree(indices: list[int]) -> Iterator[None]:
-    """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
-    _PARTS.stack.append([_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices)
-    try:
-        yield
-    finally:
-        _PARTS.stack.pop()
-
-
-def _of_this_part(value: Any) -> Any:
-    return value[_PARTS.stack[-1]] if _PARTS.stack and isinstance(value, Tensor) and value.dim() == 1 else value
-
-
-def _check_entries(name: str, value: Any, updates: PyTree) -> None:
-    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != (n := len(tree.flatten(updates)[0])):
-        raise ValueError(
-            f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; "
-            "to train with many values at once, vmap over it."
-        )
-
-
-class Misfit(Exception):
-    """What is wrong with a tensor, said by somebody who does not know where it is."""
-
-
-def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
-    """What is wrong with an update, and its cure; None if nothing is."""
-    if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
-        return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
-    if p is None or any(slot is None for slot in slots):
-        holder = "params" if p is None else "the state"
-        return f"is a tensor, but {holder} has None there. Give None for the update too, or init with this parameter."
-    if p.shape != g.shape:
-        return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
-    if g.is_complex() and not p.is_complex():
-        return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
-    return None
-
-
-def _outline(value: Any) -> str:
-    """A returned value in a few words: types, and the names in a dict."""
-    if isinstance(value, dict):
-        return f"a dict of {[*value]}"
-    return f"({', '.join(map(_outline, value))})" if type(value) is tuple else type(value).__name__
-
-
-class _PerLeaf:
-    """The scalars of a step, cast to the dtype a tensor is computed in: a lookup, done once per dtype."""
-
-    def __init__(self, reference: PyTree, spec: Any, now: dict[str, Any]) -> None:
-        self.fixed: dict[str, Any] = {}
-        self.rows: dict[str, Any] = {}
-        for name, value in now.items():
-            if isinstance(value, Each):
-                self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
-            elif not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.dim() > 1):
-                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _outline(value)
-                wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree of tensors)"
-                raise TypeError(f"{name} is {given}; what a rule may read is {wanted}.")
-            elif isinstance(value, Tensor) and value.dim() == 1:
-                _check_entries(name, value, reference)
-                self.rows[name] = value
-            else:
-                self.fixed[name] = value
-        self.cast: dict[torch.dtype, tuple[dict[str, Any], dict[str, list[Any]]]] = {}
-
-    def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
-        if dtype not in self.cast:
-            real = _REAL.get(dtype, dtype)
-            rows = {
-                name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind())
-                for name, row in self.rows.items()
-            }
-            self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
-        fixed, rows = self.cast[dtype]
-        return {**fixed, **{name: row[i] for name, row in rows.items()}}
-
-
-def _enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
-    """A value as a rule computes with it: numbers in `dtype`, or the real part of it; complex ones as pairs. Bools and integers stay."""
-    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
-        return x
-    x = x.to(dtype if x.is_complex() or not pairs else _REAL[dtype])
-    return torch.view_as_real(x) if pairs and x.is_complex() else x
-
-
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
-
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def working_dtype(*values: Tensor | None) -> torch.dtype:
-    """What a rule computes in: the widest of its floating and complex tensors, at least float32."""
-    found: torch.dtype | None = None
-    for x in values:
-        if x is not None and x.dtype != found and (x.is_floating_point() or x.is_complex()):
-            dtype = tree.at_least_float32(x.dtype)
-            found = dtype if found is None else torch.promote_types(found, dtype)
-    return found or torch.float32

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functorch_opt import random, tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.rule import Each, leafwise
+from functorch_opt.leaf import Each
+from functorch_opt.rule import leafwise
 
 __all__ = ["add_noise"]
 

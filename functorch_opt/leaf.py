@@ -1,0 +1,144 @@
+"""What concerns one leaf of a tree: its entry of values that have one per leaf, the dtype it is computed in, what is wrong with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.tree import PyTree
+
+__all__ = ["Each"]
+
+
+class Each(NamedTuple):
+    """Wraps what ``prepare`` hands to every tensor separately: a tree of the structure of the params (a slice of noise, a mask)."""
+
+    tree: PyTree
+
+
+# ---- one entry per leaf --------------------------------------------------------------------------------------------------
+
+
+class _Parts(threading.local):
+    """The parts of the tree that this thread is inside of, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[list[int]] = []
+
+
+_PARTS = _Parts()
+
+
+@contextmanager
+def part_of_tree(indices: list[int]) -> Iterator[None]:
+    """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
+    _PARTS.stack.append([_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices)
+    try:
+        yield
+    finally:
+        _PARTS.stack.pop()
+
+
+def of_this_part(value: Any) -> Any:
+    return value[_PARTS.stack[-1]] if _PARTS.stack and isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def check_entries(name: str, value: Any, updates: PyTree) -> None:
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != (n := len(tree.flatten(updates)[0])):
+        raise ValueError(
+            f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; "
+            "to train with many values at once, vmap over it."
+        )
+
+
+class Misfit(Exception):
+    """What is wrong with a tensor, said by somebody who does not know where it is."""
+
+
+def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
+    """What is wrong with an update, and its cure; None if nothing is."""
+    absent = p is None
+    for slot in slots:
+        absent = absent or slot is None
+    if not absent and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
+        return None
+    if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
+        return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
+    if absent or p is None:
+        holder = "params" if p is None else "the state"
+        return f"is a tensor, but {holder} has None there. Give None for the update too, or init with this parameter."
+    if p.shape != g.shape:
+        return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
+    if g.is_complex() and not p.is_complex():
+        return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
+    return None
+
+
+def outline(value: Any) -> str:
+    """A returned value in a few words: types, and the names in a dict."""
+    if isinstance(value, dict):
+        return f"a dict of {[*value]}"
+    return f"({', '.join(map(outline, value))})" if type(value) is tuple else type(value).__name__
+
+
+class PerLeaf:
+    """The scalars of a step, cast to the dtype a tensor is computed in: a lookup, done once per dtype."""
+
+    def __init__(self, reference: PyTree, spec: Any, now: dict[str, Any]) -> None:
+        self.fixed: dict[str, Any] = {}
+        self.rows: dict[str, Any] = {}
+        for name, value in now.items():
+            if isinstance(value, Each):
+                self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
+            elif not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.dim() > 1):
+                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else outline(value)
+                wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree of tensors)"
+                raise TypeError(f"{name} is {given}; what a rule may read is {wanted}.")
+            elif isinstance(value, Tensor) and value.dim() == 1:
+                check_entries(name, value, reference)
+                self.rows[name] = value
+            else:
+                self.fixed[name] = value
+        self.cast: dict[torch.dtype, tuple[dict[str, Any], dict[str, list[Any]]]] = {}
+
+    def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
+        if dtype not in self.cast:
+            real = _REAL.get(dtype, dtype)
+            rows = {
+                name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind())
+                for name, row in self.rows.items()
+            }
+            self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
+        fixed, rows = self.cast[dtype]
+        return {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+
+
+def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
+    """A value as a rule computes with it: numbers in `dtype`, or the real part of it; complex ones as pairs. Bools and integers stay."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    x = x.to(dtype if x.is_complex() or not pairs else _REAL[dtype])
+    return torch.view_as_real(x) if pairs and x.is_complex() else x
+
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def working_dtype(*values: Tensor | None) -> torch.dtype:
+    """What a rule computes in: the widest of its floating and complex tensors, at least float32."""
+    found: torch.dtype | None = None
+    for x in values:
+        if x is not None and x.dtype != found and (x.is_floating_point() or x.is_complex()):
+            dtype = tree.at_least_float32(x.dtype)
+            found = dtype if found is None else torch.promote_types(found, dtype)
+    return found or torch.float32
