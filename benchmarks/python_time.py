@@ -9,43 +9,13 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks import report
 from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import Shapes
-from functorch_opt import blocks
 from functorch_opt.combine import Chain
-
-
-class Watch:
-    """Stands in for Dynamo's table of backends while a step is made: keeps what was compiled, with the arguments of its last calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self.watching = False
-        self.lookup = torch._dynamo.lookup_backend
-
-    def __call__(self, name: Any) -> Any:
-        backend = self.lookup(name)
-
-        def compile(*args: Any, **options: Any) -> Any:
-            compiled = backend(*args, **options)
-
-            def call(*args: Any) -> Any:
-                if self.watching:
-                    self.calls.append((compiled, args))
-                return compiled(*args)
-
-            return call
-
-        return compile
-
-    def replay(self) -> None:
-        for compiled, args in self.calls:
-            compiled(*args)
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:
@@ -81,34 +51,21 @@ def kernels_us(profiled: list[dict[str, Any]]) -> float:
 
 def run(of: Shapes, n: int) -> dict[str, Any]:
     real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
-    # What this process has compiled is put aside, so that it is compiled anew for this.
-    with mock.patch("torch._dynamo.lookup_backend", watch := Watch()), mock.patch.dict(blocks.PROGRAMS, clear=True):
-        step = Compiled(real, draw(of, 1))
-        step.step()
-    watch.watching = True
-    step.step()
-    watch.watching = False
+    step, small = Compiled(real, draw(of, 1)), Compiled(tiny, [torch.ones_like(x) for x in tiny])
     for _ in range(10):
         step.step()
-    small = Compiled(tiny, [torch.ones_like(x) for x in tiny])
-    for _ in range(10):
         small.step()
-    whole = microseconds(step.step, n)
-    kernels = microseconds(torch.no_grad()(watch.replay), n) if watch.calls else None
     profiled = profile(step.step, n)
     result: dict[str, Any] = {
         "tensors": len(of),
         "threads": torch.get_num_threads(),
-        "step_us": whole,
-        "compiled_calls": len(watch.calls),
-        "compiled_calls_alone_us": kernels,
+        "step_us": microseconds(step.step, n),
         "kernels_us": kernels_us(profiled),
-        "executor_us": whole - kernels if kernels is not None else None,
         "step_of_tiny_tensors_us": microseconds(small.step, n),
         "prepare_us": _prepare(real, n),
         "profile": profiled[:12],
     }
-    result["python_us"] = whole - result["kernels_us"]
+    result["python_us"] = result["step_us"] - result["kernels_us"]
     show(result)
     return result
 
@@ -117,13 +74,11 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
     shown = [
         ("a step", "step_us"),
         ("the kernels, by the profile", "kernels_us"),
-        ("the difference: Python, of the executor and of torch", "python_us"),
-        ("the compiled calls alone, with the same arguments: kernels, and torch's Python around them", "compiled_calls_alone_us"),
-        ("a step without these: Python of the executor", "executor_us"),
+        ("the difference: Python", "python_us"),
         ("of which prepare, eager, by itself", "prepare_us"),
         ("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us"),
     ]
-    rows = [[text, "not seen" if result[key] is None else f"{result[key]:.0f}"] for text, key in shown]
+    rows = [[text, f"{result[key]:.0f}"] for text, key in shown]
     report.table(f"AdamW, {result['tensors']} tensors: Python time; threads: {result['threads']}", ["", "us"], rows, quiet=quiet)
     rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
     report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows, quiet=quiet)

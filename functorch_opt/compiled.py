@@ -1,10 +1,10 @@
-"""The compiled, in-place execution: a chain's rules compiled once for a block of tensors, and run over the model block by block.
+"""The compiled, in-place execution: the rules of a chain as one pass over every tensor, compiled once for all sizes.
 
 `compiled_step` does what ``update`` and ``apply_updates`` do, in one pass over memory. The stages of a chain are taken apart into
-``prepare`` and ``rule``. Scalars are worked out first, eagerly, once a step. Then the rules of consecutive elementwise stages, composed for
-one tensor, run as one compiled function of a block of tensors, which writes slots and parameters in place. They may have any sizes,
-so compile time does not grow with the model, and models of the same dtypes share the code. What is no elementwise rule runs eagerly
-between, and a ``prepare`` that looks at updates in mid-chain begins a new pass.
+``prepare`` and ``rule``. Scalars are worked out first, eagerly, once a step. Then the rules of consecutive stages, composed for one
+tensor, run as one compiled function that writes slots and parameters in place. Sizes are symbols in it, so compile time does not grow
+with the model, and models of the same dtypes share the code. What is not made of rules runs eagerly between, and a ``prepare`` that looks
+at updates in mid-chain begins a new pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation
+from functorch_opt.base import GradientTransformation, apply_updates
 from functorch_opt.blocks import Body, Segment
 from functorch_opt.combine import Chain
 from functorch_opt.leaf import Each
@@ -29,7 +29,7 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
     """The step ``params, state = step(params, grads, state)`` of `tx`, compiled: ``update`` and ``apply_updates`` in one pass.
 
     Args:
-        tx: any transformation. Chains of elementwise stages run as one kernel per block of tensors; other stages run eagerly between.
+        tx: any transformation. The rules of a chain run as one pass over every tensor; stages that are not rules run eagerly between.
         donate: overwrite the tensors of `params` and of the state's slots and return them, as JAX does with donated arguments. False:
             they stay as they are, at the price of a copy.
 
@@ -54,7 +54,7 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
 
 @dataclass
 class _Pending:
-    """An elementwise stage whose rule has not run yet: its slots, a column each, and its scalars."""
+    """A stage whose rule has not run yet: its slots, a column each, and its scalars."""
 
     leafwise: Leafwise
     slots: dict[str, list[Any]]
@@ -76,6 +76,8 @@ class CompiledStep:
     @torch.no_grad()
     def __call__(self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         self.tx.check_extra(extra)
+        if torch.compiler.is_compiling():
+            return self._traced(params, grads, state, extra)
         if not self.donate:
             params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
         ps, spec = tree.flatten_tensors(params, "params")
@@ -86,6 +88,14 @@ class CompiledStep:
         self.returned = run.stage(self.tx, state)
         run.finish()
         return params, self.returned
+
+    def _traced(self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any]) -> tuple[PyTree, PyTree]:
+        """The step as operations of a graph that somebody else compiles."""
+        updates, new = self.tx.update(grads, state, params, **extra)
+        moved = apply_updates(params, updates)
+        if not self.donate:
+            return moved, new
+        return tree.map(torch.Tensor.copy_, params, moved), _donated(state, new)
 
     def body(self, pending: list[_Pending], add: bool) -> Body:
         """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
@@ -100,6 +110,13 @@ class CompiledStep:
             ]
             body = Body(stages, now, add)
         return body
+
+
+def _donated(old: PyTree, new: PyTree) -> PyTree:
+    """`new`, its slots written into the tensors of `old`."""
+    if isinstance(old, StageState):
+        return StageState(new.shared, {name: tree.map(torch.Tensor.copy_, slot, new.slots[name]) for name, slot in old.slots.items()})
+    return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
 
 
 def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:

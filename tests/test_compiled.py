@@ -191,6 +191,30 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
     assert len(PROGRAMS) == 1
 
 
+@pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
+def test_inside_a_compiled_function_it_is_part_of_the_one_graph(donate: bool) -> None:
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    step, ps, mine = fo.compiled_step(tx, donate=donate), draw(SMALL, 0), draw(SMALL, 0)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def train(ps, state, x):
+        return step(ps, {name: p * x for name, p in ps.items()}, state)
+
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(4):
+        ps, state = eagerly(tx, ps, state, {name: p * (i + 1.0) for name, p in ps.items()})
+        new = train(mine, ours, torch.tensor(i + 1.0))
+        assert (new[0]["a"] is mine["a"]) is donate
+        mine, ours = new
+        assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [

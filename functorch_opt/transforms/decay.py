@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.combine import MaskOrFn, masked
 from functorch_opt.rule import leafwise
@@ -29,5 +31,8 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | N
         [tensor(1.2000)]
     """
     check_range(0, float("inf"), weight_decay=weight_decay)
-    decay = leafwise(lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay})
+    if isinstance(weight_decay, (int, float)):
+        decay = leafwise(lambda g, p: torch.add(g, p, alpha=weight_decay))  # one pass over memory fewer
+    else:
+        decay = leafwise(lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay})
     return decay if mask is None else masked(decay, mask)
