@@ -129,7 +129,7 @@ class Eager(Contender):
 
 
 class Adapter(TorchOptim):
-    """The class with torch's name, its step run in compiled blocks."""
+    """The class with torch's name, its step compiled."""
 
     name = "functorch_opt optim, compile=True"
 

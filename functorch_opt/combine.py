@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -41,6 +40,7 @@ class Chain(GradientTransformation):
             self.stages[name] = stage
             for extra, required in stage.extra_args.items():
                 self.extra_args[extra] = required or self.extra_args.get(extra, False)
+        self.passes = self._passes()
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         return {name: stage.init(params) for name, stage in self.stages.items()}
@@ -66,8 +66,7 @@ class Chain(GradientTransformation):
                 updates, new[names[0]] = stages[0].update(updates, state[names[0]], params, **mine)
         return updates, new
 
-    @functools.cached_property
-    def passes(self) -> list[list[str]]:
+    def _passes(self) -> list[list[str]]:
         """Stages that are worked out together, leaf by leaf: consecutive rules, of which only the first may look at the whole tree."""
         passes: list[list[str]] = []
         goes_on = False
