@@ -26,6 +26,8 @@ from functorch_opt.tree import PyTree
 BLOCK = {"cpu": 1}
 """Tensors in a block: on a CPU calling a kernel costs nothing, so one is enough; elsewhere `LAUNCH` share a launch."""
 LAUNCH = 32
+EXAMPLE = 131_072
+"""Elements of the tensors that a block of several is traced on."""
 LARGE = 16_384
 """Elements from which on it pays to wake other threads."""
 
@@ -82,7 +84,7 @@ class _Part(NamedTuple):
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
         kernel = getattr(self.program, "kernel", None)
-        if kernel is not None:
+        if kernel is not None and self.size == 1:
             arguments, last = self.program.arguments, tuple(scalars)
             for *leaf, n in zip(*columns, self.sizes, strict=True):
                 kernel(*arguments((*leaf, *last, n)))
@@ -170,16 +172,16 @@ class Segment:
     def _program(self, sort: Any, leaf: list[Any]) -> tuple[Any, int]:
         """A program for this leaf, and how many leaves it takes at a time."""
         device, threads = sort[:2]
-        size = BLOCK.get(device.type, LAUNCH)
+        size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.setdefault((self.body.key, sort, self.backend), [])
         for program in programs:
             if program.fits([*leaf * size, *self.body.scalars]):
                 return program, size
         examples = [x.detach() for x in leaf]
-        if size > 1 and not self.body.whole:  # on a GPU the sizes it sees decide the launch for good
-            examples = [x.new_empty(131_072 if x.dim() else ()) for x in examples]
+        if size > 1:  # on a GPU the sizes it sees decide the launch for good
+            examples = [x.new_empty(EXAMPLE if x.dim() else ()) for _ in range(size) for x in leaf]
         try:
-            program = Program(self.body, [*examples * size, *self.body.scalars], threads, self.backend)
+            program = Program(self.body, [*examples, *self.body.scalars], threads, self.backend)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             cure = " On a CPU it needs a C++ compiler, e.g. g++." if device.type == "cpu" else ""

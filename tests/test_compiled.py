@@ -11,7 +11,7 @@ from test_laws import CASES, assert_same, grads, params
 from torch import Tensor
 
 import functorch_opt as fo
-from functorch_opt import tree
+from functorch_opt import blocks, tree
 from functorch_opt.blocks import PROGRAMS
 from functorch_opt.compiled import CompiledStep
 
@@ -72,6 +72,22 @@ def test_one_program_serves_all_sizes_and_models() -> None:
             mine, ours = step(mine, draw(shapes, 100 + i), ours)
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
     assert len(PROGRAMS) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_blocks_of_several_tensors(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the last block of each kind is filled up; every tensor is worked out once."""
+    monkeypatch.setitem(blocks.BLOCK, "cpu", 3)
+    monkeypatch.setattr(blocks, "EXAMPLE", 64)
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    shapes = {f"p{i}": (i + 2, 3) for i in range(7)} | {"tiny": (2,), "one": (1,), "scalar": ()}
+    ps, mine, step = draw(shapes, 0), draw(shapes, 0), CompiledStep(tx, True, backend=backend)
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(3):
+        ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
+        mine, ours = step(mine, draw(shapes, 100 + i), ours)
+        assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+    assert sum(map(len, PROGRAMS.values())) == 1
 
 
 @pytest.mark.slow
