@@ -21,6 +21,7 @@ from common import (
     each_optimizer,
     model,
     named,
+    named_compiled,
     torchs,
     watched,
 )
@@ -167,11 +168,12 @@ class Unfreezing(Manual):
         assert all(value is inner["state"][i][name] for i, slots in ours["state"].items() for name, value in slots.items())
 
 
-def test_44_through_the_wrapper() -> None:
+@pytest.mark.parametrize("make", [named, named_compiled])
+def test_44_through_the_wrapper(make: Make) -> None:
     runs = []
-    for make in (named, torchs):
+    for one in (make, torchs):
         with watched() as steps:
-            fit(Unfreezing(make), epochs=1)
+            fit(Unfreezing(one), epochs=1)
         assert len(steps) == 28
         assert steps[9].numel() < steps[10].numel()
         runs.append(steps)
