@@ -28,7 +28,7 @@ test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity wit
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
 
-clients: ## training under Lightning, accelerate, HF Trainer and ignite; they go into .venv-clients, where torch is what they find
+clients: ## training under Lightning, accelerate, HF Trainer and ignite, in .venv-clients
 	$(MAKE) --no-print-directory VENV=.venv-clients .venv-clients/.clients
 	$(RUN) .venv-clients/bin/python -m pytest -q -rs clients
 
