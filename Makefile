@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test quick lint types docs ci clean
+.PHONY: help demo test quick clients lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -28,6 +28,10 @@ test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity wit
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
 
+clients: ## training under Lightning, accelerate, HF Trainer and ignite, in .venv-clients
+	$(MAKE) --no-print-directory VENV=.venv-clients .venv-clients/.clients
+	$(RUN) .venv-clients/bin/python -m pytest -q -rs clients
+
 lint: $(VENV)/.dev ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +45,4 @@ docs: $(VENV)/.docs ## build the site into site/, strictly
 ci: lint types docs test ## everything
 
 clean:
-	rm -rf $(VENV) site demo_output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-clients site demo_output .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,200 @@
+"""Lightning: `Trainer.fit` with automatic and with manual optimization."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from common import (
+    LR,
+    WEIGHT_DECAY,
+    Make,
+    accuracy,
+    assert_equal,
+    assert_same,
+    batches,
+    decayed,
+    each_optimizer,
+    model,
+    named,
+    named_compiled,
+    torchs,
+    watched,
+)
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+
+import functorch_opt as fo
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning about itself
+
+CLIP = 0.003
+"""Of the single numbers of a gradient: nearly every step has larger ones."""
+
+
+class Automatic(lightning.LightningModule):
+    def __init__(self, make: Make) -> None:
+        super().__init__()
+        self.net, self.make = model(), make
+        self.clipped = 0
+
+    def training_step(self, batch: list[Tensor], i: int) -> Tensor:
+        x, y = batch
+        return cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.parameters())
+        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + 0.01 * step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.clipped += any((p.grad.abs() > CLIP).any() for p in self.parameters())
+
+
+def fit(module: lightning.LightningModule, epochs: int = 2, ckpt_path: Path | None = None, **options: Any) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, batches(), ckpt_path=ckpt_path)
+    return trainer
+
+
+@each_optimizer
+def test_44_automatic(make: Make) -> None:
+    """The closure, accumulation, clipping and a scheduler."""
+    runs = []
+    for one in (make, torchs):
+        module = Automatic(one)
+        with watched() as steps:
+            fit(module, epochs=4, accumulate_grad_batches=2, gradient_clip_val=CLIP, gradient_clip_algorithm="value")
+        assert module.clipped == len(steps) == 4 * 14
+        assert accuracy(module.net) > 0.9
+        runs.append(steps)
+    assert_same(*runs)
+
+
+class Manual(Automatic):
+    """The same training, written by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], i: int) -> None:
+        x, y = batch
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        self.manual_backward(cross_entropy(self.net(x), y) / 2)
+        if i % 2 == 1:
+            self.clip_gradients(optimizer, CLIP, "value")
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+
+def automatic(make: Make, **options: Any) -> list[Tensor]:
+    with watched() as steps:
+        fit(Automatic(make), accumulate_grad_batches=2, **options)
+    return steps
+
+
+@each_optimizer
+def test_44_manual(make: Make) -> None:
+    with watched() as steps:
+        fit(Manual(make))
+    assert_same(steps, automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value"))
+
+
+def test_44_a_clip_in_the_chain_sees_the_accumulated_gradient() -> None:
+    def clips_itself(params: Any) -> torch.optim.Optimizer:
+        return fo.optim.Optimizer(params, fo.chain(fo.clip(CLIP), decayed(LR, WEIGHT_DECAY)))
+
+    assert_same(automatic(clips_itself), automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value"))
+
+
+@each_optimizer
+def test_44_resume(make: Make, tmp_path: Path) -> None:
+    with watched() as whole:
+        fit(Automatic(make))
+    fit(Automatic(make), epochs=1).save_checkpoint("one.ckpt")
+    with watched() as rest:
+        fit(Automatic(make), ckpt_path=tmp_path / "one.ckpt")
+    assert_equal(rest, whole[28:])
+
+
+def test_44_a_checkpoint_of_torchs_class_goes_on_in_ours(tmp_path: Path) -> None:
+    with watched() as whole:
+        fit(Automatic(torchs))
+    fit(Automatic(torchs), epochs=1).save_checkpoint("one.ckpt")
+    with watched() as rest:
+        fit(Automatic(named), ckpt_path=tmp_path / "one.ckpt")
+    assert_same(rest, whole[28:])
+
+
+class Unfreezing(Manual):
+    """The second layer joins at the tenth batch, through Lightning's wrapper of the optimizer."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make(self.net[0].parameters())
+
+    def training_step(self, batch: list[Tensor], i: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(optimizer, type(optimizer.optimizer))
+        if self.global_step == 10:
+            optimizer.add_param_group({"params": self.net[2].parameters(), "weight_decay": 0.0})
+        optimizer.zero_grad()
+
+        def closure() -> Tensor:
+            loss = cross_entropy(self.net(x), y)
+            self.manual_backward(loss)
+            return loss
+
+        assert optimizer.step(closure=closure).requires_grad
+        ours, inner = optimizer.state_dict(), optimizer.optimizer.state_dict()
+        assert ours["param_groups"] == inner["param_groups"]
+        assert ours["state"].keys() == inner["state"].keys()
+        assert all(value is inner["state"][i][name] for i, slots in ours["state"].items() for name, value in slots.items())
+
+
+@pytest.mark.parametrize("make", [named, named_compiled])
+def test_44_through_the_wrapper(make: Make) -> None:
+    runs = []
+    for one in (make, torchs):
+        with watched() as steps:
+            fit(Unfreezing(one), epochs=1)
+        assert len(steps) == 28
+        assert steps[9].numel() < steps[10].numel()
+        runs.append(steps)
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("make", [named, torchs])
+def test_44_loading_into_the_wrapper_alone(make: Make) -> None:
+    """As with torch's own optimizers it replaces the wrapper's state, and not that of the optimizer inside, which steps."""
+
+    def step() -> None:
+        net(torch.ones(1, 64, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+
+    net = model()
+    optimizer = make(net.parameters())
+    wrapper = LightningOptimizer(optimizer)
+    step()
+    saved = deepcopy(wrapper.state_dict())
+    step()
+    wrapper.load_state_dict(saved)
+    assert optimizer.state[net[0].weight]["step"] == 2
+    wrapper.optimizer.load_state_dict(saved)
+    assert optimizer.state[net[0].weight]["step"] == 1
