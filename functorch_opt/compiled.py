@@ -112,6 +112,11 @@ class CompiledStep:
         return body
 
 
+def _like(u: torch.Tensor) -> torch.Tensor:
+    """Where to write the update that becomes of `u`."""
+    return torch.empty_like(u, dtype=tree.at_least_float32(u.dtype), memory_format=torch.contiguous_format)
+
+
 def _donated(old: PyTree, new: PyTree) -> PyTree:
     """`new`, its slots written into the tensors of `old`."""
     if isinstance(old, StageState):
@@ -173,7 +178,7 @@ class _Run:
     def flush(self) -> None:
         """Apply the pending rules to the updates."""
         if self.pending:
-            outs = [None if u is None else torch.empty_like(u, dtype=tree.at_least_float32(u.dtype)) for u in self.us]
+            outs = [None if u is None else _like(u) for u in self.us]
             self._apply(outs)
             self.us = outs
 

@@ -182,6 +182,20 @@ def test_changes_between_steps_are_seen(change: str) -> None:
     assert_same((ps, state), (expected, expected_state), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_strided_gradients_before_a_second_pass(backend: str) -> None:
+    """What the first pass writes for the second has strides of its own."""
+    tx = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(0.1), fo.sgd(0.1))
+    ps, step = {"a": torch.randn(3, 4), "b": torch.randn(5)}, CompiledStep(tx, True, backend=backend)
+    mine = tree.map(torch.clone, ps)
+    gs = {"a": torch.randn(4, 3).t(), "b": torch.randn(1).expand(5)}
+    state, ours = tx.init(ps), tx.init(mine)
+    for _ in range(3):
+        ps, state = eagerly(tx, ps, state, gs)
+        mine, ours = step(mine, gs, ours)
+    assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+
+
 def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> None:
     """The transposed parameter runs eagerly, the other compiled."""
     tx = fo.sgd(0.1)
