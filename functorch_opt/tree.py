@@ -228,6 +228,13 @@ def as_real(count: Tensor) -> Tensor:
     return count.to(real_dtype(count.device))
 
 
+TINY = torch.finfo(torch.float32).tiny
+"""Added to squares under a root, 1.2e-38: at 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+
+The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same numbers.
+"""
+
+
 def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros in the shape of `x`, in `dtype`; by default in the dtype of `x`, but at least float32.
 

@@ -26,7 +26,7 @@ def _constant_like(value):
 
 
 def _by_root(g, square, eps, eps_in_sqrt):
-    return g * (square + eps).rsqrt() if eps_in_sqrt else g / (square.sqrt() + eps)
+    return g * (square + (eps + tree.TINY)).rsqrt() if eps_in_sqrt else g / ((square + tree.TINY).sqrt() + eps)
 
 
 def _weights(bias_correction):
@@ -113,7 +113,7 @@ def scale_by_stddev(
 def scale_by_rss(
     initial_accumulator_value: float = 0.1, eps: ScalarOrSchedule = 1e-7, *, eps_in_sqrt: bool = True
 ) -> GradientTransformation:
-    """``sum = sum + g^2``; ``u = g / sqrt(sum + eps)``, and 0 where the sum is 0.
+    """``sum = sum + g^2``; ``u = g / sqrt(sum + eps)``, which is 0 where the sum is 0.
 
     Args:
         initial_accumulator_value: first value of the sum, 0 or greater.
@@ -132,7 +132,7 @@ def scale_by_rss(
 
     def rule(g, sum, eps):
         sum = sum + g * g
-        return torch.where(sum > 0, _by_root(g, sum, eps, eps_in_sqrt), 0.0), {"sum": sum}
+        return _by_root(g, sum, eps, eps_in_sqrt), {"sum": sum}
 
     return leafwise(rule, slots={"sum": _constant_like(initial_accumulator_value)}, hyper={"eps": eps})
 

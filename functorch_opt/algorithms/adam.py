@@ -46,7 +46,8 @@ def scale_by_adam(
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
-        eps_root: added inside the root, 0 or greater; a small one keeps derivatives through the update finite at zero gradients.
+        eps_root: added inside the root, 0 or greater. Derivatives through the update are finite at zero gradients without it (in optax and
+            torch they are NaN): beside ``1 / eps`` there.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's paper lets b1 grow with t; like optax we
             keep it constant. torch.optim.NAdam differs from both.
@@ -68,28 +69,28 @@ def scale_by_adam(
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
 
-    rootless = not isinstance(eps_root, Tensor) and eps_root == 0  # the usual case: one pass over memory fewer
-
-    def prepare(count, b1, b2):
+    def prepare(count, b1, b2, eps_root):
         t = tree.as_real(count + 1)
         c1, c2, c1_next = 1 / (1 - b1**t), 1 / (1 - b2**t), 1 / (1 - b1 ** (t + 1))  # a factor is cheaper than a divisor
-        return {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "c2": c2, "c1_next": c1_next}
+        inside = eps_root + tree.TINY
+        inside = inside if isinstance(inside, Tensor) else torch.full_like(t, inside)
+        return {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "c2": c2, "c1_next": c1_next, "inside": inside}
 
-    def direction(g, mu, nu_hat, w1, eps, eps_root, c1, c1_next):
+    def direction(g, mu, square, w1, eps, c1, c1_next):
         mu_hat = torch.lerp(mu * c1_next, g * c1, w1) if nesterov else mu * c1
-        return mu_hat / ((nu_hat if rootless else nu_hat + eps_root).sqrt() + eps)
+        return mu_hat / (square.sqrt() + eps)
 
-    def rule(g, mu, nu, w1, w2, eps, eps_root, c1, c2, c1_next):
+    def rule(g, mu, nu, w1, w2, eps, inside, c1, c2, c1_next):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
-        return direction(g, mu, nu * c2, w1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu}
+        return direction(g, mu, torch.addcmul(inside, nu, c2), w1, eps, c1, c1_next), {"mu": mu, "nu": nu}
 
-    def rule_with_max(g, mu, nu, nu_max, w1, w2, eps, eps_root, c1, c2, c1_next):
+    def rule_with_max(g, mu, nu, nu_max, w1, w2, eps, inside, c1, c2, c1_next):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
         nu_max = torch.maximum(nu_max, nu if amsgrad == "torch" else nu * c2)
-        nu_hat = nu_max * c2 if amsgrad == "torch" else nu_max
-        return direction(g, mu, nu_hat, w1, eps, eps_root, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
+        square = torch.addcmul(inside, nu_max, c2) if amsgrad == "torch" else nu_max + inside
+        return direction(g, mu, square, w1, eps, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
 
     second = partial(tree.zeros_like, dtype=nu_dtype)
     slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}
