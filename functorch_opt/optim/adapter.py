@@ -140,17 +140,22 @@ class Optimizer(torch.optim.Optimizer):
         """Update all parameters that have a gradient, in place.
 
         Args:
-            closure: evaluates the model anew and returns the loss; called with gradients enabled, before any gradient is read.
+            closure: evaluates the model anew and returns the loss; called with gradients enabled, before any gradient is read. A
+                transformation that reads ``value`` (`scale_by_polyak`) gets this loss, and one that reads ``grad`` the gradients.
 
         Returns:
             What `closure` returned, or None.
+
+        Raises:
+            TypeError: the transformation reads ``value`` and there is no closure; it reads something else, such as the ``value_fn`` of
+                a line search, which a closure cannot be.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._advance()
+            self._advance(loss)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,10 +201,10 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
+    def _advance(self, loss: Any) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
         writes = [
-            self._plan(fixed, groups).compute(groups, self.state)
+            self._plan(fixed, groups).compute(groups, self.state, loss)
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])
         ]

@@ -107,8 +107,8 @@ class Plan:
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
-    def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
-        """Work out the step; nothing changes before the function that this returns is called."""
+    def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], loss: Any = None) -> Callable[[], None]:
+        """Work out the step; nothing changes before the function that this returns is called. `loss` is what a closure returned."""
         self._write_numbers(groups)
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
@@ -131,10 +131,11 @@ class Plan:
             flat[k] = of_key[key]
         old = tree.unflatten(self.spec, flat)
         grads = self._tree(gradients)
+        extra = self._extra(loss, grads)
         in_place = self.compiled is not None and not torch.compiler.is_compiling()
         sums: list[tuple[Tensor, Tensor]] = []
         if not in_place:
-            updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]))
+            updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]), **extra)
             us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
             sums = [(params[i], us[i]) for i in moved]
 
@@ -143,7 +144,7 @@ class Plan:
                 for i in {0, *moved}:
                     state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
-            after = tree.flatten(self._run_compiled(params, grads, old) if in_place else new)[0]
+            after = tree.flatten(self._run_compiled(params, grads, old, extra) if in_place else new)[0]
             changed = [(flat[k], after[k]) for k in (self.joint if in_place else self.kept)]
             copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
@@ -174,12 +175,25 @@ class Plan:
             return of_moved[0]
         return of_moved.new_zeros(n).index_copy(0, torch.tensor(moved, device=self.device), of_moved)
 
-    def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree) -> PyTree:
+    def _extra(self, loss: Any, grads: PyTree) -> dict[str, Any]:
+        """What the transformation reads beside gradients, state and parameters, as far as a closure provides it."""
+        reads = self.tx.extra_args
+        if not reads:
+            return {}
+        given = {"grad": grads, **({} if loss is None else {"value": torch.as_tensor(loss).detach()})}
+        for name, required in reads.items():
+            if required and name not in given:
+                closure = "Give step a closure that returns the loss."
+                functional = "A closure cannot provide it: call update(updates, state, params, ...) of the transformation itself."
+                raise TypeError(f"{self.tx!r} reads {name}. {closure if name == 'value' else functional}")
+        return {name: value for name, value in given.items() if name in reads}
+
+    def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree, extra: dict[str, Any]) -> PyTree:
         """The new state; parameters and slots are written in place."""
         assert self.compiled is not None
         self.compiled.returned = old if self.checked else None
         self.checked = True
-        return self.compiled(self._tree(params), grads, old)[1]
+        return self.compiled(self._tree(params), grads, old, **extra)[1]
 
     def _complete(self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]) -> None:
         """Give first values to parameters that have a gradient and no state yet, and to shared values that nobody has."""
