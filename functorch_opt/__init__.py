@@ -3,6 +3,7 @@
 from functorch_opt import optim, random
 from functorch_opt.algorithms.adagrad import *
 from functorch_opt.algorithms.adam import *
+from functorch_opt.algorithms.lbfgs import *
 from functorch_opt.algorithms.lion import *
 from functorch_opt.algorithms.sgd import *
 from functorch_opt.base import *
@@ -13,6 +14,7 @@ from functorch_opt.rule import *
 from functorch_opt.schedules import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.decay import *
+from functorch_opt.transforms.line_search import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.scale import *

@@ -220,7 +220,13 @@ def keyword_only(f: Any) -> dict[str, bool]:
             "or pass extra_args= for a wrapper."
         )
     names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-    return {name: name not in (f.__kwdefaults__ or {}) for name in names}
+    if not names:
+        return {}
+    try:
+        defaults = f.__kwdefaults__ or {}
+    except AttributeError:  # a function that is made inside compiled code: Dynamo does not know its defaults
+        defaults = {}
+    return {name: name not in defaults for name in names}
 
 
 def _code(f: Any) -> Any:

@@ -270,6 +270,19 @@ def norm(tree: PyTree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(widest) for n in norms]))
 
 
+def dot(tree: PyTree, other: PyTree) -> Tensor:
+    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
+    products = [torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real for x, y in zip(leaves(tree), leaves(other), strict=True)]
+    if not products:
+        return torch.zeros(())
+    widest = torch.float64 if torch.float64 in [x.dtype for x in products] else torch.float32
+    return torch.stack([x.to(widest) for x in products]).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(at_least_float32(x.dtype)).flatten()
+
+
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)))
 

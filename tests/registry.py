@@ -26,6 +26,10 @@ class Row:
     """Whether it looks at the shape of a tensor, so that a complex one is not just pairs of reals."""
     passes_none: bool = True
     """Whether it leaves parameters without gradient alone; a function of whole trees does as it likes."""
+    slots_rest: bool = True
+    """Whether the slots of a parameter without gradient stay; the memory of L-BFGS moves on for all parameters together."""
+    unrolls: bool = False
+    """Whether compiled code unrolls its loop, which takes long: `test_line_search.py` compiles a small one."""
     written: bool = True
     """Whether `make` is the public function itself, so that what it builds prints as one call and pickles."""
 
@@ -35,6 +39,20 @@ class Row:
 
     def build(self, variant: dict[str, Any] | None = None, **hyper: Any) -> fo.GradientTransformation:
         return self.make(**{**({"key": 7} if self.keyed else {}), **self.hyper, **(variant or {}), **hyper})
+
+
+def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
+    """`tx`, given what it reads: ``f(q) = 3 + <g, q - p> + |q - p|^2``, whose gradient at the params p is the g that comes in."""
+
+    def update(updates, state, params):
+        def value_fn(at):
+            apart = fo.tree.map(lambda g, q, p: (g * (q - p).conj()).real + (q - p).abs() ** 2, updates, at, params)
+            return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
+
+        extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
+        return tx.update(updates, state, params, **{name: extra[name] for name in tx.extra_args})
+
+    return fo.GradientTransformation(tx.init, update)
 
 
 LR = {"learning_rate": 0.1}
@@ -83,8 +101,24 @@ ROWS = [
     Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
     Row("scale_by_adam", fo.scale_by_adam, ADAM, ({}, {"nesterov": True}, {"amsgrad": True}, {"amsgrad": "torch"}, {"eps_root": 1e-3})),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
+    Row(
+        "scale_by_backtracking_linesearch",
+        lambda **options: on_a_bowl(fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(5, **options))),
+        {"decrease_factor": 0.7, "max_learning_rate": 3.0, "slope_rtol": 0.3},
+        ({}, {"store_grad": True}, {"increase_factor": float("inf")}),
+        unrolls=True,
+        written=False,
+    ),
+    Row("scale_by_lbfgs", fo.scale_by_lbfgs, {}, ({}, {"memory_size": 2}, {"scale_init_precond": False}), slots_rest=False),
     Row("scale_by_learning_rate", fo.scale_by_learning_rate, LR, ({}, {"flip_sign": False}, {"learning_rate": decay_schedule})),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
+    Row(
+        "scale_by_polyak",
+        lambda **options: on_a_bowl(fo.scale_by_polyak(**options)),
+        {"f_min": 0.1, "max_learning_rate": 1.0, "eps": 0.1},
+        ({}, {"variant": "sps+"}),
+        written=False,
+    ),
     Row(
         "scale_by_rms",
         fo.scale_by_rms,
@@ -94,6 +128,14 @@ ROWS = [
     Row("scale_by_rss", fo.scale_by_rss, {"eps": 1e-3}, ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False})),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
     Row("scale_by_stddev", fo.scale_by_stddev, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True})),
+    Row(
+        "scale_by_zoom_linesearch",
+        lambda **options: on_a_bowl(fo.chain(fo.scale(-1.0), fo.scale_by_zoom_linesearch(5, **options))),
+        {"increase_factor": 2.0, "slope_rtol": 0.1, "curv_rtol": 0.2},
+        ({}, {"initial_guess_strategy": "one"}, {"max_learning_rate": 0.3}, {"approx_dec_rtol": None}),
+        unrolls=True,
+        written=False,
+    ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
     Row("stateless", lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)), passes_none=False, written=False),
@@ -106,9 +148,18 @@ ROWS = [
     Row("adamax", fo.adamax, {**LR, **ADAM}),
     Row("adamw", fo.adamw, {**LR, **ADAM, "weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1})),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
+    Row(
+        "lbfgs",
+        lambda **options: on_a_bowl(fo.lbfgs(**options)),
+        variants=({}, {"linesearch": None, **LR}),
+        slots_rest=False,
+        unrolls=True,
+        written=False,
+    ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("nadam", fo.nadam, {**LR, **ADAM}),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
+    Row("polyak_sgd", lambda **options: on_a_bowl(fo.polyak_sgd(**options)), {"max_learning_rate": 1.0, "scaling": 0.5}, written=False),
     Row("rmsprop", fo.rmsprop, {**LR, "eps": 1e-3}, ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
@@ -128,5 +179,6 @@ NOT_TRANSFORMATIONS = {
     "load_state_dict",
     "state_dict",
     "transformation",
+    "value_and_grad_from_state",
 }
 """Public names that need no row here (schedules have their own table in `test_schedules.py`)."""

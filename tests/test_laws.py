@@ -192,7 +192,7 @@ def test_missing_gradient_leaves_param_and_slots_alone(row: Row, variant: dict) 
     assert moved["conv"]["w"] is ps["conv"]["w"] and moved["heads"][1] is ps["heads"][1]
     old_flat, new_flat = fo.state_dict(state), fo.state_dict(new)
     for path, value in new_flat.items():
-        if path.endswith(("conv/w", "heads/1")):
+        if row.slots_rest and path.endswith(("conv/w", "heads/1")):
             assert torch.equal(value, old_flat[path]), path
     others = tree.leaves(gs)
     assert len(others) == 3
@@ -302,6 +302,8 @@ class Counting:
 @cases
 def test_compiles_to_one_graph_for_every_count_and_hyperparameter(row: Row, variant: dict) -> None:
     """The whole step, transformation built inside: what changes between calls are tensors, so nothing recompiles."""
+    if row.unrolls:
+        pytest.skip("its loop is unrolled, which takes long: see test_line_search.py")
     torch._dynamo.reset()
     backend = Counting()
     hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}

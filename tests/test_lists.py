@@ -106,6 +106,7 @@ FLOORS = {
     "random.py": 2,
     "combine.py": 3,
     "blocks.py": 3,
+    "line.py": 3,
     "transforms/": 4,
     "algorithms/": 5,
     "wrappers/": 6,

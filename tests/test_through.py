@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from registry import ROWS, Row
+from registry import Row
 from test_laws import cases, params
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
 
 import functorch_opt as fo
 from functorch_opt import tree
+
 
 def _train(tx: fo.GradientTransformation, ps: dict, gradients: list) -> list:
     """The params before each step, and after the last; `gradients` are functions of the params."""

@@ -1,22 +1,27 @@
-"""Gradient descent, ``p -> p - eta g``: with momentum, with noise, or by the sign alone.
+"""Gradient descent, ``p -> p - eta g``: with momentum, with noise, by the sign alone, or with a step size from the value.
 
 Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the importance of initialization and momentum in
 deep learning", 2013. Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015. Bernstein et al.,
-"signSGD: Compressed Optimisation for Non-Convex Problems", 2018.
+"signSGD: Compressed Optimisation for Non-Convex Problems", 2018. Polyak, "Introduction to Optimization", 1987, sec. 5.3; Loizou, Vaswani,
+Laradji & Lacoste-Julien, "Stochastic Polyak Step-size for SGD", 2021, eq. 4 (SPS_max).
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
 from functorch_opt.combine import chain
+from functorch_opt.rule import leafwise
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate, sign
 
-__all__ = ["noisy_sgd", "sgd", "sign_sgd"]
+__all__ = ["noisy_sgd", "polyak_sgd", "scale_by_polyak", "sgd", "sign_sgd"]
 
 
 @transformation
@@ -82,3 +87,74 @@ def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
         sign_sgd(0.1)
     """
     return chain(sign(), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def scale_by_polyak(
+    f_min: Scalar = 0.0, max_learning_rate: Scalar = 1.0, eps: Scalar = 0.0, variant: Literal["sps", "sps+"] = "sps"
+) -> GradientTransformation:
+    """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``, and 0 where ``|u|^2 + eps`` is 0.
+
+    Args:
+        f_min: the minimum of the function, or a lower bound of it.
+        max_learning_rate: greater than 0.
+        eps: 0 or greater.
+        variant: "sps+": a value below `f_min` gives no step; "sps": one upwards.
+
+    Extra argument of ``update``: ``value``, the function at the params.
+
+    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16; here it is what the formula says.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_polyak()
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]), value=torch.tensor(5.0))[0]
+        [tensor([0.6000, 0.8000])]
+    """
+    check_range(-float("inf"), float("inf"), f_min=f_min)
+    check_range(0, float("inf"), above=True, max_learning_rate=max_learning_rate)
+    check_range(0, float("inf"), eps=eps)
+    if variant not in ("sps", "sps+"):
+        raise ValueError(f"variant must be 'sps' or 'sps+'; got {variant!r}.")
+
+    def prepare(updates, f_min, max_learning_rate, eps, *, value):
+        square = tree.norm(updates) ** 2 + eps
+        gap = torch.as_tensor(value).to(square) - f_min
+        gap = gap.clamp(min=0) if variant == "sps+" else gap
+        moves = square > 0
+        size = torch.clamp(gap / torch.where(moves, square, 1.0), max=max_learning_rate)
+        return {"size": torch.where(moves, size, 0.0)}
+
+    hyper = {"f_min": f_min, "max_learning_rate": max_learning_rate, "eps": eps}
+    return leafwise(lambda g, size: g * size, prepare, hyper=hyper)
+
+
+@transformation
+def polyak_sgd(
+    max_learning_rate: Scalar = 1.0,
+    scaling: ScalarOrSchedule = 1.0,
+    f_min: Scalar = 0.0,
+    eps: Scalar = 0.0,
+    variant: Literal["sps", "sps+"] = "sps",
+) -> GradientTransformation:
+    """Gradient descent with Polyak's step size: `sgd` with the learning rate `scaling`, then `scale_by_polyak`.
+
+    Args:
+        max_learning_rate, f_min, eps, variant: see `scale_by_polyak`.
+        scaling: of the gradient, before its norm is taken.
+
+    Extra argument of ``update``: ``value``, the function at the params.
+
+    Source: Loizou et al., 2021, eq. 4.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> f, p = lambda p: (p**2).sum(), torch.tensor([1.0, 2.0])
+        >>> tx = fo.polyak_sgd()
+        >>> for _ in range(10):
+        ...     updates, _ = tx.update(2 * p, tx.init(p), p, value=f(p))
+        ...     p = fo.apply_updates(p, updates)
+        >>> bool(f(p) < 1e-5)
+        True
+    """
+    return chain(sgd(scaling), scale_by_polyak(f_min, max_learning_rate, eps, variant))
