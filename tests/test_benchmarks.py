@@ -210,3 +210,11 @@ def test_rehearsal_of_the_gpu_program(tmp_path: Path, row: str) -> None:
     assert row in gpu.ROWS
     assert result["results"][contenders.OURS]["difference_over_tolerance"] <= 1
     assert "CUDA" in result["results"][gpu.CompiledGraph.name]["note"]
+
+
+def test_through(tmp_path: Path) -> None:
+    pytest.importorskip("torchopt", reason="the comparison needs torchopt: pip install torchopt")
+    result = run(tmp_path, "through", "--rows", "small")
+    assert not __main__.wrong(result)
+    assert set(result["rows"][0]["results"]) == {"torchopt", "functorch_opt", "functorch_opt, checkpoints"}
+    assert not any("note" in entry for entry in result["rows"][0]["results"].values())

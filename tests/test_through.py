@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from registry import Row
+from registry import ROWS, Row
 from test_laws import cases, params
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
+from torch.utils.checkpoint import checkpoint
 
 import functorch_opt as fo
 from functorch_opt import tree
@@ -54,3 +55,50 @@ def test_adams_derivative_at_a_zero_gradient_is_the_true_one() -> None:
         zero = torch.zeros((), dtype=torch.float64)
         exact = grad(lambda g, tx=tx, p=p: tx.update(g, tx.init(p))[0])(zero)
         torch.testing.assert_close(exact, torch.tensor(1 / eps, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sign", "scale_by_lion", "sign_sgd"])
+def test_what_is_not_smooth_has_the_derivative_zero(name: str) -> None:
+    row = next(row for row in ROWS if row.name == name)
+    assert not row.smooth
+    tx, p = row.build(), torch.tensor([0.3, -2.0])
+    assert torch.equal(jacrev(lambda g: tx.update(g, tx.init(p), p)[0])(torch.tensor([0.5, -1.0])), torch.zeros(2, 2))
+
+
+def test_checkpointed_steps_give_the_same_hypergradient_and_keep_less() -> None:
+    """With torch.autograd inside and outside; torch.func.grad refuses the hooks that a checkpoint needs."""
+    start = params()
+    kept: list[int] = []
+
+    def hypergradient(run) -> Tensor:
+        rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+        tx = fo.adam(rate)
+
+        def step(ps, state):
+            leaves = tree.leaves(ps)
+            with torch.enable_grad():
+                loss = sum((p.sin() * p).sum() for p in leaves)
+                gs = torch.autograd.grad(loss, leaves, create_graph=True)
+            updates, state = tx.update(tree.unflatten(tree.flatten(ps)[1], list(gs)), state, ps)
+            return fo.apply_updates(ps, updates), state
+
+        seen: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            seen[x.data_ptr()] = x.numel()
+            return x
+
+        ps = tree.map(lambda p: p.clone().requires_grad_(), start)
+        state = tx.init(start)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            for _ in range(6):
+                ps, state = run(step, ps, state)
+        kept.append(sum(seen.values()))
+        return torch.autograd.grad(sum(p.sum() for p in tree.leaves(ps)), rate)[0]
+
+    whole = hypergradient(lambda f, *args: f(*args))
+    again = hypergradient(lambda f, *args: checkpoint(f, *args, use_reentrant=False))
+    torch.testing.assert_close(again, whole, rtol=1e-12, atol=0)
+    assert kept[1] < 0.5 * kept[0]
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        grad(lambda p: checkpoint(torch.sin, p, use_reentrant=False))(torch.tensor(1.0))
