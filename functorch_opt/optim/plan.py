@@ -98,7 +98,6 @@ class Plan:
         self.flat, self.spec = tree.flatten(self.places)
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
-        self.joint = [k for k, kind in enumerate(kinds) if kind == "joint"]
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
         self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
         self.counts = list(dict.fromkeys(["step", *(key for _, key in self.counted)]))
@@ -144,7 +143,8 @@ class Plan:
                     state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
             after = tree.flatten(self._run_compiled(params, grads, old) if in_place else new)[0]
-            changed = [(flat[k], after[k]) for k in (self.joint if in_place else self.kept)]
+            # Compiled stages have written their slots: there `after` is what was there. Stages that ran eagerly return new tensors.
+            changed = [(flat[k], after[k]) for k in self.kept]
             copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
             torch._foreach_add_([count for key in self.counts for count in counts[key]], 1)
