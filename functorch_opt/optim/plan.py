@@ -93,14 +93,15 @@ class Plan:
 
         places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
-        rename = {**dict.fromkeys(counts[:1], "step"), **rename}
+        if rename:  # torch's classes have one count, called step; any other chain's counts keep their stage's name, which outlives a change
+            rename = {**dict.fromkeys(counts[:1], "step"), **rename}
         self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
         self.flat, self.spec = tree.flatten(self.places)
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
         self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
-        self.counts = list(dict.fromkeys(["step", *(key for _, key in self.counted)]))
+        self.counts = list(dict.fromkeys(key for _, key in self.counted)) or ["step"]
         self.written: dict[str, list[Any]] = {}
 
     def _tree(self, values: list[Any]) -> PyTree:
