@@ -295,20 +295,20 @@ def get(state: PyTree, name: str) -> Any:
         >>> fo.get(state, "adam/scale_by_adam/count")
         tensor(0)
     """
-    entries = dict(_entries(state, ""))
-    hits = [name] if name in entries else [path for path in entries if path.endswith("/" + name)]
+    known = dict(entries(state))
+    hits = [name] if name in known else [path for path in known if path.endswith("/" + name)]
     if len(hits) == 1:
-        return entries[hits[0]]
+        return known[hits[0]]
     if hits:
         raise KeyError(f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths.")
-    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(entries))}.")
+    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}.")
 
 
 def _reprs(names: Any) -> list[str]:
     return [repr(name) for name in names]
 
 
-def _entries(node: PyTree, path: Path) -> Iterator[tuple[Path, Any]]:
+def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
     """Every named value of a state with its path. It stops at slots: what lies below is named by the params."""
     if isinstance(node, StageState):
         for name, value in (*node.shared.items(), *node.slots.items()):
@@ -325,7 +325,7 @@ def _entries(node: PyTree, path: Path) -> Iterator[tuple[Path, Any]]:
     for name, child in children:
         here = _join(path, str(name))
         yield here, child
-        yield from _entries(child, here)
+        yield from entries(child, here)
 
 
 def _join(path: Path, name: str) -> Path:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
+from functorch_opt.optim.evaluation import averages, held
+from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.plan import Plan, layout
 from functorch_opt.rule import leafwise
 from functorch_opt.tree import LEFT_OVER, Fit
@@ -117,8 +120,8 @@ class Optimizer(torch.optim.Optimizer):
         if has_lr:
             return tx(**fixed, **options, learning_rate=lr)
         ready: GradientTransformation = tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
-        stages = ready.stages.values() if isinstance(ready, Chain) else [ready]
-        return chain(*stages, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
+        scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
+        return scaled if isinstance(scaled, Chain) else chain(scaled)
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------------------------------
 
@@ -163,6 +166,8 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             What `closure` returned, or None.
         """
+        if self._evaluating:
+            raise RuntimeError("the parameters hold their averages: step after leaving eval_params().")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -226,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
         for k, group in enumerate(self.param_groups):
             try:
                 self._check_group(group)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:  # noqa: PERF203
                 raise ValueError(f"group {k} of this state dict has options that do not fit: {error}") from error
         expected: dict[Tensor, dict[str, Expected]] = {}
         for fixed, groups in self._buckets():
@@ -238,6 +243,40 @@ class Optimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry})
         self._plans = {}
         return found
+
+    @contextmanager
+    def eval_params(self) -> Iterator[None]:
+        """Inside, the parameters hold the averages that a stage keeps of them (`params_ema`); afterwards they are as before, bit for bit.
+
+        Also after an exception. Parameters without an average, or without a step so far, stay. Buffers are not touched: batch norm's are
+        those of the parameters (`torch.optim.swa_utils.update_bn`, on a copy of the model, makes those of the averages).
+        ``state_dict`` of the optimizer is the same inside, that of the model holds the averages.
+
+        Raises:
+            ValueError: nothing in the optimizer averages parameters, or two stages average the same one.
+            RuntimeError: by `step` and `load_state_dict`, inside.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor(0.0))
+            >>> opt = fo.optim.Optimizer([w], fo.chain(fo.sgd(1.0), fo.params_ema(0.5)))
+            >>> for _ in range(2):
+            ...     w.grad = torch.tensor(-3.0)
+            ...     opt.step()
+            >>> with opt.eval_params():
+            ...     w.item()
+            5.0
+            >>> w.item()
+            6.0
+        """
+        plans = [(self._plan(fixed, groups), [p for g in groups for p in g["params"]]) for fixed, groups in self._buckets()]
+        outside = self._evaluating
+        with held(averages(plans, self.state)):
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = outside
 
     def __getstate__(self) -> dict[str, Any]:
         private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers", "_compile") if name in vars(self)}
