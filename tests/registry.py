@@ -79,7 +79,7 @@ ROWS = [
         "params_ema",
         fo.params_ema,
         {"decay": 0.9},
-        ({}, {"debias": False}, {"decay": lambda count: count / (count + 1), "debias": False}),
+        ({}, {"debias": False}, {"decay": lambda count: 1 - 1 / (count.double() + 1), "debias": False}),
     ),
     Row(
         "partition",

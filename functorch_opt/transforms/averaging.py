@@ -26,8 +26,8 @@ def params_ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: 
     that is rounded; after `keep_master_weights` that is the master copy.
 
     Args:
-        decay: in [0, 1). A schedule makes other averages, without `debias`: ``lambda count: count / (count + 1)`` makes the mean of all
-            parameters so far.
+        decay: in [0, 1). A schedule makes other averages, without `debias`: ``lambda count: 1 - 1 / (count.double() + 1)`` makes the
+            mean of all parameters so far.
         debias: weigh the parameters after step i of t by ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the
             first new value. False: the average starts at the initial parameters, as with a `torch.optim.swa_utils.AveragedModel` that
             is updated once before training.
