@@ -152,9 +152,11 @@ class Optimizer(torch.optim.Optimizer):
         for name in self._options():
             if isinstance(self.defaults[name], bool) and not isinstance(group[name], bool):
                 raise TypeError(f"{name} must be True or False; got {type(group[name]).__name__} {group[name]!r}.")
-            if name in self._numbers and group[name] is None:
-                raise TypeError(f"{name} must be a number; got None.")
-            hash(group[name])
+            if isinstance(group[name], list):
+                group[name] = tuple(group[name])  # as JSON has it
+            if name in self._numbers:
+                _check_number(name, group[name])
+            hash(group[name])  # options that are no numbers sort the groups
         self._chain(**{name: group[name] for name in self._options()})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -324,6 +326,17 @@ class Optimizer(torch.optim.Optimizer):
             varying = [name for name in self._options() if name not in options]
             plan = self._plans[fixed] = Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile)
         return plan
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, no tensor that holds one, and no tuple of these."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_number(name, part)
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
+    elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise TypeError(f"{name} must be a number or a 1-element tensor; got {value.dtype} of shape {tuple(value.shape)}.")
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")

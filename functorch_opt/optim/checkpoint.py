@@ -94,6 +94,8 @@ def fitted(
 
 def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> Tensor:
     """A copy of `value`, if it can stand where it is expected."""
+    if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
+        raise TypeError(f"{name} is a meta tensor: there is no value in it.")
     if expected.kind == "count":
         number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided else value
         if isinstance(number, bool) or not isinstance(number, (int, float)):
