@@ -323,8 +323,18 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
     ("one beta", edit(["param_groups", 0, "betas"], (0.9,)), ValueError, "group 0 .* not enough values"),
     ("betas is a number", edit(["param_groups", 0, "betas"], 0.9), ValueError, "group 0 "),
     ("beta out of range", edit(["param_groups", 0, "betas"], (0.9, 1.0)), ValueError, "group 0 .* b2 must be in"),
-    ("amsgrad is a number", edit(["param_groups", 0, "amsgrad"], 2), ValueError, "group 0 .* amsgrad must be True or False; got int 2"),
-    ("maximize is a list", edit(["param_groups", 0, "maximize"], []), ValueError, "group 0 .* maximize must be True or False"),
+    (
+        "amsgrad is a number",
+        edit(["param_groups", 0, "amsgrad"], 2),
+        ValueError,
+        "group 0 .* amsgrad must be of the type of False; got int 2",
+    ),
+    (
+        "maximize is a list",
+        edit(["param_groups", 0, "maximize"], []),
+        ValueError,
+        "group 0 .* maximize must be of the type of False; got tuple",
+    ),
 ]
 
 

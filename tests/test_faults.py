@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import os
@@ -128,7 +129,9 @@ class Bench:
         self.opt = build(make_params(**options))
         one_step(self.opt, 0)
         self.params = [p for group in self.opt.param_groups for p in group["params"]]
-        self.pristine = copy.deepcopy((self.opt.state_dict(), [p.detach() for p in self.params]))
+        self.groups = [(group, dict(group)) for group in self.opt.param_groups]
+        self.values = [(p, p.detach().clone(), {k: v.clone() for k, v in self.opt.state[p].items()}) for p in self.params]
+        self.plans = dict(self.opt._plans)  # to go back is quick with them
         other = build(make_params(seed=1, **options))
         one_step(other, 1)
         one_step(other, 2)
@@ -140,11 +143,15 @@ class Bench:
         self.reset()
 
     def reset(self) -> None:
-        state, params = copy.deepcopy(self.pristine)
-        self.opt.load_state_dict(state)
+        for group, options in self.groups:
+            group.clear()
+            group.update(options)
+        state: dict = collections.defaultdict(dict)
         with torch.no_grad():
-            for p, q in zip(self.params, params, strict=True):
-                p.copy_(q)
+            for p, value, entry in self.values:
+                p.copy_(value)
+                state[p] = {k: v.clone() for k, v in entry.items()}
+        self.opt.state, self.opt.param_groups, self.opt._plans = state, [group for group, _ in self.groups], dict(self.plans)
         assert everything(self.opt) == self.before
 
 
@@ -171,7 +178,7 @@ def changes(draw: st.DrawFn) -> list[tuple]:
 
 def apply(saved: dict, change: tuple) -> None:
     where, what, place, number = change
-    value = copy.copy(VALUES[number])
+    value = copy.deepcopy(VALUES[number])
     containers: list[Any] = {
         "top": lambda: [saved],
         "groups": lambda: [saved["param_groups"]],
@@ -181,6 +188,7 @@ def apply(saved: dict, change: tuple) -> None:
         "state": lambda: list(saved["state"].values()),
     }[where]()
     container = containers[place % len(containers)]
+    assert isinstance(container, (dict, list))
     keys = list(container) if isinstance(container, dict) else list(range(len(container)))
     key = keys[place // 7 % len(keys)]
     if what == "drop":
@@ -196,7 +204,8 @@ def apply(saved: dict, change: tuple) -> None:
 def mutated(saved: dict, made: list[tuple]) -> dict:
     saved = copy.deepcopy(saved)
     for change in made:
-        with contextlib.suppress(KeyError, TypeError, ZeroDivisionError, AttributeError, IndexError):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             apply(saved, change)  # an earlier change may have taken the place away
     return saved
 
@@ -240,10 +249,10 @@ seen: dict[str, int] = {}
 
 @pytest.mark.parametrize("examples", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
-    """Over all kinds of optimizers. What is loaded is bit for bit what was saved; after an error all is as before, and the next step too."""
+    """Over all kinds of optimizers. What is loaded is what was saved, bit for bit; after an error all is as before, the next step too."""
     seen.clear()
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
     @given(name=st.sampled_from(sorted(BUILDERS)), made=changes(), strict=st.booleans())
     def run(name: str, made: list[tuple], strict: bool) -> None:
         outcome = check(name, made, strict)

@@ -150,13 +150,12 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(group['lr'].shape)}.")
         for name in self._options():
-            if isinstance(self.defaults[name], bool) and not isinstance(group[name], bool):
-                raise TypeError(f"{name} must be True or False; got {type(group[name]).__name__} {group[name]!r}.")
             if isinstance(group[name], list):
                 group[name] = tuple(group[name])  # as JSON has it
             if name in self._numbers:
                 _check_number(name, group[name])
-            hash(group[name])  # options that are no numbers sort the groups
+            else:
+                _check_like(name, group[name], self.defaults[name])
         self._chain(**{name: group[name] for name in self._options()})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -233,13 +232,16 @@ class Optimizer(torch.optim.Optimizer):
         for k, group in enumerate(self.param_groups):
             try:
                 self._check_group(group)
-            except (TypeError, ValueError) as error:  # noqa: PERF203
+            except Exception as error:  # noqa: PERF203
                 raise ValueError(f"group {k} of this state dict has options that do not fit: {error}") from error
         expected: dict[Tensor, dict[str, Expected]] = {}
         for fixed, groups in self._buckets():
             params = [p for group in groups for p in group["params"]]
             if params:
-                expected |= zip(params, expectations(self._plan(fixed, groups), params), strict=True)
+                try:
+                    expected |= zip(params, expectations(self._plan(fixed, groups), params), strict=True)
+                except Exception as error:
+                    raise ValueError(f"the options of this state dict make no optimizer of these parameters: {error}") from error
         params = [p for group in self.param_groups for p in group["params"]]
         entries, found = fitted(given, params, [expected[p] for p in params], self._uncounted)
         self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry})
@@ -337,6 +339,17 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
     elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise TypeError(f"{name} must be a number or a 1-element tensor; got {value.dtype} of shape {tuple(value.shape)}.")
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Raise TypeError for an option that is no hyperparameter, and is of another type than its default."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        for part in value:
+            _check_like(name, part, None if part is None else 0.0)
+        return
+    wanted: Any = (bool, int, float, str, tuple, torch.dtype, type(None)) if default is None else type(default)
+    if not isinstance(value, (int, float) if wanted is float else wanted) or (isinstance(value, bool) and wanted in (int, float)):
+        raise TypeError(f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}.")
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
