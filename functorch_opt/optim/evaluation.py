@@ -18,7 +18,7 @@ def averages(plans: Iterable[tuple[Plan, list[Tensor]]], state: Mapping[Tensor, 
     keys: dict[Tensor, str] = {}
     for plan, params in plans:
         for place in plan.flat:
-            if place.kind == "slot" and place.key.rpartition("/")[2] == AVERAGED:
+            if place and place.kind == "slot" and place.key.rpartition("/")[2] == AVERAGED:
                 if params[place.i] in keys:
                     both = f"{keys[params[place.i]]!r} and {place.key!r}"
                     raise ValueError(f"two stages average the parameter {plan.paths[place.i]!r}: read {both} in opt.state[p].")
