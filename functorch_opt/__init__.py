@@ -12,6 +12,7 @@ from functorch_opt.compiled import *
 from functorch_opt.leaf import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
+from functorch_opt.transforms.averaging import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.line_search import *
@@ -19,5 +20,6 @@ from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.tree import *
+from functorch_opt.wrappers.precision import *
 
 __version__ = "0.1.0"

@@ -105,6 +105,7 @@ class GradientTransformation(Expression):
     Attributes:
         name: under which `chain` keeps its state.
         extra_args: the extra arguments that ``update`` reads, ``{name: required}``.
+        last: whether it looks at the new parameters, ``params + updates``, so that nothing may change the updates after it.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -112,6 +113,10 @@ class GradientTransformation(Expression):
         >>> negate.update([torch.tensor(2.0)], negate.init([torch.tensor(0.0)]))[0]
         [tensor(-2.)]
     """
+
+    last: bool = False
+    rebuilt: Callable[[Callable[[GradientTransformation], GradientTransformation]], GradientTransformation] | None = None
+    """Of what holds transformations and is no chain: the same with a function applied to each of them."""
 
     def __init__(
         self,

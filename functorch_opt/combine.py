@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import Expression, GradientTransformation, Scalar, ScalarOrSchedule, transformation
+from functorch_opt.base import Expression, GradientTransformation, Scalar, ScalarOrSchedule, identity, transformation
 from functorch_opt.leaf import part_of_tree
 from functorch_opt.rule import Leafwise, update_in_one_pass
 from functorch_opt.tree import Path, PyTree
@@ -40,6 +40,12 @@ class Chain(GradientTransformation):
             self.stages[name] = stage
             for extra, required in stage.extra_args.items():
                 self.extra_args[extra] = required or self.extra_args.get(extra, False)
+            if self.last and not stage.last:
+                looking = next(before.name for before in stages if before.last)
+                raise ValueError(
+                    f"{looking} looks at the new parameters, so it must come last in the chain; {stage.name} after it would change them."
+                )
+            self.last = stage.last
         self.passes = self._passes()
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
@@ -91,6 +97,7 @@ def chain(*stages: GradientTransformation) -> Chain:
 
     Raises:
         TypeError: a stage that is not a transformation.
+        ValueError: a stage after one that looks at the new parameters, e.g. `params_ema`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -183,7 +190,14 @@ def _by_group(
     declared: dict[str, bool] = {}
     for tx in transforms.values():
         declared |= {e: required or declared.get(e, False) for e, required in tx.extra_args.items()}
-    return GradientTransformation(init, update, extra_args=declared)
+
+    def rebuilt(f: Callable[[GradientTransformation], GradientTransformation]) -> GradientTransformation:
+        rest = {"rest": f(identity())} if otherwise == "pass" else {}
+        return _by_group({**{label: f(tx) for label, tx in transforms.items()}, **rest}, labels, name, otherwise, read)
+
+    groups = GradientTransformation(init, update, extra_args=declared)
+    groups.last, groups.rebuilt = any(tx.last for tx in transforms.values()), rebuilt
+    return groups
 
 
 def _part(paths: list[Path], leaves: list[Any], assigned: list[Any], label: Any) -> dict[Path, Any]:
@@ -298,6 +312,7 @@ class _Injected(Expression):
         if not isinstance(inner, GradientTransformation):
             raise TypeError(f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}.")
         tx = GradientTransformation(init, update, extra_args=inner.extra_args)
+        tx.last = inner.last
         tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
         return tx
 

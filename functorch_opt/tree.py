@@ -10,7 +10,8 @@ A tree is flattened and put together again inside the same call, always: a trees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import optree
@@ -314,20 +315,20 @@ def get(state: PyTree, name: str) -> Any:
         >>> fo.get(state, "adam/scale_by_adam/count")
         tensor(0)
     """
-    entries = dict(_entries(state, ""))
-    hits = [name] if name in entries else [path for path in entries if path.endswith("/" + name)]
+    known = dict(entries(state))
+    hits = [name] if name in known else [path for path in known if path.endswith("/" + name)]
     if len(hits) == 1:
-        return entries[hits[0]]
+        return known[hits[0]]
     if hits:
         raise KeyError(f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths.")
-    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(entries))}.")
+    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}.")
 
 
 def _reprs(names: Any) -> list[str]:
     return [repr(name) for name in names]
 
 
-def _entries(node: PyTree, path: Path) -> Iterator[tuple[Path, Any]]:
+def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
     """Every named value of a state with its path. It stops at slots: what lies below is named by the params."""
     if isinstance(node, StageState):
         for name, value in (*node.shared.items(), *node.slots.items()):
@@ -344,7 +345,7 @@ def _entries(node: PyTree, path: Path) -> Iterator[tuple[Path, Any]]:
     for name, child in children:
         here = _join(path, str(name))
         yield here, child
-        yield from _entries(child, here)
+        yield from entries(child, here)
 
 
 def _join(path: Path, name: str) -> Path:
@@ -397,18 +398,76 @@ def state_dict(state: PyTree) -> dict[Path, Tensor]:
     return {path: leaf for path, leaf in zip(unique_paths(state), here, strict=True) if leaf is not None}
 
 
-def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
+class Fit(NamedTuple):
+    """Which saved value each name takes, and what is left over on either side."""
+
+    source: dict[Path, Path]
+    """``{name here: name there}``."""
+    missing: list[Path]
+    unexpected: list[Path]
+
+    @property
+    def moved(self) -> dict[Path, Path]:
+        return {here: there for here, there in self.source.items() if here != there}
+
+    @property
+    def exact(self) -> bool:
+        return not (self.missing or self.unexpected or self.moved)
+
+    def __str__(self) -> str:
+        moved = [f"{there} as {here}" for here, there in self.moved.items()]
+        parts = {"missing": self.missing, "not expected": self.unexpected, "under another name": moved}
+        listed = "; ".join(f"{what} {_shorten(names, 20)}" for what, names in parts.items() if names)
+        return f"This state dict does not fit exactly: {listed}."
+
+
+LEFT_OVER = "What is missing starts afresh, and the rest is left out."
+
+
+def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
+    """Match names: equal ones, and then those of which one is the end of the other, if neither is the end of, or has, another partner.
+
+    So the state of ``adam(...)`` is found again as that of ``chain(clip(...), adam(...))``, where it is called ``adam/...``.
+    """
+    here, there = list(dict.fromkeys(here)), list(dict.fromkeys(there))
+    known, given = set(here), set(there)
+    source = {name: name for name in here if name in given}
+    missing, unexpected = [name for name in here if name not in given], [name for name in there if name not in known]
+    partners: dict[Path, list[Path]] = {}
+    ends: dict[Path, list[Path]] = {}
+    for name in missing:
+        for end in _ends(name):
+            ends.setdefault(end, []).append(name)
+    whole = set(missing)
+    for name in unexpected:
+        for other in [*ends.get(name, ()), *(end for end in _ends(name) if end in whole)]:
+            partners.setdefault(name, []).append(other)
+            partners.setdefault(other, []).append(name)
+    source |= {name: partners[name][0] for name in missing if len(partners.get(name, ())) == 1 == len(partners[partners[name][0]])}
+    taken = set(source.values())
+    return Fit(source, [name for name in missing if name not in source], [name for name in unexpected if name not in taken])
+
+
+def _ends(name: Path) -> list[Path]:
+    """``"a/b/c"`` -> ``["b/c", "c"]``."""
+    parts = name.split("/") if isinstance(name, str) else []  # a file may hold anything
+    return ["/".join(parts[i:]) for i in range(1, len(parts))]
+
+
+def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True) -> PyTree:
     """A state of the structure of `state` with the values of `saved`; the inverse of `state_dict`.
 
     Args:
         state: a state of the right structure, usually a fresh ``tx.init(params)``. It is left as it is.
         saved: what `state_dict` gave, from this process or from a file.
+        strict: whether the paths must be the same. False, for a chain with a stage more or less: load what has the same path (or, for a
+            chain that was put into another, the same end of it), leave the rest of `state` as it is, and warn of what was left over.
 
     Returns:
         A new state. Values keep the dtype they were saved in and go to the device of the tensor they replace.
 
     Raises:
-        KeyError: a path is missing in `saved`, or `saved` has one that `state` has not.
+        KeyError: if strict, a path is missing in `saved`, or `saved` has one that `state` has not.
         ValueError: a shape differs.
         TypeError: `saved` is not a dict of tensors.
 
@@ -420,27 +479,26 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor]) -> PyTree:
         {'w': tensor([0.1000, 0.1000])}
     """
     here, spec = flatten(state)
-    names = paths(state)
     if not isinstance(saved, Mapping):
         raise TypeError(f"a state dict is a dict from path to tensor, as state_dict gives; got {type(saved).__name__}.")
-    wanted = [path for path, leaf in zip(names, here, strict=True) if leaf is not None]
-    missing, extra = [p for p in wanted if p not in saved], [p for p in saved if p not in wanted]
-    if missing or extra:
+    wanted = {path: leaf for path, leaf in zip(paths(state), here, strict=True) if leaf is not None}
+    found = fit(wanted, saved)
+    if strict and not found.exact:
         raise KeyError(
-            f"this state dict does not fit: missing {_shorten(missing)}, not expected {_shorten(extra)}. "
-            "Load it into the state of the same transformation and params that it was saved from."
+            f"{found} Load it into the state of the same transformation and params that it was saved from, or with strict=False."
         )
-    for path, leaf in zip(names, here, strict=True):
-        if leaf is None:
-            continue
-        if not isinstance(saved[path], Tensor):
-            given = f"{type(saved[path]).__name__} {saved[path]!r}"
-            raise TypeError(f"{path!r} is {given} in the state dict; it must be a tensor, as state_dict gives.")
-        if saved[path].shape != leaf.shape:
+    new = {path: wanted[path].clone() for path in found.missing}
+    for path, there in found.source.items():
+        value, leaf = saved[there], wanted[path]
+        if not isinstance(value, Tensor):
+            given = f"{type(value).__name__} {value!r}"
+            raise TypeError(f"{there!r} is {given} in the state dict; it must be a tensor, as state_dict gives.")
+        if value.shape != leaf.shape:
             raise ValueError(
-                f"{path!r} has shape {tuple(saved[path].shape)} in the state dict and {tuple(leaf.shape)} here. "
+                f"{there!r} has shape {tuple(value.shape)} in the state dict and {tuple(leaf.shape)} here. "
                 "Load it into the state of the params that it was saved with."
             )
-    return unflatten(
-        spec, [None if leaf is None else saved[path].to(leaf.device, copy=True) for path, leaf in zip(names, here, strict=True)]
-    )
+        new[path] = value.to(leaf.device, copy=True)
+    if found.missing or found.unexpected:
+        warnings.warn(f"{found} {LEFT_OVER}", stacklevel=2)
+    return unflatten(spec, [None if leaf is None else new[path] for path, leaf in zip(paths(state), here, strict=True)])

@@ -80,12 +80,24 @@ ROWS = [
     Row("identity", fo.identity),
     Row("inject_hyperparams", fo.inject_hyperparams(fo.adamw), {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
     Row(
+        "keep_master_weights",
+        lambda learning_rate: fo.keep_master_weights(fo.adamw(learning_rate, weight_decay=0.1)),
+        LR,
+        written=False,
+    ),
+    Row(
         "masked",
         lambda step_size, **v: fo.masked(fo.chain(fo.trace(0.9), fo.scale(step_size)), **{"mask": lambda path, p: p.ndim > 0, **v}),
         {"step_size": -0.3},
         ({}, {"otherwise": "zero"}),
         reads_shape=True,
         written=False,
+    ),
+    Row(
+        "params_ema",
+        fo.params_ema,
+        {"decay": 0.9},
+        ({}, {"debias": False}, {"decay": lambda count: 1 - 1 / (count.double() + 1), "debias": False}),
     ),
     Row(
         "partition",
@@ -174,6 +186,7 @@ NOT_TRANSFORMATIONS = {
     "apply_updates",
     "compiled_step",
     "describe",
+    "eval_params",
     "get",
     "leafwise",
     "load_state_dict",

@@ -5,7 +5,9 @@ One page needs the trainers that it is about: `make clients` runs it.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import unittest
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,8 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     examples = list(document.examples())
     assert examples
     for example in examples:
-        example.evaluate()
+        with contextlib.suppress(unittest.SkipTest):  # a block that says it needs a library which is not here; the others run
+            example.evaluate()
 
 
 def test_every_example_is_found() -> None:

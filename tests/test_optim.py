@@ -367,6 +367,23 @@ def test_compiled_equals_eager() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["partition", "NAdam"])
+def test_the_state_of_a_stage_that_runs_eagerly_is_kept_under_compile(name: str) -> None:
+    """The stages with state in these are not compiled: what they return has to be written back."""
+    runs = []
+    for compile in (False, True):
+        params = make_params()
+        if name == "NAdam":
+            opt = fo.optim.NAdam(params, compile=compile)
+        else:
+            tx = fo.partition({"matrix": fo.adam(0.1), "rest": fo.sgd(0.1, 0.9)}, lambda path, p: "matrix" if p.ndim > 1 else "rest")
+            opt = fo.optim.Optimizer(params, tx, compile=compile)
+        runs.append([*train(opt, params, 4), *(v for p in params for v in opt.state[p].values())])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_one_tree_for_all_groups() -> None:
     """A factory's clip sees the norm of all groups; each group has its own numbers."""
 

@@ -3,7 +3,8 @@
 A step gathers the gradients and the state into trees, calls ``tx.update``, and writes what came back into the parameters and the state,
 in place. Two places are the truth, and are read anew at every step, because schedulers, checkpoints and wrappers write into them:
 
-    opt.state[p]        a flat dict of tensors: this parameter's slots, e.g. ``exp_avg``, and its counts, e.g. ``step``
+    opt.state[p]        a flat dict of tensors: this parameter's slots, e.g. ``exp_avg``, and its counts, e.g. ``step``; of a generic chain
+                        by the path they have in its state, e.g. ``scale_by_adam/mu``, so that a stage more or less moves no other
     opt.param_groups    the hyperparameters; ``lr`` is always among them
 
 Counts are kept per parameter, as torch does: without a gradient a parameter keeps its count. Values that a stage shares among all
@@ -12,7 +13,10 @@ parameters (a noise key) are kept with the first one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +24,12 @@ from torch import Tensor
 
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
+from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
+from functorch_opt.optim.evaluation import averages, held
+from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.plan import Plan, layout
 from functorch_opt.rule import leafwise
+from functorch_opt.tree import LEFT_OVER, Fit
 
 __all__ = ["Optimizer"]
 
@@ -57,13 +65,16 @@ class Optimizer(torch.optim.Optimizer):
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> opt.step()
         >>> sorted(opt.state[model.weight])
-        ['scale_by_adam/mu', 'scale_by_adam/nu', 'step']
+        ['scale_by_adam/count', 'scale_by_adam/mu', 'scale_by_adam/nu']
     """
 
     _names: ClassVar[dict[str, str]] = {}
     """Keys of ``state[p]`` that are called otherwise: {the chain's: torch's}."""
     _structural: ClassVar[tuple[str, ...]] = ()
     """Options that, when zero, leave a stage out."""
+    _uncounted: ClassVar[tuple[str, ...]] = ()
+    """Keys that a checkpoint of torch's class may lack: SGD and Muon keep no step."""
+    _evaluating = False
 
     def __init__(
         self,
@@ -109,8 +120,8 @@ class Optimizer(torch.optim.Optimizer):
         if has_lr:
             return tx(**fixed, **options, learning_rate=lr)
         ready: GradientTransformation = tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
-        stages = ready.stages.values() if isinstance(ready, Chain) else [ready]
-        return chain(*stages, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
+        scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
+        return scaled if isinstance(scaled, Chain) else chain(scaled)
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------------------------------
 
@@ -127,14 +138,25 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            self._check_group(group)
             if isinstance(group["lr"], Tensor):
-                if group["lr"].numel() != 1:
-                    raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(group['lr'].shape)}.")
                 group["lr"] = group["lr"].clone()
-            self._chain(**{name: group[name] for name in self.defaults if name in group and name not in _FLAGS})
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise for options that no step could be made with."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(group['lr'].shape)}.")
+        for name in self._options():
+            if isinstance(group[name], list):
+                group[name] = tuple(group[name])  # as JSON has it
+            if name in self._numbers:
+                _check_number(name, group[name])
+            else:
+                _check_like(name, group[name], self.defaults[name])
+        self._chain(**{name: group[name] for name in self._options()})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
@@ -150,6 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: the transformation reads ``value`` and there is no closure; it reads something else, such as the ``value_fn`` of
                 a line search, which a closure cannot be.
         """
+        if self._evaluating:
+            raise RuntimeError("the parameters hold their averages: step after leaving eval_params().")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,34 +182,110 @@ class Optimizer(torch.optim.Optimizer):
             self._advance(loss)
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = False) -> None:
         """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
+
+        What is called alike is loaded, so the checkpoint of a chain outlives a stage that is put in or taken out. A chain that was put into
+        another is found again by the end of its names: ``scale_by_adam/mu`` is loaded as ``adamw/scale_by_adam/mu``.
 
         Args:
             state_dict: as from ``torch.load``. Options that it lacks keep their defaults.
+            strict: whether names that do not fit exactly are an error. False: a warning lists what was left over on either side.
 
         Raises:
-            ValueError: the groups do not fit.
+            KeyError: names that do not fit, if strict.
+            ValueError: groups that do not fit; an option outside its range; a shape that differs; a count that cannot be one.
+            TypeError: no state dict; a value that is no tensor, or of a kind that cannot stand there.
+            RuntimeError: inside `eval_params`.
+
+        After an error, that of a hook too, the optimizer is as it was before.
         """
-        final: list[dict[str, Any]] = []
+        if self._evaluating:
+            raise RuntimeError("the parameters hold their averages: load after leaving eval_params().")
+        if not isinstance(state_dict, Mapping):
+            check_form(state_dict)
+        before = self.state, self.param_groups
+        given: dict[str, Any] = {}
+        found: list[Fit] = []
 
-        def see_final(_: Any, given: dict[str, Any]) -> None:
-            final.append(given)
+        def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            """The last hook before: keeps the state from torch, which would cast it (a noise key would lose its bits)."""
+            check_form(final)
+            given.update(final)
+            return {**final, "state": {}}
 
-        handle = self.register_load_state_dict_pre_hook(see_final)
+        def fill(_: Any) -> None:
+            """The first hook after: the groups are loaded."""
+            found.append(self._fill(given))
+            if strict and not found[0].exact:
+                raise KeyError(str(found[0]))
+
+        handles = [self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(fill, prepend=True)]
         try:
             super().load_state_dict(state_dict)
+            if found[0].missing or found[0].unexpected:
+                warnings.warn(f"{found[0]} {LEFT_OVER} With strict=True this is an error.", stacklevel=2)
+        except BaseException:
+            self.__setstate__({"state": before[0], "param_groups": before[1]})
+            raise
         finally:
-            handle.remove()
-        # torch casts every tensor but "step" to the dtype of its parameter: a noise key would lose its bits.
-        saved = final[0]
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, [p for group in self.param_groups for p in group["params"]], strict=True):
-            for name, value in saved["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(self.state[p][name].device, copy=True)
-                elif name == "step":
-                    self.state[p][name] = torch.tensor(float(value))
+            for handle in handles:
+                handle.remove()
+
+    def _fill(self, given: dict[str, Any]) -> Fit:
+        """Take over the tensors of a state dict whose groups are loaded already."""
+        for k, group in enumerate(self.param_groups):
+            try:
+                self._check_group(group)
+            except Exception as error:  # noqa: PERF203
+                raise ValueError(f"group {k} of this state dict has options that do not fit: {error}") from error
+        expected: dict[Tensor, dict[str, Expected]] = {}
+        for fixed, groups in self._buckets():
+            params = [p for group in groups for p in group["params"]]
+            if params:
+                try:
+                    expected |= zip(params, expectations(self._plan(fixed, groups), params), strict=True)
+                except Exception as error:
+                    raise ValueError(f"the options of this state dict make no optimizer of these parameters: {error}") from error
+        params = [p for group in self.param_groups for p in group["params"]]
+        entries, found = fitted(given, params, [expected[p] for p in params], self._uncounted)
+        self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry})
+        self._plans = {}
+        return found
+
+    @contextmanager
+    def eval_params(self) -> Iterator[None]:
+        """Inside, the parameters hold the averages that a stage keeps of them (`params_ema`); afterwards they are as before, bit for bit.
+
+        Also after an exception. Parameters without an average, or without a step so far, stay. Buffers are not touched: batch norm's are
+        those of the parameters (`torch.optim.swa_utils.update_bn`, on a copy of the model, makes those of the averages).
+        ``state_dict`` of the optimizer is the same inside, that of the model holds the averages.
+
+        Raises:
+            ValueError: nothing in the optimizer averages parameters, or two stages average the same one.
+            RuntimeError: by `step` and `load_state_dict`, inside.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor(0.0))
+            >>> opt = fo.optim.Optimizer([w], fo.chain(fo.sgd(1.0), fo.params_ema(0.5)))
+            >>> for _ in range(2):
+            ...     w.grad = torch.tensor(-3.0)
+            ...     opt.step()
+            >>> with opt.eval_params():
+            ...     w.item()
+            5.0
+            >>> w.item()
+            6.0
+        """
+        plans = [(self._plan(fixed, groups), [p for g in groups for p in g["params"]]) for fixed, groups in self._buckets()]
+        outside = self._evaluating
+        with held(averages(plans, self.state)):
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = outside
 
     def __getstate__(self) -> dict[str, Any]:
         private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers", "_compile") if name in vars(self)}
@@ -233,6 +333,28 @@ class Optimizer(torch.optim.Optimizer):
             varying = [name for name in self._options() if name not in options]
             plan = self._plans[fixed] = Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile)
         return plan
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, no tensor that holds one, and no tuple of these."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_number(name, part)
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
+    elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise TypeError(f"{name} must be a number or a 1-element tensor; got {value.dtype} of shape {tuple(value.shape)}.")
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Raise TypeError for an option that is no hyperparameter, and is of another type than its default."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        for part in value:
+            _check_like(name, part, None if part is None else 0.0)
+        return
+    wanted: Any = (bool, int, float, str, tuple, torch.dtype, type(None)) if default is None else type(default)
+    if not isinstance(value, (int, float) if wanted is float else wanted) or (isinstance(value, bool) and wanted in (int, float)):
+        raise TypeError(f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}.")
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")

@@ -105,6 +105,7 @@ class Muon(TorchNamed):
     """
 
     _names: ClassVar = {"scale_by_muon/momentum_buffer": "momentum_buffer"}
+    _uncounted: ClassVar = ("step",)
     _structural: ClassVar = ("weight_decay",)
     _fixed: ClassVar = ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 

@@ -93,15 +93,15 @@ class Plan:
 
         places = _places(self.tx.init(self._tree([p.to("meta") for p in params])), "", number)
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
-        rename = {**dict.fromkeys(counts[:1], "step"), **rename}
+        if rename:  # torch's classes have one count, called step; any other chain's counts keep their stage's name, which outlives a change
+            rename = {**dict.fromkeys(counts[:1], "step"), **rename}
         self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
         self.flat, self.spec = tree.flatten(self.places)
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
-        self.joint = [k for k, kind in enumerate(kinds) if kind == "joint"]
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
         self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
-        self.counts = list(dict.fromkeys(["step", *(key for _, key in self.counted)]))
+        self.counts = list(dict.fromkeys(key for _, key in self.counted)) or ["step"]
         self.written: dict[str, list[Any]] = {}
 
     def _tree(self, values: list[Any]) -> PyTree:
@@ -113,15 +113,13 @@ class Plan:
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
-        entries, began = [state.get(p, _NOTHING) for p in params], False
-        try:
-            kept = [entries[i][key] for i, key in self.where]
-            counts = {key: [entries[i][key] for i in moved] for key in self.counts}
-        except KeyError:  # the first step of some parameter
-            entries, began = [dict(entry) for entry in entries], True
+        entries = [state.get(p, _NOTHING) for p in params]
+        began = self._lacks(entries, gradients, moved)
+        if began:  # the first step of some parameter
+            entries = [dict(entry) for entry in entries]
             self._complete(entries, params, moved)
-            kept = [entries[i].get(key) for i, key in self.where]
-            counts = {key: [entries[i][key] for i in moved] for key in self.counts}
+        kept = [entries[i].get(key) for i, key in self.where]
+        counts = {key: [entries[i][key] for i in moved] for key in self.counts}
 
         flat: list[Any] = [None] * len(self.flat)
         for k, x in zip(self.kept, kept, strict=True):
@@ -145,12 +143,20 @@ class Plan:
                     state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
             after = tree.flatten(self._run_compiled(params, grads, old, extra) if in_place else new)[0]
-            changed = [(flat[k], after[k]) for k in (self.joint if in_place else self.kept)]
+            # Compiled stages have written their slots: there `after` is what was there. Stages that ran eagerly return new tensors.
+            changed = [(flat[k], after[k]) for k in self.kept]
             copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
             torch._foreach_add_([count for key in self.counts for count in counts[key]], 1)
 
         return write
+
+    def _lacks(self, entries: list[dict[str, Any]], gradients: list[Any], moved: list[int]) -> bool:
+        """Whether a value has to be made: of a parameter that has a gradient, or one that all share."""
+        if any(key not in entries[i] for key in self.counts for i in moved):
+            return True
+        absent = [k for k, (i, key) in zip(self.kept, self.where, strict=True) if key not in entries[i]]
+        return any(self.flat[k].kind == "joint" or gradients[self.flat[k].i] is not None for k in absent)
 
     def _write_numbers(self, groups: list[dict[str, Any]]) -> None:
         """Write the hyperparameters where the transformation reads them."""

@@ -48,6 +48,7 @@ class SGD(TorchNamed):
     """
 
     _names: ClassVar = {"trace/trace": "momentum_buffer"}
+    _uncounted: ClassVar = ("step",)
     _structural: ClassVar = ("momentum", "dampening", "weight_decay")
 
     def __init__(

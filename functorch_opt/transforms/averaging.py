@@ -1,0 +1,108 @@
+"""Averages of the parameters themselves: a stage that looks at the new parameters, and what reads the average out of a state."""
+
+from __future__ import annotations
+
+import torch
+
+from functorch_opt import tree
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.rule import leafwise
+from functorch_opt.tree import PyTree
+
+__all__ = ["eval_params", "params_ema"]
+
+AVERAGED = "averaged"
+"""The slot in which a stage keeps parameters to evaluate with."""
+
+
+@transformation
+def params_ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
+    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` pass as they are.
+
+    It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the average out of a state of any depth,
+    and ``with opt.eval_params():`` puts it into the model. The slot ``averaged`` is the average itself at every step, debiased too.
+
+    A step at which a parameter has no gradient does not count for its average. Of low-precision parameters it takes the new value before
+    that is rounded; after `keep_master_weights` that is the master copy.
+
+    Args:
+        decay: in [0, 1). A schedule makes other averages, without `debias`: ``lambda count: 1 - 1 / (count.double() + 1)`` makes the
+            mean of all parameters so far.
+        debias: weigh the parameters after step i of t by ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the
+            first new value. False: the average starts at the initial parameters, as with a `torch.optim.swa_utils.AveragedModel` that
+            is updated once before training.
+        accumulator_dtype: of the average; by default that of the params, at least float32.
+
+    Raises:
+        ValueError: decay outside [0, 1); a schedule together with `debias`; ``update`` called without params.
+
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the debiasing of Kingma & Ba, "Adam: A Method
+    for Stochastic Optimization", 2015, sec. 3.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.chain(fo.sgd(1.0), fo.params_ema(0.5)), {"w": torch.tensor(0.0)}
+        >>> state = tx.init(params)
+        >>> for g in (-3.0, -3.0):
+        ...     updates, state = tx.update({"w": torch.tensor(g)}, state, params)
+        ...     params = fo.apply_updates(params, updates)
+        >>> params, fo.eval_params(state, params)
+        ({'w': tensor(6.)}, {'w': tensor(5.)})
+    """
+    check_range(0, 1, decay=decay)
+    if debias and callable(decay):
+        raise ValueError("a decay that is a schedule cannot be debiased: its powers mean nothing. Give debias=False.")
+
+    def prepare(count, decay):
+        return {"weight": (1 - decay) / (1 - decay ** tree.as_real(count + 1)) if debias else 1 - decay}
+
+    def rule(g, p, averaged, weight):
+        return g, {AVERAGED: torch.lerp(averaged, p + g, weight)}
+
+    def start(p):
+        return p.to(accumulator_dtype or tree.at_least_float32(p.dtype), copy=True)
+
+    tx = leafwise(rule, prepare, slots={AVERAGED: start}, hyper={"decay": decay})
+    tx.last = True
+    return tx
+
+
+def eval_params(state: PyTree, params: PyTree) -> PyTree:
+    """The parameters to evaluate with: the averages that a stage keeps in `state`, at any depth.
+
+    Args:
+        state: of a chain with `params_ema`, also inside of `masked`, `partition` and wrappers.
+        params: the current parameters; those that no stage averages are returned as they are.
+
+    Returns:
+        A tree of the structure of `params`, each average rounded to the dtype of its parameter. As kept, it is
+        ``fo.get(state, "averaged")``.
+
+    Raises:
+        ValueError: nothing in `state` averages parameters; two stages average the same one; the state is that of other parameters.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.masked(fo.params_ema(0.9, debias=False), {"w": True, "b": False})
+        >>> params = {"w": torch.tensor(1.0), "b": torch.tensor(5.0)}
+        >>> _, state = tx.update({"w": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx.init(params), params)
+        >>> fo.eval_params(state, params)
+        {'w': tensor(1.1000), 'b': tensor(5.)}
+    """
+    found: dict[str, torch.Tensor] = {}
+    kept = [value for name, value in tree.entries(state) if name.rpartition("/")[2] == AVERAGED]
+    if not kept:
+        raise ValueError("nothing in this state averages the parameters: put params_ema(decay) last in the chain.")
+    for average in kept:
+        for path, leaf in zip(tree.paths(average), tree.flatten(average)[0], strict=True):
+            if leaf is not None and path in found:
+                raise ValueError(f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...).")
+            found |= {} if leaf is None else {path: leaf}
+    ps, spec = tree.flatten_tensors(params, "params")
+    here = dict(zip(tree.paths(params), ps, strict=True))
+    for path, average in found.items():
+        p = here.get(path)
+        if p is None or p.shape != average.shape:
+            there = "there is no such parameter" if p is None else f"its parameter has {tuple(p.shape)}"
+            raise ValueError(f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. Is the state that of other params?")
+    return tree.unflatten(spec, [p if p is None or path not in found else found[path].to(p.dtype) for path, p in here.items()])

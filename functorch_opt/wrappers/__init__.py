@@ -1,0 +1,1 @@
+"""Transformation in, transformation out."""
