@@ -134,6 +134,7 @@ def main() -> None:
     dist.all_gather_object(everybodys, held)
     if rank == 0:
         print(f"bytes of optimizer state on each rank: {everybodys}", flush=True)
+    dist.barrier()  # gloo's threads must not hold tensors when Python ends
     dist.destroy_process_group()
 
 

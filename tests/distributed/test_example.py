@@ -38,6 +38,6 @@ def test_the_example_trains_saves_and_goes_on_with_another_number_of_ranks(tmp_p
     assert len(state) == 2 and max(state) < 0.51 * sum(state)
 
     shutil.rmtree(tmp_path / "00000012")
-    again = torchrun(1, *options)
+    again = torchrun(1, *options, "--compile")
     assert "ranks: 1, device: cpu, from step 8" in again
     assert losses(again) == pytest.approx({12: losses(first)[12]}, abs=2e-3)
