@@ -3,6 +3,7 @@
 from functorch_opt import optim, random
 from functorch_opt.algorithms.adagrad import *
 from functorch_opt.algorithms.adam import *
+from functorch_opt.algorithms.lamb import *
 from functorch_opt.algorithms.lbfgs import *
 from functorch_opt.algorithms.lion import *
 from functorch_opt.algorithms.sgd import *

@@ -63,10 +63,10 @@ class Misfit(Exception):
 
 def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
-    absent = p is None
+    absent, plain = p is None, type(g) is Tensor and type(p) in tree.PLAIN
     for slot in slots:
-        absent = absent or slot is None
-    if not absent and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
+        absent, plain = absent or slot is None, plain and type(slot) is Tensor
+    if plain and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
         return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
@@ -77,7 +77,7 @@ def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = (
         return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
     if g.is_complex() and not p.is_complex():
         return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
-    return None
+    return tree.unlike(g, p, [slot for slot in slots if slot is not None])
 
 
 def outline(value: Any) -> str:

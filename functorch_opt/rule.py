@@ -120,8 +120,8 @@ class Leafwise(GradientTransformation):
                     f"{self.name}: prepare must return {{name: value}} for the rule, or ({{name: value}}, {{shared: new value}}) "
                     f"with shared values among {sorted(self.shared)}; it returned {given}."
                 )
-            now.update(result)
-            shared.update(changed)
+            now.update({name: tree.whole(value) for name, value in result.items()})
+            shared.update({name: tree.whole(value) for name, value in changed.items()})
         if self.counts:
             shared["count"] = shared["count"] + 1
         return now, shared
@@ -131,9 +131,12 @@ class Leafwise(GradientTransformation):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rule on one tensor, computed in `dtype`; slots come back in the dtype they were stored in.
 
-        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does. `uniform`: every tensor is of
-        `dtype`, and real.
+        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does; of sharded tensors it takes this
+        rank's parts, where a tensorwise rule takes wholes. `uniform`: every tensor is of `dtype`, and real.
         """
+        if type(g) is not Tensor and tree.is_sharded(g):
+            p = p if "p" in self.rule_reads else None
+            return tree.on_shards(self.apply, self.kind == "elementwise", g, p, slots, now, dtype, uniform)
         pairs = dtype.is_complex and self.kind == "elementwise"
         values = {**now, **slots, "g": g, "p": p}
         args = [values[name] for name in self.rule_reads]

@@ -10,8 +10,9 @@ A tree is flattened and put together again inside the same call, always: a trees
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -255,20 +256,32 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
 
 
 def leaf_norms(tree: PyTree) -> PyTree:
-    """The 2-norm of every leaf, a tree of 0-dim tensors, computed in float32 or wider."""
-    return map(_norm, tree)
+    """The 2-norm of every leaf, a tree of 0-dim tensors, computed in float32 or wider.
+
+    Of a sharded leaf it is that of the whole, an ordinary tensor; the ranks exchange all norms in one message.
+    """
+    here, spec = flatten(tree)
+    norms: list[Any] = [None if x is None else _norm(part_of(x)) for x in here]
+    for like, indices in _by_layout(here):
+        for i, whole in zip(indices, _combine([norms[i] for i in indices], like).unbind(), strict=True):
+            norms[i] = whole.to(norms[i].dtype)
+    return unflatten(spec, norms)
 
 
 def norm(tree: PyTree) -> Tensor:
     """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
 
-    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN.
+    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
+    as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
     """
-    norms = [_norm(x) for x in leaves(tree)]
+    here = leaves(tree)
+    norms = [_norm(part_of(x)) for x in here]
     if not norms:
         return torch.zeros(())
-    widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
-    return torch.linalg.vector_norm(torch.stack([n.to(widest) for n in norms]))
+    groups = _by_layout(here)
+    of_parts = {i for _, indices in groups for i in indices}
+    plain = [n for i, n in enumerate(norms) if i not in of_parts]
+    return _norm_of(plain + [_combine([_norm_of([norms[i] for i in indices])], like)[0] for like, indices in groups])
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
@@ -286,6 +299,124 @@ def _wide(x: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)))
+
+
+def _norm_of(norms: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(_stack(norms))
+
+
+def _stack(norms: list[Tensor]) -> Tensor:
+    widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
+    return torch.stack([n.to(widest) for n in norms])
+
+
+# ---- sharded tensors -------------------------------------------------------------------------------------------------
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor: a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them."""
+    if type(x) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there are none, and importing it takes a second
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def whole(x: Any) -> Any:
+    """All of a sharded tensor, gathered on every rank; anything else as it is."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def part_of(x: Any, like: Any = None) -> Any:
+    """This rank's part of `x`, laid out as `like` is, by default as it is itself. What has another shape than `like` has no parts."""
+    like = x if like is None else like
+    if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
+        return whole(x)
+    x = x if is_sharded(x) else cut(x, like)
+    placements = _settled(like)
+    return (x if list(x.placements) == placements else x.redistribute(placements=placements)).to_local()
+
+
+def join(part: Tensor, like: Any) -> Tensor:
+    """The inverse of `part_of`: the sharded tensor, laid out as `like`, of which this rank has `part`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, like.device_mesh, _settled(like), run_check=False, shape=like.shape, stride=like.stride())
+
+
+def cut(x: Tensor, like: Any) -> Tensor:
+    """`x`, which every rank has whole, laid out as `like`: each keeps its part, and nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(placements=_settled(like))
+
+
+def on_shards(
+    apply: Callable[..., Any], in_parts: bool, g: Any, p: Any, slots: dict[str, Any], now: dict[str, Any], *rest: Any
+) -> tuple[Any, dict[str, Any]]:
+    """``apply(g, p, slots, now, *rest) -> (update, slots)`` on this rank's parts of sharded tensors, or on gathered wholes."""
+    like = g if p is None else p
+
+    def enter(x: Any) -> Any:
+        x = part_of(x, like) if in_parts else whole(x)
+        return _gradient_summed(x, like) if in_parts and isinstance(x, Tensor) and not x.dim() and x.requires_grad else x
+
+    def leave(x: Any, old: Any) -> Any:
+        if in_parts and old.shape == like.shape:
+            return join(x, like)
+        return cut(x, old) if is_sharded(old) else x
+
+    u, new = apply(enter(g), enter(p), {n: enter(x) for n, x in slots.items()}, {n: enter(x) for n, x in now.items()}, *rest)
+    return leave(u, g), {name: leave(new[name], old) for name, old in slots.items()}
+
+
+def _gradient_summed(x: Tensor, like: Any) -> Tensor:
+    """`x` itself, a number that meets a part of a tensor on each rank; its gradient is the sum of what comes from the parts."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    terms = [placement if placement.is_replicate() else Partial() for placement in _settled(like)]
+    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(grad_placements=terms)
+
+
+def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
+    """What is wrong where some of these tensors are sharded and others are not; None if nothing is."""
+    given = is_sharded(g)
+    for name, x in (("its parameter", p), *(("the state there", slot) for slot in slots if slot.dim() and slot.shape == g.shape)):
+        if is_sharded(x) != given:
+            kinds = ("a DTensor", "an ordinary tensor")
+            return f"is {kinds[not given]} and {name} {kinds[given]}. Shard the parameters first; then init, and take gradients."
+    return None
+
+
+def _settled(x: Any) -> list[Any]:
+    """How `x` is laid out; where the ranks hold terms of a sum that was not taken yet, as if it had been."""
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate() if placement.is_partial() else placement for placement in x.placements]
+
+
+def _by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
+    """The numbers of the sharded tensors, together where they are split over the same dims of the same mesh; with one of each kind."""
+    groups: dict[Any, tuple[Any, list[int]]] = {}
+    for i, x in enumerate(tensors):
+        if is_sharded(x):
+            split = tuple([not placement.is_replicate() for placement in _settled(x)])
+            groups.setdefault((x.device_mesh, split), (x, []))[1].append(i)
+    return list(groups.values())
+
+
+def _combine(norms: list[Tensor], like: Any) -> Tensor:
+    """The norms of wholes, from those of this rank's parts: gathered and not summed, so that no square can overflow."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = like.device_mesh
+    placements = [Replicate() if placement.is_replicate() else Shard(dim) for dim, placement in enumerate(_settled(like))]
+    mine = _stack(norms).reshape([1] * mesh.ndim + [len(norms)])
+    everybodys = DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
+    return torch.linalg.vector_norm(everybodys, dim=tuple(range(mesh.ndim)))
 
 
 # ---- reading a state -------------------------------------------------------------------------------------------------
@@ -353,7 +484,7 @@ def _join(path: Path, name: str) -> Path:
 
 
 def describe(tree: PyTree) -> str:
-    """A table of `tree` for people: a line per tensor with path, shape, dtype and bytes, and the total.
+    """A table of `tree` for people: a line per tensor with path, shape, dtype and bytes on this rank, and the total.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -365,7 +496,7 @@ def describe(tree: PyTree) -> str:
     total = 0
     for path, leaf in zip(paths(tree), flatten_tensors(tree, "the tree")[0], strict=True):
         if leaf is not None:
-            size = leaf.numel() * leaf.element_size()
+            size = part_of(leaf).nbytes
             total += size
             rows.append((path, str(tuple(leaf.shape)), str(leaf.dtype).removeprefix("torch."), f"{size:,} B"))
     rows.append(("total", "", "", f"{total:,} B"))

@@ -59,6 +59,11 @@ LR = {"learning_rate": 0.1}
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-3}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
+
+def matrices(path, p):
+    return p.ndim > 1
+
+
 ROWS = [
     Row(
         "add_decayed_weights",
@@ -138,6 +143,12 @@ ROWS = [
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5}),
     ),
     Row("scale_by_rss", fo.scale_by_rss, {"eps": 1e-3}, ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False})),
+    Row(
+        "scale_by_trust_ratio",
+        fo.scale_by_trust_ratio,
+        {"min_norm": 0.5, "trust_coefficient": 0.7, "eps": 1e-3},
+        ({}, {"min_norm": 0.0, "eps": 0.0}),
+    ),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
     Row("scale_by_stddev", fo.scale_by_stddev, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True})),
     Row(
@@ -167,6 +178,14 @@ ROWS = [
         slots_rest=False,
         unrolls=True,
         written=False,
+    ),
+    Row("lamb", fo.lamb, {**LR, **ADAM, "weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1})),
+    Row(
+        "lars",
+        fo.lars,
+        {**LR, "weight_decay": 0.1, "trust_coefficient": 0.5, "eps": 1e-3, "momentum": 0.9},
+        ({}, {"nesterov": True}, {"weight_decay_mask": matrices, "trust_ratio_mask": matrices}),
+        reads_shape=True,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("nadam", fo.nadam, {**LR, **ADAM}),

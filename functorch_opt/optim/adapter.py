@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
@@ -160,6 +161,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
+
+        A first step with zero lr and zero gradients only creates the state, and is not counted: it is how torch.distributed.checkpoint sets
+        up a fresh optimizer.
 
         Args:
             closure: evaluates the model anew and returns the loss; called with gradients enabled, before any gradient is read. A
@@ -303,13 +307,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def _advance(self, loss: Any) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
-        writes = [
-            self._plan(fixed, groups).compute(groups, self.state, loss)
+        active = [
+            (self._plan(fixed, groups), groups)
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])
         ]
-        for write in writes:
+        only = self._is_set_up_only()
+        for write in [plan.set_up(groups, self.state) if only else plan.compute(groups, self.state, loss) for plan, groups in active]:
             write()
+
+    def _is_set_up_only(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has a fresh optimizer make its state: zero lr, zero gradients.
+
+        If it were counted, looking at the state of an optimizer would change its training (pytorch#164929).
+        """
+        if self.state or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        norms = tree.leaf_norms([p.grad for group in self.param_groups for p in group["params"]])
+        return all(bool(norm == 0) for norm in tree.leaves(norms))
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""

@@ -107,6 +107,14 @@ class Plan:
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
+    def set_up(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
+        """As `compute`, of a step that creates the state and is not counted."""
+        params = [p for group in groups for p in group["params"]]
+        moved = [i for i, p in enumerate(params) if p.grad is not None]
+        entries: list[dict[str, Any]] = [{} for _ in params]
+        self._complete(entries, params, moved)
+        return lambda: state.update({params[i]: entry for i, entry in enumerate(entries) if entry})
+
     def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], loss: Any = None) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called. `loss` is what a closure returned."""
         self._write_numbers(groups)

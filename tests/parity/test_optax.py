@@ -232,6 +232,13 @@ CASES: list[Case] = [
         # bias corrected, the variance at the first step is g^2 - g^2: the default eps of 1e-8 would show the rounding of either library
         lambda o: o.scale_by_stddev(eps=1e-2, bias_correction=True),
     ),
+    *same(
+        "scale_by_trust_ratio",
+        lambda o: o.scale_by_trust_ratio(),
+        lambda o: o.scale_by_trust_ratio(2.5, 0.3, 1e-2),
+        lambda o: o.scale_by_trust_ratio(trust_coefficient=0.001, eps=0.5),
+    ),
+    *same("scale_by_trust_ratio", lambda o: o.scale_by_trust_ratio(), grads=ZEROS, moves=False),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
     *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
     *pair(
@@ -271,6 +278,19 @@ CASES: list[Case] = [
     ),
     *pair("adamw", lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[0]), lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1])),
     *same("amsgrad", lambda o: o.amsgrad(0.1), lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *same(
+        "lamb",
+        lambda o: o.lamb(0.1),
+        lambda o: o.lamb(warmup(o), 0.8, 0.95, 1e-3, 1e-4, 0.1, MASK),
+        lambda o: o.lamb(0.01, weight_decay=0.1),
+    ),
+    *pair("lamb", lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[0]), lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[1])),
+    *same(
+        "lars",
+        lambda o: o.lars(1.0),
+        lambda o: o.lars(warmup(o), 0.1, MASK, 0.5, 1e-2, MASK, 0.5, True),
+        lambda o: o.lars(1.0, weight_decay=0.1, trust_ratio_mask=False, momentum=0.0),
+    ),
     *same("lion", lambda o: o.lion(0.01), lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK)),
     *same("nadam", lambda o: o.nadam(0.1), lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
     *same(

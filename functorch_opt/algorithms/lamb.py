@@ -1,0 +1,132 @@
+"""LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``, so that large batches allow large learning rates.
+
+Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You et al., "Large Batch Optimization for
+Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from functorch_opt import tree
+from functorch_opt.algorithms.adam import scale_by_adam
+from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt.combine import MaskOrFn, chain, masked
+from functorch_opt.leaf import Each
+from functorch_opt.rule import leafwise
+from functorch_opt.transforms.decay import add_decayed_weights
+from functorch_opt.transforms.momentum import trace
+from functorch_opt.transforms.scale import scale_by_learning_rate
+
+__all__ = ["lamb", "lars", "scale_by_trust_ratio"]
+
+
+@transformation
+def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0) -> GradientTransformation:
+    """``u -> u * trust_coefficient |p| / (|u| + eps)``, with the 2-norms of each tensor. Where one of them is 0, u passes.
+
+    Args:
+        min_norm: a smaller norm counts as this one; 0 or greater.
+        trust_coefficient: factor, 0 or greater.
+        eps: 0 or greater.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017, eq. 6.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_trust_ratio(), [torch.tensor([3.0, 4.0])]
+        >>> tx.update([torch.tensor([0.0, 0.1])], tx.init(params), params)[0]
+        [tensor([0., 5.])]
+    """
+    check_range(0, float("inf"), min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+
+    def prepare(updates, params):
+        return {"p_norm": Each(tree.leaf_norms(params)), "g_norm": Each(tree.leaf_norms(updates))}
+
+    def rule(g, p_norm, g_norm, min_norm, trust_coefficient, eps):
+        p_norm, g_norm = torch.clamp(p_norm, min=min_norm), torch.clamp(g_norm, min=min_norm)
+        either_is_zero = (p_norm == 0) | (g_norm == 0)
+        divisor = torch.where(either_is_zero, 1.0, g_norm + eps)  # never 0: the derivative of what is not chosen would be NaN
+        return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
+
+    hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
+    return leafwise(rule, prepare, hyper=hyper)
+
+
+@transformation
+def lamb(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-6,
+    eps_root: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: MaskOrFn | None = None,
+) -> GradientTransformation:
+    """LAMB: `scale_by_adam`, decoupled weight decay, `scale_by_trust_ratio`, the learning rate.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, eps, eps_root: see `scale_by_adam`.
+        weight_decay: 0 or greater; part of the update whose norm is taken.
+        mask: which parameters decay, see `masked`; by default all.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020, alg. 2, with the identity for phi.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.lamb(1e-2, weight_decay=0.01)
+        lamb(0.01, weight_decay=0.01)
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_trust_ratio(),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@transformation
+def lars(
+    learning_rate: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_mask: MaskOrFn = True,
+    trust_coefficient: Scalar = 0.001,
+    eps: Scalar = 0.0,
+    trust_ratio_mask: MaskOrFn = True,
+    momentum: ScalarOrSchedule = 0.9,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """LARS: weight decay, `scale_by_trust_ratio`, the learning rate, and then momentum: the learning rate is inside of the momentum.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        weight_decay: 0 or greater; part of the update whose norm is taken.
+        weight_decay_mask: which parameters decay, see `masked`; True: all.
+        trust_coefficient, eps: see `scale_by_trust_ratio`.
+        trust_ratio_mask: which parameters are scaled by their trust ratio, see `masked`; True: all.
+        momentum: decay of `trace`, 0 or greater.
+        nesterov: see `trace`.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017, alg. 1.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.lars(0.1, weight_decay=1e-4, trust_ratio_mask=lambda path, p: p.ndim > 1)  # doctest: +ELLIPSIS
+        lars(0.1, weight_decay=0.0001, trust_ratio_mask=<lambda>)
+    """
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        masked(scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask),
+        scale_by_learning_rate(learning_rate),
+        trace(momentum, nesterov),
+    )
