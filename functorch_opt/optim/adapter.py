@@ -20,7 +20,7 @@ from torch import Tensor
 
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
-from functorch_opt.optim.plan import Plan, layout
+from functorch_opt.optim.plan import Make, Plan, layout
 from functorch_opt.rule import leafwise
 
 __all__ = ["Optimizer"]
@@ -100,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
         self._compile = compile
         self._numbers = frozenset(numbers)
         self._plans: dict[Any, Plan] = {}
+        self._called = {"step": False}
         super().__init__(params, defaults)
 
     def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
@@ -145,6 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             What `closure` returned, or None.
         """
+        self._called["step"] = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,6 +154,37 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._advance()
         return loss
+
+    # To see that steps come before theirs, torch's schedulers put a wrapper around step, which torch.compile cannot trace. Not around one
+    # that says it has it. What the wrapper would set is `_opt_called`; in a dict, for Dynamo does not set attributes of optimizers.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    @property
+    def _opt_called(self) -> bool:
+        return self._called["step"]
+
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        self._called["step"] = value
+
+    def init_state(self) -> None:
+        """Create the state of all parameters now; otherwise the first step does.
+
+        Call it before `torch.compile` of ``opt.step`` or of a training step: then there is one graph, from the first step on. And
+        before ``torch.distributed.checkpoint`` asks for the state: it would make a step to have one. What is there stays.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor(1.0))
+            >>> opt = fo.optim.AdamW([w])
+            >>> opt.init_state()
+            >>> opt.state[w]["step"], w.item()
+            (tensor(0.), 1.0)
+        """
+        with torch.no_grad():
+            for fixed, groups in self._buckets():
+                if any(group["params"] for group in groups):
+                    self._plan(fixed, groups).initialize(groups, self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
@@ -189,6 +222,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        self.__dict__.setdefault("_called", {"step": False})
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":
@@ -199,7 +233,7 @@ class Optimizer(torch.optim.Optimizer):
     def _advance(self) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
         writes = [
-            self._plan(fixed, groups).compute(groups, self.state)
+            self._plan(fixed, groups).compute(groups, self.state, self._maker(fixed))
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])
         ]
@@ -224,10 +258,12 @@ class Optimizer(torch.optim.Optimizer):
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or plan.layout != layout(groups):
-            options = dict(fixed)
-            varying = [name for name in self._options() if name not in options]
-            plan = self._plans[fixed] = Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile)
+            varying = [name for name in self._options() if name not in dict(fixed)]
+            plan = self._plans[fixed] = Plan(self._maker(fixed), varying, groups, self._names, self._compile)
         return plan
+
+    def _maker(self, fixed: tuple[Any, ...]) -> Make:
+        return lambda numbers: self._chain(**dict(fixed), **numbers)
 
 
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
