@@ -128,14 +128,18 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if isinstance(group["lr"], Tensor):
-                if group["lr"].numel() != 1:
-                    raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(group['lr'].shape)}.")
-                group["lr"] = group["lr"].clone()
-            self._chain(**{name: group[name] for name in self.defaults if name in group and name not in _FLAGS})
+            self._check({name: group[name] for name in self._options()})
         except Exception:
             self.param_groups.pop()
             raise
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raise an error for options of which no chain can be made."""
+        if isinstance(lr := options["lr"], Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
+        self._chain(**options)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
@@ -244,6 +248,9 @@ class Optimizer(torch.optim.Optimizer):
         """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
+            for name, value in group.items():
+                if isinstance(value, list) and name in self.defaults:
+                    group[name] = tuple(value)
             fixed = tuple((name, group[name]) for name in self._options() if not self._varies(name, group[name]))
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
