@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 from training import SCHEDULERS, make_params, model_and_loss, set_grads, train
 
 import functorch_opt as fo
@@ -31,7 +31,7 @@ def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr
             lr = opt.param_groups[0]["lr"]
             sched = SCHEDULERS[scheduler](opt)
             trajectory = []
-            for step in range(10):
+            for step in range(20):
                 set_grads(params, step)
                 opt.step()
                 sched.step(1.0) if scheduler == "ReduceLROnPlateau" else sched.step()
@@ -40,6 +40,58 @@ def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr
             runs.append(trajectory)
         for a, b in zip(*runs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_18_19_schedulers_with_compile(name: str) -> None:
+    """One compilation serves them all: what they write are inputs of the compiled code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    for tensor_lr in (False, True):
+        for scheduler, attach in SCHEDULERS.items():
+            runs = []
+            for cls, how in ((getattr(fo.optim, name), {"compile": True}), (getattr(torch.optim, name), {"foreach": False})):
+                params = make_params(torch.float32)
+                opt = cls(params, lr=torch.tensor(0.05) if tensor_lr else 0.05, **options, **how)
+                sched = attach(opt)
+                for step in range(10):
+                    set_grads(params, step)
+                    opt.step()
+                    sched.step(1.0) if scheduler == "ReduceLROnPlateau" else sched.step()
+                runs.append(params)
+            for p, q in zip(*runs, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("override", ["", "of an instance", "of a class"])
+def test_20_warnings_of_schedulers(override: str) -> None:
+    """In the right order there are none (a warning is an error in these tests); in the wrong one they come as for torch's optimizers."""
+
+    class Mine(fo.optim.SGD):
+        if override == "of a class":
+
+            @torch.no_grad()
+            def step(self, closure=None):
+                return self._advance()
+
+    opt = Mine(make_params())
+    sched = lr_scheduler.StepLR(opt, 1)
+    set_grads(opt.param_groups[0]["params"], 0)
+    if override == "of an instance":
+        opt.step = lambda: None
+        with pytest.warns(UserWarning, match="has been overridden"):
+            sched.step()
+        return
+    opt.step()
+    sched.step()
+    late = lr_scheduler.StepLR(Mine(make_params()), 1)
+    with pytest.warns(UserWarning, match=r"before `optimizer.step"):
+        late.step()
+    opt.load_state_dict(opt.state_dict())
+    lr_scheduler.StepLR(opt, 1).step()
 
 
 def test_18_a_generic_chain_is_driven_by_a_scheduler() -> None:
@@ -60,14 +112,18 @@ def test_18_a_generic_chain_is_driven_by_a_scheduler() -> None:
         torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=1e-10)
 
 
-def test_21_freed_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_21_freed_without_the_garbage_collector(compile: bool) -> None:
+    gc.collect()
     gc.disable()
     try:
         params = make_params()
-        opt = fo.optim.AdamW(params)
+        opt = fo.optim.AdamW(params, compile=compile)
+        sched = lr_scheduler.StepLR(opt, 1)
         train(opt, params, 2)
+        sched.step()
         ref = weakref.ref(opt)
-        del opt
+        del opt, sched
         assert ref() is None
     finally:
         gc.enable()
@@ -94,3 +150,23 @@ def test_22_grad_scaler_skips_infinite_steps_and_unscales() -> None:
             scaler.update()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_23_averaged_models(kind: str) -> None:
+    """An average of the model beside the optimizer, whose lr SWALR moves."""
+    runs = []
+    for module in (fo.optim, torch.optim):
+        model, x, y = model_and_loss()
+        opt = module.AdamW(model.parameters(), lr=0.1)
+        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9) if kind == "ema" else None)
+        sched = swa_utils.SWALR(opt, swa_lr=0.01, anneal_epochs=5)
+        for _ in range(8):
+            opt.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            opt.step()
+            average.update_parameters(model)
+            sched.step()
+        runs.append([*average.parameters(), torch.tensor(opt.param_groups[0]["lr"])])
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
