@@ -171,6 +171,7 @@ class Optimizer(torch.optim.Optimizer):
     def _opt_called(self, value: bool) -> None:
         self._called["step"] = value
 
+    @torch._disable_dynamo
     def init_state(self) -> None:
         """Create the state of all parameters now; otherwise the first step does.
 
@@ -189,6 +190,13 @@ class Optimizer(torch.optim.Optimizer):
             for fixed, groups in self._buckets():
                 if any(group["params"] for group in groups):
                     self._plan(fixed, groups).initialize(groups, self.state)
+
+    def _initialized(self) -> bool:
+        for fixed, groups in self._buckets():
+            plan = self._plans.get(fixed)
+            if any(p.grad is not None for group in groups for p in group["params"]) and not (plan and plan.serves(groups, self.state)):
+                return False
+        return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
@@ -236,6 +244,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
+        if torch.compiler.is_compiling() and not self._initialized():
+            self.init_state()  # outside of the graph. Call it before torch.compile, and there is one graph.
         writes = [
             self._plan(fixed, groups).compute(groups, self.state, self._maker(fixed))
             for fixed, groups in self._buckets()

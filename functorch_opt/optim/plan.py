@@ -142,12 +142,13 @@ class Plan:
         for i in {0, *trained}:
             state[params[i]].update(entries[i])
 
-    def initialized(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether nothing is missing for a step."""
+    def serves(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether it was made for these groups, and nothing is missing for a step."""
+        if self.layout != layout(groups):
+            return False
         params = [p for group in groups for p in group["params"]]
-        moved = [p.grad is not None for p in params]
-        slots = all(key in state.get(params[i], _NOTHING) for i, key in self.where if moved[i])
-        return slots and all(key in state.get(p, _NOTHING) for p, move in zip(params, moved, strict=True) if move for key in self.counts)
+        slots = [key in state.get(params[i], _NOTHING) for i, key in self.where if params[i].grad is not None]
+        return all(slots) and all(key in state.get(p, _NOTHING) for p in params if p.grad is not None for key in self.counts)
 
     def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], make: Make) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called."""
