@@ -17,8 +17,11 @@ from functorch_opt.tree import PyTree, StageState
 
 
 def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones)."""
-    if pairs and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
+    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones).
+
+    Not in a graph: Inductor fuses single operations, and loses one of the writes of amsgrad's ``_foreach_copy_`` (torch 2.13).
+    """
+    if pairs and not torch.compiler.is_compiling() and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
         many([a for a, _ in pairs], [b for _, b in pairs])
     else:
         for a, b in pairs:
