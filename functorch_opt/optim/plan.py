@@ -19,9 +19,13 @@ from functorch_opt.tree import PyTree, StageState
 def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
     """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones).
 
-    Not in a graph: Inductor fuses single operations, and loses one of the writes of amsgrad's ``_foreach_copy_`` (torch 2.13).
+    In a graph one by one, but by foreach (torch 2.13): together, Inductor loses a write of amsgrad; and of a plain write to a 0-dim float64
+    tensor Dynamo may lose any.
     """
-    if pairs and not torch.compiler.is_compiling() and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
+    if torch.compiler.is_compiling():
+        for a, b in pairs:
+            many([a], [b])
+    elif pairs and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
         many([a for a, _ in pairs], [b for _, b in pairs])
     else:
         for a, b in pairs:
