@@ -10,3 +10,4 @@ from functorch_opt.optim.nadam import *
 from functorch_opt.optim.radam import *
 from functorch_opt.optim.rprop import *
 from functorch_opt.optim.sgd import *
+from functorch_opt.optim.torchs import *

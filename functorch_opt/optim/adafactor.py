@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt.base import GradientTransformation, transformation
 from functorch_opt.combine import partition
-from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, parts
+from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, parts
 from functorch_opt.rule import leafwise
 
 __all__ = ["Adafactor"]
@@ -103,7 +103,8 @@ class Adafactor(TorchNamed):
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
-        ValueError: an argument outside its range; a complex parameter.
+        ValueError: an argument outside its range.
+        RuntimeError: a complex parameter.
 
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, algs. 4 and 5.
 
@@ -128,6 +129,7 @@ class Adafactor(TorchNamed):
         "step_by_adafactor/count": "step",
     }
     _fixed: ClassVar = ("eps",)
+    _ranges: ClassVar = {name: range for name, range in RANGES.items() if name != "eps"}
 
     def __init__(
         self,
@@ -147,13 +149,15 @@ class Adafactor(TorchNamed):
 
     def _chain(self, lr: Any, beta2_decay: Any, eps: Any, d: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
         eps1, eps2 = eps
-        check_range(0, float("inf"), lr=lr, eps1=eps1, eps2=eps2, weight_decay=weight_decay)
-        check_range(1, float("inf"), d=d)
+        for what, value, low in (("epsilon1", eps1, 0), ("epsilon2", eps2, 0), ("Clipping threshold d", d, 1)):
+            if isinstance(value, (int, float)) and not value >= low:
+                raise ValueError(f"{what} should be >= {low} but is {value}.")
         if not isinstance(beta2_decay, Tensor) and not beta2_decay <= 0:
-            raise ValueError(f"beta2_decay must be 0 or less; got {beta2_decay}.")
+            raise ValueError(f"beta2_decay should be <= 0 but is {beta2_decay}.")
         roots = {"matrix": scale_by_factored_rms(beta2_decay, eps1), "vector": scale_by_full_rms(beta2_decay, eps1)}
         root = partition(roots, lambda path, p: "matrix" if p.ndim > 1 else "vector")
         return parts(ascend(maximize), root, step_by_adafactor(lr, eps2, d, weight_decay))
 
-    def _refusal(self, p: Tensor) -> str | None:
-        return "Adafactor does not take complex parameters." if p.is_complex() else None
+    def _check_parameter(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise RuntimeError(f"Adafactor does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}.")

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from functorch_opt.algorithms.adagrad import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
-from functorch_opt.base import GradientTransformation, check_range
-from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
+from functorch_opt.base import GradientTransformation
+from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, l2, parts
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
@@ -48,6 +48,7 @@ class RMSprop(TorchNamed):
         "trace/trace": "momentum_buffer",
     }
     _structural: ClassVar = ("weight_decay", "momentum")
+    _ranges: ClassVar = {**RANGES, "alpha": ("alpha value", 0, 1)}
 
     def __init__(
         self,
@@ -139,7 +140,6 @@ class Adagrad(TorchNamed):
     def _chain(
         self, lr: Any, lr_decay: Any, weight_decay: Any, initial_accumulator_value: float, eps: Any, maximize: bool
     ) -> GradientTransformation:
-        check_range(0, float("inf"), lr=lr, lr_decay=lr_decay)
         root = scale_by_rss(initial_accumulator_value, eps, eps_in_sqrt=False)
         step = leafwise(
             lambda g, step_size: g * step_size,

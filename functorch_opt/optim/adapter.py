@@ -28,7 +28,8 @@ from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 from functorch_opt.optim.evaluation import averages, held
 from functorch_opt.optim.group_lr import then
-from functorch_opt.optim.plan import Plan, layout
+from functorch_opt.optim.options import FLAGS, check_like, check_number
+from functorch_opt.optim.plan import Make, Plan, layout
 from functorch_opt.rule import leafwise
 from functorch_opt.tree import LEFT_OVER, Fit
 
@@ -112,6 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         self._compile = compile
         self._numbers = frozenset(numbers)
         self._plans: dict[Any, Plan] = {}
+        self._called = {"step": False}
         super().__init__(params, defaults)
 
     def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
@@ -140,24 +142,28 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            if isinstance(group["lr"], Tensor):
-                group["lr"] = group["lr"].clone()
         except Exception:
             self.param_groups.pop()
             raise
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raise an error for options of which no chain can be made."""
+        if isinstance(lr := options["lr"], Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
+        self._chain(**options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for options that no step could be made with."""
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(group['lr'].shape)}.")
         for name in self._options():
             if isinstance(group[name], list):
                 group[name] = tuple(group[name])  # as JSON has it
             if name in self._numbers:
-                _check_number(name, group[name])
+                check_number(name, group[name])
             else:
-                _check_like(name, group[name], self.defaults[name])
-        self._chain(**{name: group[name] for name in self._options()})
+                check_like(name, group[name], self.defaults[name])
+        self._check({name: group[name] for name in self._options()})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
@@ -178,6 +184,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self._evaluating:
             raise RuntimeError("the parameters hold their averages: step after leaving eval_params().")
+        self._called["step"] = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,6 +192,45 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._advance(loss)
         return loss
+
+    # To see that steps come before theirs, torch's schedulers put a wrapper around step, which torch.compile cannot trace. Not around one
+    # that says it has it. What the wrapper would set is `_opt_called`; in a dict, for Dynamo does not set attributes of optimizers.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    @property
+    def _opt_called(self) -> bool:
+        return self._called["step"]
+
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        self._called["step"] = value
+
+    @torch._disable_dynamo
+    def init_state(self) -> None:
+        """Create the state of all parameters now; otherwise the first step does.
+
+        Call it before `torch.compile` of ``opt.step`` or of a training step: then there is one graph, from the first step on. And
+        before ``torch.distributed.checkpoint`` asks for the state: it would make a step to have one. What is there stays.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor(1.0))
+            >>> opt = fo.optim.AdamW([w])
+            >>> opt.init_state()
+            >>> opt.state[w]["step"], w.item()
+            (tensor(0.), 1.0)
+        """
+        with torch.no_grad():
+            for fixed, groups in self._buckets():
+                if any(group["params"] for group in groups):
+                    self._plan(fixed, groups).initialize(groups, self.state)
+
+    def _initialized(self) -> bool:
+        for fixed, groups in self._buckets():
+            plan = self._plans.get(fixed)
+            if any(p.grad is not None for group in groups for p in group["params"]) and not (plan and plan.serves(groups, self.state)):
+                return False
+        return True
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = False) -> None:
         """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
@@ -298,6 +344,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        self.__dict__.setdefault("_called", {"step": False})
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":
@@ -307,13 +354,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _advance(self, loss: Any) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
-        active = [
-            (self._plan(fixed, groups), groups)
+        if torch.compiler.is_compiling() and not self._initialized():
+            self.init_state()  # outside of the graph. Call it before torch.compile, and there is one graph.
+        if self._is_set_up_only():
+            self.init_state()
+            return
+        writes = [
+            self._plan(fixed, groups).compute(groups, self.state, self._maker(fixed), loss)
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])
         ]
-        only = self._is_set_up_only()
-        for write in [plan.set_up(groups, self.state) if only else plan.compute(groups, self.state, loss) for plan, groups in active]:
+        for write in writes:
             write()
 
     def _is_set_up_only(self) -> bool:
@@ -330,12 +381,15 @@ class Optimizer(torch.optim.Optimizer):
         """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
+            for name, value in group.items():
+                if isinstance(value, list) and name in self.defaults:
+                    group[name] = tuple(value)
             fixed = tuple((name, group[name]) for name in self._options() if not self._varies(name, group[name]))
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
 
     def _options(self) -> list[str]:
-        return [name for name in self.defaults if name not in _FLAGS]
+        return [name for name in self.defaults if name not in FLAGS]
 
     def _varies(self, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a zero leaves out a stage."""
@@ -344,33 +398,9 @@ class Optimizer(torch.optim.Optimizer):
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or plan.layout != layout(groups):
-            options = dict(fixed)
-            varying = [name for name in self._options() if name not in options]
-            plan = self._plans[fixed] = Plan(lambda numbers: self._chain(**options, **numbers), varying, groups, self._names, self._compile)
+            varying = [name for name in self._options() if name not in dict(fixed)]
+            plan = self._plans[fixed] = Plan(self._maker(fixed), varying, groups, self._names, self._compile)
         return plan
 
-
-def _check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number, no tensor that holds one, and no tuple of these."""
-    if isinstance(value, tuple):
-        for part in value:
-            _check_number(name, part)
-    elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
-    elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        raise TypeError(f"{name} must be a number or a 1-element tensor; got {value.dtype} of shape {tuple(value.shape)}.")
-
-
-def _check_like(name: str, value: Any, default: Any) -> None:
-    """Raise TypeError for an option that is no hyperparameter, and is of another type than its default."""
-    if isinstance(default, tuple) and isinstance(value, tuple):
-        for part in value:
-            _check_like(name, part, None if part is None else 0.0)
-        return
-    wanted: Any = (bool, int, float, str, tuple, torch.dtype, type(None)) if default is None else type(default)
-    if not isinstance(value, (int, float) if wanted is float else wanted) or (isinstance(value, bool) and wanted in (int, float)):
-        raise TypeError(f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}.")
-
-
-_FLAGS = ("foreach", "fused", "capturable", "differentiable")
-"""Options by which torch chooses among its implementations. There is one here."""
+    def _maker(self, fixed: tuple[Any, ...]) -> Make:
+        return lambda numbers: self._chain(**dict(fixed), **numbers)

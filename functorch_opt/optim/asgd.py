@@ -25,7 +25,6 @@ __all__ = ["ASGD"]
 
 @transformation
 def step_by_asgd(lr, lambd, alpha, t0) -> GradientTransformation:
-    check_range(0, float("inf"), lr=lr)
     check_range(-float("inf"), float("inf"), lambd=lambd, alpha=alpha, t0=t0)
 
     def prepare(count, lr, lambd, alpha, t0):

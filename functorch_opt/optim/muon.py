@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt.base import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import TorchNamed, l2, parts
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.scale import scale_by_learning_rate
@@ -47,13 +47,13 @@ def _ratio(adjust_lr_fn, n, m):
 
 @transformation
 def scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn) -> GradientTransformation:
-    check_range(0, float("inf"), momentum=momentum)
     if len(ns_coefficients) != 3:
         raise ValueError(f"ns_coefficients must be three numbers; got {ns_coefficients!r}.")
     if not 0 <= ns_steps < 100:
         raise ValueError(f"ns_steps must be in [0, 100); got {ns_steps}.")
     if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-        raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw'; got {adjust_lr_fn!r}.")
+        known = "None, 'original' or 'match_rms_adamw'"
+        raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must be {known}.")
 
     def prepare(momentum):
         return {"weight": 1 - momentum}
@@ -87,7 +87,8 @@ class Muon(TorchNamed):
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
-        ValueError: an argument outside its range; a parameter that is no real matrix.
+        ValueError: an argument outside its range; a parameter that is no matrix.
+        RuntimeError: a complex parameter.
 
     Source: Jordan et al., 2024; Liu et al., "Muon is Scalable for LLM Training", 2025, eq. 4.
 
@@ -149,7 +150,9 @@ class Muon(TorchNamed):
         muon = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
         return parts(muon, l2(weight_decay), scale_by_learning_rate(lr))
 
-    def _refusal(self, p: Tensor) -> str | None:
-        if p.ndim == 2 and not p.is_complex():
-            return None
-        return "Muon takes real matrices only; give the rest to another optimizer, e.g. AdamW."
+    def _check_parameter(self, p: Tensor) -> None:
+        cure = "Give the rest to another optimizer, e.g. AdamW."
+        if p.is_complex():
+            raise RuntimeError(f"Muon does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}. {cure}")
+        if p.ndim != 2:
+            raise ValueError(f"Muon only supports 2D parameters; one has shape {tuple(p.shape)}. {cure}")

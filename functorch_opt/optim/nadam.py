@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt.base import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts, scalar_slot
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.scale import scale_by_learning_rate
@@ -25,9 +25,6 @@ __all__ = ["NAdam"]
 
 @transformation
 def scale_by_nadam(b1, b2, eps, momentum_decay) -> GradientTransformation:
-    check_range(0, 1, b1=b1, b2=b2)
-    check_range(0, float("inf"), eps=eps, momentum_decay=momentum_decay)
-
     def prepare(count, b1, b2, momentum_decay):
         t = tree.as_real(count + 1)
         mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))

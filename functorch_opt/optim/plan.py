@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
@@ -16,8 +17,15 @@ from functorch_opt.tree import PyTree, StageState
 
 
 def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones)."""
-    if pairs and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
+    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones).
+
+    In a graph one by one, but by foreach (torch 2.13): together, Inductor loses a write of amsgrad; and of a plain write to a 0-dim float64
+    tensor Dynamo may lose any.
+    """
+    if torch.compiler.is_compiling():
+        for a, b in pairs:
+            many([a], [b])
+    elif pairs and all(type(a) in (Tensor, torch.nn.Parameter) for a, _ in pairs):
         many([a for a, _ in pairs], [b for _, b in pairs])
     else:
         for a, b in pairs:
@@ -58,12 +66,36 @@ def _places(state: PyTree, path: str, index: dict[str, int]) -> PyTree:
     return None if state is None else _Place("joint", path, path)
 
 
+def _assemble(places: PyTree, values: list[Any]) -> PyTree:
+    """``tree.unflatten``, with numbers for places. torch.compile takes no treespec from outside, and cannot flatten an empty dict."""
+    if places is None or isinstance(places, int):
+        return None if places is None else values[places]
+    if isinstance(places, dict):
+        return {name: _assemble(child, values) for name, child in places.items()}
+    children = [_assemble(child, values) for child in places]
+    return type(places)(*children) if hasattr(places, "_fields") else type(places)(children)
+
+
+def _disassemble(places: PyTree, state: PyTree, values: list[Any]) -> list[Any]:
+    """The inverse: write to `values` what is in `state`."""
+    if isinstance(places, int):
+        values[places] = state
+    elif places is not None:
+        for name in places if isinstance(places, dict) else range(len(places)):
+            _disassemble(places[name], state[name], values)
+    return values
+
+
+Make = Callable[[dict[str, Any]], GradientTransformation]
+"""The transformation of a bucket, from its hyperparameters."""
+
+
 class Plan:
     """What is worked out once for a bucket of groups: its transformation, and where each tensor of the state lives."""
 
     def __init__(
         self,
-        make: Callable[[dict[str, Any]], GradientTransformation],
+        make: Make,
         varying: list[str],
         groups: list[dict[str, Any]],
         rename: dict[str, str],
@@ -97,6 +129,7 @@ class Plan:
             rename = {**dict.fromkeys(counts[:1], "step"), **rename}
         self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
         self.flat, self.spec = tree.flatten(self.places)
+        self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
@@ -107,17 +140,34 @@ class Plan:
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
-    def set_up(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> Callable[[], None]:
-        """As `compute`, of a step that creates the state and is not counted."""
+    def initialize(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Give every parameter that can be trained its first state, where it has none."""
         params = [p for group in groups for p in group["params"]]
-        moved = [i for i, p in enumerate(params) if p.grad is not None]
-        entries: list[dict[str, Any]] = [{} for _ in params]
-        self._complete(entries, params, moved)
-        return lambda: state.update({params[i]: entry for i, entry in enumerate(entries) if entry})
+        trained = [i for i, p in enumerate(params) if p.requires_grad]
+        entries = [dict(state.get(p, ())) for p in params]
+        self._complete(entries, params, trained)
+        for i in {0, *trained}:
+            state[params[i]].update(entries[i])
 
-    def compute(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], loss: Any = None) -> Callable[[], None]:
+    def serves(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether it was made for these groups, and nothing is missing for a step."""
+        if self.layout != layout(groups):
+            return False
+        params = [p for group in groups for p in group["params"]]
+        slots = [key in state.get(params[i], _NOTHING) for i, key in self.where if params[i].grad is not None]
+        return all(slots) and all(key in state.get(p, _NOTHING) for p in params if p.grad is not None for key in self.counts)
+
+    def compute(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], make: Make, loss: Any = None
+    ) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called. `loss` is what a closure returned."""
-        self._write_numbers(groups)
+        dynamo = torch.compiler.is_compiling()
+        if dynamo or is_in_torch_dispatch_mode():
+            # Traced. Into new tensors: Dynamo may drop a write to a 0-dim float64 buffer (torch 2.13), and a fake mode takes no real one.
+            tx = make(self._read_numbers(groups))
+        else:
+            tx = self.tx
+            self._write_numbers(groups)
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
@@ -135,13 +185,13 @@ class Plan:
         of_key = {key: self._count(counts[key], moved, len(params)) for _, key in self.counted}
         for k, key in self.counted:
             flat[k] = of_key[key]
-        old = tree.unflatten(self.spec, flat)
+        old = _assemble(self.numbered, flat) if dynamo else tree.unflatten(self.spec, flat)
         grads = self._tree(gradients)
         extra = self._extra(loss, grads)
-        in_place = self.compiled is not None and not torch.compiler.is_compiling()
+        in_place = self.compiled is not None and tx is self.tx
         sums: list[tuple[Tensor, Tensor]] = []
         if not in_place:
-            updates, new = self.tx.update(grads, old, self._tree([p.detach() for p in params]), **extra)
+            updates, new = tx.update(grads, old, self._tree([p.detach() for p in params]), **extra)
             us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
             sums = [(params[i], us[i]) for i in moved]
 
@@ -150,7 +200,8 @@ class Plan:
                 for i in {0, *moved}:
                     state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
-            after = tree.flatten(self._run_compiled(params, grads, old, extra) if in_place else new)[0]
+            result = self._run_compiled(params, grads, old, extra) if in_place else new
+            after = _disassemble(self.numbered, result, [None] * len(flat)) if dynamo else tree.flatten(result)[0]
             # Compiled stages have written their slots: there `after` is what was there. Stages that ran eagerly return new tensors.
             changed = [(flat[k], after[k]) for k in self.kept]
             copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
@@ -180,12 +231,24 @@ class Plan:
             plain = all(isinstance(value, (int, float)) for value in values)  # a tensor may be changed without our seeing it
             self.written[name] = values if plain else []
 
+    def _read_numbers(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
+        """The hyperparameters as `_write_numbers` writes them, in new tensors."""
+        numbers: dict[str, Any] = {}
+        for name, target in self.numbers.items():
+            values = [group[name] for group in groups]
+            if isinstance(target, tuple):
+                pairs = zip(target, zip(*values, strict=True), strict=True)
+                numbers[name] = tuple([_read_number(part, of_groups, groups) for part, of_groups in pairs])
+            else:
+                numbers[name] = _read_number(target, values, groups)
+        return numbers
+
     def _count(self, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
         """One for each parameter; but nearly always those that have a gradient have the same, and one number is less work."""
         if len({count.device for count in counts}) > 1:
             counts = [count.cpu() for count in counts]
         of_moved = torch.stack(counts).to(self.device, torch.int64)
-        if not torch.compiler.is_compiling() and bool((of_moved == of_moved[0]).all()):
+        if not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()) and bool((of_moved == of_moved[0]).all()):
             return of_moved[0]
         return of_moved.new_zeros(n).index_copy(0, torch.tensor(moved, device=self.device), of_moved)
 
@@ -251,6 +314,15 @@ def _write_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, 
         target.copy_(values[0].reshape(()))
     else:
         target.fill_(values[0])
+
+
+def _read_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, Any]]) -> Tensor:
+    """As `_write_number`, in a new tensor. A float is multiplied in, for so it can change without compiling again."""
+    one = torch.ones((), dtype=target.dtype, device=target.device)
+    numbers = [value.to(target).reshape(()) if isinstance(value, Tensor) else one * value for value in values]
+    if len(groups) == 1:
+        return numbers[0]
+    return torch.stack([number for number, group in zip(numbers, groups, strict=True) for _ in group["params"]])
 
 
 def layout(groups: list[dict[str, Any]]) -> list[Any]:

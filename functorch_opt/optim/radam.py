@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt.base import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.scale import scale_by_learning_rate
@@ -28,9 +28,6 @@ __all__ = ["RAdam"]
 
 @transformation
 def scale_by_radam(b1, b2, eps) -> GradientTransformation:
-    check_range(0, 1, b1=b1, b2=b2)
-    check_range(0, float("inf"), eps=eps)
-
     def prepare(count, b1, b2):
         t = tree.as_real(count + 1)
         c2 = 1 - b2**t

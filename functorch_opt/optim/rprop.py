@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt.base import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, parts
 from functorch_opt.rule import leafwise
 
@@ -26,9 +27,6 @@ __all__ = ["Rprop"]
 @transformation
 def step_by_rprop(lr, etas, step_sizes) -> GradientTransformation:
     (etaminus, etaplus), (smallest, largest) = etas, step_sizes
-    check_range(0, float("inf"), lr=lr)
-    check_range(0, 1, above=True, etaminus=etaminus)
-    check_range(1, float("inf"), above=True, etaplus=etaplus)
 
     def prepare(count):
         return {"first": count == 0}
@@ -98,4 +96,7 @@ class Rprop(TorchNamed):
         self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable, compile=compile)
 
     def _chain(self, lr: Any, etas: Any, step_sizes: Any, maximize: bool) -> GradientTransformation:
+        etaminus, etaplus = etas
+        if not (isinstance(etaminus, Tensor) or isinstance(etaplus, Tensor) or 0 < etaminus < 1 < etaplus < float("inf")):
+            raise ValueError(f"Invalid eta values: {etaminus}, {etaplus}. The first must be in (0, 1), the second greater than 1.")
         return parts(ascend(maximize), step_by_rprop(lr, etas, step_sizes))

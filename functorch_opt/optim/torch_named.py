@@ -23,10 +23,26 @@ from functorch_opt.transforms.scale import scale
 
 Number = float | Tensor
 
+Range = tuple[str, float, float]
+_inf = float("inf")
+RANGES: dict[str, Range] = {
+    "lr": ("learning rate", 0, _inf),
+    "betas": ("beta parameter", 0, 1),
+    "eps": ("epsilon value", 0, _inf),
+    "rho": ("rho value", 0, 1),
+    "weight_decay": ("weight_decay value", 0, _inf),
+    "momentum": ("momentum value", 0, _inf),
+    "lr_decay": ("lr_decay value", 0, _inf),
+    "momentum_decay": ("momentum_decay value", 0, _inf),
+    "initial_accumulator_value": ("initial_accumulator_value value", 0, _inf),
+}
+"""What torch's errors call an option, and where it must lie: ``[low, high)``. Tensors are not looked into."""
+
 
 class TorchNamed(Optimizer):
     _fixed: ClassVar[tuple[str, ...]] = ()
     """Options that are no hyperparameters although they look like numbers: where they change, the chain is another one."""
+    _ranges: ClassVar[dict[str, Range]] = RANGES
 
     def _begin(
         self, params: Iterable[Any], options: dict[str, Any], *, differentiable: bool = False, compile: bool = False, **flags: Any
@@ -37,20 +53,30 @@ class TorchNamed(Optimizer):
                 f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: "
                 "tx.update and apply_updates."
             )
-        self._chain(**options)  # as in torch, an argument outside its range is an error before any parameter is looked at
+        self._check(options)  # as in torch, an argument outside its range is an error before any parameter is looked at
         numbers = [name for name, value in options.items() if name not in self._fixed and not isinstance(value, bool)]
         self._setup(params, {**options, **flags}, numbers, compile)
 
-    def _refusal(self, p: Tensor) -> str | None:
-        """Why `p` cannot be a parameter of this class, for those that do not take every shape or dtype."""
-        return None
+    def _check(self, options: dict[str, Any]) -> None:
+        for name, (what, low, high) in self._ranges.items():
+            value = options.get(name)
+            for i, number in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+                if isinstance(number, (int, float)) and not low <= number < high:
+                    place = f" at index {i}" if isinstance(value, (tuple, list)) else ""
+                    raise ValueError(f"Invalid {what}{place}: {number}. It must be in [{low}, {high}).")
+        super()._check(options)
+
+    def _check_parameter(self, p: Tensor) -> None:
+        """Raise an error, torch's, for what cannot be a parameter of this class."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        for i, p in enumerate(self.param_groups[-1]["params"]):
-            if refusal := self._refusal(p):
-                self.param_groups.pop()
-                raise ValueError(f"parameter {i} of the group is {p.dtype} of shape {tuple(p.shape)}. {refusal}")
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self._check_parameter(p)
+        except Exception:
+            self.param_groups.pop()
+            raise
 
 
 def parts(*stages: GradientTransformation | None) -> GradientTransformation:

@@ -367,6 +367,28 @@ def test_equals_optax(case: Case) -> None:
     assert case.moves != all(np.array_equal(after[path], before[path]) for path in before)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "theirs"),
+    [
+        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, lambda: optax.sgd(0.1, 0.9, nesterov=True)),
+        ("Adam", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adam(0.1, eps=1e-3)),
+        ("AdamW", {"lr": 0.1, "weight_decay": 0.1}, lambda: optax.adamw(0.1, weight_decay=0.1)),
+        ("Adamax", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adamax(0.1, eps=1e-3)),
+        ("Adadelta", {"eps": 1e-3}, lambda: optax.adadelta(1.0, eps=1e-3)),
+        ("RMSprop", {"lr": 0.01, "alpha": 0.9}, lambda: optax.rmsprop(0.01, eps_in_sqrt=False)),
+    ],
+)
+def test_50_torchs_names_equal_optax_where_torch_does(name: str, options: dict, theirs: Callable[[], Any]) -> None:
+    ps, spec = tree.flatten(PARAMS)
+    params = [torch.nn.Parameter(p.clone()) for p in ps]
+    opt = getattr(fo.optim, name)(params, **options)
+    for g in GRADS:
+        for p, leaf in zip(params, tree.leaves(g), strict=True):
+            p.grad = leaf.clone()
+        opt.step()
+    assert_same(tree.unflatten(spec, [p.detach() for p in params]), run_theirs(theirs())[1])
+
+
 def test_the_data_exercises_the_cases() -> None:
     everything = [torch.stack(xs) for xs in zip(*(tree.leaves(g) for g in GRADS), strict=True)]
     assert all((g.abs() >= 0.01).all() and (g > 1).any() and (g < -1).any() for g in everything)
