@@ -156,11 +156,11 @@ def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None =
 def _tensor(make: philox.Make, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}.")
-    zero = torch.zeros((), dtype=torch.int64, device=_checked(key).device)
+    device = _checked(key).device
     place = _place(tuple(shape), None if part is None else _region(tuple(shape), part))
-    if part is None:
-        return place.take(philox.draw(make, key, zero, place.blocks))
-    return place.take(philox.draw(make, key, place.numbers(0, zero.device)))
+    if place.dims:
+        return place.take(philox.draw(make, key, place.numbers(0, device)))
+    return place.take(philox.draw(make, key, torch.full((), place.first // 4, dtype=torch.int64, device=device), place.blocks))
 
 
 def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
