@@ -278,6 +278,43 @@ def test_compiled_step_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [philox.normal, philox.uniform]
 
 
+def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts for each parameter; its noise is that of `update`."""
+    calls = []
+    monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args))
+    tx, ps = fo.noisy_sgd(0.1, key=0), [torch.zeros(9), torch.zeros(5)]
+    opt = fo.optim.Optimizer([torch.nn.Parameter(p.clone()) for p in ps], tx, compile=True)
+    monkeypatch.setattr(fo.compiled.CompiledStep, "__init__", _with_backend("eager"))
+    state = tx.init(ps)
+    for _ in range(2):
+        for p in opt.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        updates, state = tx.update([torch.ones_like(p) for p in ps], state, ps)
+        ps = fo.apply_updates(ps, updates)
+    assert calls == [philox.normal, philox.normal]
+    for p, wanted in zip(opt.param_groups[0]["params"], ps, strict=True):
+        torch.testing.assert_close(p.detach(), wanted)
+
+
+def _with_backend(backend: str) -> Any:
+    init = fo.compiled.CompiledStep.__init__
+    return lambda self, tx, donate: init(self, tx, donate, backend)
+
+
+@pytest.mark.slow
+def test_noise_in_a_compiled_step() -> None:
+    tx, ps = fo.sgld(0.1, key=3), {"w": torch.zeros(37, 3), "b": torch.zeros(50)}
+    step, mine = fo.compiled_step(tx), tree.map(torch.clone, ps)
+    state, ours = tx.init(ps), tx.init(ps)
+    for _ in range(3):
+        updates, state = tx.update(ps, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, tree.map(torch.clone, mine), ours)
+        torch.testing.assert_close(mine, ps, rtol=5e-6, atol=5e-6)
+    assert ps["w"].std() > 0.3
+
+
 @pytest.mark.slow
 def test_compiled_draws_equal_eager_ones() -> None:
     """Uniforms are the same. Normals differ by rounding, and are the same wherever in the stream a kernel begins."""
