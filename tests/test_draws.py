@@ -214,6 +214,7 @@ def _rank(rank: int, file: str, out: str) -> None:
     result["grid"] = {"x": random.uniform_like(KEY, both).full_tensor()}
     if rank == 0:
         torch.save(tree.map(torch.clone, result), out)
+    dist.barrier()  # gloo ends the process whose peer has gone
     dist.destroy_process_group()
 
 
