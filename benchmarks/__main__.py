@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu|compile-time|memory|random|through|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
+"""``python -m benchmarks cpu|compile-time|memory|random|through|gpu``: a table here; picture and JSON file in the folder of ``--out``."""
 
 from __future__ import annotations
 
