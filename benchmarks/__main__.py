@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu|compile-time|memory|through|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
+"""``python -m benchmarks cpu|compile-time|memory|random|through|gpu``: a table here; picture and JSON file in the folder of ``--out``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ def parser() -> argparse.ArgumentParser:
     through = commands.add_parser("through", help="derivatives through training")
     through.add_argument("--threads", type=int, nargs=1, default=[1])
     through.add_argument("--rounds", type=int, default=21)
+    random = commands.add_parser("random", help="random numbers from a key, beside torch's generator")
+    random.add_argument("--threads", type=int, nargs=1, default=[1])
+    random.add_argument("--rounds", type=int, default=21)
     gpu = commands.add_parser("gpu", help="correctness and step times on a GPU")
     gpu.add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
     gpu.add_argument("--rounds", type=int, default=21)
-    for command in (cpu, first, memory, through, gpu):
+    for command in (cpu, first, memory, random, through, gpu):
         command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
         command.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: a rehearsal, no measurement")
         command.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
@@ -45,6 +48,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         from benchmarks import compile_time as command
     elif args.command == "memory":
         from benchmarks import memory as command
+    elif args.command == "random":
+        from benchmarks import random_numbers as command
     elif args.command == "through":
         from benchmarks import through as command
     else:

@@ -4,6 +4,7 @@ from functorch_opt import optim, random
 from functorch_opt.algorithms.adagrad import *
 from functorch_opt.algorithms.adam import *
 from functorch_opt.algorithms.lamb import *
+from functorch_opt.algorithms.langevin import *
 from functorch_opt.algorithms.lbfgs import *
 from functorch_opt.algorithms.lion import *
 from functorch_opt.algorithms.sgd import *
@@ -19,6 +20,7 @@ from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.line_search import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.noise import *
+from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.tree import *
 from functorch_opt.wrappers.precision import *

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from functorch_opt import tree
+from functorch_opt import philox, tree
 from functorch_opt.base import GradientTransformation, apply_updates
 from functorch_opt.blocks import Body, Segment
 from functorch_opt.combine import Chain
@@ -85,7 +85,8 @@ class CompiledStep:
         if state is not self.returned:
             _check_slots(self.tx, state, params, ps, spec)
         run = _Run(self, params, spec, ps, us, extra)
-        self.returned = run.stage(self.tx, state)
+        with philox.compiled(self.backend):
+            self.returned = run.stage(self.tx, state)
         run.finish()
         return params, self.returned
 

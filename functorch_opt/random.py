@@ -1,27 +1,31 @@
-"""Randomness as a function of a key: the same numbers in eager, compiled and vmapped runs, and after a restart.
+"""Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart.
 
-A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is Philox-4x32-10 of the 128-bit counter ``(offset + i, 0)``
-under the 64-bit seed: four 32-bit words for each block ``i``. The stream is that of ``torch.func._random``, so that torch's own kernels
-can check it and, later, replace it.
+A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream of numbers, four to a block (see
+`functorch_opt.philox`); a tensor takes them in the order of its elements. So any part of a draw can be drawn by itself.
 
 Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw would. Under vmap give each member its
 own key (``split(key, n)``): one key for all means the same numbers for all.
-
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["fold_in", "key", "normal", "split"]
+from functorch_opt import philox, tree
+from functorch_opt.tree import PyTree
 
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
+__all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform", "uniform_like"]
+
+_STEP_BITS = 36  # one count owns 2**36 blocks, so that the draws of two can never overlap
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------------
 
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
@@ -29,7 +33,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
     Args:
         seed: any whole number; taken modulo 2**64.
-        device: where the key lives.
+        device: where the key lives, and what is drawn from it.
 
     Example:
         >>> import functorch_opt as fo
@@ -74,13 +78,17 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
         >>> fo.random.fold_in(fo.random.key(0), 3).shape
         torch.Size([2])
     """
-    numbers = torch.as_tensor(data, device=_checked(key).device)
+    words = philox.words(key, _whole("data", data, _checked(key).device))
+    return torch.stack([philox.join(words[0], words[1]), philox.join(words[2], words[3])], -1)
+
+
+def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
+    numbers = torch.as_tensor(value, device=device)
     if numbers.dtype in (torch.bool, torch.uint64) or numbers.is_floating_point() or numbers.is_complex():
-        raise TypeError(f"data must be a whole number or an integer tensor; got {data!r}.")
-    if isinstance(data, int) and data < 0:
-        raise ValueError(f"data must be 0 or greater; got {data}.")
-    words = _words(key, numbers.to(torch.int64))
-    return torch.stack([_join(words[0], words[1]), _join(words[2], words[3])], -1)
+        raise TypeError(f"{name} must be a whole number or an integer tensor; got {value!r}.")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} must be 0 or greater; got {value}.")
+    return numbers.to(torch.int64)
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
@@ -95,70 +103,240 @@ def split(key: Tensor, num: int = 2) -> Tensor:
     return fold_in(key, torch.arange(num, device=_checked(key).device))
 
 
-def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Independent standard normal numbers, float32.
+# ---- one tensor ------------------------------------------------------------------------------------------------------------
 
-    Args:
-        key: int64 [2].
-        shape: of the result.
+
+def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+    """Independent random bits, 32 in each int32. The arguments are those of `normal`.
 
     Example:
         >>> import functorch_opt as fo
-        >>> fo.random.normal(fo.random.key(42), (2,))
-        tensor([-0.9702,  0.1940])
+        >>> fo.random.bits(fo.random.key(42), (2,))
+        tensor([-1662324653,  2012563771], dtype=torch.int32)
     """
+    return _tensor(philox.bits, key, shape, part)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+    """Independent uniform numbers in [0, 1), float32, multiples of 2**-24. The arguments are those of `normal`.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.random.uniform(fo.random.key(42), (2,))
+        tensor([0.9177, 0.9581])
+    """
+    return _tensor(philox.uniform, key, shape, part)
+
+
+def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+    """Independent standard normal numbers, float32.
+
+    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager or compiled code and of the device,
+    and differ by rounding.
+
+    Args:
+        key: int64 [2].
+        shape: of the whole.
+        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is drawn, and the same numbers are.
+
+    Raises:
+        TypeError: a shape or part of another kind.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> key = fo.random.key(42)
+        >>> fo.random.normal(key, (4,))
+        tensor([-0.9702,  0.1940, -1.2356,  1.9239])
+        >>> fo.random.normal(key, (4,), part=(slice(1, 3),))
+        tensor([ 0.1940, -1.2356])
+    """
+    return _tensor(philox.normal, key, shape, part)
+
+
+def _tensor(make: philox.Make, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}.")
-    n = math.prod(shape)
-    return normal_blocks(key, torch.arange(-(-n // 4), device=_checked(key).device)).reshape(-1)[:n].reshape(shape)
+    device = _checked(key).device
+    place = _place(tuple(shape), None if part is None else _region(tuple(shape), part))
+    if place.dims:
+        return place.take(philox.draw(make, key, place.numbers(0, device)))
+    return place.take(philox.draw(make, key, torch.full((), place.first // 4, dtype=torch.int64, device=device), place.blocks))
 
 
-def normal_blocks(key: Tensor, blocks: Tensor) -> Tensor:
-    """The four normal numbers of each block, float32 ``[*blocks.shape, 4]``, by Box and Muller's method."""
-    w = _words(key, blocks)
-    return torch.stack([*_box_muller(w[0], w[1]), *_box_muller(w[2], w[3])], -1)
+def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
+    if not isinstance(part, tuple) or len(part) != len(shape) or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part):
+        raise TypeError(f"part must be a tuple of slices without step, one for each dimension of {shape}; got {part!r}.")
+    ranges = [range(*s.indices(n)) for s, n in zip(part, shape, strict=True)]
+    return tuple([r.start for r in ranges]), tuple([len(r) for r in ranges])
 
 
-def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    radius = torch.sqrt(-2.0 * torch.log(_unit(a)))
-    angle = (2 * math.pi) * _unit(b)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+# ---- a tree of tensors -------------------------------------------------------------------------------------------------------
 
 
-def _unit(word: Tensor) -> Tensor:
-    """A 32-bit word as a float32 in (0, 1]: never 0, so that the logarithm is finite."""
-    return word.to(torch.float32) * 2.0**-32 + 2.0**-33
+def normal_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
+    """Independent standard normals in the shapes of `tree`, float32; complex64, with two of them in each number, where it is complex.
+
+    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends on the sizes of the leaves before it.
+    Of a sharded leaf (a DTensor) each rank draws its own part: together they are what one process would draw.
+
+    Args:
+        key: int64 [2].
+        tree: tensors, and None, which stays None.
+        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28; or a tensor of one for each leaf. Draws
+            of different counts never overlap, as long as a tree has less than 2**38 numbers.
+
+    Raises:
+        TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole number.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params = {"w": torch.zeros(2), "b": torch.zeros(())}
+        >>> fo.random.normal_like(fo.random.key(0), params)
+        {'w': tensor([-0.1536,  0.1808]), 'b': tensor(0.9911)}
+    """
+    return _tree(philox.normal, key, tree, count)
 
 
-def _words(key: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words of each block, 0 <= word < 2**32, int64."""
-    seed, offset = key[0], key[1]
-    low = (offset & _MASK) + (blocks & _MASK)
-    high = (_high(offset) + _high(blocks) + (low >> 32)) & _MASK
-    zero = torch.zeros_like(low)
-    return philox(seed & _MASK, _high(seed), low & _MASK, high, zero, zero)
+def uniform_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
+    """`uniform` numbers in the shapes of `tree`; the arguments are those of `normal_like`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.random.uniform_like(fo.random.key(42), [torch.zeros(2), None])
+        [tensor([0.9177, 0.9581]), None]
+    """
+    return _tree(philox.uniform, key, tree, count)
 
 
-def philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10; keys and counters are 32-bit words in int64."""
-    for _ in range(10):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+def _tree(make: philox.Make, key: Tensor, values: PyTree, count: Tensor | int) -> PyTree:
+    leaves, spec = tree.flatten_tensors(values, "tree")
+    return tree.unflatten(spec, draw_leaves(make, key, leaves, count))
 
 
-def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``x * m``. ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves undefined."""
-    product = x * (m - 2**32)
-    return (product >> 32) + x, product & _MASK
+def draw_leaves(make: philox.Make, key: Tensor, leaves: list[Tensor | None], count: Tensor | int) -> list[Tensor | None]:
+    """`normal_like` and `uniform_like`, for the leaves of a tree."""
+    device = _checked(key).device
+    begin = _whole("count", count, device) << _STEP_BITS
+    places = [_nothing if leaf is None else _place_of(leaf) for leaf in leaves]
+    begins = [0, *accumulate([0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex())) for leaf in leaves])]
+    if begin.dim() == 0 and not any(map(_is_sharded, leaves)):
+        drawn = philox.draw(make, key, begin, begins[-1])
+    else:
+        rows = zip(places, begins[:-1], begin.expand(len(leaves)).unbind(), strict=True)
+        drawn = philox.draw(make, key, torch.cat([place.numbers(base, device) + of_count for place, base, of_count in rows]))
+    pieces = drawn.split([place.blocks for place in places])
+    return [None if leaf is None else _finish(place.take(x), leaf) for leaf, place, x in zip(leaves, places, pieces, strict=True)]
 
 
-def _high(x: Tensor) -> Tensor:
-    return (x >> 32) & _MASK
+def _finish(x: Tensor, leaf: Tensor) -> Tensor:
+    x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
+    if not _is_sharded(leaf):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = leaf
+    placements = _settled(whole.placements)
+    return DTensor.from_local(x, whole.device_mesh, placements, run_check=False, shape=leaf.shape, stride=leaf.stride())
 
 
-def _join(low: Tensor, high: Tensor) -> Tensor:
-    """Two words as one int64, in two's complement."""
-    return (torch.where(high >= 2**31, high - 2**32, high) << 32) | low
+# ---- where numbers lie in the stream -------------------------------------------------------------------------------------------
+
+Region = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes, by dimension, of a part in its whole."""
+
+
+class _Place(NamedTuple):
+    """Where the elements of a tensor, or of a part of one, lie in the stream: some runs, equally long, of numbers without a gap."""
+
+    shape: tuple[int, ...]
+    first: int
+    """The number at which the first run begins."""
+    dims: tuple[tuple[int, int], ...]
+    """The dimensions by which runs are ordered: how many there are, and how far one is from the next."""
+    length: int
+
+    @property
+    def runs(self) -> int:
+        return math.prod(n for n, _ in self.dims)
+
+    @property
+    def lane(self) -> int | None:
+        """The place in its block at which a run begins; None if it is not the same for all."""
+        return None if any(stride % 4 for n, stride in self.dims if n > 1) else self.first % 4
+
+    @property
+    def width(self) -> int:
+        """How many blocks a run needs at most."""
+        return _blocks((3 if self.lane is None else self.lane) + self.length) if self.length else 0
+
+    @property
+    def blocks(self) -> int:
+        return self.runs * self.width
+
+    def starts(self, device: torch.device) -> Tensor:
+        starts = torch.full((1,), self.first, dtype=torch.int64, device=device)
+        for n, stride in self.dims:
+            starts = (starts[:, None] + stride * torch.arange(n, device=device)).flatten()
+        return starts
+
+    def numbers(self, base: int, device: torch.device) -> Tensor:
+        """The blocks to draw, where the stream of the whole begins at block `base`."""
+        return ((self.starts(device) >> 2)[:, None] + torch.arange(base, base + self.width, device=device)).flatten()
+
+    def take(self, drawn: Tensor) -> Tensor:
+        """The numbers, from these blocks."""
+        rows = drawn.reshape(self.runs, 4 * self.width)
+        if self.lane is None:
+            return rows.gather(1, (self.starts(rows.device) & 3)[:, None] + torch.arange(self.length, device=rows.device)).reshape(
+                self.shape
+            )
+        return rows[:, self.lane : self.lane + self.length].reshape(self.shape)
+
+
+_nothing = _Place((0,), 0, (), 0)
+
+
+def _blocks(numbers: int) -> int:
+    return -(-numbers // 4)
+
+
+def _place(shape: tuple[int, ...], region: Region | None = None) -> _Place:
+    """Of the part `region` of a tensor of this shape; of the whole, if there is no region."""
+    if region is None:
+        return _Place(shape, 0, (), math.prod(shape))
+    offsets, sizes = region
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    inner = max([d for d in range(len(shape)) if sizes[d] != shape[d]], default=0)  # below it the part has everything
+    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    return _Place(sizes, first, tuple(zip(sizes[:inner], strides[:inner], strict=True)), math.prod(sizes[inner:]))
+
+
+def _place_of(leaf: Tensor) -> _Place:
+    """Of the elements of `leaf` that this process holds; a complex one is two numbers."""
+    shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
+    if not _is_sharded(leaf):
+        return _place(shape)
+    whole: Any = leaf
+    offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, tuple(whole.placements))
+    return _place(shape, ((*offsets, 0), (*sizes, 2)) if leaf.is_complex() else (offsets, sizes))
+
+
+def _is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor, whose class takes a second to import."""
+    return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "full_tensor")
+
+
+@functools.lru_cache(4096)
+def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Region:
+    """What this rank holds of a tensor that is distributed so."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, _settled(placements))
+    return tuple(offsets), tuple(sizes)
+
+
+def _settled(placements: tuple[Any, ...]) -> list[Any]:
+    """Placements of a tensor that has the noise of its whole on every rank where these are terms of a sum."""
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate() if placement.is_partial() else placement for placement in placements]

@@ -22,6 +22,8 @@ class Row:
     """Whether finite differences mean anything at a random point."""
     keyed: bool = False
     """Whether it draws noise, from a `key` argument."""
+    rounds: bool = False
+    """Whether it does something for low-precision parameters only."""
     reads_shape: bool = False
     """Whether it looks at the shape of a tensor, so that a complex one is not just pairs of reals."""
     passes_none: bool = True
@@ -162,6 +164,7 @@ ROWS = [
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
     Row("stateless", lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)), passes_none=False, written=False),
+    Row("stochastic_round", fo.stochastic_round, keyed=True, rounds=True),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
     Row("zero_nans", fo.zero_nans),
     # optimizers
@@ -193,6 +196,7 @@ ROWS = [
     Row("polyak_sgd", lambda **options: on_a_bowl(fo.polyak_sgd(**options)), {"max_learning_rate": 1.0, "scaling": 0.5}, written=False),
     Row("rmsprop", fo.rmsprop, {**LR, "eps": 1e-3}, ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
+    Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
 ]
 

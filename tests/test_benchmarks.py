@@ -197,6 +197,14 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_random_numbers(tmp_path: Path) -> None:
+    result = run(tmp_path, "random", "--rows", "normal")
+    assert all(entry["ms"] > 0 for entry in result["rows"][0]["results"].values())
+    assert result["rows"][0]["results"]["torch.randn"]["ratio"] == 1
+    assert (tmp_path / "random.png").exists()
+
+
+@pytest.mark.slow
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(compile_time.__file__).parents[1])  # the first steps run in processes of their own
     result = run(tmp_path, "compile-time", "--rows", "ours")

@@ -68,7 +68,7 @@ def test_update_is_pure(row: Row, variant: dict) -> None:
     first, second = tx.update(*inputs), tx.update(*inputs)
     assert_same(first, second)
     assert_same(inputs, before)
-    if row.keyed:
+    if row.keyed and not row.rounds:
         assert not torch.equal(tx.update(grads(2), first[1], ps)[0]["conv"]["w"], first[0]["conv"]["w"])
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import functorch_opt as fo
-from functorch_opt import random, tree
-from functorch_opt.transforms import noise
+from functorch_opt import philox, random, tree
 
 STEP = 1 << 36
 """Blocks that one step of `add_noise` owns."""
@@ -43,7 +42,7 @@ KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: key, counter, output
 @pytest.mark.parametrize(("key", "counter", "output"), KNOWN_ANSWERS)
 def test_philox_known_answers(key: str, counter: str, output: str) -> None:
     k, c, wanted = ([int(word, 16) for word in words.split()] for words in (key, counter, output))
-    got = random.philox(*(torch.tensor(word) for word in k + c))
+    got = philox.philox(*(torch.tensor(word) for word in k + c))
     assert [word.item() for word in got] == wanted
     seed, count = sum(word << 32 * i for i, word in enumerate(k)), sum(word << 32 * i for i, word in enumerate(c))
     assert list(philox_in_python(seed, count)) == wanted
@@ -54,13 +53,13 @@ def test_philox_known_answers(key: str, counter: str, output: str) -> None:
 def test_words_are_those_of_the_64_bit_counter(seed: int, offset: int) -> None:
     """Seed and offset in two's complement; ``offset + block`` carries into the high word and wraps around at 2**64."""
     key = torch.stack([random.key(seed)[0], torch.tensor(offset)])
-    for i, words in enumerate(zip(*(w.tolist() for w in random._words(key, torch.arange(4))), strict=True)):
+    for i, words in enumerate(zip(*(w.tolist() for w in philox.words(key, torch.arange(4))), strict=True)):
         assert words == philox_in_python(seed, (offset + i) % 2**64)
 
 
 def test_a_large_block_number() -> None:
     block = 3 * STEP + 12345
-    assert tuple(w.item() for w in random._words(random.key(9), torch.tensor(block))) == philox_in_python(9, block)
+    assert tuple(w.item() for w in philox.words(random.key(9), torch.tensor(block))) == philox_in_python(9, block)
 
 
 def test_golden_normals() -> None:
@@ -80,8 +79,8 @@ def test_normals_are_box_and_muller_of_the_words() -> None:
 
 def test_the_largest_and_smallest_words_are_finite() -> None:
     words = torch.tensor([0, 1, 2**32 - 1])
-    assert ((random._unit(words) > 0) & (random._unit(words) <= 1)).all()
-    z = torch.stack(random._box_muller(words[:, None], words[None, :]))
+    assert ((philox.unit(words) > 0) & (philox.unit(words) <= 1)).all()
+    z = torch.stack(philox.box_muller(words[:, None], words[None, :]))
     assert z.isfinite().all()
     assert 6.7 < z.abs().max() < 6.8
 
@@ -313,12 +312,11 @@ def test_a_missing_gradient_does_not_move_the_streams_of_the_others(missing: set
     assert_equal(got, {path: whole[path] for path in got})
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])
-def test_buckets_do_not_matter(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
+def test_chunks_do_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tx, counts = fo.add_noise(1.0, 0.5, key=7), torch.tensor([0, 4, 1, 2, 0, 9])
     whole, whole_counted = drawn(tx, count=3), drawn(tx, count=counts)
-    monkeypatch.setattr(noise, "_AT_ONCE", at_once)
-    assert len(noise._buckets([2, 2, 0, 2, 1, 2])) > 1
+    monkeypatch.setattr(philox, "CHUNK", chunk)
     assert_equal(drawn(tx, count=3), whole)
     assert_equal(drawn(tx, count=counts), whole_counted)
 

@@ -1,0 +1,58 @@
+"""Langevin dynamics: gradient descent with so much noise that the parameters are samples, ``p -> p - eta g + sqrt(2 eta T) z``.
+
+Source: Welling & Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", ICML 2011.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from functorch_opt import random
+from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.leaf import Each
+from functorch_opt.rule import leafwise
+from functorch_opt.transforms.noise import sized
+
+__all__ = ["sgld"]
+
+
+@transformation
+def sgld(learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *, key: Tensor | int) -> GradientTransformation:
+    """Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
+
+    If g is the gradient of an energy U (to sample a posterior: of the negative logarithm of prior times likelihood of *all* data, so that a
+    minibatch is scaled up), the parameters become samples of ``exp(-U / T)`` as the learning rate goes to 0. The noise is added after
+    the learning rate, and goes with its root; that of `noisy_sgd` is multiplied by it.
+
+    Args:
+        learning_rate: eta, 0 or greater, or a schedule. It is half of the paper's epsilon.
+        temperature: T, 0 or greater, or a schedule; 1 for the posterior, 0 for gradient descent.
+        key: int64 [2], or a seed; see `add_noise`.
+
+    Raises:
+        ValueError: a negative or NaN `learning_rate` or `temperature`; a gradient that is None in a call without params.
+        TypeError: something that is not a key.
+
+    Source: Welling & Teh, 2011, eq. 4.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.sgld(0.01, key=0), torch.zeros(1000)  # 1000 samples at once of exp(-p^2 / 2)
+        >>> state = tx.init(params)
+        >>> for _ in range(300):
+        ...     updates, state = tx.update(params, state)
+        ...     params = fo.apply_updates(params, updates)
+        >>> bool(0.9 < params.std() < 1.1)
+        True
+    """
+    check_range(0, float("inf"), learning_rate=learning_rate, temperature=temperature)
+
+    def prepare(count, key, learning_rate, temperature, updates, params=None):
+        sigma = (2 * learning_rate * temperature) ** 0.5
+        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("sgld", updates, params), count))}
+
+    def rule(g, noise, learning_rate, sigma):
+        return sigma * noise - learning_rate * g
+
+    hyper = {"learning_rate": learning_rate, "temperature": temperature}
+    return leafwise(rule, prepare, shared={"key": random.as_key(key)}, hyper=hyper)

@@ -1,0 +1,69 @@
+"""Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p, the nearer one more often, and itself on average.
+
+Source: Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 2015, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functorch_opt import philox, random, tree
+from functorch_opt.base import GradientTransformation, transformation
+from functorch_opt.leaf import Each
+from functorch_opt.rule import leafwise
+
+__all__ = ["stochastic_round"]
+
+
+@transformation
+def stochastic_round(key: Tensor | int) -> GradientTransformation:
+    """Let low-precision parameters keep small updates: as the last stage, it makes ``p + u`` a random one of its two neighbours.
+
+    In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away at every step, and training stalls. Here
+    it moves the parameter by 1/128 in one step of eight: ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself,
+    so that `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and more are left alone.
+
+    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves ``p + u'`` off the numbers it rounded to.
+
+    Args:
+        key: int64 [2], see `functorch_opt.random.key`, or a seed.
+
+    Raises:
+        ValueError: (by update) params are missing.
+        TypeError: something that is not a key.
+
+    Source: Gupta et al., 2015, section 3.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params = torch.ones(10000, dtype=torch.bfloat16)
+        >>> u = torch.full((10000,), 0.001)
+        >>> fo.apply_updates(params, u).float().mean()  # all of it is lost
+        tensor(1.)
+        >>> tx = fo.stochastic_round(key=0)
+        >>> rounded, _ = tx.update(u, tx.init(params), params)
+        >>> new = fo.apply_updates(params, rounded).float()
+        >>> new.unique(), bool((new.mean() - 1.001).abs() < 1e-4)
+        (tensor([1.0000, 1.0078]), True)
+    """
+
+    def prepare(count, key, params):
+        ps, spec = tree.flatten(params)
+        low = [p if p is not None and p.is_floating_point() and p.dtype.itemsize < 4 else None for p in ps]
+        noise = random.draw_leaves(philox.uniform, key, low, count)
+        noise = [torch.zeros_like(p) if z is None and p is not None else z for p, z in zip(ps, noise, strict=True)]
+        infos = [None if p is None else torch.finfo(p.dtype) for p in low]
+        eps, tiny = (torch.tensor([getattr(info, name, 0.0) for info in infos], device=key.device) for name in ("eps", "tiny"))
+        return {"noise": Each(tree.unflatten(spec, noise)), "eps": eps, "tiny": tiny}
+
+    def rule(g, p, noise, eps, tiny):
+        exact = p + g
+        power = (exact.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most |exact|
+        spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)
+        steps = exact / spacing
+        below = torch.floor(steps)
+        rounded = (below + (noise < steps - below)) * spacing
+        return torch.where(eps > 0, torch.where(exact.isfinite(), rounded, exact) - p, g)
+
+    return leafwise(rule, prepare, shared={"key": random.as_key(key)})
