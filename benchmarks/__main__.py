@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu|compile-time|memory|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
+"""``python -m benchmarks cpu|compile-time|memory|per-example|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ def parser() -> argparse.ArgumentParser:
     first.add_argument("--limit", type=float, default=400, help="seconds for a first step (default: 400)")
     memory = commands.add_parser("memory", help="what a step allocates")
     memory.add_argument("--threads", type=int, nargs=1, default=[1])
+    each = commands.add_parser("per-example", help="clipped sums of per-example gradients, beside Opacus")
+    each.add_argument("--threads", type=int, nargs=1, default=[1])
+    each.add_argument("--rounds", type=int, default=7)
+    each.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="of the batch (default: 64 256 1024)")
     gpu = commands.add_parser("gpu", help="correctness and step times on a GPU")
     gpu.add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
     gpu.add_argument("--rounds", type=int, default=21)
-    for command in (cpu, first, memory, gpu):
+    for command in (cpu, first, memory, each, gpu):
         command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
         command.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: a rehearsal, no measurement")
         command.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
@@ -42,6 +46,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         from benchmarks import compile_time as command
     elif args.command == "memory":
         from benchmarks import memory as command
+    elif args.command == "per-example":
+        from benchmarks import per_example as command
     else:
         from benchmarks import gpu as command
     known = [*command.ROWS, *([command.PYTHON] if hasattr(command, "PYTHON") else [])]
