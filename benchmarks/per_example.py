@@ -17,7 +17,7 @@ from benchmarks import record, report, timing
 from benchmarks.memory import allocations
 
 BOUND = 1.0
-CHUNK = 32
+CHUNKS = 32, 64
 
 
 def conv() -> tuple[nn.Module, tuple[int, ...]]:
@@ -33,19 +33,23 @@ def mlp() -> tuple[nn.Module, tuple[int, ...]]:
 
 NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {"conv": conv, "mlp": mlp}
 ROWS = tuple(NETS)
-SIZES = 64, 256, 1024
+
+Make = Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]
 
 
 # ---- contenders: a call gives the sum of the clipped gradients -----------------------------------------------------------
 
 
-def ours(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    clipped = fo.clipped_grad_sum(lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y), BOUND, CHUNK)
-    return lambda: [*clipped(params, x, y).sum.values()]
+def ours(chunk: int) -> Make:
+    def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        clipped = fo.clipped_grad_sum(lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y), BOUND, chunk)
+        return lambda: [*clipped(params, x, y).sum.values()]
+
+    return make
 
 
-def opacus(mode: str) -> Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]:
+def opacus(mode: str) -> Make:
     def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
         from opacus.optimizers import DPOptimizer
@@ -73,8 +77,8 @@ def opacus(mode: str) -> Callable[[nn.Module, Tensor, Tensor], Callable[[], list
     return make
 
 
-CONTENDERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]] = {
-    f"functorch_opt, chunks of {CHUNK}": ours,
+CONTENDERS: dict[str, Make] = {
+    **{f"functorch_opt, chunks of {chunk}": ours(chunk) for chunk in CHUNKS},
     "Opacus, hooks": opacus("hooks"),
     "Opacus, functorch": opacus("functorch"),
     "Opacus, ghost": opacus("ghost"),
@@ -87,7 +91,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Te
 def run(args: Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads[0])
     sizes = (8,) if args.quick else tuple(args.sizes)
-    result = record.header("per-example") | {"threads": args.threads, "chunk": CHUNK, "rows": []}
+    result = record.header("per-example") | {"threads": args.threads, "rows": []}
     for row in args.rows or ROWS:
         for size in sizes:
             result["rows"].append(_measure(row, size, 2 if args.quick else args.rounds))
