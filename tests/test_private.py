@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -355,3 +357,31 @@ def test_the_accounting_agrees_with_opacus() -> None:
             accountant.history = [(sigma, q, steps)]
         assert ours < rdp.get_epsilon(1e-5) < 1.25 * ours
         assert prv.get_epsilon(1e-5) == pytest.approx(ours, rel=0.01)
+
+
+# ---- the benchmark and the picture ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_benchmark_compares_like_with_like(tmp_path: Path) -> None:
+    for extra in ("rich", "matplotlib", "opacus"):
+        pytest.importorskip(extra)
+    from benchmarks import __main__, per_example
+
+    threads = torch.get_num_threads()
+    try:
+        result = __main__.main(["per-example", "--quick", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["row"] for row in result["rows"]] == [*per_example.NETS]
+    for row in result["rows"]:
+        assert row["results"].keys() == per_example.CONTENDERS.keys()
+        assert all(entry["ms"] > 0 and entry["peak"] > 0 and "note" not in entry for entry in row["results"].values())
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_picture_of_the_guide_is_drawn(tmp_path: Path) -> None:
+    for extra in ("sklearn", "matplotlib"):
+        pytest.importorskip(extra)
+    script = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "pictures" / "per_example.py"))
+    assert script["draw"](tmp_path / "picture.png", steps=2, every=2, sigmas=(8.0,)).stat().st_size > 10_000
