@@ -1,40 +1,46 @@
-"""``python -m benchmarks cpu|compile-time|memory|random|through|gpu``: a table here; picture and JSON file in the folder of ``--out``."""
+"""``python -m benchmarks COMMAND``: a table here; a picture, a JSON file and tables in Markdown in the folder of ``--out``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 
+COMMANDS: dict[str, tuple[str, str, int | None]] = {
+    "cpu": ("cpu", "step times on the CPU", 21),
+    "compile-time": ("compile_time", "the first step in a fresh process", None),
+    "memory": ("memory", "what a step allocates", None),
+    "random": ("random_numbers", "random numbers from a key, beside torch's generator", 21),
+    "many-models": ("many_models", "a training step of many small models, vmapped and in a loop", 11),
+    "per-example": ("per_example", "clipped sums of per-example gradients, beside Opacus", 7),
+    "through": ("through", "derivatives through training, beside torchopt", 21),
+    "gpu": ("gpu", "correctness and step times on a GPU", 21),
+}
+"""The module, what it measures, and in how many rounds."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    cpu = commands.add_parser("cpu", help="step times on the CPU")
-    cpu.add_argument("--threads", type=int, nargs="+", default=[1], help="each in a process of its own (default: 1)")
-    cpu.add_argument("--rounds", type=int, default=21)
-    cpu.add_argument("--limit", type=float, default=300, help="seconds that a contender may take to get ready (default: 300)")
-    first = commands.add_parser("compile-time", help="the first step in a fresh process")
-    first.add_argument("--threads", type=int, nargs=1, default=[2])
-    first.add_argument("--limit", type=float, default=400, help="seconds for a first step (default: 400)")
-    memory = commands.add_parser("memory", help="what a step allocates")
-    memory.add_argument("--threads", type=int, nargs=1, default=[1])
-    through = commands.add_parser("through", help="derivatives through training")
-    through.add_argument("--threads", type=int, nargs=1, default=[1])
-    through.add_argument("--rounds", type=int, default=21)
-    random = commands.add_parser("random", help="random numbers from a key, beside torch's generator")
-    random.add_argument("--threads", type=int, nargs=1, default=[1])
-    random.add_argument("--rounds", type=int, default=21)
-    gpu = commands.add_parser("gpu", help="correctness and step times on a GPU")
-    gpu.add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
-    gpu.add_argument("--rounds", type=int, default=21)
-    for command in (cpu, first, memory, random, through, gpu):
+    of = {name: commands.add_parser(name, help=what) for name, (_, what, _) in COMMANDS.items()}
+    for name, command in of.items():
+        rounds = COMMANDS[name][2]
+        if rounds:
+            command.add_argument("--rounds", type=int, default=rounds)
+        if name not in ("cpu", "gpu"):
+            command.add_argument("--threads", type=int, nargs=1, default=[2 if name == "compile-time" else 1])
         command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
         command.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: a rehearsal, no measurement")
         command.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
+    of["cpu"].add_argument("--threads", type=int, nargs="+", default=[1], help="each in a process of its own (default: 1)")
+    of["cpu"].add_argument("--limit", type=float, default=300, help="seconds that a contender may take to get ready (default: 300)")
+    of["compile-time"].add_argument("--limit", type=float, default=400, help="seconds for a first step (default: 400)")
+    of["per-example"].add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="of the batch (default: 64 256 1024)")
+    of["gpu"].add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
     return top
 
 
@@ -42,18 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     top = parser()
     args = top.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.command == "cpu":
-        from benchmarks import cpu as command
-    elif args.command == "compile-time":
-        from benchmarks import compile_time as command
-    elif args.command == "memory":
-        from benchmarks import memory as command
-    elif args.command == "random":
-        from benchmarks import random_numbers as command
-    elif args.command == "through":
-        from benchmarks import through as command
-    else:
-        from benchmarks import gpu as command
+    command: Any = importlib.import_module(f"benchmarks.{COMMANDS[args.command][0]}")
     known = [*command.ROWS, *([command.PYTHON] if hasattr(command, "PYTHON") else [])]
     if unknown := [row for row in args.rows or [] if row not in known]:
         top.error(f"no row {', '.join(unknown)} in {args.command}: there are {', '.join(known)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("functorch_opt", "torch", "optree", "triton", "jax", "jaxlib", "optax", "torchopt", "heavyball", "numpy")
+PACKAGES = ("functorch_opt", "torch", "optree", "triton", "jax", "jaxlib", "optax", "torchopt", "heavyball", "opacus", "numpy")
 
 
 def versions() -> dict[str, str | None]:

@@ -12,8 +12,11 @@ from functorch_opt.base import *
 from functorch_opt.combine import *
 from functorch_opt.compiled import *
 from functorch_opt.leaf import *
+from functorch_opt.per_example import *
+from functorch_opt.private import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
+from functorch_opt.transforms.aggregate import *
 from functorch_opt.transforms.averaging import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.decay import *

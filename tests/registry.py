@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 import functorch_opt as fo
 
 
@@ -66,6 +68,13 @@ def matrices(path, p):
     return p.ndim > 1
 
 
+def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformation:
+    """`tx`, which takes the gradient of every example, after a stage that makes three of one."""
+    return fo.chain(fo.stateless(lambda updates, params: fo.tree.map(lambda u: torch.stack([u, -0.5 * u, 0.01 * u]), updates)), tx)
+
+
+DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
+
 ROWS = [
     Row(
         "add_decayed_weights",
@@ -83,6 +92,14 @@ ROWS = [
     ),
     Row("clip", fo.clip, {"max_delta": 0.7}),
     Row("clip_by_global_norm", fo.clip_by_global_norm, {"max_norm": 0.5}, ({}, {"max_norm": 1e6})),
+    Row(
+        "differentially_private_aggregate",
+        lambda **given: of_three_examples(fo.differentially_private_aggregate(**given)),
+        DP,
+        ({}, {"expected_batch_size": 4.0}, {"noise_multiplier": decay_schedule}),
+        keyed=True,
+        written=False,
+    ),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
     Row("identity", fo.identity),
     Row("inject_hyperparams", fo.inject_hyperparams(fo.adamw), {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
@@ -190,6 +207,15 @@ ROWS = [
         ({}, {"nesterov": True}, {"weight_decay_mask": matrices, "trust_ratio_mask": matrices}),
         reads_shape=True,
     ),
+    Row("dp_adam", lambda **given: of_three_examples(fo.dp_adam(**given)), {**LR, **DP, **ADAM}, keyed=True, written=False),
+    Row(
+        "dp_sgd",
+        lambda **given: of_three_examples(fo.dp_sgd(**given)),
+        {**LR, **DP},
+        ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
+        keyed=True,
+        written=False,
+    ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("nadam", fo.nadam, {**LR, **ADAM}),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
@@ -201,18 +227,24 @@ ROWS = [
 ]
 
 NOT_TRANSFORMATIONS = {
+    "ClippedSum",
     "Each",
     "GradientTransformation",
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
     "apply_updates",
+    "clip_and_sum",
+    "clipped_grad_sum",
     "compiled_step",
     "describe",
     "eval_params",
     "get",
     "leafwise",
     "load_state_dict",
+    "per_example_grads",
+    "poisson_sample",
+    "privacy_spent",
     "state_dict",
     "transformation",
     "value_and_grad_from_state",

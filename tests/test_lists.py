@@ -112,6 +112,7 @@ FLOORS = {
     "algorithms/": 5,
     "wrappers/": 6,
     "per_example.py": 6,
+    "private.py": 6,
     "compiled.py": 7,
     "optim/": 8,
     "sweep.py": 8,
@@ -159,11 +160,18 @@ def test_imports_point_downwards(file: Path) -> None:
             assert there < here or within, f"{_path(file)} (floor {here}) imports {module} (floor {there}); what both need moves down"
 
 
+OPTIONAL = {"private.py": "dp_accounting"}
+"""What a file imports where it is used, and says how to install where it is missing."""
+
+
 @pytest.mark.parametrize("file", FILES, ids=_path)
 def test_the_package_needs_torch_and_optree_only(file: Path) -> None:
+    at_once = {alias.name for node in _parse(file).body if isinstance(node, ast.Import) for alias in node.names}
+    at_once |= {node.module for node in _parse(file).body if isinstance(node, ast.ImportFrom)}
     for module in _imports(file):
         top = module.partition(".")[0]
-        assert top in sys.stdlib_module_names or top in ("functorch_opt", "torch", "optree"), f"{_path(file)} imports {module}"
+        optional = top == OPTIONAL.get(_path(file)) and module not in at_once
+        assert top in sys.stdlib_module_names or top in ("functorch_opt", "torch", "optree") or optional, f"{_path(file)} imports {module}"
         assert top != "optree" or _path(file) == "tree.py", f"{_path(file)} imports optree; only tree.py does"
         assert not module.startswith("torch.optim") or _path(file).startswith("optim/"), (
             f"{_path(file)} imports torch.optim; only optim/ does"

@@ -1,0 +1,145 @@
+"""The gradient of every example: ``g_i = grad loss(params, example i)``; all of them, or their clipped sum, some at a time.
+
+A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary training. It is called with batches of one
+example, under `torch.func.vmap`. A module takes part by `torch.func.functional_call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from functorch_opt import tree
+from functorch_opt.transforms.aggregate import ClippedSum, Norms, check_bounds, check_weights, clip_and_sum, examples
+from functorch_opt.tree import PyTree
+
+__all__ = ["clipped_grad_sum", "per_example_grads"]
+
+Loss = Callable[..., Tensor]
+Randomness = Literal["error", "different", "same"]
+
+
+def per_example_grads(loss: Loss, chunk_size: int | None = None, randomness: Randomness = "error") -> Callable[..., PyTree]:
+    """A function that gives the gradient of every example, where ``grad(loss)`` gives that of a batch.
+
+    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what this gives; if it is their mean, the
+    mean. A layer that mixes examples (batch normalization in training) sees a batch of one, if it takes that at all.
+
+    Args:
+        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of `batch` with first axis 1.
+        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive beside the result.
+        randomness: of random operations in `loss` (dropout): "different" for every example, the "same" for all (of a chunk), or an "error".
+
+    Returns:
+        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example is closed over. `grads`: the structure of
+        `params`, tensors [B, ...].
+
+    Raises:
+        ValueError: `chunk_size` below 1; tensors with different B.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def loss(params, x, y):
+        ...     return ((x @ params["w"] - y) ** 2).sum()
+        >>> grads = fo.per_example_grads(loss)({"w": torch.ones(2)}, torch.eye(2), torch.zeros(2))
+        >>> grads["w"]
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    _check_chunk_size(chunk_size)
+
+    def grads(params: PyTree, *batch: PyTree) -> PyTree:
+        chunks = [_of_chunk(loss, params, chunk, randomness)[0] for chunk, _ in _chunks(batch, None, chunk_size)]
+        return chunks[0] if len(chunks) == 1 else tree.map(lambda *gs: torch.cat(gs), *chunks)
+
+    return grads
+
+
+def clipped_grad_sum(
+    loss: Loss, l2_norm_clip: Norms, chunk_size: int | None = None, randomness: Randomness = "error"
+) -> Callable[..., ClippedSum]:
+    """A function that gives the sum of the clipped gradients of the examples, and never holds more than `chunk_size` of them.
+
+    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss of every example. Each chunk is clipped
+    and added before the next begins.
+
+    Args:
+        loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
+        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by themselves, see `clip_and_sum`.
+        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 64 is often fastest too.
+        randomness: of random operations in `loss`, see `per_example_grads`.
+
+    Returns:
+        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then. `weights`: [B], multiply the losses.
+
+    Raises:
+        ValueError: `chunk_size` below 1; tensors with different B; what `clip_and_sum` raises.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def loss(params, x, y):
+        ...     return ((x @ params["w"] - y) ** 2).sum()
+        >>> clipped = fo.clipped_grad_sum(loss, l2_norm_clip=1.0, chunk_size=1)({"w": torch.ones(2)}, torch.eye(2), torch.zeros(2))
+        >>> clipped.sum, clipped.norms, clipped.values
+        ({'w': tensor([1., 1.])}, tensor([2., 2.]), tensor([1., 1.]))
+    """
+    _check_chunk_size(chunk_size)
+    check_bounds(l2_norm_clip, finite=False)
+
+    def of_chunk(params: PyTree, chunk: tuple[PyTree, ...], weights: Tensor | None) -> tuple[ClippedSum, Tensor]:
+        grads, values = _of_chunk(loss, params, chunk, randomness)
+        return clip_and_sum(grads, l2_norm_clip, weights), values
+
+    def clipped(params: PyTree, *batch: PyTree, weights: Tensor | None = None) -> ClippedSum:
+        total: Any = None
+        norms, values = [], []
+        for chunk, w in _chunks(batch, weights, chunk_size):
+            part, losses = of_chunk(params, chunk, w)  # a call of its own, so that its gradients are gone before the next
+            total = part.sum if total is None else tree.map(torch.add, total, part.sum)
+            norms.append(part.norms)
+            values.append(losses)
+        return ClippedSum(total, tree.map(lambda *ns: torch.cat(ns), *norms), l2_norm_clip, torch.cat(values))
+
+    return clipped
+
+
+def _chunks(
+    batch: tuple[PyTree, ...], weights: Tensor | None, chunk_size: int | None
+) -> Iterator[tuple[tuple[PyTree, ...], Tensor | None]]:
+    """The batch, some examples at a time; of an empty one, itself."""
+    n = examples(batch, "batch")
+    check_weights(weights, n)
+    size = n if chunk_size is None else min(chunk_size, n)
+    for begin in range(0, n, size) if n else [0]:
+        chunk = slice(begin, begin + size)
+        yield tree.map(lambda x, chunk=chunk: x[chunk], batch), None if weights is None else weights[chunk]
+
+
+def _of_chunk(loss: Loss, params: PyTree, batch: tuple[PyTree, ...], randomness: Randomness) -> tuple[PyTree, Tensor]:
+    ps, spec = tree.flatten_tensors(params, "params")
+    xs, batch_spec = tree.flatten_tensors(batch, "batch")
+
+    def value(present: dict[int, Tensor], example: dict[int, Tensor]) -> Tensor:
+        one = [example[i].unsqueeze(0) if i in example else None for i in range(len(xs))]
+        return loss(tree.unflatten(spec, [present.get(i) for i in range(len(ps))]), *tree.unflatten(batch_spec, one))
+
+    present, stacked = _present(ps), _present(xs)
+    if examples(batch, "batch"):
+        found, values = vmap(grad_and_value(value), in_dims=(None, 0), randomness=randomness)(present, stacked)
+    else:  # what vmap makes of no examples depends on the operations
+        found = {i: p.new_zeros(0, *p.shape) for i, p in present.items()}
+        values = tree.leaves(params)[0].new_zeros(0)
+    return tree.unflatten(spec, [found.get(i) for i in range(len(ps))]), values
+
+
+def _present(leaves: list[Tensor | None]) -> dict[int, Tensor]:
+    return {i: x for i, x in enumerate(leaves) if x is not None}
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number, 1 or greater, or None for all at once; got {chunk_size!r}.")

@@ -1,0 +1,114 @@
+"""From the gradients of the examples to one: clip each to norm C, and sum, ``sum_i g_i / max(1, ||g_i|| / C)``.
+
+Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, alg. 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.tree import PyTree
+
+__all__ = ["ClippedSum", "clip_and_sum"]
+
+Norms = PyTree
+"""A number greater than 0, or a 0-dim tensor: for all parameters together. A tree of them, of which each leaf is for what is below it."""
+
+
+class ClippedSum(NamedTuple):
+    """What `clip_and_sum` and `clipped_grad_sum` return, and `differentially_private_aggregate` takes."""
+
+    sum: PyTree
+    """The sum over the examples, a tree of the structure of the params, in float32 or wider."""
+    norms: PyTree
+    """The norm of each example before the clip, [B]: one tensor, or a tree of them where `l2_norm_clip` is one."""
+    l2_norm_clip: Norms
+    """What it was clipped to."""
+    values: Tensor | None = None
+    """The loss of each example, [B], where the gradients were made from one."""
+
+
+def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None) -> ClippedSum:
+    """Clip the gradient of each example to norm C, and sum: ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
+
+    An example, however large its gradient and its weight, moves the sum by C at most. One that is not finite makes the sum NaN.
+
+    Args:
+        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may be 0.
+        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an example by their own norms. An entry speaks
+            for all that is below it: ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
+            ``{name: C / len(params) ** 0.5 for name in params}``.
+        weights: [B], multiplies the losses, and so the gradients, before the clip; by default 1.
+
+    Raises:
+        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of another shape; a C not greater than 0.
+
+    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private Recurrent Language Models", 2018, sec. 3.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> grads = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
+        >>> clipped = fo.clip_and_sum(grads, 1.0)
+        >>> clipped.sum, clipped.norms
+        ({'w': tensor([0.9000, 1.2000])}, tensor([5.0000, 0.5000]))
+    """
+    gs, spec = tree.flatten_tensors(grads, "grads")
+    n = examples(grads, "grads")
+    check_weights(weights, n)
+    bounds, bounds_spec = tree.flatten(l2_norm_clip)
+    check_bounds(l2_norm_clip, finite=False)
+    tree.broadcast(l2_norm_clip, grads, names=("l2_norm_clip", "grads"))  # an error here shows the bounds, below their numbers
+    part = tree.broadcast(tree.unflatten(bounds_spec, list(range(len(bounds)))), grads, names=("l2_norm_clip", "grads"))
+    norms, factors = [], []
+    for k, bound in enumerate(bounds):
+        norm = _norms([g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights)
+        factor = 1 / torch.clamp(norm / bound, min=1)
+        norms.append(norm)
+        factors.append(factor if weights is None else factor * weights)
+    total = [None if g is None else _weighted_sum(factors[k], g) for g, k in zip(gs, part, strict=True)]
+    return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
+
+
+def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
+    """The norm of each of `n` examples, over all tensors together."""
+    rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
+    each = [torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows] or [torch.zeros(n)]
+    norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    return norm if weights is None else norm * weights.abs()
+
+
+def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
+    g = g.to(tree.at_least_float32(g.dtype))
+    return torch.tensordot(factors.to(g.dtype), g, 1)
+
+
+def examples(batch: PyTree, name: str) -> int:
+    """How many examples there are: the size of the first axis, which all leaves must share."""
+    leaves, _ = tree.flatten_tensors(batch, name)
+    sizes = {path: tuple(x.shape[:1]) for path, x in zip(tree.paths(batch), leaves, strict=True) if x is not None}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        shown = ", ".join(f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items())
+        raise ValueError(f"every tensor of {name} must have the same number of examples, its first axis; got {shown or 'no tensor'}.")
+    return next(iter(sizes.values()))[0]
+
+
+def check_weights(weights: Tensor | None, n: int) -> None:
+    if weights is not None and weights.shape != (n,):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; there are {n} examples: it must be ({n},).")
+
+
+def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
+    bounds, _ = tree.flatten(l2_norm_clip)
+    for path, bound in zip(tree.paths(l2_norm_clip), bounds, strict=True):
+        name = f"l2_norm_clip{f' at {path!r}' if path else ''}"
+        if isinstance(bound, bool) or not isinstance(bound, (int, float, Tensor)):
+            raise TypeError(f"{name} must be a number or a 0-dim tensor; got {type(bound).__name__} {bound!r}.")
+        if not isinstance(bound, Tensor) and not (0 < bound < math.inf or (bound == math.inf and not finite)):
+            raise ValueError(f"{name} must be greater than 0{' and finite' if finite else ''}; got {bound}.")
+    if not bounds:
+        raise ValueError("l2_norm_clip is an empty tree: give one number for all parameters, or one for each part.")
