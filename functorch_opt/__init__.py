@@ -9,8 +9,10 @@ from functorch_opt.base import *
 from functorch_opt.combine import *
 from functorch_opt.compiled import *
 from functorch_opt.leaf import *
+from functorch_opt.report import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
+from functorch_opt.sweep import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.momentum import *

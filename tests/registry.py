@@ -120,6 +120,7 @@ NOT_TRANSFORMATIONS = {
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
+    "Sweep",
     "apply_updates",
     "compiled_step",
     "describe",
@@ -127,6 +128,7 @@ NOT_TRANSFORMATIONS = {
     "leafwise",
     "load_state_dict",
     "state_dict",
+    "sweep",
     "transformation",
 }
 """Public names that need no row here (schedules have their own table in `test_schedules.py`)."""

@@ -111,6 +111,7 @@ FLOORS = {
     "wrappers/": 6,
     "per_example.py": 6,
     "compiled.py": 7,
+    "report.py": 7,
     "optim/": 8,
     "sweep.py": 8,
     "__init__.py": 9,
