@@ -12,7 +12,7 @@ from functorch_opt.leaf import *
 from functorch_opt.report import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
-from functorch_opt.sweep import *
+from functorch_opt.sweeps import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.momentum import *

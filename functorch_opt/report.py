@@ -35,7 +35,7 @@ class Sweep:
     diverged: Tensor
     params: PyTree
     fixed: dict[str, Any]
-    _module: nn.Module | None
+    module_of_runs: nn.Module | None
 
     @property
     def seeds(self) -> int:
@@ -72,9 +72,9 @@ class Sweep:
         Raises:
             TypeError: the sweep was of a loss function; use `params_of`.
         """
-        if self._module is None:
+        if self.module_of_runs is None:
             raise TypeError("this was a sweep of a loss function, which has no module: use params_of(run).")
-        module = copy.deepcopy(self._module)
+        module = copy.deepcopy(self.module_of_runs)
         module.load_state_dict(self.params_of(run), strict=False)  # what is missing are buffers and frozen parameters
         return module
 
@@ -133,7 +133,8 @@ def viz(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {error.name}: pip install 'functorch_opt[viz]'", name=error.name) from error
+        missing = (error.name or module).partition(".")[0]
+        raise ModuleNotFoundError(f"{what} needs {missing}: pip install 'functorch_opt[viz]'", name=missing) from error
 
 
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"

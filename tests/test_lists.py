@@ -113,7 +113,7 @@ FLOORS = {
     "compiled.py": 7,
     "report.py": 7,
     "optim/": 8,
-    "sweep.py": 8,
+    "sweeps.py": 8,
     "__init__.py": 9,
 }
 """A file imports from lower floors only. Within `optim/` files may import each other."""
