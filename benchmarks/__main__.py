@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu|compile-time|memory|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
+"""``python -m benchmarks cpu|compile-time|memory|many-models|gpu``: a table here; a picture and a JSON file in the folder of ``--out``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ def parser() -> argparse.ArgumentParser:
     first.add_argument("--limit", type=float, default=400, help="seconds for a first step (default: 400)")
     memory = commands.add_parser("memory", help="what a step allocates")
     memory.add_argument("--threads", type=int, nargs=1, default=[1])
+    many = commands.add_parser("many-models", help="a training step of many small models, vmapped and in a loop")
+    many.add_argument("--threads", type=int, nargs=1, default=[1])
+    many.add_argument("--rounds", type=int, default=11)
     gpu = commands.add_parser("gpu", help="correctness and step times on a GPU")
     gpu.add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
     gpu.add_argument("--rounds", type=int, default=21)
-    for command in (cpu, first, memory, gpu):
+    for command in (cpu, first, memory, many, gpu):
         command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
         command.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: a rehearsal, no measurement")
         command.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
@@ -42,6 +45,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         from benchmarks import compile_time as command
     elif args.command == "memory":
         from benchmarks import memory as command
+    elif args.command == "many-models":
+        from benchmarks import many_models as command
     else:
         from benchmarks import gpu as command
     known = [*command.ROWS, *([command.PYTHON] if hasattr(command, "PYTHON") else [])]
