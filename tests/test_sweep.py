@@ -334,10 +334,10 @@ def test_compiled_equals_eager_and_compiles_once() -> None:
 @pytest.mark.slow
 def test_every_sweep_of_a_process_compiles_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for i in range(3):  # a function that gives up warns, and warnings are errors
         loss = lambda p, i=i: (p**2 + i).sum()  # noqa: E731
-        result = fo.sweep(loss, (), fo.sgd, params=torch.ones(2), steps=1, learning_rate=[0.1, 0.2], compile=True)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            result = fo.sweep(loss, (), fo.sgd, params=torch.ones(2), steps=1, learning_rate=[0.1, 0.2], compile=True)
         assert result.curves[0, 0] == 2 + 2 * i
 
 
