@@ -14,8 +14,10 @@ from functorch_opt.compiled import *
 from functorch_opt.leaf import *
 from functorch_opt.per_example import *
 from functorch_opt.private import *
+from functorch_opt.report import *
 from functorch_opt.rule import *
 from functorch_opt.schedules import *
+from functorch_opt.sweeps import *
 from functorch_opt.transforms.aggregate import *
 from functorch_opt.transforms.averaging import *
 from functorch_opt.transforms.clip import *

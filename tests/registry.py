@@ -233,6 +233,7 @@ NOT_TRANSFORMATIONS = {
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
+    "Sweep",
     "apply_updates",
     "clip_and_sum",
     "clipped_grad_sum",
@@ -246,6 +247,7 @@ NOT_TRANSFORMATIONS = {
     "poisson_sample",
     "privacy_spent",
     "state_dict",
+    "sweep",
     "transformation",
     "value_and_grad_from_state",
 }

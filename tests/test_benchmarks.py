@@ -14,7 +14,7 @@ import torch
 for extra in ("rich", "matplotlib"):
     pytest.importorskip(extra)
 
-from benchmarks import __main__, chains, compile_time, contenders, cpu, floor, gpu, memory, report, shapes, timing  # noqa: E402
+from benchmarks import __main__, chains, compile_time, contenders, cpu, floor, gpu, many_models, memory, report, shapes, timing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of the peers are not ours
 
@@ -202,6 +202,15 @@ def test_random_numbers(tmp_path: Path) -> None:
     assert all(entry["ms"] > 0 for entry in result["rows"][0]["results"].values())
     assert result["rows"][0]["results"]["torch.randn"]["ratio"] == 1
     assert (tmp_path / "random.png").exists()
+
+
+@pytest.mark.slow
+def test_many_models(tmp_path: Path) -> None:
+    row = run(tmp_path, "many-models", "--rows", "64")["rows"][0]
+    assert row["results"].keys() == {many_models.OURS, many_models.EAGER, many_models.LOOP, "floor"}
+    assert all(0 < row["results"][name]["difference"] < 1e-5 for name in (many_models.OURS, many_models.EAGER))
+    assert row["operations"] == 3 * 2 * 64 * (64 * 32 * 2 + 32 * 10 * 3)
+    assert (tmp_path / "many_models.png").exists()
 
 
 @pytest.mark.slow

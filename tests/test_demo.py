@@ -83,27 +83,17 @@ def test_without_noise_the_chain_is_torch_adamw(data: digits.Data) -> None:
 # ---- 3. learning rates -------------------------------------------------------------------------------------------------
 
 
-def test_vmapped_equals_trained_separately(data: digits.Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "model", copy.deepcopy(sweep.model).double())  # float64, so that nothing hides behind rounding
-    lrs, batches = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64), digits.minibatches(in_float64(data), epochs=1)[:5]
-    params, state = sweep.start(len(lrs))
-    for x, y in batches:
-        params, state, losses = sweep.train_steps(params, state, lrs, x, y)
-    assert losses.shape == (3,)
-    models = [copy.deepcopy(sweep.model) for _ in lrs]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip(models, lrs.tolist(), strict=True)]
-    sweep.train_separately(models, optimizers, batches)
-    separate = {name: torch.stack([net.get_parameter(name).detach() for net in models]) for name in params}
-    torch.testing.assert_close(params, separate, rtol=1e-9, atol=1e-11)
-    assert sweep.largest_differences(params, separate).shape == (3,)
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager(data: digits.Data) -> None:
-    lrs, (x, y) = torch.tensor([1e-3, 1e-2]), digits.minibatches(data, epochs=1)[0]
-    params, state = sweep.start(2)
-    compiled = torch.compile(sweep.train_steps, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(params, state, lrs, x, y), sweep.train_steps(params, state, lrs, x, y))
+def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
+    data = in_float64(data)  # so that nothing hides behind rounding
+    lrs = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64)
+    result = sweep.sweep((data.x_train, data.y_train), lrs, epochs=1)
+    for i, lr in enumerate(lrs.tolist()):
+        net, losses = sweep.train_alone(lr, digits.minibatches(data, epochs=1))
+        seen = ~result.curves[i].isnan()  # a diverged run ends early
+        torch.testing.assert_close(result.curves[i][seen], losses[seen], rtol=1e-9, atol=1e-12)
+        if not result.diverged[i]:
+            torch.testing.assert_close(result.params_of(i), {k: p.detach() for k, p in net.named_parameters()}, rtol=1e-8, atol=1e-10)
+    assert not result.diverged[:2].any()
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------------
@@ -115,11 +105,10 @@ def test_sections_draw_their_pictures(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(sweep, "EPOCHS", 1)
     monkeypatch.setattr(sweep, "MODELS", 6)
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)
     for section in (regression, digits, sweep):
         picture = section.run(tmp_path)
         assert picture.stat().st_size > 10_000
-    assert "loop / vmapped" in capsys.readouterr().out
+    assert "times as long" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

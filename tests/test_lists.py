@@ -114,8 +114,9 @@ FLOORS = {
     "per_example.py": 6,
     "private.py": 6,
     "compiled.py": 7,
+    "report.py": 7,
     "optim/": 8,
-    "sweep.py": 8,
+    "sweeps.py": 8,
     "__init__.py": 9,
 }
 """A file imports from lower floors only. Within `algorithms/` and `optim/` files may import each other: LAMB is built on Adam."""

@@ -280,6 +280,26 @@ def test_describe() -> None:
     assert fo.describe({}).split() == ["total", "0", "B"]
 
 
+def test_describe_says_what_each_model_has_of_its_own() -> None:
+    params, x = {"w": torch.randn(4, 3, 2)}, torch.randn(4, 5)
+    tx = fo.add_noise(1.0, 0.5, key=0)
+    trees = params, torch.vmap(tx.init)(params), torch.rand(4), x
+    lines = fo.describe(trees, in_dims=(0, 0, None, 0)).splitlines()
+    assert [(line.split()[0], line.partition("B  ")[2]) for line in lines[:-1]] == [
+        ("0/w", "each its own"),
+        ("1/shared/count", "all 4 equal"),
+        ("1/shared/key", "all 4 equal"),  # the same noise for all
+        ("2", "shared"),  # learning rates that are not mapped
+        ("3", "each its own"),
+    ]
+    assert "4 x (3, 2)" in lines[0]
+    assert "5 x (4,)" in fo.describe(x, in_dims=-1)
+    with pytest.raises(ValueError, match=r"'shared/count' has shape \(\).*vmap\(tx.init\)"):
+        fo.describe(tx.init(params), in_dims=0)
+    with pytest.raises(ValueError, match=r"'1' has shape \(5, 4\): 5 models along dimension 0, where others have 4"):
+        fo.describe((x, x.T), in_dims=(0, 0))
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------------------------
 
 
