@@ -219,7 +219,7 @@ def draw_leaves(make: philox.Make, key: Tensor, leaves: list[Tensor | None], cou
     begin = _whole("count", count, device) << _STEP_BITS
     places = [_nothing if leaf is None else _place_of(leaf) for leaf in leaves]
     begins = [0, *accumulate([0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex())) for leaf in leaves])]
-    if begin.dim() == 0 and not any(map(_is_sharded, leaves)):
+    if begin.dim() == 0 and not any(map(tree.is_sharded, leaves)):
         drawn = philox.draw(make, key, begin, begins[-1])
     else:
         rows = zip(places, begins[:-1], begin.expand(len(leaves)).unbind(), strict=True)
@@ -230,13 +230,7 @@ def draw_leaves(make: philox.Make, key: Tensor, leaves: list[Tensor | None], cou
 
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
-    if not _is_sharded(leaf):
-        return x
-    from torch.distributed.tensor import DTensor
-
-    whole: Any = leaf
-    placements = _settled(whole.placements)
-    return DTensor.from_local(x, whole.device_mesh, placements, run_check=False, shape=leaf.shape, stride=leaf.stride())
+    return tree.join(x, leaf) if tree.is_sharded(leaf) else x
 
 
 # ---- where numbers lie in the stream -------------------------------------------------------------------------------------------
@@ -314,29 +308,19 @@ def _place(shape: tuple[int, ...], region: Region | None = None) -> _Place:
 def _place_of(leaf: Tensor) -> _Place:
     """Of the elements of `leaf` that this process holds; a complex one is two numbers."""
     shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
-    if not _is_sharded(leaf):
+    if not tree.is_sharded(leaf):
         return _place(shape)
     whole: Any = leaf
     offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, tuple(whole.placements))
     return _place(shape, ((*offsets, 0), (*sizes, 2)) if leaf.is_complex() else (offsets, sizes))
 
 
-def _is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor, whose class takes a second to import."""
-    return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "full_tensor")
-
-
 @functools.lru_cache(4096)
 def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Region:
-    """What this rank holds of a tensor that is distributed so."""
+    """What this rank holds of a tensor that is distributed so; of a sum not yet taken, all that it would hold of the sum."""
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, _settled(placements))
+    settled = [Replicate() if placement.is_partial() else placement for placement in placements]
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, settled)
     return tuple(offsets), tuple(sizes)
-
-
-def _settled(placements: tuple[Any, ...]) -> list[Any]:
-    """Placements of a tensor that has the noise of its whole on every rank where these are terms of a sum."""
-    from torch.distributed.tensor import Replicate
-
-    return [Replicate() if placement.is_partial() else placement for placement in placements]
