@@ -32,6 +32,22 @@ LARGE = 16_384
 """Elements from which on it pays to wake other threads."""
 
 
+class Enter(NamedTuple):
+    """Stands among the stages: from here on, rules see ``rule(held, p)`` for the parameter p, where `held` is a slot."""
+
+    rule: Any
+    slots: tuple[str, ...] = ("held",)
+    kind: str = "elementwise"
+
+
+class Leave(NamedTuple):
+    """Rules see the parameter again; ``rule(u, held, p)`` gives the update and the new slot."""
+
+    rule: Any
+    slots: tuple[str, ...] = ()
+    kind: str = "elementwise"
+
+
 class Body:
     """The rules of consecutive stages: what is compiled, and what runs where that cannot be.
 
@@ -39,7 +55,7 @@ class Body:
     parameters, where to write the update; then the scalars that all leaves have in common.
     """
 
-    def __init__(self, stages: list[Leafwise], now: list[dict[str, Any]], add: bool) -> None:
+    def __init__(self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], add: bool) -> None:
         self.stages, self.add = stages, add
         self.whole = any(stage.kind == "tensorwise" for stage in stages)
         self.fixed = [{name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now]
@@ -60,12 +76,21 @@ class Body:
     def _leaf(self, args: list[Tensor], scalars: list[Tensor]) -> None:
         u, p, *left = args
         entries = left[sum(len(stage.slots) for stage in self.stages) :]
+        seen, held = p, p
         for stage, fixed, shared, row in zip(self.stages, self.fixed, self.shared, self.rows, strict=True):
-            now = {**fixed, **{name: scalars.pop(0) for name in shared}, **{name: entries.pop(0) for name in row}}
             mine = {name: left.pop(0) for name in stage.slots}
-            u, new = stage.apply(u, p, mine, now, working_dtype(u, p if "p" in stage.rule_reads else None, *mine.values()))
-            for name, slot in mine.items():
-                slot.copy_(new[name])
+            if isinstance(stage, Enter):
+                held = mine["held"]
+                seen = stage.rule(held, p)
+            elif isinstance(stage, Leave):
+                u, new_held = stage.rule(u, held, p)
+                held.copy_(new_held)
+                seen = p
+            else:
+                now = {**fixed, **{name: scalars.pop(0) for name in shared}, **{name: entries.pop(0) for name in row}}
+                u, new = stage.apply(u, seen, mine, now, working_dtype(u, seen if "p" in stage.rule_reads else None, *mine.values()))
+                for name, slot in mine.items():
+                    slot.copy_(new[name])
         if self.add:
             p.copy_(p + u)
         else:

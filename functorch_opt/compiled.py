@@ -16,11 +16,12 @@ import torch
 
 from functorch_opt import philox, tree
 from functorch_opt.base import GradientTransformation, apply_updates
-from functorch_opt.blocks import Body, Segment
+from functorch_opt.blocks import Body, Enter, Leave, Segment
 from functorch_opt.combine import Chain
 from functorch_opt.leaf import Each
 from functorch_opt.rule import Leafwise
 from functorch_opt.tree import PyTree, StageState
+from functorch_opt.wrappers.precision import MasterWeights
 
 __all__ = ["compiled_step"]
 
@@ -56,7 +57,7 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
 class _Pending:
     """A stage whose rule has not run yet: its slots, a column each, and its scalars."""
 
-    leafwise: Leafwise
+    stage: Leafwise | Enter | Leave
     slots: dict[str, list[Any]]
     now: dict[str, Any]
 
@@ -100,9 +101,9 @@ class CompiledStep:
 
     def body(self, pending: list[_Pending], add: bool) -> Body:
         """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
-        stages = [stage.leafwise for stage in pending]
+        stages = [each.stage for each in pending]
         body = Body(stages, [stage.now for stage in pending], add)
-        where = tuple(map(id, stages)), add
+        where = tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]), add
         if self.constants.setdefault(where, body.fixed) != body.fixed:
             self.constants[where] = None
             now = [
@@ -125,12 +126,28 @@ def _donated(old: PyTree, new: PyTree) -> PyTree:
     return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
 
 
+def _rules(tx: GradientTransformation) -> list[Any]:
+    """The stages of `tx`, those of chains in it too."""
+    return [rule for stage in tx.stages.values() for rule in _rules(stage)] if isinstance(tx, Chain) else [tx]
+
+
+def _in_one_pass(tx: GradientTransformation) -> bool:
+    """Whether `tx` is nothing but rules, of which only the first may look at the whole tree, and that at the updates."""
+    rules = _rules(tx)
+    if not rules or not all(isinstance(rule, Leafwise) and "params" not in rule.prepare_reads for rule in rules):
+        return False
+    return not any("updates" in rule.prepare_reads for rule in rules[1:])
+
+
 def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:
     """That a state which comes from elsewhere fits, before anything is written."""
     if isinstance(tx, Chain):
         tx.check_state(state)
         for name, stage in tx.stages.items():
             _check_slots(stage, state[name], params, ps, spec)
+    elif isinstance(tx, MasterWeights):
+        tx.check_state(state)
+        _check_slots(tx.inner, state["inner"], params, ps, spec)
     elif isinstance(tx, Leafwise):
         tx.check_state(state)
         for name, slot in state.slots.items():
@@ -159,6 +176,8 @@ class _Run:
         if isinstance(tx, Chain):
             tx.check_state(state)
             return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
+        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner):
+            return self.master_weights(tx, state)
         extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
         if not isinstance(tx, Leafwise):
             self.flush()
@@ -166,7 +185,7 @@ class _Run:
             self.us = tree.match(self.params, self.spec, updates, names=("params", "updates"))
             return new
         tx.check_state(state)
-        if self.pending and "updates" in tx.prepare_reads:
+        if "updates" in tx.prepare_reads and self.pending and not isinstance(self.pending[-1].stage, Enter):
             self.flush()
         updates = tree.unflatten(self.spec, self.us)
         now, shared = tx.scalars(updates, state.shared, self.params, extra)
@@ -175,6 +194,17 @@ class _Run:
         }
         self.pending.append(_Pending(tx, columns, {name: now[name] for name in tx.rule_reads if name in now}))
         return StageState(shared, state.slots)
+
+    def master_weights(self, tx: MasterWeights, state: PyTree) -> PyTree:
+        """Take in `keep_master_weights`, whose rules see the master copy for the parameter."""
+        tx.check_state(state)
+        if "updates" in _rules(tx.inner)[0].prepare_reads:
+            self.flush()
+        master = tree.match(self.params, self.spec, state["weights"].slots["master"], names=("params", "the state's master"))
+        self.pending.append(_Pending(Enter(tx.enter), {"held": master}, {}))
+        inner = self.stage(tx.inner, state["inner"])
+        self.pending.append(_Pending(Leave(tx.leave), {}, {}))
+        return {"inner": inner, "weights": state["weights"]}
 
     def flush(self) -> None:
         """Apply the pending rules to the updates."""

@@ -14,6 +14,7 @@ from torch.func import vmap
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt.blocks import PROGRAMS
 from functorch_opt.wrappers.precision import MasterWeights
 
 LOW = [torch.bfloat16, torch.float16]
@@ -281,6 +282,7 @@ def test_part_of_a_model() -> None:
 def test_compiled_in_place_equals_update() -> None:
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)), fo.params_ema(0.9))
     ps = make_params(torch.bfloat16)
+    PROGRAMS.clear()
     state, step = tx.init(ps), fo.compiled_step(tx, donate=False)
     mine, ours = ps, state
     graph = torch.compile(lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="aot_eager")
@@ -295,6 +297,7 @@ def test_compiled_in_place_equals_update() -> None:
         for p, q, m in zip(ps.values(), mine.values(), fo.get(ours, "master").values(), strict=True):
             torch.testing.assert_close(p, q)
             assert torch.equal(q, m.to(torch.bfloat16))
+    assert sum(map(len, PROGRAMS.values())) == 1, "clipping, moments, decay, master copy and average are one pass"
 
 
 @pytest.mark.slow

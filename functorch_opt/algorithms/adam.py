@@ -69,28 +69,35 @@ def scale_by_adam(
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
 
-    def prepare(count, b1, b2, eps_root):
+    # mu c1 / (root + eps) is worked out as mu / (root / c1 + eps / c1): a pass over memory fewer.
+    def prepare(count, b1, b2, eps, eps_root):
         t = tree.as_real(count + 1)
-        c1, c2, c1_next = 1 / (1 - b1**t), 1 / (1 - b2**t), 1 / (1 - b1 ** (t + 1))  # a factor is cheaper than a divisor
+        unit = 1 - b1**t
         inside = eps_root + tree.TINY
-        inside = inside if isinstance(inside, Tensor) else torch.full_like(t, inside)
-        return {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "c2": c2, "c1_next": c1_next, "inside": inside}
+        return {
+            "w1": 1 - b1,
+            "w2": 1 - b2,
+            "c2": 1 / (1 - b2**t),
+            "ahead": unit / (1 - b1 ** (t + 1)),
+            "unit": unit,
+            "outside": eps * unit,
+            "inside": inside if isinstance(inside, Tensor) else torch.full_like(t, inside),
+        }
 
-    def direction(g, mu, square, w1, eps, c1, c1_next):
-        mu_hat = torch.lerp(mu * c1_next, g * c1, w1) if nesterov else mu * c1
-        return mu_hat / (square.sqrt() + eps)
+    def direction(g, mu, square, w1, ahead, unit, outside):
+        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(outside, square.sqrt(), unit)
 
-    def rule(g, mu, nu, w1, w2, eps, inside, c1, c2, c1_next):
+    def rule(g, mu, nu, w1, w2, c2, inside, ahead, unit, outside):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
-        return direction(g, mu, torch.addcmul(inside, nu, c2), w1, eps, c1, c1_next), {"mu": mu, "nu": nu}
+        return direction(g, mu, torch.addcmul(inside, nu, c2), w1, ahead, unit, outside), {"mu": mu, "nu": nu}
 
-    def rule_with_max(g, mu, nu, nu_max, w1, w2, eps, inside, c1, c2, c1_next):
+    def rule_with_max(g, mu, nu, nu_max, w1, w2, c2, inside, ahead, unit, outside):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
         nu_max = torch.maximum(nu_max, nu if amsgrad == "torch" else nu * c2)
         square = torch.addcmul(inside, nu_max, c2) if amsgrad == "torch" else nu_max + inside
-        return direction(g, mu, square, w1, eps, c1, c1_next), {"mu": mu, "nu": nu, "nu_max": nu_max}
+        return direction(g, mu, square, w1, ahead, unit, outside), {"mu": mu, "nu": nu, "nu_max": nu_max}
 
     second = partial(tree.zeros_like, dtype=nu_dtype)
     slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}

@@ -28,7 +28,7 @@ from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 from functorch_opt.optim.evaluation import averages, held
 from functorch_opt.optim.group_lr import then
-from functorch_opt.optim.options import FLAGS, check_like, check_number
+from functorch_opt.optim.options import FLAGS, check_like, check_number, only_sets_up
 from functorch_opt.optim.plan import Make, Plan, layout
 from functorch_opt.rule import leafwise
 from functorch_opt.tree import LEFT_OVER, Fit
@@ -298,8 +298,10 @@ class Optimizer(torch.optim.Optimizer):
                 except Exception as error:
                     raise ValueError(f"the options of this state dict make no optimizer of these parameters: {error}") from error
         params = [p for group in self.param_groups for p in group["params"]]
+        other = {key: value for key, value in given["state"].items() if not isinstance(value, Mapping)}  # a hook's own, as in torch
+        given = {**given, "state": {key: entry for key, entry in given["state"].items() if key not in other}}
         entries, found = fitted(given, params, [expected[p] for p in params], self._uncounted)
-        self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry})
+        self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other)
         self._plans = {}
         return found
 
@@ -352,11 +354,11 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------------
 
-    def _advance(self, loss: Any) -> None:
+    def _advance(self, loss: Any = None) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
         if torch.compiler.is_compiling() and not self._initialized():
             self.init_state()  # outside of the graph. Call it before torch.compile, and there is one graph.
-        if self._is_set_up_only():
+        if only_sets_up(self.param_groups, self.state):
             self.init_state()
             return
         writes = [
@@ -366,16 +368,6 @@ class Optimizer(torch.optim.Optimizer):
         ]
         for write in writes:
             write()
-
-    def _is_set_up_only(self) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint has a fresh optimizer make its state: zero lr, zero gradients.
-
-        If it were counted, looking at the state of an optimizer would change its training (pytorch#164929).
-        """
-        if self.state or any(group["lr"] != 0 for group in self.param_groups):
-            return False
-        norms = tree.leaf_norms([p.grad for group in self.param_groups for p in group["params"]])
-        return all(bool(norm == 0) for norm in tree.leaves(norms))
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""

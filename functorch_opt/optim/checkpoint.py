@@ -40,7 +40,7 @@ def check_form(given: Any) -> None:
         held = list(given) if isinstance(given, Mapping) else type(given).__name__
         raise TypeError(f"a state dict of an optimizer is a dict with 'state' and 'param_groups'; got {held}.")
     state, groups = given["state"], given["param_groups"]
-    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) or isinstance(key, str) for key, entry in state.items()):
         raise TypeError("'state' must be a dict from the number of a parameter to the dict of its tensors.")
     if not isinstance(groups, (list, tuple)) or not all(
         isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups

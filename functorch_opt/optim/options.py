@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
+
 
 def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number, no tensor that holds one, and no tuple of these."""
+    """Raise TypeError for what is no number, no tensor and no tuple of these; ValueError for a tensor that does not hold one number."""
     if isinstance(value, tuple):
         for part in value:
             check_number(name, part)
     elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
     elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        raise TypeError(f"{name} must be a number or a 1-element tensor; got {value.dtype} of shape {tuple(value.shape)}.")
+        raise ValueError(f"Tensor {name} must be 1-element and real; got {value.dtype} of shape {tuple(value.shape)}.")
 
 
 def check_like(name: str, value: Any, default: Any) -> None:
@@ -26,9 +28,21 @@ def check_like(name: str, value: Any, default: Any) -> None:
             check_like(name, part, None if part is None else 0.0)
         return
     wanted: Any = (bool, int, float, str, tuple, torch.dtype, type(None)) if default is None else type(default)
-    if not isinstance(value, (int, float) if wanted is float else wanted) or (isinstance(value, bool) and wanted in (int, float)):
+    number = wanted in (int, float)
+    if not isinstance(value, (int, float) if number else wanted) or (isinstance(value, bool) and number):
         raise TypeError(f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}.")
 
 
 FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """Options by which torch chooses among its implementations. There is one here."""
+
+
+def only_sets_up(groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
+    """Whether this is the step by which torch.distributed.checkpoint has a fresh optimizer make its state: zero lr, zero gradients.
+
+    If it were counted, looking at the state of an optimizer would change its training (pytorch#164929).
+    """
+    if state or any(group["lr"] != 0 for group in groups):
+        return False
+    norms = tree.leaf_norms([p.grad for group in groups for p in group["params"]])
+    return all(bool(norm == 0) for norm in tree.leaves(norms))

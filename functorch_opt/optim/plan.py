@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ class Plan:
         self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
         self.counts = list(dict.fromkeys(key for _, key in self.counted)) or ["step"]
         self.written: dict[str, list[Any]] = {}
+        self.tallies: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def _tree(self, values: list[Any]) -> PyTree:
         return dict(zip(self.paths, values, strict=True)) if self.named else values
@@ -182,7 +184,7 @@ class Plan:
         flat: list[Any] = [None] * len(self.flat)
         for k, x in zip(self.kept, kept, strict=True):
             flat[k] = x
-        of_key = {key: self._count(counts[key], moved, len(params)) for _, key in self.counted}
+        of_key = {key: self._count(key, counts[key], moved, len(params)) for _, key in self.counted}
         for k, key in self.counted:
             flat[k] = of_key[key]
         old = _assemble(self.numbered, flat) if dynamo else tree.unflatten(self.spec, flat)
@@ -206,7 +208,8 @@ class Plan:
             changed = [(flat[k], after[k]) for k in self.kept]
             copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
-            torch._foreach_add_([count for key in self.counts for count in counts[key]], 1)
+            for key in self.counts:
+                self._increment(key, counts[key], [state[params[i]] for i in moved] if len(moved) == len(params) else None, in_place)
 
         return write
 
@@ -243,14 +246,34 @@ class Plan:
                 numbers[name] = _read_number(target, values, groups)
         return numbers
 
-    def _count(self, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
+    def _count(self, key: str, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
         """One for each parameter; but nearly always those that have a gradient have the same, and one number is less work."""
-        if len({count.device for count in counts}) > 1:
-            counts = [count.cpu() for count in counts]
-        of_moved = torch.stack(counts).to(self.device, torch.int64)
+        of_moved = self._together(key, counts)
+        if of_moved is None:
+            if len({count.device for count in counts}) > 1:
+                counts = [count.cpu() for count in counts]
+            of_moved = torch.stack(counts)
+        of_moved = of_moved.to(self.device, torch.int64, copy=True)
         if not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()) and bool((of_moved == of_moved[0]).all()):
             return of_moved[0]
         return of_moved.new_zeros(n).index_copy(0, torch.tensor(moved, device=self.device), of_moved)
+
+    def _together(self, key: str, counts: list[Tensor]) -> Tensor | None:
+        """The tensor whose elements these counts are, if they are all of it."""
+        together, views = self.tallies.get(key, (None, ()))
+        return together if len(views) == len(counts) and all(map(is_, views, counts)) else None
+
+    def _increment(self, key: str, counts: list[Tensor], entries: list[dict[str, Any]] | None, in_place: bool) -> None:
+        """Add one to these counts. `in_place`, those of all parameters become elements of one tensor: then it is one operation."""
+        if (together := self._together(key, counts)) is not None:
+            together.add_(1)
+            return
+        torch._foreach_add_(counts, 1)
+        if entries and in_place and len({(type(count), count.dtype, count.device) for count in counts}) == 1:
+            together = torch.stack(counts)
+            self.tallies[key] = together, together.unbind()
+            for entry, count in zip(entries, self.tallies[key][1], strict=True):
+                entry[key] = count
 
     def _extra(self, loss: Any, grads: PyTree) -> dict[str, Any]:
         """What the transformation reads beside gradients, state and parameters, as far as a closure provides it."""

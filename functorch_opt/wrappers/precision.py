@@ -40,14 +40,17 @@ class MasterWeights(GradientTransformation):
         u = (master + u).to(master.dtype) - wide
         return u, wide + u
 
+    def check_state(self, state: Any) -> None:
+        if not isinstance(state, dict) or state.keys() != {"inner", "weights"}:
+            held = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"this is not a state of keep_master_weights, which has inner and weights: it holds {held}.")
+
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         master = tree.map(lambda p: p.to(tree.at_least_float32(p.dtype), copy=True), params)
         return {"inner": self.inner.init(master), "weights": StageState({}, {"master": master})}
 
     def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
-        if not isinstance(state, dict) or state.keys() != {"inner", "weights"}:
-            held = list(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"this is not a state of keep_master_weights, which has inner and weights: it holds {held}.")
+        self.check_state(state)
         if params is None:
             raise ValueError("keep_master_weights reads the parameters: call update(updates, state, params).")
         kept = state["weights"].slots["master"]
