@@ -33,6 +33,10 @@ Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
 
 
+COMPILE_FROM = 2_000
+"""Steps from which on the time that compiling takes is won back."""
+
+
 def sweep(
     model_or_loss: nn.Module | Callable[..., Any],
     data: Any,
@@ -46,7 +50,7 @@ def sweep(
     seed: Any = 0,
     validation: Any = None,
     bound: float = math.inf,
-    compile: bool = False,
+    compile: bool | None = None,
     progress: bool = False,
     **hyperparameters: Any,
 ) -> Sweep:
@@ -74,8 +78,8 @@ def sweep(
             the mean of the last tenth of the steps.
         bound: a run whose loss is not finite, or greater than this, counts as diverged: from there its parameters stay as they are and
             its curve is NaN.
-        compile: whether to compile the vmapped step. That takes seconds, and pays off in long sweeps. If compiling fails, the sweep
-            warns and runs eagerly.
+        compile: whether to compile the vmapped step. None: if the sweep is so long that it pays (`COMPILE_FROM` steps), for
+            compiling takes seconds. If it fails, the sweep warns and runs eagerly.
         progress: show a progress bar (needs the extra ``viz``).
         **hyperparameters: keywords of `optimizer`. A list of numbers, or a 1-dim tensor, has a run for each. Everything else is the
             same for all; a noise `key` is folded with the seed, so that each seed has its own noise.
@@ -132,7 +136,7 @@ def sweep(
 
     batches, steps, each_its_own = _batches(data, batch_size, steps, epochs, seeds, of_seed)
     step: Any = vmap(one, in_dims=(0, 0, 0, 0, 0 if each_its_own else None), randomness="different")
-    if compile:
+    if compile or (compile is None and steps >= COMPILE_FROM):
         step = _Compiled(step)
     if progress:
         batches = viz("rich.progress", "progress=True").track(batches, f"{runs} runs", total=steps)

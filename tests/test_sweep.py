@@ -331,6 +331,23 @@ def test_compiled_equals_eager_and_compiles_once() -> None:
     assert torch.equal(compiled.curves[:8], tame.curves[:8])  # not a bit of those that diverged
 
 
+def test_long_sweeps_are_compiled_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, **_: (compiled.append(step), step)[1])
+    monkeypatch.setattr("functorch_opt.sweeps.COMPILE_FROM", 6)
+    for steps, compile, times in ((5, None, 0), (6, None, 1), (6, False, 1), (5, True, 2)):
+        fo.sweep(
+            lambda ps, x: (ps["w"] * x).sum(),
+            (torch.ones(3),),
+            fo.sgd,
+            learning_rate=[0.1],
+            params={"w": torch.ones(3)},
+            steps=steps,
+            compile=compile,
+        )
+        assert len(compiled) == times
+
+
 @pytest.mark.slow
 def test_every_sweep_of_a_process_compiles_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt.base import GradientTransformation
 from functorch_opt.combine import Chain, chain, hyperparameters
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
