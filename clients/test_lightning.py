@@ -25,8 +25,9 @@ from common import (
     torchs,
     watched,
 )
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -198,3 +199,33 @@ def test_44_loading_into_the_wrapper_alone(make: Make) -> None:
     assert optimizer.state[net[0].weight]["step"] == 2
     wrapper.optimizer.load_state_dict(saved)
     assert optimizer.state[net[0].weight]["step"] == 1
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_45_state_that_was_moved_is_the_state(compile: bool) -> None:
+    """Lightning moves every tensor of the state but ``step``, by assignment: the step reads, and writes, the new ones."""
+    start = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
+    params, twins = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    opt, twin = fo.optim.AdamW(params, compile=compile), fo.optim.AdamW(twins)
+
+    def train(opt: torch.optim.Optimizer, ps: list[nn.Parameter], steps: range) -> None:
+        for k in steps:
+            for p in ps:
+                p.grad = (p.detach() * (k + 1.0)).sin()
+            opt.step()
+
+    train(opt, params, range(2))
+    train(twin, twins, range(2))
+    old = [opt.state[p]["exp_avg"] for p in params]
+    kept = [x.clone() for x in old]
+    _optimizer_to_device(opt, torch.device("cpu"))
+    for p in params:  # on one device `to` gives the same tensors: clones stand for moved ones
+        opt.state[p] = {key: value if key == "step" else value.clone() for key, value in opt.state[p].items()}
+    moved = [opt.state[p]["exp_avg"] for p in params]
+    train(opt, params, range(2, 4))
+    train(twin, twins, range(2, 4))
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(x, y) for x, y in zip(old, kept, strict=True))
+    assert all(opt.state[p]["exp_avg"] is x for p, x in zip(params, moved, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(moved, kept, strict=True))

@@ -335,29 +335,6 @@ def test_38_swapped_in_parameters_and_state() -> None:
 # ---- G. clients --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_45_state_that_was_moved_is_the_state(compile: bool) -> None:
-    """Lightning moves every tensor of the state but ``step``, by assignment: the step reads, and writes, the new ones."""
-    pytest.importorskip("lightning")
-    from lightning.fabric.utilities.optimizer import _optimizer_to_device
-
-    params, twins = make_params(), make_params()
-    opt, twin = fo.optim.AdamW(params, compile=compile), fo.optim.AdamW(twins)
-    train(opt, params, 2)
-    train(twin, twins, 2)
-    old = [opt.state[p]["exp_avg"] for p in params]
-    kept = [x.clone() for x in old]
-    _optimizer_to_device(opt, torch.device("cpu"))
-    for p in params:  # on one device `to` gives the same tensors: clones stand for moved ones
-        opt.state[p] = {key: value if key == "step" else value.clone() for key, value in opt.state[p].items()}
-    moved = [opt.state[p]["exp_avg"] for p in params]
-    for p, q in zip(train(opt, params, 2, start=2), train(twin, twins, 2, start=2), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
-    assert all(torch.equal(x, y) for x, y in zip(old, kept, strict=True))
-    assert all(opt.state[p]["exp_avg"] is x for p, x in zip(params, moved, strict=True))
-    assert not any(x.numel() and torch.equal(x, y) for x, y in zip(moved, kept, strict=True))
-
-
 def test_49_the_profiler_knows_the_step_and_the_state() -> None:
     model, x, y = model_and_loss()
     opt = fo.optim.AdamW(model.parameters())
