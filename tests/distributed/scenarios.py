@@ -136,6 +136,11 @@ REFERENCES = OURS | {"AdamW": torchs_adamw}
 # ---- FSDP2 ------------------------------------------------------------------------------------------------------------------
 
 
+def counts(entry: dict[str, Any]) -> set[float]:
+    """How many steps the state of a parameter says that it has made: one number, if all is well."""
+    return {float(value) for key, value in entry.items() if key == "step" or key.endswith("/count")}
+
+
 def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
     """How far a sharded run ends from one process, how far that has moved, and where the state lies."""
     alone = make_net()
@@ -157,7 +162,7 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
         "moved": min(float((end[n] - start[n]).abs().max()) for n in start),
         "placements": {key: same for (key, shaped), same in placements.items() if shaped},
         "scalars": sorted({key for key, shaped in placements if not shaped}),
-        "steps": sorted({float(opt.state[p]["step"]) for opt in opts for p in opt.param_groups[0]["params"]}),
+        "steps": sorted({n for opt in opts for p in opt.param_groups[0]["params"] for n in counts(opt.state[p])}),
         "compiled": sum(
             len(segment.compiled) for opt in opts for plan in opt._plans.values() if compile for segment in plan.compiled.segments.values()
         ),
@@ -327,14 +332,14 @@ def fresh_state(rank: int, name: str, options: dict[str, bool], sharded: bool) -
     before = gathered(nets[0])
     seen = get_optimizer_state_dict(nets[0], looked_at, options=StateDictOptions(**options))
     same = all(torch.equal(p, before[n]) for n, p in gathered(nets[0]).items())
-    counts = {float(entry["step"]) for entry in looked_at.state.values()}
+    counted = {n for entry in looked_at.state.values() for n in counts(entry)}
     mine = my_rows(rank) if sharded else slice(None)
     for net, opt in zip(nets, (looked_at, left_alone), strict=True):
         train(net, [opt], range(3), mine)
     a, b = gathered(nets[0]), gathered(nets[1])
     return {
         "same": same,
-        "counts": counts,
+        "counts": counted,
         "equal": all(torch.equal(a[n], b[n]) for n in a),
         "keys": sorted(map(str, seen.get("state", seen))),
     }
