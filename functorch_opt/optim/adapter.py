@@ -167,8 +167,7 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
 
-        A first step with zero lr and zero gradients only creates the state, and is not counted: it is how torch.distributed.checkpoint sets
-        up a fresh optimizer.
+        A first step with zero lr and zero gradients (torch.distributed.checkpoint makes one) creates the state, and is not counted.
 
         Args:
             closure: evaluates the model anew and returns the loss; called with gradients enabled, before any gradient is read. A
@@ -272,6 +271,10 @@ class Optimizer(torch.optim.Optimizer):
         handles = [self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(fill, prepend=True)]
         try:
             super().load_state_dict(state_dict)
+            if (
+                not found
+            ):  # a wrapper that lends its class from this one, as Lightning's, runs other hooks afterwards than it has registered
+                fill(self)
             if found[0].missing or found[0].unexpected:
                 warnings.warn(f"{found[0]} {LEFT_OVER} With strict=True this is an error.", stacklevel=2)
         except BaseException:
