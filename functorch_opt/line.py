@@ -54,6 +54,7 @@ class Line:
             raise TypeError(f"{name}: value_fn must be a function of the params that returns the value; got {type(value_fn).__name__}.")
         self.name, self.params, self.value_fn = name, params, value_fn
         us, spec = tree.flatten_tensors(updates, "updates")
+        tree.refuse_sharded(name, us)
         self.ps = tree.match(updates, spec, params, names=("updates", "params"))
         gs = tree.match(updates, spec, grad, names=("updates", "grad"))
         for path, u, p, g in zip(tree.paths(updates), us, self.ps, gs, strict=True):

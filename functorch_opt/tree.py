@@ -287,10 +287,7 @@ def norm(tree: PyTree) -> Tensor:
 def dot(tree: PyTree, other: PyTree) -> Tensor:
     """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
     products = [torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real for x, y in zip(leaves(tree), leaves(other), strict=True)]
-    if not products:
-        return torch.zeros(())
-    widest = torch.float64 if torch.float64 in [x.dtype for x in products] else torch.float32
-    return torch.stack([x.to(widest) for x in products]).sum()
+    return _stack(products).sum() if products else torch.zeros(())
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -417,6 +414,12 @@ def _combine(norms: list[Tensor], like: Any) -> Tensor:
     mine = _stack(norms).reshape([1] * mesh.ndim + [len(norms)])
     everybodys = DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
     return torch.linalg.vector_norm(everybodys, dim=tuple(range(mesh.ndim)))
+
+
+def refuse_sharded(name: str, leaves: list[Any]) -> None:
+    """Raise TypeError if a leaf is sharded; for what mixes the elements of all leaves, and is not written for ranks."""
+    if any(is_sharded(x) for x in leaves):
+        raise TypeError(f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. Give it x.full_tensor().")
 
 
 # ---- reading a state -------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class Row:
     """Whether the slots of a parameter without gradient stay; the memory of L-BFGS moves on for all parameters together."""
     unrolls: bool = False
     """Whether compiled code unrolls its loop, which takes long: `test_line_search.py` compiles a small one."""
+    shards: bool = True
+    """Whether it takes sharded tensors; otherwise it raises an error that says so."""
     written: bool = True
     """Whether `make` is the public function itself, so that what it builds prints as one call and pickles."""
 
@@ -98,6 +100,7 @@ ROWS = [
         DP,
         ({}, {"expected_batch_size": 4.0}, {"noise_multiplier": decay_schedule}),
         keyed=True,
+        shards=False,
         written=False,
     ),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
@@ -143,9 +146,10 @@ ROWS = [
         {"decrease_factor": 0.7, "max_learning_rate": 3.0, "slope_rtol": 0.3},
         ({}, {"store_grad": True}, {"increase_factor": float("inf")}),
         unrolls=True,
+        shards=False,
         written=False,
     ),
-    Row("scale_by_lbfgs", fo.scale_by_lbfgs, {}, ({}, {"memory_size": 2}, {"scale_init_precond": False}), slots_rest=False),
+    Row("scale_by_lbfgs", fo.scale_by_lbfgs, {}, ({}, {"memory_size": 2}, {"scale_init_precond": False}), slots_rest=False, shards=False),
     Row("scale_by_learning_rate", fo.scale_by_learning_rate, LR, ({}, {"flip_sign": False}, {"learning_rate": decay_schedule})),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
     Row(
@@ -176,6 +180,7 @@ ROWS = [
         {"increase_factor": 2.0, "slope_rtol": 0.1, "curv_rtol": 0.2},
         ({}, {"initial_guess_strategy": "one"}, {"max_learning_rate": 0.3}, {"approx_dec_rtol": None}),
         unrolls=True,
+        shards=False,
         written=False,
     ),
     Row("set_to_zero", fo.set_to_zero),
@@ -197,6 +202,7 @@ ROWS = [
         variants=({}, {"linesearch": None, **LR}),
         slots_rest=False,
         unrolls=True,
+        shards=False,
         written=False,
     ),
     Row("lamb", fo.lamb, {**LR, **ADAM, "weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1})),
@@ -207,13 +213,14 @@ ROWS = [
         ({}, {"nesterov": True}, {"weight_decay_mask": matrices, "trust_ratio_mask": matrices}),
         reads_shape=True,
     ),
-    Row("dp_adam", lambda **given: of_three_examples(fo.dp_adam(**given)), {**LR, **DP, **ADAM}, keyed=True, written=False),
+    Row("dp_adam", lambda **given: of_three_examples(fo.dp_adam(**given)), {**LR, **DP, **ADAM}, keyed=True, shards=False, written=False),
     Row(
         "dp_sgd",
         lambda **given: of_three_examples(fo.dp_sgd(**given)),
         {**LR, **DP},
         ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
         keyed=True,
+        shards=False,
         written=False,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),

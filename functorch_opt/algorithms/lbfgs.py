@@ -90,6 +90,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
             raise ValueError("scale_by_lbfgs reads the parameters: call update(updates, state, params).")
         flat, spec = tree.flatten_tensors(updates, "updates")
         leaves: list[Any] = flat
+        tree.refuse_sharded("scale_by_lbfgs", flat)
         ps = tree.match(updates, spec, params, names=("updates", "params"))
         old = {name: tree.match(updates, spec, state.slots[name], names=("updates", f"the state's {name}")) for name in _SLOTS}
         for path, u, p, before in zip(tree.paths(updates), leaves, ps, old["updates"], strict=True):

@@ -58,6 +58,7 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
         ({'w': tensor([0.9000, 1.2000])}, tensor([5.0000, 0.5000]))
     """
     gs, spec = tree.flatten_tensors(grads, "grads")
+    tree.refuse_sharded("clip_and_sum", gs)
     n = examples(grads, "grads")
     check_weights(weights, n)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)

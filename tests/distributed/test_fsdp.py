@@ -60,11 +60,17 @@ def test_35_clipping_is_torchs_clip_grad_norm(ranks, max_norm: float) -> None:
         assert seen["error"] < (1e-5 if max_norm < 1 else 1e-12)  # torch divides by norm + 1e-6
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS if not row.keyed])
+@pytest.mark.parametrize("name", [row.name for row in ROWS if row.shards])
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_row_takes_sharded_tensors(ranks, world: int, name: str) -> None:
     for errors in ranks(world).run(scenarios.row_on_shards, name):
         assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("name", [row.name for row in ROWS if not row.shards])
+def test_what_takes_no_sharded_tensors_says_so(ranks, name: str) -> None:
+    with pytest.raises(AssertionError, match=r"takes no sharded tensors \(DTensor\)"):
+        ranks(2).run(scenarios.row_on_shards, name)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -89,4 +95,4 @@ def test_an_error_on_one_rank_fails_the_test(ranks) -> None:
 
 def test_a_rank_that_hangs_fails_the_test(ranks) -> None:
     with pytest.raises(AssertionError, match=r"no answer from ranks \[0\]"):
-        ranks(2).run(scenarios.hang_on_one_rank, timeout=5)
+        ranks(2).run(scenarios.hang_on_one_rank, timeout=10)
