@@ -104,6 +104,7 @@ class _Part(NamedTuple):
     indices: list[int]
     sizes: list[int]
     size: int
+    narrow: bool
 
     def run(self, columns: list[list[Tensor]], scalars: list[Tensor], whole: bool) -> None:
         if len(self.indices) < len(columns[0]):
@@ -158,7 +159,7 @@ class Segment:
             for i in indices:
                 of_leaf = [column[number[i]] for column in flat]
                 program, size = self._program(sort, of_leaf)
-                part = of_program.setdefault(id(program), _Part(program, [], [], size))
+                part = of_program.setdefault(id(program), _Part(program, [], [], size, _narrow(of_leaf)))
                 part.indices.append(number[i])
                 part.sizes.append(of_leaf[1].numel())
             self.parts += of_program.values()
@@ -199,14 +200,15 @@ class Segment:
         device, threads = sort[:2]
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.setdefault((self.body.key, sort, self.backend), [])
+        scalars = _narrowed(self.body.scalars) if _narrow(leaf) else self.body.scalars
         for program in programs:
-            if program.fits([*leaf * size, *self.body.scalars]):
+            if program.fits([*leaf * size, *scalars]):
                 return program, size
         examples = [x.detach() for x in leaf]
         if size > 1:  # on a GPU the sizes it sees decide the launch for good
             examples = [x.new_empty(EXAMPLE if x.dim() else ()) for _ in range(size) for x in leaf]
         try:
-            program = Program(self.body, [*examples, *self.body.scalars], threads, self.backend)
+            program = Program(self.body, [*examples, *scalars], threads, self.backend)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             cure = " On a CPU it needs a C++ compiler, e.g. g++." if device.type == "cpu" else ""
@@ -227,8 +229,9 @@ class Segment:
                 raise ValueError(f"compiled_step: the update of leaf {i} {wrong}")
         if self.compiled:
             mine = [[x.contiguous() for x in column] if c in self.copies else column for c, column in enumerate(mine)]
+            narrowed = _narrowed(scalars)
             for part in self.parts:
-                part.run(mine, scalars, self.body.whole)
+                part.run(mine, narrowed if part.narrow else scalars, self.body.whole)
             torch.autograd.graph.increment_version(mine[1])  # so that autograd sees that parameters have changed
         for i in self.eager:
             self._eagerly(i, [column[i] for column in columns], scalars)
@@ -252,6 +255,20 @@ class _Uncompiled:
 
     def __call__(self, args: list[Tensor]) -> None:
         self.body(args)
+
+
+def _narrow(leaf: list[Any]) -> bool:
+    """Whether all rules compute in float32 for this leaf."""
+    return not any(x.dtype in (torch.float64, torch.complex128) for x in leaf)
+
+
+def _narrowed(scalars: list[Tensor]) -> list[Tensor]:
+    """Those of float64 in float32. A rule would do this itself, but a kernel would do it again for every vector of every tensor."""
+    wide = [x for x in scalars if x.dtype is torch.float64]
+    if not wide or len({x.device for x in wide}) > 1:
+        return scalars
+    left = iter(torch.stack(wide).to(torch.float32).unbind())
+    return [next(left) if x.dtype is torch.float64 else x for x in scalars]
 
 
 def _is_sharded(x: Any) -> bool:
