@@ -1,8 +1,12 @@
-"""The pictures of the guides: ``python docs/pictures/draw.py`` writes them beside itself. Needs the extra ``demo``."""
+"""The pictures of the guides: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself. Needs the extra ``demo``."""
 
+import sys
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -71,8 +75,100 @@ def model_per_image() -> Figure:
     return figure
 
 
+def rosenbrock_valley() -> Figure:
+    """Values of the Rosenbrock function on the way from (-1.2, 1)."""
+
+    def f(p: Tensor) -> Tensor:
+        return (100 * (p[1:] - p[:-1] ** 2) ** 2 + (1 - p[:-1]) ** 2).sum()
+
+    ways = {
+        "lbfgs": fo.lbfgs(),
+        "sgd, backtracking search": fo.chain(fo.sgd(1.0), fo.scale_by_backtracking_linesearch(30)),
+        "sgd(1e-3)": fo.sgd(1e-3),
+        "adam(0.02)": fo.adam(0.02),
+    }
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for name, tx in ways.items():
+        p = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+        state, values = tx.init(p), []
+        for _ in range(200):
+            gradient, value = grad_and_value(f)(p)
+            values.append(value)
+            known = {"value": value, "grad": gradient, "value_fn": f}
+            updates, state = tx.update(gradient, state, p, **{e: known[e] for e in tx.extra_args})
+            p = fo.apply_updates(p, updates)
+        ax.semilogy(torch.stack(values).clamp_min(1e-16), label=name)
+    ax.set(xlabel="step", ylabel="value of the Rosenbrock function")
+    ax.legend(frameon=False)
+    return figure
+
+
+def posterior() -> Figure:
+    """20,000 chains of Langevin dynamics, each with its own key, in a potential with two wells."""
+    learning_rate, n = 0.01, 20_000
+    keys = fo.random.split(fo.random.key(0), n)
+
+    def energy(x: Tensor) -> Tensor:
+        return (x**2 - 1) ** 2 + 0.3 * x
+
+    def chain(key: Tensor) -> Tensor:
+        tx, x = fo.sgld(learning_rate, key=key), torch.zeros(())
+        state = tx.init(x)
+        for _ in range(500):
+            updates, state = tx.update(4 * x * (x**2 - 1) + 0.3, state)
+            x = fo.apply_updates(x, updates)
+        return x
+
+    x = torch.linspace(-2.3, 2.3, 300)
+    density = torch.exp(-energy(x))
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    ax = figure.subplots()
+    ax.hist(vmap(chain)(keys), bins=90, range=(-2.3, 2.3), density=True, color="0.8", label="the ends of 20,000 chains")
+    ax.plot(x, density / torch.trapezoid(density, x), label="exp(-U), normalized")
+    ax.set(xlabel="x", yticks=[])
+    ax.legend(frameon=False)
+    return figure
+
+
+def ensemble() -> Figure:
+    """64 networks with 64 learning rates, fitted to a sine in one run."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 32).unsqueeze(1)
+    net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    rates = torch.logspace(-4, 0, 64)
+
+    def step(params: dict[str, Tensor], state: dict, rate: Tensor) -> tuple[dict[str, Tensor], dict, Tensor]:
+        gradients, value = grad_and_value(lambda p: ((functional_call(net, p, x) - torch.sin(3 * x)) ** 2).mean())(params)
+        updates, state = fo.adam(rate).update(gradients, state, params)
+        return fo.apply_updates(params, updates), state, value
+
+    params = {name: p.detach().expand(64, *p.shape).clone() for name, p in net.named_parameters()}
+    state, values = vmap(fo.adam(0.1).init)(params), []
+    for _ in range(300):
+        params, state, value = vmap(step)(params, state, rates)
+        values.append(value)
+    curves = torch.stack(values)  # [steps, models]
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    ax = figure.subplots()
+    colors = colormaps["viridis"](torch.linspace(0, 1, 64))
+    for curve, color in zip(curves.T, colors, strict=True):
+        ax.semilogy(curve, color=color, linewidth=0.8)
+    ax.set(xlabel="step", ylabel="loss of each model", ylim=(1e-6, 10))
+    figure.colorbar(ScalarMappable(LogNorm(1e-4, 1.0), "viridis"), ax=ax, label="its learning rate")
+    return figure
+
+
+PICTURES = {
+    "sweep": learning_rates,
+    "model_per_example": model_per_image,
+    "line_search": rosenbrock_valley,
+    "random": posterior,
+    "many_models": ensemble,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, draw in (("sweep", learning_rates), ("model_per_example", model_per_image)):
-        draw().savefig(HERE / f"{name}.png", dpi=80)
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name]().savefig(HERE / f"{name}.png", dpi=80)
         print(f"{name}.png")
