@@ -17,7 +17,7 @@ from benchmarks import record, report, timing
 from benchmarks.memory import allocations
 
 BOUND = 1.0
-CHUNKS = 32, 64
+CHUNKS = 32, 64, 128
 
 
 def conv() -> tuple[nn.Module, tuple[int, ...]]:
@@ -85,6 +85,12 @@ CONTENDERS: dict[str, Make] = {
 }
 
 
+def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """The floor: one gradient of the summed loss, nothing of single examples."""
+    params = [*model.parameters()]
+    return lambda: torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), params)
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +101,7 @@ def run(args: Namespace) -> dict[str, Any]:
     for row in args.rows or ROWS:
         for size in sizes:
             result["rows"].append(_measure(row, size, 2 if args.quick else args.rounds))
-    names = [*CONTENDERS]
+    names = [*CONTENDERS, "floor"]
     for what, unit, show in (("ms", "milliseconds", "{:.1f}"), ("peak", "MB", "{:.1f}")):
         title = {"ms": "Time of the clipped sum", "peak": "Most allocated at a time beside the parameters"}[what] + f", {unit}"
         lines = [
@@ -137,6 +143,10 @@ def _measure(row: str, size: int, rounds: int) -> dict[str, Any]:
             results[name] = {"note": f"not installed ({error.name})"}
         except Exception as error:
             results[name] = {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"}
+    torch.manual_seed(0)
+    model, shape = NETS[row]()
+    calls["floor"] = batch_gradient(model, torch.randn(size, *shape), torch.randint(10, (size,)))
+    results["floor"] = {"peak": allocations(calls["floor"])[1] / 1e6}
     title = f"{row}, batch {size}"
     for name, entry in timing.summary(timing.in_turns(calls, rounds, title), next(iter(calls), None)).items():
         results[name] |= entry
