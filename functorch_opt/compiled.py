@@ -63,7 +63,7 @@ class _Pending:
 
 
 class CompiledStep:
-    """What `compiled_step` makes. It keeps the code it has compiled, and views of the params and slots it saw last."""
+    """What `compiled_step` makes. It keeps which code serves which leaf, and what the tensors were that it was found for."""
 
     def __init__(self, tx: GradientTransformation, donate: bool, backend: str = "inductor") -> None:
         self.tx, self.donate, self.backend = tx, donate, backend

@@ -1,9 +1,8 @@
 """A function of tensors, compiled in place for all sizes at once, and called without what torch does around a compiled function.
 
 The function is traced with sizes as symbols. What the trace, or the compiler, took for granted about them is kept, as the guards of a
-`Program`, and asked once for every new shape. On a CPU code that came out as one kernel is called directly: an ordinary C function, a
-tenth of a microsecond. Everything private to torch that the library leans on is in this file; where a piece of it is missing the program is
-slower, never wrong.
+`Program`, and asked once for every new shape. On a CPU code that came out as one kernel is called directly: an ordinary C function.
+Everything private to torch that compiling needs is in this file.
 """
 
 from __future__ import annotations
