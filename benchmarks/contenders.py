@@ -53,7 +53,7 @@ class Contender:
         return [p.detach() for p in self.ps]
 
 
-def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 2e-5) -> float:
+def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) -> float:
     """The largest difference of the second list to the first, relative to the tolerance: at most 1 is the same."""
     first, second = results
     return max(((a.float() - b.float()).abs() / (atol + rtol * b.float().abs())).max().item() for a, b in zip(second, first, strict=True))

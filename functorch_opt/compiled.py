@@ -232,7 +232,10 @@ class _Run:
         segment = self.step.segments.get(body.key)
         if segment is None or not segment.run(columns, body.scalars):
             segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, columns)
-            segment.run(columns, body.scalars)
+            if not segment.run(columns, body.scalars):
+                raise RuntimeError(
+                    "compiled_step does not know the tensors again that it was made for: a defect. Use update and apply_updates."
+                )
 
     def _row(self, name: str, value: Any) -> list[Any]:
         """One entry per leaf."""

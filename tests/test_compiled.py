@@ -196,6 +196,26 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
     assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["elementwise", "tensorwise"])
+def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
+    """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient; and then not any more."""
+    agree = fo.leafwise(lambda g, raw: g * (g * raw > 0), lambda *, raw: {"raw": fo.Each(raw)}, kind=kind)
+    tx = fo.chain(fo.adam(0.1, eps=1e-3), agree)
+    ps, step = {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}, CompiledStep(tx, True, backend=backend)
+    mine = tree.map(torch.clone, ps)
+    state, ours = tx.init(ps), tx.init(mine)
+    one, other = torch.randn(3, 4), torch.randn(3, 4)
+    for gs in ({"a": one, "b": other}, {"a": one, "b": one}, None, {"a": other, "b": one}):
+        for _ in range(2):
+            given = tree.map(torch.clone, ps) if gs is None else gs
+            updates, state = tx.update(given, state, ps, raw=given)
+            ps = fo.apply_updates(ps, updates)
+            given = mine if gs is None else gs
+            mine, ours = step(mine, given, ours, raw=given)
+            assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+
+
 def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> None:
     """The transposed parameter runs eagerly, the other compiled."""
     tx = fo.sgd(0.1)
