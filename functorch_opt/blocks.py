@@ -8,7 +8,6 @@ than two elements, memory that is not aligned on a GPU) takes the same rules eag
 
 from __future__ import annotations
 
-import sys
 import warnings
 from itertools import chain as joined
 from types import FunctionType
@@ -130,7 +129,7 @@ class Segment:
         us, ps = columns[:2]
         self.present = [u is not None for u in us]
         n_slots = sum(len(stage.slots) for stage in body.stages)
-        self.sharded = not body.whole and any(map(_is_sharded, ps))
+        self.sharded = not body.whole and any(map(tree.is_sharded, ps))
         sorts: dict[Any, list[int]] = {}
         seen: dict[int, int] = {}
         for i, leaf in enumerate(zip(*columns, strict=True)):
@@ -172,9 +171,10 @@ class Segment:
     def _sort(self, leaf: tuple[Any, ...], in_place: int) -> Any:
         """What compiled code depends on beside sizes; None if these tensors must not meet it."""
         p: Any = leaf[1]
-        if _is_sharded(p) and not self.body.whole:
+        if tree.is_sharded(p) and not self.body.whole:
             if not all(
-                x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh if _is_sharded(x) else not x.dim() for x in leaf
+                x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh if tree.is_sharded(x) else not x.dim()
+                for x in leaf
             ):
                 return None
             leaf = tuple(map(_local, leaf))
@@ -284,13 +284,8 @@ def _narrowed(scalars: list[Tensor]) -> list[Tensor]:
     return [next(left) if x.dtype is torch.float64 else x for x in scalars]
 
 
-def _is_sharded(x: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return module is not None and isinstance(x, module.DTensor)
-
-
 def _local(x: Any) -> Any:
-    return x._local_tensor if _is_sharded(x) else x
+    return x._local_tensor if tree.is_sharded(x) else x
 
 
 PROGRAMS: dict[Any, list[Any]] = {}

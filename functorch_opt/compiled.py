@@ -9,6 +9,7 @@ at updates in mid-chain begins a new pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,15 +149,20 @@ def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: 
     elif isinstance(tx, MasterWeights):
         tx.check_state(state)
         _check_slots(tx.inner, state["inner"], params, ps, spec)
+        _check_shapes(tx.name, "master", torch.clone, state["weights"].slots["master"], params, ps, spec)
     elif isinstance(tx, Leafwise):
         tx.check_state(state)
         for name, slot in state.slots.items():
-            for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
-                if x is not None and p is not None and x.shape != p.shape and x.shape != tx.slots[name](p.to("meta")).shape:
-                    raise ValueError(
-                        f"{tx.name}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
-                        f"its parameter {tuple(p.shape)}. Is the state that of other params?"
-                    )
+            _check_shapes(tx.name, name, tx.slots[name], slot, params, ps, spec)
+
+
+def _check_shapes(stage: str, name: str, first: Callable[..., Any], slot: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:
+    for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
+        if x is not None and p is not None and x.shape != p.shape and x.shape != first(p.to("meta")).shape:
+            raise ValueError(
+                f"{stage}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
+                f"its parameter {tuple(p.shape)}. Is the state that of other params?"
+            )
 
 
 @dataclass

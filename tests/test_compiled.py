@@ -317,12 +317,14 @@ def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
     assert len(PROGRAMS) == 2
 
 
-def test_a_foreign_state_is_refused_before_anything_is_written() -> None:
-    tx, ps, gs = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(1.0), fo.adam(0.1)), draw(SMALL, 0), draw(SMALL, 1)
+@pytest.mark.parametrize("name", ["mu", "master"])
+def test_a_foreign_state_is_refused_before_anything_is_written(name: str) -> None:
+    ps, gs = draw(SMALL, 0), draw(SMALL, 1)
+    tx = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adam(0.1)))
     state = tx.init(ps)
-    fo.get(state, "mu")["a"] = torch.zeros(2, 2)
+    fo.get(state, name)["a"] = torch.zeros(1, 3)
     before = tree.map(torch.clone, (ps, state))
-    with pytest.raises(ValueError, match="the state's mu at 'a' has shape"):
+    with pytest.raises(ValueError, match=f"the state's {name} at 'a' has shape"):
         CompiledStep(tx, True, backend="eager")(ps, gs, state)
     assert_same((ps, state), before)
 
