@@ -1,4 +1,4 @@
-"""The longer chains: with `functorch_opt`, where the stages that it lacks are leafwise rules; and the same by hand in eager torch."""
+"""The longer chains: with `functorch_opt`, where the stage that it lacks is a leafwise rule; and the same by hand in eager torch."""
 
 from __future__ import annotations
 
@@ -24,25 +24,7 @@ def lr_factor(count: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((count - WARMUP) / (STEPS - WARMUP), 1)))
 
 
-# ---- the stages that functorch_opt lacks ------------------------------------------------------------------------------------
-
-
-def params_ema(decay: float) -> fo.GradientTransformation:
-    """A running mean of the new parameters; last in the chain, where ``p + g`` is what they will be."""
-
-    def rule(g, p, ema):
-        return g, {"ema": torch.lerp(ema, p + g, 1 - decay)}
-
-    return fo.leafwise(rule, slots={"ema": torch.clone})
-
-
-def centralize() -> fo.GradientTransformation:
-    """Subtract the mean over all dimensions but the first (Yong et al., 2020)."""
-
-    def rule(g):
-        return g - g.mean(tuple(range(1, g.dim())), keepdim=True) if g.dim() > 1 else g
-
-    return fo.leafwise(rule, kind="tensorwise")
+# ---- the stage that functorch_opt lacks -------------------------------------------------------------------------------------
 
 
 def cautious() -> fo.GradientTransformation:
@@ -58,21 +40,13 @@ def cautious() -> fo.GradientTransformation:
     return fo.leafwise(rule, prepare, kind="tensorwise")
 
 
-def trust_ratio() -> fo.GradientTransformation:
-    """``u ||p|| / ||u||``, and ``u`` if either is zero (You et al., 2020)."""
-
-    def rule(g, p):
-        of_p, of_g = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
-        return g * torch.where((of_p > 0) & (of_g > 0), of_p / of_g, 1.0)
-
-    return fo.leafwise(rule, kind="tensorwise")
-
-
 # ---- clip + AdamW + warmup-cosine + parameter EMA ---------------------------------------------------------------------------
 
 
 def ema_chain() -> fo.GradientTransformation:
-    return fo.chain(fo.clip_by_global_norm(MAX_NORM), fo.adamw(schedule(), *BETAS, EPS, weight_decay=DECAY), params_ema(EMA))
+    return fo.chain(
+        fo.clip_by_global_norm(MAX_NORM), fo.adamw(schedule(), *BETAS, EPS, weight_decay=DECAY), fo.params_ema(EMA, debias=False)
+    )
 
 
 class EmaCompiled(Compiled):
@@ -111,13 +85,13 @@ def research_chain(noise: bool) -> fo.GradientTransformation:
     return fo.chain(
         *([fo.add_noise(ETA, GAMMA, key=0)] if noise else []),
         fo.clip_by_global_norm(MAX_NORM),
-        centralize(),
+        fo.centralize(),
         fo.scale_by_adam(*BETAS, EPS),
         cautious(),
-        trust_ratio(),
+        fo.scale_by_trust_ratio(),
         fo.add_decayed_weights(DECAY),
         fo.scale_by_learning_rate(schedule()),
-        params_ema(EMA),
+        fo.params_ema(EMA, debias=False),
     )
 
 
