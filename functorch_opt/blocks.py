@@ -8,7 +8,6 @@ than two elements, memory that is not aligned on a GPU) takes the same rules eag
 
 from __future__ import annotations
 
-import warnings
 from itertools import chain as joined
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.leaf import Each, Misfit, working_dtype, wrong_update
-from functorch_opt.program import Program
+from functorch_opt.program import Program, warn_uncompiled
 from functorch_opt.rule import Leafwise
 from functorch_opt.tree import PyTree
 
@@ -214,9 +213,7 @@ class Segment:
         try:
             program = Program(self.body, [*examples, *scalars], threads, self.backend)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            cure = " On a CPU it needs a C++ compiler, e.g. g++." if device.type == "cpu" else ""
-            warnings.warn(f"compiled_step runs eagerly, for compiling failed: {reason}{cure}", stacklevel=2)
+            warn_uncompiled("compiled_step runs eagerly", error)
             program = _Uncompiled(self.body)
         programs.append(program)
         return program, size

@@ -70,7 +70,7 @@ def clipped_grad_sum(
     Args:
         loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
         l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by themselves, see `clip_and_sum`.
-        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 64 is often fastest too.
+        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often fastest too.
         randomness: of random operations in `loss`, see `per_example_grads`.
 
     Returns:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from functorch_opt.program import warn_uncompiled
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -148,9 +149,7 @@ def _compiled(make: Make, backend: Any) -> Make:
         try:
             return kernel(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error).strip().splitlines()[0]
-            cure = "On a CPU it needs a C++ compiler, e.g. g++."
-            warnings.warn(f"random numbers are drawn eagerly, for compiling failed: {reason} {cure}", stacklevel=2)
+            warn_uncompiled("random numbers are drawn eagerly", error)
             kernel = make
             return make(*args)
 

@@ -20,6 +20,13 @@ _COMBINE |= {"combo_kernel_max_num_args": 4000}
 """What makes of a block of tensors one launch on a GPU."""
 
 
+def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
+    """Say `what` is done eagerly, and why."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cure = "On a CPU it needs a C++ compiler, e.g. g++."
+    warnings.warn(f"{what}, for compiling failed: {reason} {cure}", stacklevel=stacklevel)
+
+
 class Program:
     """`f`, traced on `examples` and compiled; it takes a list of tensors of the same dtypes, devices and ranks, of any sizes that `fits`.
 

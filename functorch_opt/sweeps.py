@@ -13,7 +13,6 @@ import copy
 import inspect
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from functorch_opt import random, tree
 from functorch_opt.base import GradientTransformation, apply_updates
+from functorch_opt.program import warn_uncompiled
 from functorch_opt.report import Sweep, viz
 from functorch_opt.tree import PyTree
 
@@ -375,10 +375,9 @@ class _Compiled:
         self.first = False
         try:
             return self.run(*args)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        except Exception as failure:
+            error = failure
         result = self.eager(*args)  # a mistake in the caller's functions shows itself here, as it would without compiling
         self.run = self.eager
-        cure = "On a CPU it needs a C++ compiler, e.g. g++."
-        warnings.warn(f"sweep runs eagerly, for compiling failed: {reason} {cure}", stacklevel=3)
+        warn_uncompiled("sweep runs eagerly", error, stacklevel=4)
         return result
