@@ -33,11 +33,13 @@ def cautious() -> fo.GradientTransformation:
     def prepare(*, gradient):
         return {"gradient": fo.Each(gradient)}
 
-    def rule(g, gradient):
-        keep = (g * gradient > 0).to(g.dtype)
-        return g * keep * (g.numel() / (keep.sum() + 1))
+    def kept(g, gradient):
+        return (g * gradient > 0).to(g.dtype).sum()
 
-    return fo.leafwise(rule, prepare, kind="tensorwise")
+    def rule(g, gradient, kept, n):
+        return torch.where(g * gradient > 0, g * (n / (kept + 1)), 0.0)
+
+    return fo.leafwise(rule, prepare, sums={"kept": kept, "n": lambda g: g.numel()})
 
 
 # ---- clip + AdamW + warmup-cosine + parameter EMA ---------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Body:
         self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
         self.width = 2 + sum(len(stage.slots) for stage in stages) + sum(map(len, self.rows)) + (not add)
         fixed = tuple([tuple(of.items()) for of in self.fixed])
-        what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots)) for stage in stages])
+        what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots), _meanings(stage)) for stage in stages])
         numbers = tuple([(name, v.dtype, v.dim(), v.device) for of in now for name, v in of.items() if isinstance(v, Tensor)])
         self.key = what, add, fixed, numbers, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
 
@@ -86,7 +86,7 @@ class Body:
                 seen = p
             else:
                 now = {**fixed, **{name: scalars.pop(0) for name in shared}, **{name: entries.pop(0) for name in row}}
-                u, new = stage.apply(u, seen, mine, now, working_dtype(u, seen if "p" in stage.rule_reads else None, *mine.values()))
+                u, new = stage.apply(u, seen, mine, now, working_dtype(u, seen if "p" in stage.reads else None, *mine.values()))
                 for name, slot in mine.items():
                     slot.copy_(new[name])
         if self.add:
@@ -100,7 +100,7 @@ class _Part(NamedTuple):
 
     program: Any
     indices: list[int]
-    sizes: list[int]
+    sizes: list[tuple[int, ...]]
     size: int
     narrow: bool
 
@@ -109,9 +109,9 @@ class _Part(NamedTuple):
             columns = [[column[i] for i in self.indices] for column in columns]
         kernel = getattr(self.program, "kernel", None)
         if kernel is not None and self.size == 1:
-            arguments, last = self.program.arguments, tuple(scalars)
-            for *leaf, n in zip(*columns, self.sizes, strict=True):
-                kernel(*arguments((*leaf, *last, n)))
+            arguments, last = self.program.arguments, (*scalars, *self.program.scratch(self.sizes))
+            for leaf, sizes in zip(zip(*columns, strict=True), self.sizes, strict=True):
+                kernel(*arguments((*leaf, *last, *sizes)))
             return
         leaves = [[x if whole or not x.dim() else x.view(-1) for x in leaf] for leaf in zip(*columns, strict=True)]
         for k in range(0, len(leaves), self.size):
@@ -159,7 +159,7 @@ class Segment:
                 program, size = self._program(sort, of_leaf)
                 part = of_program.setdefault(id(program), _Part(program, [], [], size, _narrow(of_leaf)))
                 part.indices.append(number[i])
-                part.sizes.append(of_leaf[1].numel())
+                part.sizes.append(program.sizes(of_leaf) if size == 1 else ())
             self.parts += of_program.values()
         checked: list[Any] = [x for column in mine for x in column]
         shapes: list[Any] = [[*x.shape] for x in checked]
@@ -257,6 +257,9 @@ class _Uncompiled:
     def fits(self, args: list[Tensor]) -> bool:
         return True
 
+    def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
+        return ()
+
     def __call__(self, args: list[Tensor]) -> None:
         self.body(args)
 
@@ -287,6 +290,10 @@ def _local(x: Any) -> Any:
 
 PROGRAMS: dict[Any, list[Any]] = {}
 """Compiled code, for all steps of this process: the same rules on the same dtypes are compiled once."""
+
+
+def _meanings(stage: Leafwise | Enter | Leave) -> Any:
+    return tuple([(name, _meaning(of)) for name, of in stage.sums.items()]) if isinstance(stage, Leafwise) else ()
 
 
 def _meaning(value: Any) -> Any:

@@ -198,7 +198,11 @@ class _Run:
         columns = {
             name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}")) for name, slot in state.slots.items()
         }
-        self.pending.append(_Pending(tx, columns, {name: now[name] for name in tx.rule_reads if name in now}))
+        now = {name: now[name] for name in tx.reads if name in now}
+        if tx.sums and any(map(tree.is_sharded, self.ps)):
+            self.flush()
+            now |= tx.sums_of_parts(tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now)
+        self.pending.append(_Pending(tx, columns, now))
         return StageState(shared, state.slots)
 
     def master_weights(self, tx: MasterWeights, state: PyTree) -> PyTree:

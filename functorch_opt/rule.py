@@ -1,13 +1,15 @@
 """One rule for one tensor: what is really particular about nearly every optimizer.
 
 `leafwise` makes the pair ``(init, update)`` from two functions: ``prepare``, worked out once a step, and ``rule``, for one tensor.
-Both say by the *names of their arguments* what they read, and nothing else has to be declared:
+What the rule needs to know of the whole tensor are ``sums`` over it, worked out just before the rule.
+All say by the *names of their arguments* what they read, and nothing else has to be declared:
 
     g        the incoming update of this tensor           count    how many updates were made before this one (int64)
     p        the parameter itself                         updates  the whole tree of incoming updates
     <slot>   this tensor's slot, e.g. ``mu``              params   the whole tree of parameters
     <hyper>  a hyperparameter, e.g. ``b1``                <shared> a value all tensors share, e.g. ``key``
     <now>    what ``prepare`` returned under that name    *, value an extra argument of ``update`` (``prepare`` only, after ``*``)
+    <sum>    what the function of that name in ``sums`` returned (``rule`` only)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
-from functorch_opt.leaf import Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype, wrong_update
+from functorch_opt.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype, wrong_update
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["leafwise"]
@@ -39,14 +41,22 @@ class Leafwise(GradientTransformation):
         slots: Mapping[str, Callable[[Tensor], Tensor]],
         shared: Mapping[str, Tensor],
         hyper: Mapping[str, ScalarOrSchedule],
+        sums: Mapping[str, Callable[..., Any]],
         kind: Kind,
     ) -> None:
         self.rule, self.prepare, self.slots, self.shared, self.hyper, self.kind = rule, prepare, slots, shared, hyper, kind
+        self.sums = sums
         if kind not in ("elementwise", "tensorwise"):
             whole = "What looks at the whole tree is a GradientTransformation(init, update)."
             raise ValueError(f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}")
         self.name = enclosing_name(rule)
+        if sums and kind == "tensorwise":
+            raise ValueError(
+                f"{self.name}: sums are for elementwise rules; a tensorwise rule sees the whole tensor and works them out itself."
+            )
         self.rule_reads = positional(rule)
+        self.sum_reads = {name: positional(of) for name, of in sums.items()}
+        self.reads = tuple(dict.fromkeys([n for reads in (self.rule_reads, *self.sum_reads.values()) for n in reads if n not in sums]))
         self.prepare_reads = positional(prepare) if prepare else ()
         self.extra_args = keyword_only(prepare) if prepare else {}
         if keyword_only(rule):
@@ -55,15 +65,17 @@ class Leafwise(GradientTransformation):
                 f"{self.name}: rule takes {names} after '*'. Let prepare take it there, and return it for rule to read by name."
             )
         self.counts = "count" in (*self.rule_reads, *self.prepare_reads) or any(callable(h) for h in hyper.values())
-        known = ["count", *slots, *hyper, *shared]
+        known = ["count", *slots, *hyper, *shared, *sums]
         if len(known) != len(set(known)) or {"g", "p", "updates", "params"} & set(known):
             raise TypeError(
-                f"{self.name}: slots, shared and hyper must have different names, "
+                f"{self.name}: slots, shared, hyper and sums must have different names, "
                 f"none of them g, p, count, updates or params; got {known[1:]}."
             )
+        of_leaf = {"g", "p", *known}
         for reader, reads, allowed in (
             ("prepare", self.prepare_reads, {"updates", "params", "count", *hyper, *shared}),
-            ("rule", () if prepare else self.rule_reads, {"g", "p", *known}),
+            ("rule", () if prepare else self.rule_reads, of_leaf),
+            *((f"sum {name}", () if prepare else reads, of_leaf - sums.keys()) for name, reads in self.sum_reads.items()),
         ):
             unknown = [name for name in reads if name not in allowed]
             if unknown:
@@ -73,7 +85,7 @@ class Leafwise(GradientTransformation):
     def reads_params(self) -> bool:
         """Whether ``update`` needs params: the rule reads ``p``, or ``prepare`` reads ``params`` without a default."""
         required = self.prepare_reads[: len(self.prepare_reads) - len(getattr(self.prepare, "__defaults__", None) or ())]
-        return "p" in self.rule_reads or "params" in required
+        return "p" in self.reads or "params" in required
 
     def _init(self, params: PyTree) -> StageState:
         for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
@@ -135,15 +147,14 @@ class Leafwise(GradientTransformation):
         rank's parts, where a tensorwise rule takes wholes. `uniform`: every tensor is of `dtype`, and real.
         """
         if type(g) is not Tensor and tree.is_sharded(g):
-            p = p if "p" in self.rule_reads else None
+            p = p if "p" in self.reads else None
             return tree.on_shards(self.apply, self.kind == "elementwise", g, p, slots, now, dtype, uniform)
         pairs = dtype.is_complex and self.kind == "elementwise"
-        values = {**now, **slots, "g": g, "p": p}
-        args = [values[name] for name in self.rule_reads]
-        if not uniform and (pairs or any(isinstance(x, Tensor) and x.dtype != dtype for x in args)):
-            args = [enter(x, dtype, pairs) for x in args]
+        values = self._values(g, p, slots, now, dtype, uniform)
         try:
-            result = self.rule(*args)
+            if self.sums:
+                values |= self._sums(values)
+            result = self.rule(*[values[name] for name in self.rule_reads])
         except RuntimeError as error:
             others = [name for name, slot in slots.items() if slot.shape != g.shape or slot.is_complex() != dtype.is_complex]
             if others:
@@ -163,6 +174,46 @@ class Leafwise(GradientTransformation):
             x = self._leave(new[name], old, name, g, pairs)
             kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
         return self._leave(u, g, "the update", g, pairs), kept
+
+    def _values(
+        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype, uniform: bool
+    ) -> dict[str, Any]:
+        """What rule and sums read, as they compute with it."""
+        values = {**now, **slots, "g": g, "p": p}
+        pairs = dtype.is_complex and self.kind == "elementwise"
+        if not uniform and (pairs or any(isinstance(x := values[name], Tensor) and x.dtype != dtype for name in self.reads)):
+            values |= {name: enter(values[name], dtype, pairs) for name in self.reads}
+        return values
+
+    def _sums(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The sums over this tensor, those that are not known."""
+        sums = {name: self.sums[name](*[values[n] for n in reads]) for name, reads in self.sum_reads.items() if name not in values}
+        for name, x in sums.items():
+            if isinstance(x, Tensor) and x.dim():
+                raise TypeError(
+                    f"{self.name}: the sum {name} has shape {tuple(x.shape)}; it must be a 0-dim tensor: a sum over all elements."
+                )
+        return sums
+
+    def sums_of_parts(
+        self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], slots: dict[str, list[Any]], now: dict[str, Any]
+    ) -> dict[str, Each]:
+        """The sums over sharded tensors: each rank's over its parts, and those added up in one message for all tensors."""
+        per_leaf = PerLeaf(updates, spec, {name: now[name] for name in self.reads if name in now})
+        rows: list[dict[str, Any]] = []
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            if g is None:
+                rows.append(dict.fromkeys(self.sums))
+                continue
+            held = {name: column[i] for name, column in slots.items()}
+            dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
+            part = [tree.part_of(x, g) for x in (g, p, *held.values())]
+            mine = {name: tree.part_of(x, g) for name, x in per_leaf.at(i, dtype).items()}
+            sums = self._sums(self._values(part[0], part[1], dict(zip(held, part[2:], strict=True)), mine, dtype, False))
+            rows.append({name: torch.as_tensor(x, device=part[0].device) for name, x in sums.items()})
+        whole = tree.sum_over_ranks([row[name] for name in self.sums for row in rows], gs * len(self.sums))
+        n = len(gs)
+        return {name: Each(tree.unflatten(spec, whole[k * n : (k + 1) * n])) for k, name in enumerate(self.sums)}
 
     def _leave(self, x: Any, like: Tensor, name: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked: a rule that broadcasts has met a state of other params, or is wrong."""
@@ -200,16 +251,20 @@ class _Stage:
         self.tx, self.state = tx, state
         self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
-        self.reads_p = "p" in tx.rule_reads
+        self.reads_p = "p" in tx.reads
 
-    def prepare(self, updates: PyTree, spec: Any, params: PyTree | None, extra: Mapping[str, Any]) -> None:
+    def prepare(self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], params: PyTree | None, extra: Mapping[str, Any]) -> None:
         tx = self.tx
         mine = {name: extra[name] for name in tx.extra_args if name in extra}
         now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
-        missing = [name for name in tx.rule_reads if name not in ("g", "p", *self.old, *now)]
+        missing = [name for name in tx.reads if name not in ("g", "p", *self.old, *now)]
         if missing:
             raise TypeError(f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return.")
-        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in tx.rule_reads if name in now})
+        names = tx.reads
+        if tx.sums and any(map(tree.is_sharded, gs)):
+            now |= tx.sums_of_parts(updates, spec, gs, ps, self.old, now)
+            names += tuple(tx.sums)
+        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
 
     def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
         """The update that the rule makes of `g`; the new slots are kept."""
@@ -240,9 +295,15 @@ def update_in_one_pass(
 ) -> tuple[PyTree, list[StageState]]:
     """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
 
-    Only the first stage may have a ``prepare`` that reads updates.
+    Only the first stage may have a ``prepare`` that reads updates. Of sharded tensors only the first may have sums, since the ranks
+    exchange those of all tensors in one message; so there it is several passes.
     """
     gs, spec = tree.flatten_tensors(updates, "updates")
+    later = next((k for k, tx in enumerate(stages) if k and tx.sums), None)
+    if later and any(map(tree.is_sharded, gs)):
+        updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
+        updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
+        return updates, first + rest
     ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
     running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
     for stage in running:
@@ -250,7 +311,7 @@ def update_in_one_pass(
             if g is not None and (wrong := wrong_update(g, g if params is None else p, [column[i] for column in stage.old.values()])):
                 raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
     for stage in running:
-        stage.prepare(updates, spec, params, extra)
+        stage.prepare(updates, spec, gs, ps, params, extra)
     us: list[Any] = []
     stage = running[0]
     try:
@@ -271,6 +332,7 @@ def leafwise(
     slots: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     shared: Mapping[str, Tensor] | None = None,
     hyper: Mapping[str, ScalarOrSchedule] | None = None,
+    sums: Mapping[str, Callable[..., Any]] | None = None,
     kind: Kind = "elementwise",
 ) -> Leafwise:
     """A transformation from one rule for one tensor, and what is worked out once a step.
@@ -287,6 +349,9 @@ def leafwise(
         slots: ``{name: p -> its first value}``, usually `zeros_like`.
         shared: ``{name: first value}``, tensors.
         hyper: ``{name: number, 0-dim tensor, or schedule of the count}``.
+        sums: ``{name: function}``, what an elementwise rule needs to know of the whole tensor: sums over its elements, 0-dim tensors, or
+            how many there are. The functions read what a rule may, and see what it sees. Of a sharded tensor each rank sums over its
+            part, and the sums are added up.
         kind: "elementwise": any part of a tensor could be computed by itself. "tensorwise": the rule needs the whole tensor.
 
     Raises:
@@ -320,4 +385,4 @@ def leafwise(
     for name, first in (shared or {}).items():
         if not isinstance(first, Tensor):
             raise TypeError(f"shared {name} must be a tensor; got {type(first).__name__} {first!r}.")
-    return Leafwise(rule, prepare, slots or {}, shared or {}, hyper or {}, kind)
+    return Leafwise(rule, prepare, slots or {}, shared or {}, hyper or {}, sums or {}, kind)

@@ -255,17 +255,14 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
-def leaf_norms(tree: PyTree) -> PyTree:
-    """The 2-norm of every leaf, a tree of 0-dim tensors, computed in float32 or wider.
-
-    Of a sharded leaf it is that of the whole, an ordinary tensor; the ranks exchange all norms in one message.
-    """
-    here, spec = flatten(tree)
-    norms: list[Any] = [None if x is None else _norm(part_of(x)) for x in here]
-    for like, indices in _by_layout(here):
-        for i, whole in zip(indices, _combine([norms[i] for i in indices], like).unbind(), strict=True):
-            norms[i] = whole.to(norms[i].dtype)
-    return unflatten(spec, norms)
+def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
+    """Numbers, each a sum over this rank's part of the leaf beside it: those of sharded leaves summed over the ranks, in one message."""
+    values = list(values)
+    for like, indices in _by_layout(leaves):
+        everybodys = _everybodys([values[i] for i in indices], like)
+        for i, whole in zip(indices, everybodys.sum(tuple(range(like.device_mesh.ndim))).unbind(), strict=True):
+            values[i] = whole
+    return values
 
 
 def norm(tree: PyTree) -> Tensor:
@@ -281,7 +278,8 @@ def norm(tree: PyTree) -> Tensor:
     groups = _by_layout(here)
     of_parts = {i for _, indices in groups for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
-    return _norm_of(plain + [_combine([_norm_of([norms[i] for i in indices])], like)[0] for like, indices in groups])
+    # Those of other ranks are gathered and not summed, so that no square can overflow.
+    return _norm_of(plain + [_norm_of([*_everybodys([_norm_of([norms[i] for i in indices])], like).flatten()]) for like, indices in groups])
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
@@ -405,15 +403,14 @@ def _by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
     return list(groups.values())
 
 
-def _combine(norms: list[Tensor], like: Any) -> Tensor:
-    """The norms of wholes, from those of this rank's parts: gathered and not summed, so that no square can overflow."""
+def _everybodys(mine: list[Tensor], like: Any) -> Tensor:
+    """The numbers of all ranks that hold different parts: a dim for each of the mesh, and one for the numbers."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
     placements = [Replicate() if placement.is_replicate() else Shard(dim) for dim, placement in enumerate(_settled(like))]
-    mine = _stack(norms).reshape([1] * mesh.ndim + [len(norms)])
-    everybodys = DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
-    return torch.linalg.vector_norm(everybodys, dim=tuple(range(mesh.ndim)))
+    row = _stack(mine).reshape([1] * mesh.ndim + [len(mine)])
+    return DTensor.from_local(row, mesh, placements, run_check=False).full_tensor()
 
 
 def refuse_sharded(name: str, leaves: list[Any]) -> None:

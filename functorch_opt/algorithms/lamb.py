@@ -7,12 +7,11 @@ Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt.algorithms.adam import scale_by_adam
 from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
 from functorch_opt.combine import MaskOrFn, chain, masked
-from functorch_opt.leaf import Each
 from functorch_opt.rule import leafwise
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
@@ -43,17 +42,19 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
     """
     check_range(0, float("inf"), min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
 
-    def prepare(updates, params):
-        return {"p_norm": Each(tree.leaf_norms(params)), "g_norm": Each(tree.leaf_norms(updates))}
-
-    def rule(g, p_norm, g_norm, min_norm, trust_coefficient, eps):
-        p_norm, g_norm = torch.clamp(p_norm, min=min_norm), torch.clamp(g_norm, min=min_norm)
+    def rule(g, pp, gg, min_norm, trust_coefficient, eps):
+        p_norm, g_norm = torch.clamp(_root(pp), min=min_norm), torch.clamp(_root(gg), min=min_norm)
         either_is_zero = (p_norm == 0) | (g_norm == 0)
         divisor = torch.where(either_is_zero, 1.0, g_norm + eps)  # never 0: the derivative of what is not chosen would be NaN
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
-    return leafwise(rule, prepare, hyper=hyper)
+    return leafwise(rule, hyper=hyper, sums={"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()})
+
+
+def _root(square: Tensor) -> Tensor:
+    """Its root, with derivative 0 at 0."""
+    return torch.where(square == 0, square, torch.where(square == 0, 1.0, square).sqrt())
 
 
 @transformation

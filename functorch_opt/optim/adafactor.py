@@ -27,10 +27,6 @@ from functorch_opt.rule import leafwise
 __all__ = ["Adafactor"]
 
 
-def _rms(x):
-    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
-
-
 def _weight(beta2_decay, count):
     """1 - b2_t."""
     return {"weight": tree.as_real(count + 1) ** beta2_decay}
@@ -77,11 +73,12 @@ def step_by_adafactor(lr, eps2, d, weight_decay) -> GradientTransformation:
     def prepare(count, lr, weight_decay):
         return {"rho": (tree.as_real(count + 1) ** -0.5).clamp(max=lr), "decay": lr * weight_decay}
 
-    def rule(g, p, rho, d, decay):
-        size = rho * _rms(p).clamp(min=eps2) / (_rms(g) / d).clamp(min=1)
+    def rule(g, p, gg, pp, n, rho, d, decay):
+        size = rho * (pp / n).sqrt().clamp(min=eps2) / ((gg / n).sqrt() / d).clamp(min=1)
         return -size * g - decay * p
 
-    return leafwise(rule, prepare, hyper={"lr": lr, "d": d, "weight_decay": weight_decay}, kind="tensorwise")
+    sums = {"gg": lambda g: g.square().sum(), "pp": lambda p: p.square().sum(), "n": lambda g: g.numel()}
+    return leafwise(rule, prepare, hyper={"lr": lr, "d": d, "weight_decay": weight_decay}, sums=sums)
 
 
 class Adafactor(TorchNamed):

@@ -44,5 +44,4 @@ def only_sets_up(groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
     """
     if state or any(group["lr"] != 0 for group in groups):
         return False
-    norms = tree.leaf_norms([p.grad for group in groups for p in group["params"]])
-    return all(bool(norm == 0) for norm in tree.leaves(norms))
+    return bool(tree.norm([p.grad for group in groups for p in group["params"]]) == 0)

@@ -41,9 +41,10 @@ def test_compiled_and_sharded(ranks, name: str) -> None:
         assert bool(seen["compiled"]) == (name != "centralize")  # a tensorwise rule, and what follows it, runs eagerly
 
 
-def test_compiled_and_partly_sharded(ranks) -> None:
-    for seen in ranks(2).run(scenarios.trajectory, "clip", "mixed", True):
-        check(seen, "clip")
+@pytest.mark.parametrize("name", ["clip", "lamb", "Adafactor"])
+def test_compiled_and_partly_sharded(ranks, name: str) -> None:
+    for seen in ranks(2).run(scenarios.trajectory, name, "mixed", True):
+        check(seen, name)
         assert seen["compiled"]
 
 

@@ -1,0 +1,145 @@
+"""Sums over a tensor that an elementwise rule reads: the same numbers as a tensorwise rule that works them out itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+import functorch_opt as fo
+from functorch_opt import tree
+from functorch_opt.blocks import PROGRAMS
+from functorch_opt.compiled import CompiledStep
+
+# ---- one transformation, written both ways: it reads the update, the parameter, a slot, a hyperparameter, and what prepare gives ----
+
+
+def with_sums(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
+    sums = {
+        "gg": lambda g, weight: weight * g.square().sum(),
+        "pm": lambda p, mean: (p * mean).sum(),
+        "signs": lambda g, other: (g * other > 0).to(g.dtype).sum(),
+        "n": lambda g: g.numel(),
+    }
+    return fo.leafwise(_rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, sums=sums)
+
+
+def _prepare(count, *, other):
+    return {"other": fo.Each(other), "t": tree.as_real(count + 1)}
+
+
+def _rule(g, p, mean, gg, pm, signs, n, t):
+    mean = torch.lerp(mean, g, 0.3)
+    return g * gg / n + pm * p / t + mean * (signs / (n + 1)), {"mean": mean}
+
+
+def with_the_whole_tensor(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
+    def rule(g, p, mean, weight, t, other):
+        signs = (g * other > 0).to(g.dtype).sum()
+        return _rule(g, p, mean, weight * (g**2).sum(), (p * mean).sum(), signs, g.numel(), t)
+
+    return fo.leafwise(rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, kind="tensorwise")
+
+
+SHAPES = {"matrix": (5, 7), "long": (9001,), "one": (1,), "scalar": (), "empty": (0, 3), "thin": (6, 1)}
+
+
+def drawn(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
+
+
+def steps(tx: fo.GradientTransformation, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
+    ps = drawn(0, dtype)
+    state, seen = tx.init(ps), []
+    for i in range(3):
+        updates, state = tx.update(drawn(i + 1, dtype), state, ps, other=drawn(i + 10, dtype))
+        ps = fo.apply_updates(ps, updates)
+        seen.append(ps)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_same_as_a_tensorwise_rule(dtype: torch.dtype) -> None:
+    ours, expected = steps(with_sums(), dtype), steps(with_the_whole_tensor(), dtype)
+    torch.testing.assert_close(ours, expected)
+    assert all((a["matrix"] - b["matrix"]).abs().max() > 0.1 for a, b in pairwise(ours))
+
+
+def test_complex_tensors_are_pairs_of_reals() -> None:
+    tx = fo.leafwise(lambda g, gg: g / gg.sqrt(), sums={"gg": lambda g: g.square().sum()})
+    g = torch.tensor([3.0 + 0.0j, 0.0 + 4.0j])
+    torch.testing.assert_close(tx.update([g], tx.init([g]))[0][0], g / 5)
+
+
+def test_mapped_and_differentiated() -> None:
+    ps, gs, other = ({n: x for n, x in drawn(i).items() if x.dim() == 2 and x.numel()} for i in (0, 1, 2))
+
+    def after(make, weight: Tensor, scale: Tensor) -> Tensor:
+        tx = make(weight)
+        updates, _ = tx.update({n: scale * g for n, g in gs.items()}, tx.init(ps), ps, other=other)
+        return sum(u.square().sum() for u in updates.values())
+
+    weights, scales = torch.tensor([0.5, 2.0, 0.1]).double(), torch.tensor([1.0, 0.3, 3.0]).double()
+    for of in (after, grad(after, argnums=1), grad(after, argnums=2)):
+        mapped = vmap(lambda w, s, of=of: of(with_sums, w, s))(weights, scales)
+        expected = torch.stack([of(with_the_whole_tensor, w, s) for w, s in zip(weights, scales, strict=True)])
+        torch.testing.assert_close(mapped, expected)
+        assert expected.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(backend: str) -> None:
+    """In one pass with what stands before and after, and as one program for all tensors that are no scalars."""
+    PROGRAMS.clear()
+    tx = fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.scale_by_learning_rate(0.1))
+    step, ps, mine = CompiledStep(tx, True, backend=backend), drawn(0, torch.float32), drawn(0, torch.float32)
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(3):
+        gs, other = drawn(i + 1, torch.float32), drawn(i + 10, torch.float32)
+        updates, state = tx.update(gs, state, ps, other=other)
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, gs, ours, other=other)
+        torch.testing.assert_close(mine, ps, rtol=1e-4, atol=1e-5)
+    assert len(step.segments) == 1
+    assert [len(programs) for programs in PROGRAMS.values()] == [1]
+
+
+# ---- what is compiled for a CPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_compiled_sum_of_many_numbers_is_exact() -> None:
+    """A float32 sum, number after number, would stop growing at 2^24 a lane and be off by 1e-4 long before."""
+    tx = fo.leafwise(lambda g, total: torch.zeros_like(g) + total, sums={"total": lambda g: g.sum()})
+    g = torch.rand(3_000_001, generator=torch.Generator().manual_seed(0))
+    ps, _ = CompiledStep(tx, True)([torch.zeros_like(g)], [g], tx.init([g]))
+    exact = g.double().sum()
+    assert abs(ps[0][0] - exact) / exact < 1e-7
+    assert (ps[0] == ps[0][0]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(33, 50), (40, 1), (1, 40), (6, 5, 4)], ids=str)
+def test_numbers_and_rows_that_many_elements_read(shape: tuple[int, ...]) -> None:
+    """They are stored before they are read; a view is read as it is."""
+
+    def rule(g, p):
+        row = g.mean(dim=-1, keepdim=True)
+        size = (g.square().sum() + 1).sqrt()
+        first = p[..., :1] * size
+        return (g - row) / size + torch.where(size > 2, first, row) + (row * 2).exp() / size
+
+    tx = fo.chain(fo.leafwise(rule, kind="tensorwise"), fo.sgd(0.1, momentum=0.9))
+    step, ps, mine = fo.compiled_step(tx), [torch.randn(shape)], []
+    mine = [ps[0].clone()]
+    state, ours = tx.init(ps), tx.init(mine)
+    for _ in range(3):
+        gs = [torch.randn(shape)]
+        updates, state = tx.update(gs, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, gs, ours)
+        torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
