@@ -191,13 +191,13 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     new = []
     for i, (p, u) in enumerate(zip(ps, us, strict=True)):
         if u is not None:
-            if p is None or p.shape != u.shape or _rank(u) > _rank(p):
+            if p is None or p.shape != u.shape or (p.dtype is not u.dtype and _rank(u) > _rank(p)):
                 there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
                 given = f"{u.dtype} of shape {tuple(u.shape)}"
                 raise ValueError(
                     f"the update at {tree.paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off."
                 )
-            p = p + u if p.dtype == u.dtype else (p + u).to(p.dtype)
+            p = p + u if p.dtype is u.dtype else (p + u).to(p.dtype)
         new.append(p)
     return tree.unflatten(spec, new)
 

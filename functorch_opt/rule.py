@@ -15,7 +15,7 @@ All say by the *names of their arguments* what they read, and nothing else has t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -149,8 +149,11 @@ class Leafwise(GradientTransformation):
         if type(g) is not Tensor and tree.is_sharded(g):
             p = p if "p" in self.reads else None
             return tree.on_shards(self.apply, self.kind == "elementwise", g, p, slots, now, dtype, uniform)
-        pairs = dtype.is_complex and self.kind == "elementwise"
-        values = self._values(g, p, slots, now, dtype, uniform)
+        values = {**now, **slots, "g": g, "p": p}
+        pairs = False
+        if not uniform:
+            pairs = dtype.is_complex and self.kind == "elementwise"
+            values |= self._entered(values, dtype, pairs)
         try:
             if self.sums:
                 values |= self._sums(values)
@@ -164,7 +167,7 @@ class Leafwise(GradientTransformation):
                 ) from error
             raise
         if not slots:
-            return self._leave(result, g, "the update", g, pairs), slots
+            return self._leave(result, g, "the update", g, pairs), {}
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) and result[1].keys() == slots.keys()):
             wanted = f"(update, {{slot: new value}}) with the slots {sorted(slots)}"
             raise TypeError(f"{self.name}: rule must return {wanted}; it returned {outline(result)}.")
@@ -175,15 +178,11 @@ class Leafwise(GradientTransformation):
             kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
         return self._leave(u, g, "the update", g, pairs), kept
 
-    def _values(
-        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype, uniform: bool
-    ) -> dict[str, Any]:
+    def _entered(self, values: dict[str, Any], dtype: torch.dtype, pairs: bool) -> dict[str, Any]:
         """What rule and sums read, as they compute with it."""
-        values = {**now, **slots, "g": g, "p": p}
-        pairs = dtype.is_complex and self.kind == "elementwise"
-        if not uniform and (pairs or any(isinstance(x := values[name], Tensor) and x.dtype != dtype for name in self.reads)):
-            values |= {name: enter(values[name], dtype, pairs) for name in self.reads}
-        return values
+        if not pairs and all(not isinstance(x := values[name], Tensor) or x.dtype == dtype for name in self.reads):
+            return {}
+        return {name: enter(values[name], dtype, pairs) for name in self.reads}
 
     def _sums(self, values: dict[str, Any]) -> dict[str, Any]:
         """The sums over this tensor, those that are not known."""
@@ -207,17 +206,16 @@ class Leafwise(GradientTransformation):
                 continue
             held = {name: column[i] for name, column in slots.items()}
             dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
-            part = [tree.part_of(x, g) for x in (g, p, *held.values())]
-            mine = {name: tree.part_of(x, g) for name, x in per_leaf.at(i, dtype).items()}
-            sums = self._sums(self._values(part[0], part[1], dict(zip(held, part[2:], strict=True)), mine, dtype, False))
-            rows.append({name: torch.as_tensor(x, device=part[0].device) for name, x in sums.items()})
+            values = {name: tree.part_of(x, g) for name, x in {**per_leaf.at(i, dtype), **held, "g": g, "p": p}.items()}
+            sums = self._sums(values | self._entered(values, dtype, dtype.is_complex))
+            rows.append({name: torch.as_tensor(x, device=values["g"].device) for name, x in sums.items()})
         whole = tree.sum_over_ranks([row[name] for name in self.sums for row in rows], gs * len(self.sums))
         n = len(gs)
         return {name: Each(tree.unflatten(spec, whole[k * n : (k + 1) * n])) for k, name in enumerate(self.sums)}
 
     def _leave(self, x: Any, like: Tensor, name: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked: a rule that broadcasts has met a state of other params, or is wrong."""
-        if isinstance(x, Tensor) and x.dtype is like.dtype and not pairs and x.shape == like.shape:
+        if type(x) is Tensor and x.dtype is like.dtype and x.shape == like.shape and not pairs:
             return x
         name = name if like is g else f"slot {name}"
         if not isinstance(x, Tensor):
@@ -306,10 +304,10 @@ def update_in_one_pass(
         return updates, first + rest
     ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
     running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
-    for stage in running:
-        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            if g is not None and (wrong := wrong_update(g, g if params is None else p, [column[i] for column in stage.old.values()])):
-                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
+    columns = [column for stage in running for column in stage.old.values()]
+    for g, p, *slots in zip(gs, gs if params is None else ps, *columns, strict=True):
+        if g is not None and wrong_update(g, p, slots):
+            _refuse(running, updates, gs, gs if params is None else ps)
     for stage in running:
         stage.prepare(updates, spec, gs, ps, params, extra)
     us: list[Any] = []
@@ -323,6 +321,15 @@ def update_in_one_pass(
     except Misfit as misfit:
         raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}") from misfit.__cause__
     return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
+
+
+def _refuse(running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]) -> NoReturn:
+    """Say which update is wrong, and for which stage."""
+    for stage in running:
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            if g is not None and (wrong := wrong_update(g, p, [column[i] for column in stage.old.values()])):
+                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
+    raise AssertionError("an update was found wrong that is not")
 
 
 def leafwise(

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
@@ -69,35 +68,37 @@ def scale_by_adam(
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
 
-    # mu c1 / (root + eps) is worked out as mu / (root / c1 + eps / c1): a pass over memory fewer.
+    # mu c1 / (sqrt(nu c2 + eps_root) + eps) is worked out as mu / (sqrt(nu + eps_root / c2) sqrt(c2) / c1 + eps / c1):
+    # fewer passes over memory.
+    optax_max = amsgrad is True  # of nu c2
+
     def prepare(count, b1, b2, eps, eps_root):
         t = tree.as_real(count + 1)
-        unit = 1 - b1**t
-        inside = eps_root + tree.TINY
+        unit, rest = 1 - b1**t, 1 - b2**t
+        no_root = isinstance(eps_root, (int, float)) and eps_root == 0
         return {
             "w1": 1 - b1,
             "w2": 1 - b2,
-            "c2": 1 / (1 - b2**t),
-            "ahead": unit / (1 - b1 ** (t + 1)),
-            "unit": unit,
+            "c2": 1 / rest if optax_max else 1.0,
+            "ahead": unit / (1 - b1 ** (t + 1)) if nesterov else 1.0,
+            "inside": tree.TINY if no_root else (eps_root if optax_max else eps_root * rest) + tree.TINY,
+            "factor": unit if optax_max else unit / rest.sqrt(),
             "outside": eps * unit,
-            "inside": inside if isinstance(inside, Tensor) else torch.full_like(t, inside),
         }
 
-    def direction(g, mu, square, w1, ahead, unit, outside):
-        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(outside, square.sqrt(), unit)
+    def direction(g, mu, square, w1, ahead, inside, factor, outside):
+        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(outside, (square + inside).sqrt(), factor)
 
-    def rule(g, mu, nu, w1, w2, c2, inside, ahead, unit, outside):
+    def rule(g, mu, nu, w1, w2, ahead, inside, factor, outside):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
-        return direction(g, mu, torch.addcmul(inside, nu, c2), w1, ahead, unit, outside), {"mu": mu, "nu": nu}
+        return direction(g, mu, nu, w1, ahead, inside, factor, outside), {"mu": mu, "nu": nu}
 
-    def rule_with_max(g, mu, nu, nu_max, w1, w2, c2, inside, ahead, unit, outside):
+    def rule_with_max(g, mu, nu, nu_max, w1, w2, c2, ahead, inside, factor, outside):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
-        nu_max = torch.maximum(nu_max, nu if amsgrad == "torch" else nu * c2)
-        square = torch.addcmul(inside, nu_max, c2) if amsgrad == "torch" else nu_max + inside
-        return direction(g, mu, square, w1, ahead, unit, outside), {"mu": mu, "nu": nu, "nu_max": nu_max}
+        nu_max = torch.maximum(nu_max, nu * c2 if optax_max else nu)
+        return direction(g, mu, nu_max, w1, ahead, inside, factor, outside), {"mu": mu, "nu": nu, "nu_max": nu_max}
 
     second = partial(tree.zeros_like, dtype=nu_dtype)
     slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}
