@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -156,13 +157,17 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
 # ---- the program -----------------------------------------------------------------------------------------------------------
 
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""With this torch asks for huge pages. With small ones it is chance how well they lie, and the same kernel takes 20 or 35 ms."""
+
+
 def run(args: Namespace) -> dict[str, Any]:
-    if len(args.threads) > 1:
-        return _each_in_a_process(args)
+    chosen = args.rows or [*ROWS, PYTHON]
+    if len(args.threads) > 1 or (not args.quick and (len(chosen) > 1 or HUGE_PAGES not in os.environ)):
+        return _each_in_a_process(args, [chosen] if args.quick else [[name] for name in chosen])
     torch.set_num_threads(args.threads[0])
     os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(args.threads[0])  # how many threads JAX takes, if it has not started yet
     result = record.header("cpu") | {"threads": args.threads, "rows": []}
-    chosen = args.rows or [*ROWS, PYTHON]
     for name in chosen:
         if name == PYTHON:
             result["python"] = [python_time.run(shapes.TINY if args.quick else shapes.SMALL, 20 if args.quick else 300)]
@@ -175,15 +180,15 @@ def run(args: Namespace) -> dict[str, Any]:
     return result
 
 
-def _each_in_a_process(args: Namespace) -> dict[str, Any]:
-    """JAX takes its threads once, when it starts: so a fresh process for every number of threads."""
+def _each_in_a_process(args: Namespace, groups: list[list[str]]) -> dict[str, Any]:
+    """JAX takes its threads once, when it starts, torch asks once for its pages, and memory that others have left is no fresh memory."""
     result = record.header("cpu") | {"threads": args.threads, "rows": [], "python": []}
-    for threads in args.threads:
-        out = args.out / f"threads_{threads}"
+    for threads, names in itertools.product(args.threads, groups):
+        out = args.out / f"threads_{threads}" / "_".join(names)
         command = [sys.executable, "-m", "benchmarks", "cpu", "--threads", str(threads), "--out", str(out)]
         command += ["--rounds", str(args.rounds), "--limit", str(args.limit), *(["--quick"] if args.quick else [])]
-        command += ["--rows", *args.rows] if args.rows else []
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        command += ["--rows", *names]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), HUGE_PAGES: "1"})
         part = json.loads((out / "cpu.json").read_text())
         result["rows"] += part["rows"]
         result["python"] += part.get("python", [])
