@@ -188,7 +188,7 @@ def _each_in_a_process(args: Namespace, groups: list[list[str]]) -> dict[str, An
         command = [sys.executable, "-m", "benchmarks", "cpu", "--threads", str(threads), "--out", str(out)]
         command += ["--rounds", str(args.rounds), "--limit", str(args.limit), *(["--quick"] if args.quick else [])]
         command += ["--rows", *names]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), HUGE_PAGES: "1"})
+        subprocess.run(command, check=True, env={HUGE_PAGES: "1", **os.environ, "OMP_NUM_THREADS": str(threads)})
         part = json.loads((out / "cpu.json").read_text())
         result["rows"] += part["rows"]
         result["python"] += part.get("python", [])

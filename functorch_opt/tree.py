@@ -293,7 +293,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)))
+    dtype = at_least_float32(x.dtype)
+    return torch.linalg.vector_norm(x if x.dtype is dtype else x.to(dtype))
 
 
 def _norm_of(norms: list[Tensor]) -> Tensor:
@@ -302,7 +303,7 @@ def _norm_of(norms: list[Tensor]) -> Tensor:
 
 def _stack(norms: list[Tensor]) -> Tensor:
     widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
-    return torch.stack([n.to(widest) for n in norms])
+    return torch.stack([n if n.dtype is widest else n.to(widest) for n in norms])
 
 
 # ---- sharded tensors -------------------------------------------------------------------------------------------------

@@ -75,11 +75,12 @@ def test_one_program_serves_all_sizes_and_models() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_blocks_of_several_tensors(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", [fo.scale(0.5), fo.scale_by_trust_ratio()], ids=["plain", "with sums"])
+def test_blocks_of_several_tensors(stage: fo.GradientTransformation, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the last block of each kind is filled up; every tensor is worked out once."""
     monkeypatch.setitem(blocks.BLOCK, "cpu", 3)
     monkeypatch.setattr(blocks, "EXAMPLE", 64)
-    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    tx = fo.chain(fo.clip_by_global_norm(0.5), stage, fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
     shapes = {f"p{i}": (i + 2, 3) for i in range(7)} | {"tiny": (2,), "one": (1,), "scalar": ()}
     ps, mine, step = draw(shapes, 0), draw(shapes, 0), CompiledStep(tx, True, backend=backend)
     state, ours = tx.init(ps), tx.init(mine)
