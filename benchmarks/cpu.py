@@ -158,7 +158,7 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
 
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""With this torch asks for huge pages. With small ones it is chance how well they lie, and the same kernel takes 20 or 35 ms."""
+"""With this torch asks for huge pages. With small ones it is chance how well they lie, and the same kernel takes 21 or 31 ms."""
 
 
 def run(args: Namespace) -> dict[str, Any]:

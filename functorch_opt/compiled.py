@@ -132,10 +132,15 @@ def _rules(tx: GradientTransformation) -> list[Any]:
     return [rule for stage in tx.stages.values() for rule in _rules(stage)] if isinstance(tx, Chain) else [tx]
 
 
-def _in_one_pass(tx: GradientTransformation) -> bool:
-    """Whether `tx` is nothing but rules, of which only the first may look at the whole tree, and that at the updates."""
+def _in_one_pass(tx: GradientTransformation, sharded: bool) -> bool:
+    """Whether `tx` is nothing but rules, of which only the first may look at the whole tree, and that at the updates.
+
+    Sums over `sharded` parameters end a pass, which is too late for a master copy.
+    """
     rules = _rules(tx)
     if not rules or not all(isinstance(rule, Leafwise) and "params" not in rule.prepare_reads for rule in rules):
+        return False
+    if sharded and any(rule.sums for rule in rules):
         return False
     return not any("updates" in rule.prepare_reads for rule in rules[1:])
 
@@ -182,7 +187,8 @@ class _Run:
         if isinstance(tx, Chain):
             tx.check_state(state)
             return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
-        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner):
+        sharded = any(map(tree.is_sharded, self.ps))
+        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner, sharded):
             return self.master_weights(tx, state)
         extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
         if not isinstance(tx, Leafwise):
@@ -199,7 +205,7 @@ class _Run:
             name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}")) for name, slot in state.slots.items()
         }
         now = {name: now[name] for name in tx.reads if name in now}
-        if tx.sums and any(map(tree.is_sharded, self.ps)):
+        if tx.sums and sharded:
             self.flush()
             now |= tx.sums_of_parts(tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now)
         self.pending.append(_Pending(tx, columns, now))

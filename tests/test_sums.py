@@ -108,6 +108,22 @@ def test_compiled(backend: str) -> None:
     assert [len(programs) for programs in PROGRAMS.values()] == [1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_sums_over_a_master_copy(dtype: torch.dtype) -> None:
+    """Not over the rounded parameter."""
+    tx = fo.keep_master_weights(fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.sgd(0.1)))
+    step, ps, mine = CompiledStep(tx, True, backend="eager"), drawn(0, dtype), drawn(0, dtype)
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(3):
+        gs, other = drawn(i + 1, dtype), drawn(i + 10, dtype)
+        updates, state = tx.update(gs, state, ps, other=other)
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, gs, ours, other=other)
+        torch.testing.assert_close(fo.get(ours, "mean"), fo.get(state, "mean"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-6)
+    assert len(step.segments) == 1
+
+
 # ---- what is compiled for a CPU -------------------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,7 @@ OURS: dict[str, Any] = {
         )
     ),
     "lamb": generic(fo.lamb, learning_rate=0.05, weight_decay=0.1),
+    "lamb, master": generic(lambda: fo.keep_master_weights(fo.lamb(0.05, weight_decay=0.1))),
     "lars": generic(fo.lars, learning_rate=0.5, weight_decay=0.1, trust_coefficient=0.1),
     "centralize": generic(lambda: fo.chain(fo.centralize(), fo.sgd(0.05, momentum=0.9))),
     "Muon": muon,

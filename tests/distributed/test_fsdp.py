@@ -41,11 +41,11 @@ def test_compiled_and_sharded(ranks, name: str) -> None:
         assert bool(seen["compiled"]) == (name != "centralize")  # a tensorwise rule, and what follows it, runs eagerly
 
 
-@pytest.mark.parametrize("name", ["clip", "lamb", "Adafactor"])
+@pytest.mark.parametrize("name", ["clip", "lamb", "lamb, master", "Adafactor"])
 def test_compiled_and_partly_sharded(ranks, name: str) -> None:
     for seen in ranks(2).run(scenarios.trajectory, name, "mixed", True):
         check(seen, name)
-        assert seen["compiled"]
+        assert bool(seen["compiled"]) == (name != "lamb, master")  # its sums would end a pass in the middle of a master copy's
 
 
 def test_the_functional_update_can_be_compiled(ranks) -> None:
