@@ -7,15 +7,19 @@ import pstats
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from benchmarks import report
+from benchmarks.chains import EmaCompiled, ResearchCompiled
 from benchmarks.contenders import Compiled, draw, our_adamw
-from benchmarks.shapes import Shapes
+from benchmarks.shapes import NANOGPT, TINY, Shapes
+from functorch_opt import blocks
 from functorch_opt.combine import Chain
+from functorch_opt.rule import Leafwise
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:
@@ -49,6 +53,9 @@ def kernels_us(profiled: list[dict[str, Any]]) -> float:
     return sum(entry["own_us"] for entry in profiled if re.search(r"built-in method \w+\.kernel", entry["function"]))
 
 
+TITLES = {"Compiled": "AdamW", "EmaCompiled": "clip + AdamW + warmup-cosine + parameter EMA", "ResearchCompiled": "8-stage research chain"}
+
+
 def run(of: Shapes, n: int) -> dict[str, Any]:
     real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
     step, small = Compiled(real, draw(of, 1)), Compiled(tiny, [torch.ones_like(x) for x in tiny])
@@ -64,10 +71,45 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         "step_of_tiny_tensors_us": microseconds(small.step, n),
         "prepare_us": _prepare(real, n),
         "profile": profiled[:12],
+        "parts": [parts(make, of if of is TINY else NANOGPT, n // 6) for make in (Compiled, EmaCompiled, ResearchCompiled)],
     }
     result["python_us"] = result["step_us"] - result["kernels_us"]
     show(result)
     return result
+
+
+def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
+    """Of a step as it runs: the kernels, and `prepare` of all stages, by clocks around them; the rest is Python. In microseconds."""
+    contender, seen = make(draw(of, 0), draw(of, 1)), {"step": [], "kernels": [], "prepare": []}
+    with _clock(blocks._Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
+        for i in range(n + 10):
+            kernels.clear()
+            prepare.clear()
+            begin = time.perf_counter()
+            contender.step()
+            if i >= 10:
+                for name, seconds in (("step", time.perf_counter() - begin), ("kernels", sum(kernels)), ("prepare", sum(prepare))):
+                    seen[name].append(1e6 * seconds)
+    return {"step": make.__name__, **{f"{name}_us": statistics.median(of) for name, of in seen.items()}}
+
+
+@contextmanager
+def _clock(of: Any, name: str) -> Iterator[list[float]]:
+    """Inside, the method of that name notes the seconds that each call takes."""
+    method, seconds = getattr(of, name), []
+
+    def timed(*args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return method(*args)
+        finally:
+            seconds.append(time.perf_counter() - begin)
+
+    setattr(of, name, timed)
+    try:
+        yield seconds
+    finally:
+        setattr(of, name, method)
 
 
 def show(result: dict[str, Any], quiet: bool = False) -> None:
@@ -82,6 +124,13 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
     report.table(f"AdamW, {result['tensors']} tensors: Python time; threads: {result['threads']}", ["", "us"], rows, quiet=quiet)
     rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
     report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows, quiet=quiet)
+    rows = [
+        [TITLES[p["step"]], *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")]]
+        + [f"{(p['step_us'] - p['kernels_us'] - p['prepare_us']) / 1e3:.2f}"]
+        for p in result["parts"]
+    ]
+    title = "Where the time of long steps goes, 12 M GPT, ms (prepare: the norm of the clip, schedules)"
+    report.table(title, ["", "step", "kernels", "prepare", "the rest: Python"], rows, quiet=quiet)
 
 
 def _prepare(ps: list[torch.Tensor], n: int) -> float:

@@ -241,8 +241,8 @@ def _code(f: Any) -> Any:
 
 
 def enclosing_name(f: Any) -> str:
-    _code(f)
-    return f.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
+    name: str = getattr(_code(f), "co_qualname", None) or f.__qualname__  # Python 3.10 has the latter only, Dynamo of torch 2.11 the former
+    return name.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
 
 
 # ---- hyperparameter checks, for factories --------------------------------------------------------------------------------

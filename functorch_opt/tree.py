@@ -84,7 +84,7 @@ def match(reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tu
 def like(reference: PyTree, tree: PyTree) -> PyTree:
     """`tree` in the containers of `reference`: gradients may come as an OrderedDict where the params are a dict."""
     spec = flatten(reference)[1]
-    return tree if flatten(tree)[1] == spec else unflatten(spec, match(reference, spec, tree, names=("the state", "the new state")))
+    return unflatten(spec, match(reference, spec, tree, names=("the state", "the new state")))
 
 
 def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()) -> PyTree:
