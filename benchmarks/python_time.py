@@ -53,7 +53,7 @@ def kernels_us(profiled: list[dict[str, Any]]) -> float:
     return sum(entry["own_us"] for entry in profiled if re.search(r"built-in method \w+\.kernel", entry["function"]))
 
 
-TITLES = {"Compiled": "AdamW", "EmaCompiled": "clip + AdamW + warmup-cosine + parameter EMA", "ResearchCompiled": "8-stage research chain"}
+PARTS = {"AdamW": Compiled, "clip + AdamW + warmup-cosine + parameter EMA": EmaCompiled, "8-stage research chain": ResearchCompiled}
 
 
 def run(of: Shapes, n: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         "step_of_tiny_tensors_us": microseconds(small.step, n),
         "prepare_us": _prepare(real, n),
         "profile": profiled[:12],
-        "parts": [parts(make, of if of is TINY else NANOGPT, n // 6) for make in (Compiled, EmaCompiled, ResearchCompiled)],
+        "parts": [{"step": title} | parts(make, of if of is TINY else NANOGPT, n // 6) for title, make in PARTS.items()],
     }
     result["python_us"] = result["step_us"] - result["kernels_us"]
     show(result)
@@ -90,7 +90,7 @@ def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
             if i >= 10:
                 for name, seconds in (("step", time.perf_counter() - begin), ("kernels", sum(kernels)), ("prepare", sum(prepare))):
                     seen[name].append(1e6 * seconds)
-    return {"step": make.__name__, **{f"{name}_us": statistics.median(of) for name, of in seen.items()}}
+    return {f"{name}_us": statistics.median(of) for name, of in seen.items()}
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
     rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
     report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows, quiet=quiet)
     rows = [
-        [TITLES[p["step"]], *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")]]
+        [p["step"], *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")]]
         + [f"{(p['step_us'] - p['kernels_us'] - p['prepare_us']) / 1e3:.2f}"]
         for p in result["parts"]
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -182,13 +183,16 @@ class _Run:
     extra: dict[str, Any]
     pending: list[_Pending] = field(default_factory=list)
 
+    @cached_property
+    def sharded(self) -> bool:
+        return any(map(tree.is_sharded, self.ps))
+
     def stage(self, tx: GradientTransformation, state: PyTree) -> PyTree:
         """Take in one stage; return its next state, whose slots are written when the rules run."""
         if isinstance(tx, Chain):
             tx.check_state(state)
             return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
-        sharded = any(map(tree.is_sharded, self.ps))
-        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner, sharded):
+        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner, self.sharded):
             return self.master_weights(tx, state)
         extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
         if not isinstance(tx, Leafwise):
@@ -205,7 +209,7 @@ class _Run:
             name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}")) for name, slot in state.slots.items()
         }
         now = {name: now[name] for name in tx.reads if name in now}
-        if tx.sums and sharded:
+        if tx.sums and self.sharded:
             self.flush()
             now |= tx.sums_of_parts(tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now)
         self.pending.append(_Pending(tx, columns, now))

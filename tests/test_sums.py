@@ -150,11 +150,12 @@ def test_numbers_and_rows_that_many_elements_read(shape: tuple[int, ...]) -> Non
         return (g - row) / size + torch.where(size > 2, first, row) + (row * 2).exp() / size
 
     tx = fo.chain(fo.leafwise(rule, kind="tensorwise"), fo.sgd(0.1, momentum=0.9))
-    step, ps, mine = fo.compiled_step(tx), [torch.randn(shape)], []
-    mine = [ps[0].clone()]
+    generator = torch.Generator().manual_seed(0)
+    step, ps = fo.compiled_step(tx), [torch.randn(shape, generator=generator)]
+    mine = tree.map(torch.clone, ps)
     state, ours = tx.init(ps), tx.init(mine)
     for _ in range(3):
-        gs = [torch.randn(shape)]
+        gs = [torch.randn(shape, generator=generator)]
         updates, state = tx.update(gs, state, ps)
         ps = fo.apply_updates(ps, updates)
         mine, ours = step(mine, gs, ours)
