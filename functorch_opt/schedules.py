@@ -46,7 +46,9 @@ class Schedule(Expression):
 
     def __call__(self, count: Tensor | int) -> Tensor:
         t = tree.as_real(torch.as_tensor(count))
-        return torch.zeros_like(t) + self.value(t)
+        value = self.value(t)
+        is_like_t = isinstance(value, Tensor) and value.dtype is t.dtype and value.shape == t.shape
+        return value if is_like_t else torch.zeros_like(t) + value
 
 
 P = ParamSpec("P")
@@ -97,6 +99,17 @@ def _positive(**values: Scalar) -> None:
             raise ValueError(f"{name} must be greater than 0; got {value!r}.")
 
 
+# ---- what would change nothing is left out: an operation on one number takes as long as one on a small parameter -----------------
+
+
+def _since(t: Tensor, begin: int) -> Tensor:
+    return t - begin if begin else t
+
+
+def _power(x: Tensor, exponent: Scalar) -> Tensor:
+    return x if isinstance(exponent, (int, float)) and exponent == 1 else x**exponent
+
+
 # ---- one piece -------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +123,7 @@ def constant_schedule(value: Scalar) -> Callable[[Tensor], Any]:
         tensor(0.1000, dtype=torch.float64)
     """
     _finite(value=value)
-    return lambda t: value
+    return lambda t: torch.zeros_like(t) + value
 
 
 @_schedule
@@ -140,8 +153,8 @@ def polynomial_schedule(
     _at_least(0, transition_begin=transition_begin)
 
     def value(t: Tensor) -> Any:
-        left = 1 - (t - transition_begin).clamp(0, transition_steps) / transition_steps
-        return end_value + (init_value - end_value) * left**power
+        left = 1 - _since(t, transition_begin).clamp(0, transition_steps) / transition_steps
+        return end_value + (init_value - end_value) * _power(left, power)
 
     return value
 
@@ -195,7 +208,7 @@ def exponential_decay(
     grows = torch.as_tensor(decay_rate) >= 1
 
     def value(t: Tensor) -> Any:
-        exponent = (t - transition_begin).clamp(min=0) / transition_steps
+        exponent = _since(t, transition_begin).clamp(min=0) / transition_steps
         decayed = init_value * torch.as_tensor(decay_rate, dtype=t.dtype) ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return decayed
@@ -231,7 +244,7 @@ def cosine_decay_schedule(init_value: Scalar, decay_steps: int, alpha: Scalar = 
 
     def value(t: Tensor) -> Any:
         cosine = 0.5 * (1 + torch.cos(math.pi * t.clamp(0, decay_steps) / decay_steps))
-        return init_value * ((1 - alpha) * cosine**exponent + alpha)
+        return init_value * (1 - alpha) * _power(cosine, exponent) + init_value * alpha
 
     return value
 
@@ -274,7 +287,7 @@ def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Seq
     def value(t: Tensor) -> Any:
         result = t
         for begin, end, schedule in zip([0, *boundaries], [*boundaries, None], schedules, strict=True):
-            piece = schedule((t - begin).clamp(0, end and end - begin))  # beyond its end it might overflow, and 0 * inf is no gradient
+            piece = schedule(_since(t, begin).clamp(0, end and end - begin))  # beyond its end it might overflow, and 0 * inf is no gradient
             result = torch.where(t < begin, result, piece) if begin else piece
         return result
 
