@@ -161,11 +161,16 @@ class Segment:
                 part.indices.append(number[i])
                 part.sizes.append(program.sizes(of_leaf) if size == 1 else ())
             self.parts += of_program.values()
-        checked: list[Any] = [x for column in mine for x in column]
-        shapes: list[Any] = [[*x.shape] for x in checked]
-        strides: list[Any] = [[*x.stride()] for x in checked]
-        self.matches = torch._C._dynamo.guards.TensorGuards(*checked, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
-        self.facts = _facts(checked)
+        checked = [x for column in mine for x in column]
+        places: dict[int, int] = {}
+        place_of = [places.setdefault(id(x), k) for k, x in enumerate(checked)]
+        # A tensor may be there twice, such as a gradient that is an extra argument too. The guards want each of them once.
+        self.once = [*places.values()]
+        self.again = [(k, place) for k, place in enumerate(place_of) if k != place]
+        shapes: list[Any] = [[*checked[k].shape] for k in self.once]
+        strides: list[Any] = [[*checked[k].stride()] for k in self.once]
+        guards = torch._C._dynamo.guards.TensorGuards
+        self.guards = guards(*[checked[k] for k in self.once], dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
     def _sort(self, leaf: tuple[Any, ...], in_place: int) -> Any:
         """What compiled code depends on beside sizes; None if these tensors must not meet it."""
@@ -223,23 +228,26 @@ class Segment:
         if [u is not None for u in columns[0]] != self.present:
             return False
         mine = self._mine(columns)
-        if self.compiled:
-            checked = [x for column in mine for x in column]
-            # It refuses a tensor that is there twice, such as one gradient of two parameters. Then the facts decide.
-            if not self.matches.check(*checked) and _facts(checked) != self.facts:
-                return False
+        if self.compiled and not self._are_known([x for column in mine for x in column]):
+            return False
         for i in self.eager:  # the others are as they were
             if wrong := wrong_update(columns[0][i], columns[1][i]):
                 raise ValueError(f"compiled_step: the update of leaf {i} {wrong}")
         if self.compiled:
+            torch.autograd.graph.increment_version(mine[1])  # so that autograd sees that parameters have changed
             mine = [[x.contiguous() for x in column] if c in self.copies else column for c, column in enumerate(mine)]
             narrowed = _narrowed(scalars)
             for part in self.parts:
                 part.run(mine, narrowed if part.narrow else scalars, self.body.whole)
-            torch.autograd.graph.increment_version(mine[1])  # so that autograd sees that parameters have changed
         for i in self.eager:
             self._eagerly(i, [column[i] for column in columns], scalars)
         return True
+
+    def _are_known(self, tensors: list[Any]) -> bool:
+        """Whether these are of the kind that the code was made for; in Python this would cost more than small tensors do."""
+        if any(tensors[k] is not tensors[place] for k, place in self.again):
+            return False
+        return bool(self.guards.check(*([tensors[k] for k in self.once] if self.again else tensors)))
 
     def _eagerly(self, i: int, leaf: list[Any], scalars: list[Tensor]) -> None:
         try:
@@ -262,12 +270,6 @@ class _Uncompiled:
 
     def __call__(self, args: list[Tensor]) -> None:
         self.body(args)
-
-
-def _facts(tensors: list[Any]) -> list[Any]:
-    """What these tensors are, and which of them are the same one."""
-    first: dict[int, int] = {}
-    return [(type(x), x.dtype, x.device, x.shape, x.stride(), first.setdefault(id(x), i)) for i, x in enumerate(tensors)]
 
 
 def _narrow(leaf: list[Any]) -> bool:
