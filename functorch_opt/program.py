@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+
+aten = torch.ops.aten
+_convert = torch.ops.prims.convert_element_type.default
 
 _COMBINE = {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None, "combo_kernel_max_num_nodes": 1000}
 _COMBINE |= {"combo_kernel_max_num_args": 4000}
@@ -59,7 +63,7 @@ class Program:
         if backend == "inductor":
             from torch._inductor.decomposition import select_decomp_table  # importing it takes seconds
 
-            table = {**select_decomp_table(), **(_ON_CPU if examples[0].device.type == "cpu" else {})}
+            table = select_decomp_table()
         with symbols.patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
             graph = make_fx(lambda *args: f([*args]), decomposition_table=table, tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -81,6 +85,7 @@ class Program:
         output.args = ((),)
         mode, on_cpu = inputs[0].fake_mode, examples[0].device.type == "cpu"
         if on_cpu:
+            _take_sums(graph.graph)
             _store_what_many_read(graph.graph)
         graph.recompile()
         options = {
@@ -147,21 +152,68 @@ class Program:
 # ---- what Inductor leaves to be done for a CPU -------------------------------------------------------------------------------
 
 
-def _sum(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
-    """A sum over all of a float32 tensor, in float64: as exact as Inductor's sum of sums, which goes through memory."""
-    if x.dtype is not torch.float32 or dtype is not None:
-        return NotImplemented
-    if x.dim() > 1:  # row by row, as what is summed is worked out row by row too if anything of a row stands in it
-        x = torch.ops.aten.sum.dim_IntList(x, [*range(1, x.dim())])
-    return torch.ops.aten.sum.default(x, dtype=torch.float64).to(torch.float32)
+def _take_sums(graph: Any) -> None:
+    """Take each sum over all of a float32 tensor in float64: as exact as Inductor's sum of sums, which goes through memory.
+
+    A factor that is known only after another sum is taken out, ``sum(s x) = s sum(x)``, so that both sums can be of the same loop.
+    """
+    late: set[Any] = set()
+    written = {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
+    for node in list(graph.nodes):
+        if node.target is aten.sum.default and not node.kwargs and node.args[0].meta["val"].dtype is torch.float32:
+            with graph.inserting_before(node):
+                factor, x = _factored(graph, node.args[0], late, written)
+                total = _total(graph, x)
+                if factor is not None:  # a sum of zeros is 0, whatever the factor
+                    is_zero, product = _call(graph, aten.eq.Scalar, total, 0), _call(graph, aten.mul.Tensor, total, factor)
+                    total = _call(graph, aten.where.self, is_zero, total, product)
+                total = _call(graph, _convert, total, torch.float32)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+            late.add(total)
+        elif node.target is aten.sum.default or not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
 
 
-_ON_CPU: dict[Any, Callable[..., Any]] = {torch.ops.aten.sum.default: _sum}
+def _total(graph: Any, x: Any) -> Any:
+    dims = [*range(1, x.meta["val"].dim())]
+    if dims:  # row by row, as what is summed is worked out row by row too if anything of a row stands in it
+        x = _call(graph, aten.sum.dim_IntList, x, dims)
+    return _call(graph, aten.sum.default, x, dtype=torch.float64)
+
+
+def _factored(graph: Any, x: Any, late: set[Any], written: set[Any]) -> tuple[Any, Any]:
+    """`x` as a float64 number, made of `late` ones, and the rest; None, and `x`, if there is no such number."""
+    factor, rest = None, x
+    if x.target is aten.mul.Tensor and x.meta["val"].dim():
+        for number, other in (x.args, x.args[::-1]):
+            if number in late and not number.meta["val"].dim():
+                more, rest = _factored(graph, other, late, written)
+                factor = _call(graph, _convert, number, torch.float64)
+                factor = factor if more is None else _call(graph, aten.mul.Tensor, factor, more)
+                break
+    elif x.target is aten.pow.Tensor_Scalar and x.args[1] == 2:
+        root, rest = _factored(graph, x.args[0], late, written)
+        if root is not None:
+            factor, rest = _call(graph, aten.mul.Tensor, root, root), _call(graph, aten.pow.Tensor_Scalar, rest, 2)
+    elif x.target is aten.where.self and x.args[2].target is aten.scalar_tensor.default and x.args[2].args[0] == 0:
+        factor, rest = _factored(graph, x.args[1], late, written)
+        if factor is not None:
+            rest = _call(graph, aten.where.self, x.args[0], rest, x.args[2])
+    if factor is None or any(n in written or getattr(n.target, "is_view", False) for n in (rest, *rest.all_input_nodes)):
+        return None, x  # also if what `x` was made of may have been overwritten since
+    return factor, rest
+
+
+def _call(graph: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new node of `graph`, with the value that it stands for."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*[x.meta["val"] if isinstance(x, Node) else x for x in args], **kwargs)
+    return node
 
 
 def _store_what_many_read(graph: Any) -> None:
     """Store each number that meets a tensor, and each row that meets a matrix: else it is worked out again for every vector of elements."""
-    copy, empty_like = torch.ops.aten.copy_.default, torch.ops.aten.empty_like.default
     for node in list(graph.nodes):
         x = node.meta.get("val")
         if node.op != "call_function" or not isinstance(x, Tensor) or getattr(node.target, "is_view", False):
@@ -169,9 +221,9 @@ def _store_what_many_read(graph: Any) -> None:
         readers = [user for user in node.users if isinstance(y := user.meta.get("val"), Tensor) and _is_repeated(x, y)]
         if readers:
             with graph.inserting_after(node):
-                place = graph.call_function(empty_like, (node,))
+                place = graph.call_function(aten.empty_like.default, (node,))
             with graph.inserting_after(place):
-                stored = graph.call_function(copy, (place, node))
+                stored = graph.call_function(aten.copy_.default, (place, node))
             place.meta["val"] = stored.meta["val"] = x
             for user in readers:
                 user.replace_input_with(node, stored)

@@ -160,3 +160,73 @@ def test_numbers_and_rows_that_many_elements_read(shape: tuple[int, ...]) -> Non
         ps = fo.apply_updates(ps, updates)
         mine, ours = step(mine, gs, ours)
         torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_factors_that_wait_for_another_sum() -> None:
+    """They are taken out of sums. What guards them, what is overwritten in between, and sums of zeros stay right."""
+
+    def scaled(g, p, mean, total, n):
+        kept, mean = torch.where(g * p > 0, g * (n / (total + 1)), 0.0), torch.lerp(mean, g, 0.3)
+        return kept, {"mean": mean}
+
+    def guarded(g, most):
+        return torch.where(most > 0, g * (1 / most), 0.0)
+
+    def of_old(g, held, hh):
+        return held * hh, {"held": torch.lerp(held, g, 0.5)}
+
+    def norm(g, gg, total):
+        return g / (gg + total.abs() + 1).sqrt()
+
+    sums = {"total": lambda g, p: (g * p > 0).to(g.dtype).sum(), "n": lambda g: g.numel()}
+    of_norm = {"gg": lambda g: g.square().sum(), "total": lambda g: (g * g * 3.0 + g).sum()}
+    tx = fo.chain(
+        fo.leafwise(scaled, slots={"mean": tree.zeros_like}, sums=sums),
+        fo.leafwise(norm, sums=of_norm),
+        fo.leafwise(guarded, sums={"most": lambda g: g.abs().sum()}),
+        fo.leafwise(norm, sums=of_norm),
+        fo.leafwise(of_old, slots={"held": torch.ones_like}, sums={"hh": lambda held: held.square().sum()}),
+        fo.leafwise(norm, sums=of_norm),
+    )
+    ps = drawn(0, torch.float32)
+    step, mine = CompiledStep(tx, True), tree.map(torch.clone, ps)
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(4):
+        gs = drawn(i + 1, torch.float32)
+        if i == 2:
+            gs = tree.map(torch.zeros_like, gs)
+        updates, state = tx.update(gs, state, ps)
+        assert all(u.isfinite().all() for u in updates.values())
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, gs, ours)
+        torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fo.get(ours, "held"), fo.get(state, "held"), rtol=1e-5, atol=1e-5)
+
+
+def test_which_factors_are_taken_out() -> None:
+    """Those that wait for a sum, so that one loop gives both; a factor that is known, or a tensor that is written later, stays."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from functorch_opt.program import _take_sums
+
+    def together(g, p, known):
+        number = 1 / g.sum()
+        return torch.stack([(torch.where(p > 0, g * number, 0.0) ** 2).sum(), (g * known).sum(), (p * number).sum()]), p.copy_(g)
+
+    def alone(graph: torch.fx.Graph) -> list[bool]:
+        """Of each sum over a vector, whether it needs no other."""
+        sums = [node for node in graph.nodes if node.target is torch.ops.aten.sum.default]
+        before: dict[object, set[object]] = {}
+        for node in graph.nodes:
+            before[node] = {n for above in node.all_input_nodes for n in (above, *before[above])}
+        return [not before[node] & {*sums} for node in sums]
+
+    examples = torch.randn(7, generator=torch.Generator().manual_seed(0)).unbind()
+    g, p, known = torch.stack(examples), torch.stack(examples[::-1]), torch.tensor(0.7)
+    traced = make_fx(together, tracing_mode="symbolic")(g, p.clone(), known)
+    assert alone(traced.graph) == [True, False, True, False]
+    _take_sums(traced.graph)
+    traced.recompile()
+    assert alone(traced.graph) == [True, True, True, False]
+    torch.testing.assert_close(traced(g, p.clone(), known)[0], together(g, p.clone(), known)[0])
