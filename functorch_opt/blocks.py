@@ -49,22 +49,24 @@ class Leave(NamedTuple):
 class Body:
     """The rules of consecutive stages: what is compiled, and what runs where that cannot be.
 
-    It is called with a list: for every leaf its update, parameter, slots, rows (values of its own) and, if updates are not added to the
-    parameters, where to write the update; then the scalars that all leaves have in common.
+    It is called with a list: for every leaf its update, parameter, slots and rows (values of its own); then the scalars that all leaves
+    have in common. Updates are added to the parameters, or written `into` a row: over a value that has been read, or behind the others.
     """
 
-    def __init__(self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], add: bool) -> None:
-        self.stages, self.add = stages, add
+    def __init__(self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], into: int | None) -> None:
+        self.stages, self.into = stages, into
         self.whole = any(stage.kind == "tensorwise" for stage in stages)
         self.fixed = [{name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now]
         self.shared = [[name for name, v in of.items() if isinstance(v, Tensor) and v.dim() == 0] for of in now]
         self.rows = [[name for name, v in of.items() if isinstance(v, Each) or (isinstance(v, Tensor) and v.dim() == 1)] for of in now]
         self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
-        self.width = 2 + sum(len(stage.slots) for stage in stages) + sum(map(len, self.rows)) + (not add)
+        n_rows, n_slots = sum(map(len, self.rows)), sum(len(stage.slots) for stage in stages)
+        self.width = 2 + n_slots + n_rows + (into == n_rows)
+        self.place = None if into is None else 2 + n_slots + into
         fixed = tuple([tuple(of.items()) for of in self.fixed])
         what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots), _meanings(stage)) for stage in stages])
         numbers = tuple([(name, v.dtype, v.dim(), v.device) for of in now for name, v in of.items() if isinstance(v, Tensor)])
-        self.key = what, add, fixed, numbers, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
+        self.key = what, into, fixed, numbers, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
 
     def __call__(self, args: list[Tensor]) -> None:
         end = len(args) - len(self.scalars)
@@ -73,6 +75,7 @@ class Body:
 
     def _leaf(self, args: list[Tensor], scalars: list[Tensor]) -> None:
         u, p, *left = args
+        place = None if self.place is None else args[self.place]
         entries = left[sum(len(stage.slots) for stage in self.stages) :]
         seen, held = p, p
         for stage, fixed, shared, row in zip(self.stages, self.fixed, self.shared, self.rows, strict=True):
@@ -89,10 +92,10 @@ class Body:
                 u, new = stage.apply(u, seen, mine, now, working_dtype(u, seen if "p" in stage.reads else None, *mine.values()))
                 for name, slot in mine.items():
                     slot.copy_(new[name])
-        if self.add:
+        if place is None:
             p.copy_(p + u)
         else:
-            entries.pop().copy_(u)
+            place.copy_(u)
 
 
 class _Part(NamedTuple):

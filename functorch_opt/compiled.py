@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functorch_opt import philox, tree
 from functorch_opt.base import GradientTransformation, apply_updates
@@ -99,32 +100,37 @@ class CompiledStep:
         moved = apply_updates(params, updates)
         if not self.donate:
             return moved, new
-        return tree.map(torch.Tensor.copy_, params, moved), _donated(state, new)
+        return tree.map(Tensor.copy_, params, moved), _donated(state, new)
 
-    def body(self, pending: list[_Pending], add: bool) -> Body:
+    def body(self, pending: list[_Pending], into: int | None) -> Body:
         """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
         stages = [each.stage for each in pending]
-        body = Body(stages, [stage.now for stage in pending], add)
-        where = tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]), add
+        body = Body(stages, [stage.now for stage in pending], into)
+        where = tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]), into
         if self.constants.setdefault(where, body.fixed) != body.fixed:
             self.constants[where] = None
             now = [
                 {name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for name, v in stage.now.items()}
                 for stage in pending
             ]
-            body = Body(stages, now, add)
+            body = Body(stages, now, into)
         return body
 
 
-def _like(u: torch.Tensor) -> torch.Tensor:
+def _like(u: Tensor) -> Tensor:
     """Where to write the update that becomes of `u`."""
     return torch.empty_like(u, dtype=tree.at_least_float32(u.dtype), memory_format=torch.contiguous_format)
+
+
+def _can_hold(x: Any, u: Any) -> bool:
+    """Whether the update that becomes of `u` can be written over `x`."""
+    return u is None or (x.dtype is tree.at_least_float32(u.dtype) and x.shape == u.shape and x.is_contiguous())
 
 
 def _donated(old: PyTree, new: PyTree) -> PyTree:
     """`new`, its slots written into the tensors of `old`."""
     if isinstance(old, StageState):
-        return StageState(new.shared, {name: tree.map(torch.Tensor.copy_, slot, new.slots[name]) for name, slot in old.slots.items()})
+        return StageState(new.shared, {name: tree.map(Tensor.copy_, slot, new.slots[name]) for name, slot in old.slots.items()})
     return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
 
 
@@ -229,26 +235,38 @@ class _Run:
     def flush(self) -> None:
         """Apply the pending rules to the updates."""
         if self.pending:
-            outs = [None if u is None else _like(u) for u in self.us]
-            self._apply(outs)
-            self.us = outs
+            rows = self._rows()
+            into = next((k for k, (row, own) in enumerate(rows) if own and all(map(_can_hold, row, self.us))), len(rows))
+            if into == len(rows):
+                rows.append(([None if u is None else _like(u) for u in self.us], True))
+            self._apply(rows, into)
+            self.us = [None if u is None else x for u, x in zip(self.us, rows[into][0], strict=True)]
 
     def finish(self) -> None:
         """Apply the pending rules, and add the updates to the params."""
         if self.pending:
-            self._apply(None)
+            self._apply(self._rows(), None)
         else:
             for p, u in zip(self.ps, self.us, strict=True):
                 if u is not None:
                     p.add_(u)
 
-    def _apply(self, outs: list[Any] | None) -> None:
+    def _rows(self) -> list[tuple[list[Any], bool]]:
+        """What pending rules read that every leaf has its own of; and whether that is this step's own, to be written over."""
+        rows = []
+        for name, value in [of for stage in self.pending for of in stage.now.items()]:
+            if isinstance(value, Each):
+                rows.append((tree.match(self.params, self.spec, value.tree, names=("params", name)), value.own))
+            elif isinstance(value, Tensor) and value.dim() == 1:
+                rows.append((list(value.unbind()), False))
+        return rows
+
+    def _apply(self, rows: list[tuple[list[Any], bool]], into: int | None) -> None:
         """Run the pending rules for every leaf that has an update."""
         pending, self.pending = self.pending, []
-        body = self.step.body(pending, add=outs is None)
+        body = self.step.body(pending, into)
         slots = [column for stage in pending for column in stage.slots.values()]
-        rows = [self._row(name, stage.now[name]) for stage, names in zip(pending, body.rows, strict=True) for name in names]
-        columns = [self.us, self.ps, *slots, *rows, *([] if outs is None else [outs])]
+        columns = [self.us, self.ps, *slots, *[row for row, _ in rows]]
         segment = self.step.segments.get(body.key)
         if segment is None or not segment.run(columns, body.scalars):
             segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, columns)
@@ -256,7 +274,3 @@ class _Run:
                 raise RuntimeError(
                     "compiled_step does not know the tensors again that it was made for: a defect. Use update and apply_updates."
                 )
-
-    def _row(self, name: str, value: Any) -> list[Any]:
-        """One entry per leaf."""
-        return tree.match(self.params, self.spec, value.tree, names=("params", name)) if isinstance(value, Each) else list(value.unbind())

@@ -17,9 +17,16 @@ __all__ = ["Each"]
 
 
 class Each(NamedTuple):
-    """Wraps what ``prepare`` hands to every tensor separately: a tree of the structure of the params (a slice of noise, a mask)."""
+    """Wraps what ``prepare`` hands to every tensor separately: a tree of the structure of the params (a slice of noise, a mask).
+
+    Args:
+        tree: of tensors.
+        own: whether `prepare` has just made them, and nobody else has them: then a compiled step may write its updates over them, where it
+            would need new memory.
+    """
 
     tree: PyTree
+    own: bool = False
 
 
 # ---- one entry per leaf --------------------------------------------------------------------------------------------------

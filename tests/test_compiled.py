@@ -217,6 +217,34 @@ def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend: str) -> None:
+    """In place of new memory, where shape and dtype allow it. What somebody else holds stays as it is."""
+    drawn = {"a": torch.randn(3, 4), "b": torch.randn(()), "c": torch.randn(5), "d": torch.randn(2)}
+    given, seen = tree.map(torch.clone, drawn), []
+
+    def look(updates):
+        seen.append(updates)
+        return {}
+
+    add = fo.leafwise(
+        lambda g, noise, gg: g + noise / gg, lambda: {"noise": fo.Each(drawn, own=own)}, sums={"gg": lambda g: g.square().sum()}
+    )
+    tx = fo.chain(add, fo.leafwise(lambda g: 2 * g, look))
+    ps, gs = tree.map(torch.zeros_like, drawn), tree.map(torch.ones_like, drawn)
+    gs["a"], gs["d"] = gs["a"].bfloat16(), None
+    expected = {name: None if g is None else g + given[name] / g.numel() for name, g in gs.items()}
+    mine, _ = CompiledStep(tx, True, backend=backend)(ps, gs, tx.init(ps))
+    assert [seen[-1][name] is drawn[name] for name in drawn] == [own, own, own, False]
+    assert_same(drawn, {name: given[name] if g is None or not own else expected[name] for name, g in gs.items()}, rtol=1e-6, atol=0)
+    assert_same(mine, {name: torch.zeros(2) if u is None else 2 * u for name, u in expected.items()}, rtol=1e-6, atol=0)
+    if own:  # in a dtype that cannot hold the updates
+        wide, gs = tree.map(torch.Tensor.double, ps), tree.map(torch.Tensor.double, gs)
+        CompiledStep(tx, True, backend=backend)(wide, gs, tx.init(wide))
+        assert not any(seen[-1][name] is drawn[name] for name in drawn)
+
+
 def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> None:
     """The transposed parameter runs eagerly, the other compiled."""
     tx = fo.sgd(0.1)

@@ -49,7 +49,7 @@ def sgld(learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *
 
     def prepare(count, key, learning_rate, temperature, updates, params=None):
         sigma = (2 * learning_rate * temperature) ** 0.5
-        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("sgld", updates, params), count))}
+        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("sgld", updates, params), count), own=True)}
 
     def rule(g, noise, learning_rate, sigma):
         return sigma * noise - learning_rate * g

@@ -41,7 +41,7 @@ def add_noise(eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int)
 
     def prepare(count, key, eta, gamma, updates, params=None):
         sigma = (eta / (1 + tree.as_real(count)) ** gamma) ** 0.5
-        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("add_noise", updates, params), count))}
+        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("add_noise", updates, params), count), own=True)}
 
     shared = {"key": random.as_key(key)}
     return leafwise(lambda g, noise, sigma: g + sigma * noise, prepare, shared=shared, hyper={"eta": eta, "gamma": gamma})
