@@ -12,7 +12,8 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt.base import Expression, GradientTransformation, Scalar, ScalarOrSchedule, identity, transformation
 from functorch_opt.leaf import part_of_tree
-from functorch_opt.rule import Leafwise, update_in_one_pass
+from functorch_opt.one_pass import update_in_one_pass
+from functorch_opt.rule import Leafwise
 from functorch_opt.tree import Path, PyTree
 
 __all__ = ["chain", "inject_hyperparams", "masked", "partition"]

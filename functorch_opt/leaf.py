@@ -68,16 +68,29 @@ class Misfit(Exception):
     """What is wrong with a tensor, said by somebody who does not know where it is."""
 
 
+def uniform_dtype(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None]) -> torch.dtype | None:
+    """Of ordinary real tensors that are all of one dtype, which rules compute in: that dtype. Nothing is wrong with such an update."""
+    dtype = g.dtype
+    if type(g) is not Tensor or type(p) not in tree.PLAIN or dtype not in _PLAIN:
+        return None
+    if p.dtype is not dtype or p.shape != g.shape or g.layout is not torch.strided:  # type: ignore[union-attr]
+        return None
+    for slot in slots:
+        if type(slot) is not Tensor or slot.dtype is not dtype:
+            return None
+    return dtype
+
+
+_PLAIN = (torch.float32, torch.float64)
+
+
 def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
-    absent, plain = p is None, type(g) is Tensor and type(p) in tree.PLAIN
-    for slot in slots:
-        absent, plain = absent or slot is None, plain and type(slot) is Tensor
-    if plain and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
+    if uniform_dtype(g, p, slots):
         return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
-    if absent or p is None:
+    if p is None or any(slot is None for slot in slots):
         holder = "params" if p is None else "the state"
         return f"is a tensor, but {holder} has None there. Give None for the update too, or init with this parameter."
     if p.shape != g.shape:
@@ -115,6 +128,11 @@ class PerLeaf:
         self.cast: dict[torch.dtype, tuple[dict[str, Any], dict[str, list[Any]]]] = {}
 
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
+        fixed, rows = self.of(dtype)
+        return {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+
+    def of(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """What all tensors read, and what each has its own of."""
         if dtype not in self.cast:
             real = _REAL.get(dtype, dtype)
             rows = {
@@ -122,8 +140,7 @@ class PerLeaf:
                 for name, row in self.rows.items()
             }
             self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
-        fixed, rows = self.cast[dtype]
-        return {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+        return self.cast[dtype]
 
 
 def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:

@@ -14,15 +14,16 @@ All say by the *names of their arguments* what they read, and nothing else has t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.base import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
-from functorch_opt.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype, wrong_update
+from functorch_opt.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype
+from functorch_opt.one_pass import update_in_one_pass
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["leafwise"]
@@ -139,21 +140,19 @@ class Leafwise(GradientTransformation):
         return now, shared
 
     def apply(
-        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype, uniform: bool = False
+        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rule on one tensor, computed in `dtype`; slots come back in the dtype they were stored in.
 
         An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim does; of sharded tensors it takes this
-        rank's parts, where a tensorwise rule takes wholes. `uniform`: every tensor is of `dtype`, and real.
+        rank's parts, where a tensorwise rule takes wholes.
         """
         if type(g) is not Tensor and tree.is_sharded(g):
             p = p if "p" in self.reads else None
-            return tree.on_shards(self.apply, self.kind == "elementwise", g, p, slots, now, dtype, uniform)
+            return tree.on_shards(self.apply, self.kind == "elementwise", g, p, slots, now, dtype)
         values = {**now, **slots, "g": g, "p": p}
-        pairs = False
-        if not uniform:
-            pairs = dtype.is_complex and self.kind == "elementwise"
-            values |= self._entered(values, dtype, pairs)
+        pairs = dtype.is_complex and self.kind == "elementwise"
+        values |= self._entered(values, dtype, pairs)
         try:
             if self.sums:
                 values |= self._sums(values)
@@ -237,99 +236,6 @@ class Leafwise(GradientTransformation):
                 f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. "
                 "Use the state that its own init or update returned."
             )
-
-
-class _Stage:
-    """A stage in the middle of an update: the leaves of its slots, old and new, and what its rule may read."""
-
-    def __init__(self, tx: Leafwise, state: StageState, updates: PyTree, spec: Any, params: PyTree | None) -> None:
-        tx.check_state(state)
-        if params is None and tx.reads_params:
-            raise ValueError(f"{tx.name} reads the parameters: call update(updates, state, params).")
-        self.tx, self.state = tx, state
-        self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
-        self.new: dict[str, list[Any]] = {name: [] for name in self.old}
-        self.reads_p = "p" in tx.reads
-
-    def prepare(self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], params: PyTree | None, extra: Mapping[str, Any]) -> None:
-        tx = self.tx
-        mine = {name: extra[name] for name in tx.extra_args if name in extra}
-        now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
-        missing = [name for name in tx.reads if name not in ("g", "p", *self.old, *now)]
-        if missing:
-            raise TypeError(f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return.")
-        names = tx.reads
-        if tx.sums and any(map(tree.is_sharded, gs)):
-            now |= tx.sums_of_parts(updates, spec, gs, ps, self.old, now)
-            names += tuple(tx.sums)
-        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
-
-    def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
-        """The update that the rule makes of `g`; the new slots are kept."""
-        slots = {name: column[i] for name, column in self.old.items()}
-        u = None
-        if g is not None:
-            dtype = g.dtype
-            uniform = dtype in _PLAIN and (not self.reads_p or p is None or p.dtype is dtype)
-            for slot in slots.values():
-                uniform = uniform and slot.dtype is dtype
-            if not uniform:
-                dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
-            u, slots = self.tx.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype, uniform)
-        for name, value in slots.items():
-            self.new[name].append(value)
-        return u
-
-    def next_state(self, spec: Any) -> StageState:
-        slots = {name: tree.like(self.state.slots[name], tree.unflatten(spec, column)) for name, column in self.new.items()}
-        return StageState(self.shared, slots)
-
-
-_PLAIN = (torch.float32, torch.float64)
-
-
-def update_in_one_pass(
-    stages: Sequence[Leafwise], updates: PyTree, states: Sequence[StageState], params: PyTree | None, extra: Mapping[str, Any]
-) -> tuple[PyTree, list[StageState]]:
-    """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
-
-    Only the first stage may have a ``prepare`` that reads updates. Of sharded tensors only the first may have sums, since the ranks
-    exchange those of all tensors in one message; so there it is several passes.
-    """
-    gs, spec = tree.flatten_tensors(updates, "updates")
-    later = next((k for k, tx in enumerate(stages) if k and tx.sums), None)
-    if later and any(map(tree.is_sharded, gs)):
-        updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
-        updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
-        return updates, first + rest
-    ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
-    running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
-    columns = [column for stage in running for column in stage.old.values()]
-    for g, p, *slots in zip(gs, gs if params is None else ps, *columns, strict=True):
-        if g is not None and wrong_update(g, p, slots):
-            _refuse(running, updates, gs, gs if params is None else ps)
-    for stage in running:
-        stage.prepare(updates, spec, gs, ps, params, extra)
-    us: list[Any] = []
-    stage = running[0]
-    try:
-        for g, p in zip(gs, ps, strict=True):
-            u = g
-            for stage in running:
-                u = stage.leaf(len(us), u, p)
-            us.append(u)
-    except Misfit as misfit:
-        raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}") from misfit.__cause__
-    return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
-
-
-def _refuse(running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]) -> NoReturn:
-    """Say which update is wrong, and for which stage."""
-    for stage in running:
-        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            if g is not None and (wrong := wrong_update(g, p, [column[i] for column in stage.old.values()])):
-                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
-    raise AssertionError("an update was found wrong that is not")
 
 
 def leafwise(

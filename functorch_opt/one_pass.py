@@ -1,0 +1,147 @@
+"""The eager execution: the rules of consecutive stages, one leaf after another, so that it goes through all of them while in the cache.
+
+Small tensors take longer to be looked at than to be computed. So leaves whose tensors are all of one dtype go the short way, a rule after
+another with nothing between (`_quickly`), and only where that gives something unusual the long way, which knows what to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt.leaf import Misfit, PerLeaf, uniform_dtype, working_dtype, wrong_update
+from functorch_opt.tree import PyTree, StageState
+
+
+def update_in_one_pass(
+    stages: Sequence[Any], updates: PyTree, states: Sequence[StageState], params: PyTree | None, extra: Mapping[str, Any]
+) -> tuple[PyTree, list[StageState]]:
+    """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
+
+    Only the first stage may have a ``prepare`` that reads updates. Of sharded tensors only the first may have sums, since the ranks
+    exchange those of all tensors in one message; so there it is several passes.
+    """
+    gs, spec = tree.flatten_tensors(updates, "updates")
+    later = next((k for k, tx in enumerate(stages) if k and tx.sums), None)
+    if later and any(map(tree.is_sharded, gs)):
+        updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
+        updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
+        return updates, first + rest
+    ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+    running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
+    columns = [column for stage in running for column in stage.old.values()]
+    dtypes: list[torch.dtype | None] = []
+    for g, p, *slots in zip(gs, gs if params is None else ps, *columns, strict=True):
+        dtypes.append(None if g is None else uniform_dtype(g, p, slots))
+        if g is not None and dtypes[-1] is None and wrong_update(g, p, slots):
+            _refuse(running, updates, gs, gs if params is None else ps)
+    for stage in running:
+        stage.prepare(updates, spec, gs, ps, params, extra)
+    plain = all(stage.tx.rule_reads[:1] == ("g",) and not stage.tx.sums for stage in running)
+    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in {*dtypes} if dtype is not None and plain}
+    new_columns = [column for stage in running for column in stage.new.values()]
+    us: list[Any] = []
+    stage = running[0]
+    try:
+        for i, (g, p, dtype) in enumerate(zip(gs, ps, dtypes, strict=True)):
+            done = _quickly(running, arguments[dtype], i, g) if dtype in arguments else None  # type: ignore[arg-type]
+            if done is None:
+                u = g
+                for stage in running:
+                    u = stage.leaf(i, u, p)
+            else:
+                u = done[0]
+                for column, x in zip(new_columns, done[1], strict=True):
+                    column.append(x)
+            us.append(u)
+    except Misfit as misfit:
+        raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}") from misfit.__cause__
+    return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
+
+
+class _Stage:
+    """A stage in the middle of an update: the leaves of its slots, old and new, and what its rule may read."""
+
+    def __init__(self, tx: Any, state: StageState, updates: PyTree, spec: Any, params: PyTree | None) -> None:
+        tx.check_state(state)
+        if params is None and tx.reads_params:
+            raise ValueError(f"{tx.name} reads the parameters: call update(updates, state, params).")
+        self.tx, self.state = tx, state
+        self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
+        self.new: dict[str, list[Any]] = {name: [] for name in self.old}
+        self.reads_p = "p" in tx.reads
+
+    def prepare(self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], params: PyTree | None, extra: Mapping[str, Any]) -> None:
+        tx = self.tx
+        mine = {name: extra[name] for name in tx.extra_args if name in extra}
+        now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
+        missing = [name for name in tx.reads if name not in ("g", "p", *self.old, *now)]
+        if missing:
+            raise TypeError(f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return.")
+        names = tx.reads
+        if tx.sums and any(map(tree.is_sharded, gs)):
+            now |= tx.sums_of_parts(updates, spec, gs, ps, self.old, now)
+            names += tuple(tx.sums)
+        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
+
+    def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
+        """What the rule reads behind ``g``, for each leaf that is of `dtype`."""
+        fixed, rows = self.per_leaf.of(dtype)
+        of_leaves = {"p": ps, **self.old, **rows}
+        columns = [of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps) for name in self.tx.rule_reads[1:]]
+        return list(zip(*columns, strict=True)) if columns else [()] * len(ps)
+
+    def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
+        """The update that the rule makes of `g`; the new slots are kept."""
+        slots = {name: column[i] for name, column in self.old.items()}
+        u = None
+        if g is not None:
+            dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
+            u, slots = self.tx.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype)
+        for name, value in slots.items():
+            self.new[name].append(value)
+        return u
+
+    def next_state(self, spec: Any) -> StageState:
+        slots = {name: tree.like(self.state.slots[name], tree.unflatten(spec, column)) for name, column in self.new.items()}
+        return StageState(self.shared, slots)
+
+
+def _quickly(stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: int, g: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    """The update that the rules make of `g`, and the new slots; None if anything is unusual, and has to be looked at more closely.
+
+    For tensors of one dtype, without a word on what may be wrong: small tensors take longer to be talked about than to be computed.
+    """
+    u = g
+    kept = []
+    try:
+        for stage, rows in zip(stages, arguments, strict=True):
+            result = stage.tx.rule(u, *rows[i])
+            if stage.old:
+                if not (type(result) is tuple and len(result) == 2 and type(result[1]) is dict and result[1].keys() == stage.old.keys()):
+                    return None
+                result, new = result
+                for name, column in stage.old.items():
+                    x, old = new[name], column[i]
+                    if type(x) is not Tensor or x.dtype is not old.dtype or x.shape != old.shape:
+                        return None
+                    kept.append(x)
+            if type(result) is not Tensor:
+                return None
+            u = result
+    except RuntimeError:
+        return None
+    return (u, kept) if u.dtype is g.dtype and u.shape == g.shape else None
+
+
+def _refuse(running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]) -> NoReturn:
+    """Say which update is wrong, and for which stage."""
+    for stage in running:
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            if g is not None and (wrong := wrong_update(g, p, [column[i] for column in stage.old.values()])):
+                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
+    raise AssertionError("an update was found wrong that is not")
