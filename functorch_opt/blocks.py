@@ -8,6 +8,7 @@ than two elements, memory that is not aligned on a GPU) takes the same rules eag
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import chain as joined
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -98,21 +99,24 @@ class Body:
             place.copy_(u)
 
 
-class _Part(NamedTuple):
-    """Leaves that one program serves; `size` of them at a time."""
+class _Part:
+    """Leaves that one program serves, `size` of them at a time; `narrow` if they are computed in float32."""
 
-    program: Any
-    indices: list[int]
-    sizes: list[tuple[int, ...]]
-    size: int
-    narrow: bool
+    def __init__(self, program: Any, size: int, narrow: bool) -> None:
+        self.program, self.size, self.narrow = program, size, narrow
+        self.indices: list[int] = []
+        self.sizes: list[tuple[int, ...]] = []
+
+    @cached_property
+    def scratch(self) -> list[tuple[int, torch.dtype]]:
+        return self.program.scratch(self.sizes)
 
     def run(self, columns: list[list[Tensor]], scalars: list[Tensor], whole: bool) -> None:
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
         kernel = getattr(self.program, "kernel", None)
         if kernel is not None and self.size == 1:
-            arguments, last = self.program.arguments, (*scalars, *self.program.scratch(self.sizes))
+            arguments, last = self.program.arguments, (*scalars, *[torch.empty(n, dtype=dtype) for n, dtype in self.scratch])
             for leaf, sizes in zip(zip(*columns, strict=True), self.sizes, strict=True):
                 kernel(*arguments((*leaf, *last, *sizes)))
             return
@@ -160,7 +164,7 @@ class Segment:
             for i in indices:
                 of_leaf = [column[number[i]] for column in flat]
                 program, size = self._program(sort, of_leaf)
-                part = of_program.setdefault(id(program), _Part(program, [], [], size, _narrow(of_leaf)))
+                part = of_program.setdefault(id(program), _Part(program, size, _narrow(of_leaf)))
                 part.indices.append(number[i])
                 part.sizes.append(program.sizes(of_leaf) if size == 1 else ())
             self.parts += of_program.values()

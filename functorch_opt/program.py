@@ -47,7 +47,7 @@ class Program:
 
     Attributes:
         kernel: if the code is one kernel: that kernel, a C function; otherwise None.
-        arguments: picks the arguments of `kernel` from the tuple of all tensors, of `scratch`, and of `sizes`.
+        arguments: picks the arguments of `kernel` from the tuple of all tensors, those of `scratch`, and `sizes`.
     """
 
     def __init__(self, f: Callable[[list[Any]], None], examples: list[Tensor], threads: int, backend: Any) -> None:
@@ -137,9 +137,9 @@ class Program:
         """The sizes that the kernel depends on."""
         return tuple([args[i].shape[d] for i, d in self.dims])
 
-    def scratch(self, sizes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Memory for the kernel to write what it reads again, enough for tensors of any of these `sizes`."""
-        return [torch.empty(max(prod([of[i] for i in which]) for of in sizes), dtype=dtype) for which, dtype in self.buffers]
+    def scratch(self, sizes: list[tuple[int, ...]]) -> list[tuple[int, torch.dtype]]:
+        """The memory that the kernel needs to write what it reads again: how much is enough for tensors of any of these `sizes`."""
+        return [(max(prod([of[i] for i in which]) for of in sizes), dtype) for which, dtype in self.buffers]
 
     def fits(self, args: list[Tensor]) -> bool:
         """Whether what was taken for granted about sizes holds for these."""

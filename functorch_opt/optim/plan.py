@@ -77,14 +77,14 @@ def _assemble(places: PyTree, values: list[Any]) -> PyTree:
     return type(places)(*children) if hasattr(places, "_fields") else type(places)(children)
 
 
-def _disassemble(places: PyTree, state: PyTree, values: list[Any]) -> list[Any]:
-    """The inverse: write to `values` what is in `state`."""
+def _differences(places: PyTree, old: PyTree, new: PyTree) -> list[tuple[int, Any]]:
+    """The places where `new` has another object than `old`, and that object."""
+    if places is None or old is new:
+        return []
     if isinstance(places, int):
-        values[places] = state
-    elif places is not None:
-        for name in places if isinstance(places, dict) else range(len(places)):
-            _disassemble(places[name], state[name], values)
-    return values
+        return [(places, new)]
+    names = places if isinstance(places, dict) else range(len(places))
+    return [found for name in names for found in _differences(places[name], old[name], new[name])]
 
 
 Make = Callable[[dict[str, Any]], GradientTransformation]
@@ -174,12 +174,12 @@ class Plan:
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
         entries = [state.get(p, _NOTHING) for p in params]
-        began = self._lacks(entries, gradients, moved)
+        kept, counts = self._held(entries, moved)
+        began = any(x is None for of in (kept, *counts.values()) for x in of) and self._lacks(entries, gradients, moved)
         if began:  # the first step of some parameter
             entries = [dict(entry) for entry in entries]
             self._complete(entries, params, moved)
-        kept = [entries[i].get(key) for i, key in self.where]
-        counts = {key: [entries[i][key] for i in moved] for key in self.counts}
+            kept, counts = self._held(entries, moved)
 
         flat: list[Any] = [None] * len(self.flat)
         for k, x in zip(self.kept, kept, strict=True):
@@ -203,15 +203,18 @@ class Plan:
                     state[params[i]].update(entries[i])
             _foreach(torch._foreach_add_, Tensor.add_, sums)
             result = self._run_compiled(params, grads, old, extra) if in_place else new
-            after = _disassemble(self.numbered, result, [None] * len(flat)) if dynamo else tree.flatten(result)[0]
-            # Compiled stages have written their slots: there `after` is what was there. Stages that ran eagerly return new tensors.
-            changed = [(flat[k], after[k]) for k in self.kept]
-            copies = [(mine, x) for mine, x in changed if x is not None and mine is not x]
+            # Compiled stages have written their slots, and return the same objects. Stages that ran eagerly return new ones.
+            changed = _differences(self.numbered, old, result)
+            copies = [(flat[k], x) for k, x in changed if self.flat[k].kind != "count" and x is not None]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
             for key in self.counts:
                 self._increment(key, counts[key], [state[params[i]] for i in moved] if len(moved) == len(params) else None, in_place)
 
         return write
+
+    def _held(self, entries: list[dict[str, Any]], moved: list[int]) -> tuple[list[Any], dict[str, list[Any]]]:
+        """What the parameters keep, in the order of `where`, and the counts of those that have a gradient; None where there is nothing."""
+        return [entries[i].get(key) for i, key in self.where], {key: [entries[i].get(key) for i in moved] for key in self.counts}
 
     def _lacks(self, entries: list[dict[str, Any]], gradients: list[Any], moved: list[int]) -> bool:
         """Whether a value has to be made: of a parameter that has a gradient, or one that all share."""
