@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 import functorch_opt as fo
-from functorch_opt import tree
+from functorch_opt import one_pass, tree
 
 CASES = [pytest.param(row, variant, id=f"{row.id}{i or ''}") for row in ROWS for i, variant in enumerate(row.variants)]
 cases = pytest.mark.parametrize(("row", "variant"), CASES)
@@ -70,6 +70,23 @@ def test_update_is_pure(row: Row, variant: dict) -> None:
     assert_same(inputs, before)
     if row.keyed and not row.rounds:
         assert not torch.equal(tx.update(grads(2), first[1], ps)[0]["conv"]["w"], first[0]["conv"]["w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@cases
+def test_the_short_way_is_the_long_way(row: Row, variant: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves of one dtype go through all rules with nothing between. That gives what the long way gives, to the bit."""
+    tx, short, taken = row.build(variant), one_pass._quickly, []
+
+    def watched(*args):
+        taken.append(short(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(one_pass, "_quickly", watched)
+    one = run(tx, 3, dtype)
+    assert not any(done is None for done in taken), "no rule of the library is unusual"
+    monkeypatch.setattr(one_pass, "_quickly", lambda *args: None)
+    assert_same(run(tx, 3, dtype), one)
 
 
 @cases
