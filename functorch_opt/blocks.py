@@ -55,7 +55,7 @@ class Body:
     """
 
     def __init__(self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], into: int | None) -> None:
-        self.stages, self.into = stages, into
+        self.stages = stages
         self.whole = any(stage.kind == "tensorwise" for stage in stages)
         self.fixed = [{name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now]
         self.shared = [[name for name, v in of.items() if isinstance(v, Tensor) and v.dim() == 0] for of in now]

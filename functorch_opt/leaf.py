@@ -86,7 +86,8 @@ _PLAIN = (torch.float32, torch.float64)
 
 def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
-    if uniform_dtype(g, p, slots):
+    plain = type(g) is Tensor and type(p) in tree.PLAIN and all(type(slot) is Tensor for slot in slots)
+    if plain and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
         return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."

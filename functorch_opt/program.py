@@ -184,25 +184,26 @@ def _total(graph: Any, x: Any) -> Any:
 
 def _factored(graph: Any, x: Any, late: set[Any], written: set[Any]) -> tuple[Any, Any]:
     """`x` as a float64 number, made of `late` ones, and the rest; None, and `x`, if there is no such number."""
-    factor, rest = None, x
+
+    def stays(node: Any) -> bool:  # and can be read later than it was
+        return node not in written and not getattr(node.target, "is_view", False)
+
     if x.target is aten.mul.Tensor and x.meta["val"].dim():
         for number, other in (x.args, x.args[::-1]):
             if number in late and not number.meta["val"].dim():
                 more, rest = _factored(graph, other, late, written)
-                factor = _call(graph, _convert, number, torch.float64)
-                factor = factor if more is None else _call(graph, aten.mul.Tensor, factor, more)
-                break
+                if stays(rest):
+                    factor = _call(graph, _convert, number, torch.float64)
+                    return factor if more is None else _call(graph, aten.mul.Tensor, factor, more), rest
     elif x.target is aten.pow.Tensor_Scalar and x.args[1] == 2:
         root, rest = _factored(graph, x.args[0], late, written)
         if root is not None:
-            factor, rest = _call(graph, aten.mul.Tensor, root, root), _call(graph, aten.pow.Tensor_Scalar, rest, 2)
-    elif x.target is aten.where.self and x.args[2].target is aten.scalar_tensor.default and x.args[2].args[0] == 0:
+            return _call(graph, aten.mul.Tensor, root, root), _call(graph, aten.pow.Tensor_Scalar, rest, 2)
+    elif x.target is aten.where.self and x.args[2].target is aten.scalar_tensor.default and x.args[2].args[0] == 0 and stays(x.args[0]):
         factor, rest = _factored(graph, x.args[1], late, written)
         if factor is not None:
-            rest = _call(graph, aten.where.self, x.args[0], rest, x.args[2])
-    if factor is None or any(n in written or getattr(n.target, "is_view", False) for n in (rest, *rest.all_input_nodes)):
-        return None, x  # also if what `x` was made of may have been overwritten since
-    return factor, rest
+            return factor, _call(graph, aten.where.self, x.args[0], rest, x.args[2])
+    return None, x
 
 
 def _call(graph: Any, target: Any, *args: Any, **kwargs: Any) -> Any:

@@ -176,6 +176,10 @@ def test_factors_that_wait_for_another_sum() -> None:
     def of_old(g, held, hh):
         return held * hh, {"held": torch.lerp(held, g, 0.5)}
 
+    def of_new(g, velocity, vv):
+        velocity = g + 0.5 * velocity
+        return velocity * (1 / (vv + 1)), {"velocity": velocity}
+
     def norm(g, gg, total):
         return g / (gg + total.abs() + 1).sqrt()
 
@@ -187,6 +191,8 @@ def test_factors_that_wait_for_another_sum() -> None:
         fo.leafwise(guarded, sums={"most": lambda g: g.abs().sum()}),
         fo.leafwise(norm, sums=of_norm),
         fo.leafwise(of_old, slots={"held": torch.ones_like}, sums={"hh": lambda held: held.square().sum()}),
+        fo.leafwise(norm, sums=of_norm),
+        fo.leafwise(of_new, slots={"velocity": torch.ones_like}, sums={"vv": lambda velocity: velocity.square().sum()}),
         fo.leafwise(norm, sums=of_norm),
     )
     ps = drawn(0, torch.float32)
@@ -201,7 +207,8 @@ def test_factors_that_wait_for_another_sum() -> None:
         ps = fo.apply_updates(ps, updates)
         mine, ours = step(mine, gs, ours)
         torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(fo.get(ours, "held"), fo.get(state, "held"), rtol=1e-5, atol=1e-5)
+        for slot in ("held", "velocity"):
+            torch.testing.assert_close(fo.get(ours, slot), fo.get(state, slot), rtol=1e-5, atol=1e-5)
 
 
 def test_which_factors_are_taken_out() -> None:
