@@ -41,8 +41,7 @@ def update_in_one_pass(
             _refuse(running, updates, gs, gs if params is None else ps)
     for stage in running:
         stage.prepare(updates, spec, gs, ps, params, extra)
-    plain = all(stage.tx.rule_reads[:1] == ("g",) and not stage.tx.sums for stage in running)
-    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in {*dtypes} if dtype is not None and plain}
+    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in {*dtypes} if dtype is not None}
     new_columns = [column for stage in running for column in stage.new.values()]
     us: list[Any] = []
     stage = running[0]
@@ -74,6 +73,14 @@ class _Stage:
         self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
         self.reads_p = "p" in tx.reads
+        self.behind_g = [name for name in tx.reads if name != "g"]
+        self.rule = tx.rule if tx.rule_reads == ("g", *self.behind_g) else self._by_name
+
+    def _by_name(self, g: Tensor, *behind_g: Any) -> Any:
+        """The rule, where it needs sums, or does not read ``g`` first."""
+        values = {"g": g, **dict(zip(self.behind_g, behind_g, strict=True))}
+        values |= self.tx.sums_of(values)
+        return self.tx.rule(*[values[name] for name in self.tx.rule_reads])
 
     def prepare(self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], params: PyTree | None, extra: Mapping[str, Any]) -> None:
         tx = self.tx
@@ -89,10 +96,10 @@ class _Stage:
         self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
 
     def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
-        """What the rule reads behind ``g``, for each leaf that is of `dtype`."""
+        """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""
         fixed, rows = self.per_leaf.of(dtype)
         of_leaves = {"p": ps, **self.old, **rows}
-        columns = [of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps) for name in self.tx.rule_reads[1:]]
+        columns = [of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps) for name in self.behind_g]
         return list(zip(*columns, strict=True)) if columns else [()] * len(ps)
 
     def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
@@ -120,7 +127,7 @@ def _quickly(stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: in
     kept = []
     try:
         for stage, rows in zip(stages, arguments, strict=True):
-            result = stage.tx.rule(u, *rows[i])
+            result = stage.rule(u, *rows[i])
             if stage.old:
                 if not (type(result) is tuple and len(result) == 2 and type(result[1]) is dict and result[1].keys() == stage.old.keys()):
                     return None

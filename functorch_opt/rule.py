@@ -155,7 +155,7 @@ class Leafwise(GradientTransformation):
         values |= self._entered(values, dtype, pairs)
         try:
             if self.sums:
-                values |= self._sums(values)
+                values |= self.sums_of(values)
             result = self.rule(*[values[name] for name in self.rule_reads])
         except RuntimeError as error:
             others = [name for name, slot in slots.items() if slot.shape != g.shape or slot.is_complex() != dtype.is_complex]
@@ -183,7 +183,7 @@ class Leafwise(GradientTransformation):
             return {}
         return {name: enter(values[name], dtype, pairs) for name in self.reads}
 
-    def _sums(self, values: dict[str, Any]) -> dict[str, Any]:
+    def sums_of(self, values: dict[str, Any]) -> dict[str, Any]:
         """The sums over this tensor, those that are not known."""
         sums = {name: self.sums[name](*[values[n] for n in reads]) for name, reads in self.sum_reads.items() if name not in values}
         for name, x in sums.items():
@@ -206,7 +206,7 @@ class Leafwise(GradientTransformation):
             held = {name: column[i] for name, column in slots.items()}
             dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
             values = {name: tree.part_of(x, g) for name, x in {**per_leaf.at(i, dtype), **held, "g": g, "p": p}.items()}
-            sums = self._sums(values | self._entered(values, dtype, dtype.is_complex))
+            sums = self.sums_of(values | self._entered(values, dtype, dtype.is_complex))
             rows.append({name: torch.as_tensor(x, device=values["g"].device) for name, x in sums.items()})
         whole = tree.sum_over_ranks([row[name] for name in self.sums for row in rows], gs * len(self.sums))
         n = len(gs)

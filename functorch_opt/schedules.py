@@ -354,7 +354,7 @@ def piecewise_interpolate_schedule(
         start, begin = result, 0
         for boundary, scale in pieces.items():
             end = start * scale
-            fraction = ((t - begin) / (boundary - begin)).clamp(0, 1)
+            fraction = (_since(t, begin) / (boundary - begin)).clamp(0, 1)
             if interpolate_type == "cosine":
                 fraction = 0.5 * (1 - torch.cos(math.pi * fraction))
             result = torch.where(t < begin, result, start + (end - start) * fraction)

@@ -15,6 +15,7 @@ from torch.func import jacrev, vmap
 
 import functorch_opt as fo
 from functorch_opt import one_pass, tree
+from functorch_opt.rule import Leafwise
 
 CASES = [pytest.param(row, variant, id=f"{row.id}{i or ''}") for row in ROWS for i, variant in enumerate(row.variants)]
 cases = pytest.mark.parametrize(("row", "variant"), CASES)
@@ -85,6 +86,8 @@ def test_the_short_way_is_the_long_way(row: Row, variant: dict, dtype: torch.dty
     monkeypatch.setattr(one_pass, "_quickly", watched)
     one = run(tx, 3, dtype)
     assert not any(done is None for done in taken), "no rule of the library is unusual"
+    if type(tx) is Leafwise:
+        assert len(taken) == 3 * len(tree.leaves(params()))
     monkeypatch.setattr(one_pass, "_quickly", lambda *args: None)
     assert_same(run(tx, 3, dtype), one)
 
