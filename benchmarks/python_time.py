@@ -17,9 +17,9 @@ from benchmarks import report
 from benchmarks.chains import EmaCompiled, ResearchCompiled
 from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import NANOGPT, TINY, Shapes
-from functorch_opt import blocks
-from functorch_opt.combine import Chain
-from functorch_opt.rule import Leafwise
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._execution import blocks
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:

@@ -358,7 +358,7 @@ def test_averages_are_in_the_checkpoint() -> None:
 
 @pytest.mark.slow
 def test_compiled_it_runs_in_the_same_pass() -> None:
-    from functorch_opt.blocks import PROGRAMS
+    from functorch_opt._execution.blocks import PROGRAMS
 
     PROGRAMS.clear()
     params, opt = trained(compile=True, dtype=torch.float32)

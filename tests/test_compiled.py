@@ -11,9 +11,10 @@ from test_laws import CASES, assert_same, grads, params
 from torch import Tensor
 
 import functorch_opt as fo
-from functorch_opt import blocks, tree
-from functorch_opt.blocks import PROGRAMS
-from functorch_opt.compiled import CompiledStep
+from functorch_opt import tree
+from functorch_opt._execution import blocks
+from functorch_opt._execution.blocks import PROGRAMS
+from functorch_opt._execution.compiled import CompiledStep
 
 SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.func import vmap
 
 import functorch_opt as fo
-from functorch_opt import philox, random, tree
+from functorch_opt import random, tree
+from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt.random import philox
 
 KEY = random.key(2**63 + 5)
 DRAWS = [random.bits, random.uniform, random.normal]
@@ -275,7 +277,7 @@ def test_compiled_step_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args))
     tx, ps = fo.chain(fo.noisy_sgd(0.1, key=0), fo.stochastic_round(1)), {"w": torch.ones(9, dtype=torch.bfloat16)}
-    fo.compiled.CompiledStep(tx, True, backend="eager")(ps, {"w": torch.ones(9)}, tx.init(ps))
+    CompiledStep(tx, True, backend="eager")(ps, {"w": torch.ones(9)}, tx.init(ps))
     assert calls == [philox.normal, philox.uniform]
 
 
@@ -285,7 +287,7 @@ def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args))
     tx, ps = fo.noisy_sgd(0.1, key=0), [torch.zeros(9), torch.zeros(5)]
     opt = fo.optim.Optimizer([torch.nn.Parameter(p.clone()) for p in ps], tx, compile=True)
-    monkeypatch.setattr(fo.compiled.CompiledStep, "__init__", _with_backend("eager"))
+    monkeypatch.setattr(CompiledStep, "__init__", _with_backend("eager"))
     state = tx.init(ps)
     for _ in range(2):
         for p in opt.param_groups[0]["params"]:
@@ -299,7 +301,7 @@ def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 
 def _with_backend(backend: str) -> Any:
-    init = fo.compiled.CompiledStep.__init__
+    init = CompiledStep.__init__
     return lambda self, tx, donate: init(self, tx, donate, backend)
 
 

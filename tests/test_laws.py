@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 import functorch_opt as fo
-from functorch_opt import one_pass, tree
-from functorch_opt.rule import Leafwise
+from functorch_opt import tree
+from functorch_opt._core import leafwise as one_pass
+from functorch_opt._core.rule import Leafwise
 
 CASES = [pytest.param(row, variant, id=f"{row.id}{i or ''}") for row in ROWS for i, variant in enumerate(row.variants)]
 cases = pytest.mark.parametrize(("row", "variant"), CASES)

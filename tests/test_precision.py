@@ -14,7 +14,7 @@ from torch.func import vmap
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt.blocks import PROGRAMS
+from functorch_opt._execution.blocks import PROGRAMS
 from functorch_opt.wrappers.precision import MasterWeights
 
 LOW = [torch.bfloat16, torch.float16]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import functorch_opt as fo
-from functorch_opt import philox, random, tree
+from functorch_opt import random, tree
+from functorch_opt.random import philox
 
 STEP = 1 << 36
 """Blocks that one step of `add_noise` owns."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt.compiled import CompiledStep
+from functorch_opt._execution.compiled import CompiledStep
 
 LOW = [torch.bfloat16, torch.float16]
 low = pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -11,8 +11,8 @@ from torch.func import grad, vmap
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt.blocks import PROGRAMS
-from functorch_opt.compiled import CompiledStep
+from functorch_opt._execution.blocks import PROGRAMS
+from functorch_opt._execution.compiled import CompiledStep
 
 # ---- one transformation, written both ways: it reads the update, the parameter, a slot, a hyperparameter, and what prepare gives ----
 
@@ -215,7 +215,7 @@ def test_which_factors_are_taken_out() -> None:
     """Those that wait for a sum, so that one loop gives both; a factor that is known, or a tensor that is written later, stays."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from functorch_opt.program import _take_sums
+    from functorch_opt._execution.kernel import _take_sums
 
     def together(g, p, known):
         number = 1 / g.sum()

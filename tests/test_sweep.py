@@ -334,7 +334,7 @@ def test_compiled_equals_eager_and_compiles_once() -> None:
 def test_long_sweeps_are_compiled_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: (compiled.append(step), step)[1])
-    monkeypatch.setattr("functorch_opt.sweeps.COMPILE_FROM", 6)
+    monkeypatch.setattr("functorch_opt.sweeps.sweep.COMPILE_FROM", 6)
     for steps, compile, times in ((5, None, 0), (6, None, 1), (6, False, 1), (5, True, 2)):
         fo.sweep(
             lambda ps, x: (ps["w"] * x).sum(),

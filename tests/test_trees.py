@@ -19,6 +19,7 @@ from torch import Tensor, ones, tensor, zeros
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._core import structure
 
 
 def t(*shape: int) -> Tensor:
@@ -458,7 +459,7 @@ def test_the_drawn_trees_have_what_the_laws_are_about() -> None:
 
     def look(node: Any) -> None:
         seen.add(type(node).__name__)
-        for child in (tree._children(node) or {}).values():
+        for child in (structure._children(node) or {}).values():
             look(child)
 
     @bounded

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, transformation
-from functorch_opt.combine import partition
+from functorch_opt._core.groups import partition
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, parts
-from functorch_opt.rule import leafwise
 
 __all__ = ["Adafactor"]
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from functorch_opt.algorithms.adagrad import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
-from functorch_opt.base import GradientTransformation
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, l2, parts
-from functorch_opt.rule import leafwise
+from functorch_opt.optimizers.adagrad import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
 

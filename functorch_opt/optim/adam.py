@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from functorch_opt.algorithms.adam import scale_by_adam, scale_by_adamax
-from functorch_opt.base import GradientTransformation
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
+from functorch_opt.optimizers.adam import scale_by_adam, scale_by_adamax
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["Adam", "AdamW", "Adamax"]

@@ -22,14 +22,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functorch_opt.base import GradientTransformation
-from functorch_opt.combine import Chain, chain, hyperparameters
+from functorch_opt._core.chain import Chain, chain
+from functorch_opt._core.inject import hyperparameters
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 from functorch_opt.optim.evaluation import averages, held
 from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.options import FLAGS, check_like, check_number, only_sets_up
 from functorch_opt.optim.plan import Make, Plan, layout
-from functorch_opt.rule import leafwise
 from functorch_opt.tree import LEFT_OVER, Fit
 
 __all__ = ["Optimizer"]

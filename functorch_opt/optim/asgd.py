@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, check_range, transformation
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, check_range, transformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts, scalar_slot
-from functorch_opt.rule import leafwise
 
 __all__ = ["ASGD"]
 

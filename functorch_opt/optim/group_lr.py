@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functorch_opt.base import GradientTransformation
-from functorch_opt.combine import Chain
-from functorch_opt.rule import Leafwise
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.transformation import GradientTransformation
 
 
 def then(tx: GradientTransformation, stage: GradientTransformation) -> GradientTransformation:

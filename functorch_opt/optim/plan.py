@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation
-from functorch_opt.compiled import compiled_step
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._execution.compiled import compiled_step
 from functorch_opt.tree import PyTree, StageState
 
 

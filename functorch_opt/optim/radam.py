@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, transformation
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
-from functorch_opt.rule import leafwise
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["RAdam"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from functorch_opt.base import GradientTransformation
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation
-from functorch_opt.combine import chain
+from functorch_opt._core.chain import chain
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.rule import leafwise
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.tree import PyTree
 
 __all__ = ["eval_params", "params_ema"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, Scalar, check_range, transformation
-from functorch_opt.rule import leafwise
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, Scalar, check_range, transformation
 
 __all__ = ["clip", "clip_by_global_norm"]
 

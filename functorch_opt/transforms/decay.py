@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.combine import MaskOrFn, masked
-from functorch_opt.rule import leafwise
+from functorch_opt._core.groups import MaskOrFn, masked
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
 
 __all__ = ["add_decayed_weights"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.rule import leafwise
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
 
 __all__ = ["ema", "trace"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from functorch_opt import random, tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.leaf import Each
-from functorch_opt.rule import leafwise
+from functorch_opt._core.leaf import Each
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.tree import PyTree
 
 __all__ = ["add_noise"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functorch_opt import philox, random, tree
-from functorch_opt.base import GradientTransformation, transformation
-from functorch_opt.leaf import Each
-from functorch_opt.rule import leafwise
+from functorch_opt import random, tree
+from functorch_opt._core.leaf import Each
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, transformation
+from functorch_opt.random import philox
 
 __all__ = ["stochastic_round"]
 

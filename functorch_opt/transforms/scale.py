@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, identity, transformation
-from functorch_opt.rule import leafwise
-from functorch_opt.schedules import Schedule
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, identity, transformation
+from functorch_opt.schedules.schedules import Schedule
 
 __all__ = ["centralize", "scale", "scale_by_learning_rate", "scale_by_schedule", "set_to_zero", "sign", "zero_nans"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, transformation
+from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["keep_master_weights"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 
 import functorch_opt as fo
-from functorch_opt import blocks
+from functorch_opt._execution import blocks
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
-from functorch_opt.combine import chain
-from functorch_opt.rule import leafwise
+from functorch_opt._core.chain import chain
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate, sign

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, Scalar, check_range, transformation
-from functorch_opt.line import Line, any_of, check_state, first_state, where
+from functorch_opt._core.transformation import GradientTransformation, Scalar, check_range, transformation
+from functorch_opt.line_search.line import Line, any_of, check_state, first_state, where
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["scale_by_backtracking_linesearch", "scale_by_zoom_linesearch", "value_and_grad_from_state"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
-from functorch_opt.transforms.aggregate import ClippedSum, Norms, check_bounds, check_weights, clip_and_sum, examples
+from functorch_opt.privacy.aggregate import ClippedSum, Norms, check_bounds, check_weights, clip_and_sum, examples
 from functorch_opt.tree import PyTree
 
 __all__ = ["clipped_grad_sum", "per_example_grads"]

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt import philox, tree
-from functorch_opt.base import GradientTransformation, apply_updates
-from functorch_opt.blocks import Body, Enter, Leave, Segment
-from functorch_opt.combine import Chain
-from functorch_opt.leaf import Each
-from functorch_opt.rule import Leafwise
+from functorch_opt import tree
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.leaf import Each
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.transformation import GradientTransformation, apply_updates
+from functorch_opt._execution.blocks import Body, Enter, Leave, Segment
+from functorch_opt.random import philox
 from functorch_opt.tree import PyTree, StageState
 from functorch_opt.wrappers.precision import MasterWeights
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt.program import warn_uncompiled
+from functorch_opt._execution.kernel import warn_uncompiled
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85

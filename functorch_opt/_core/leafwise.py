@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.leaf import Misfit, PerLeaf, uniform_dtype, working_dtype, wrong_update
+from functorch_opt._core.leaf import Misfit, PerLeaf, uniform_dtype, working_dtype, wrong_update
 from functorch_opt.tree import PyTree, StageState
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import Expression, Scalar
+from functorch_opt._core.transformation import Expression, Scalar
 
 __all__ = [
     "constant_schedule",

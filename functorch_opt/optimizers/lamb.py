@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functorch_opt.algorithms.adam import scale_by_adam
-from functorch_opt.base import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
-from functorch_opt.combine import MaskOrFn, chain, masked
-from functorch_opt.rule import leafwise
+from functorch_opt._core.chain import chain
+from functorch_opt._core.groups import MaskOrFn, masked
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt.optimizers.adam import scale_by_adam
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate

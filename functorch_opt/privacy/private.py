@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from functorch_opt import random, tree
-from functorch_opt.algorithms.adam import scale_by_adam
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.combine import chain
-from functorch_opt.transforms.aggregate import ClippedSum, Norms, check_bounds, clip_and_sum
+from functorch_opt._core.chain import chain
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt.optimizers.adam import scale_by_adam
+from functorch_opt.privacy.aggregate import ClippedSum, Norms, check_bounds, clip_and_sum
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate

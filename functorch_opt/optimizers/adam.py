@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, check_range, transformation
-from functorch_opt.combine import MaskOrFn, chain
-from functorch_opt.rule import leafwise
+from functorch_opt._core.chain import chain
+from functorch_opt._core.groups import MaskOrFn
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 

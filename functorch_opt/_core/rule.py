@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
-from functorch_opt.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype
-from functorch_opt.one_pass import update_in_one_pass
+from functorch_opt._core.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype
+from functorch_opt._core.leafwise import update_in_one_pass
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["leafwise"]

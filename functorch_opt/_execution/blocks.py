@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.leaf import Each, Misfit, working_dtype, wrong_update
-from functorch_opt.program import Program, warn_uncompiled
-from functorch_opt.rule import Leafwise
+from functorch_opt._core.leaf import Each, Misfit, working_dtype, wrong_update
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._execution.kernel import Program, warn_uncompiled
 from functorch_opt.tree import PyTree
 
 BLOCK = {"cpu": 1}

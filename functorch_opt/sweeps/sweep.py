@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from functorch_opt import random, tree
-from functorch_opt.base import GradientTransformation, apply_updates
-from functorch_opt.program import warn_uncompiled
-from functorch_opt.report import Sweep, viz
+from functorch_opt._core.transformation import GradientTransformation, apply_updates
+from functorch_opt._execution.kernel import warn_uncompiled
+from functorch_opt.sweeps.report import Sweep, viz
 from functorch_opt.tree import PyTree
 
 __all__ = ["sweep"]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt.base import GradientTransformation, ScalarOrSchedule, identity, transformation
-from functorch_opt.combine import chain
-from functorch_opt.line import check_state, value_dtype
-from functorch_opt.transforms.line_search import scale_by_zoom_linesearch
+from functorch_opt._core.chain import chain
+from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, identity, transformation
+from functorch_opt.line_search.line import check_state, value_dtype
+from functorch_opt.line_search.searches import scale_by_zoom_linesearch
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
 from functorch_opt.tree import PyTree, StageState
 

@@ -1,7 +1,7 @@
 """Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart.
 
 A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream of numbers, four to a block (see
-`functorch_opt.philox`); a tensor takes them in the order of its elements. So any part of a draw can be drawn by itself.
+`functorch_opt.random.philox`); a tensor takes them in the order of its elements. So any part of a draw can be drawn by itself.
 
 Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw would. Under vmap give each member its
 own key (``split(key, n)``): one key for all means the same numbers for all.
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_opt import philox, tree
+from functorch_opt import tree
+from functorch_opt.random import philox
 from functorch_opt.tree import PyTree
 
 __all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform", "uniform_like"]

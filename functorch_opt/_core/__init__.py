@@ -1,0 +1,1 @@
+"""The theory: what a transformation is, and what `update` means."""

@@ -1,0 +1,133 @@
+"""Hyperparameters in the state, as tensors: to log them, set them, vmap over them, differentiate them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.transformation import Expression, GradientTransformation, Scalar, ScalarOrSchedule
+from functorch_opt.tree import PyTree
+
+__all__ = ["inject_hyperparams"]
+
+
+class _Injected(Expression):
+    """A factory whose transformations keep their hyperparameters in the state."""
+
+    def __init__(self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]) -> None:
+        self.factory, self.static_args = factory, static_args
+        self.call = (inject_hyperparams, (factory,), {"static_args": static_args} if static_args else {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
+        numbers, fixed = hyperparameters(self.factory, args, kwargs, self.static_args)
+        schedules = {name: value for name, value in numbers.items() if callable(value)}
+
+        def init(params: PyTree) -> dict[str, PyTree]:
+            device = tree.leaves(params)[0].device
+            count = tree.zero_count(params)
+            values = {name: value(count) if callable(value) else value for name, value in numbers.items()}
+            values = {name: _as_tensor(value, device) for name, value in values.items()}
+            counter = {"count": count} if schedules else {}
+            return {"hyperparams": values, "inner": self.factory(**fixed, **values).init(params), **counter}
+
+        def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+            expected = {"hyperparams", "inner", *(["count"] if schedules else [])}
+            hyperparams = state["hyperparams"] if isinstance(state, dict) and state.keys() == expected else None
+            if not isinstance(hyperparams, dict) or hyperparams.keys() != numbers.keys():
+                held = list(state) if isinstance(state, dict) else type(state).__name__
+                raise ValueError(
+                    f"this is not a state of {tx!r}, which has {sorted(expected)} with the hyperparams {list(numbers)}: it holds {held}. "
+                    "Use what its own init or update returned."
+                )
+            values, counter = dict(state["hyperparams"]), {}
+            if schedules:
+                count = state["count"]
+                values |= {name: _as_tensor(schedule(count), count.device) for name, schedule in schedules.items()}
+                counter = {"count": count + 1}
+            updates, inner = self.factory(**fixed, **values).update(updates, state["inner"], params, **extra)
+            return updates, {"hyperparams": values, "inner": inner, **counter}
+
+        inner = self.factory(*args, **kwargs)
+        if not isinstance(inner, GradientTransformation):
+            raise TypeError(f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}.")
+        tx = GradientTransformation(init, update, extra_args=inner.extra_args)
+        tx.last = inner.last
+        tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
+        return tx
+
+
+def _as_tensor(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
+    return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
+
+
+def inject_hyperparams(
+    inner_factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()
+) -> Callable[..., GradientTransformation]:
+    """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
+
+    ``inject_hyperparams(adamw)(learning_rate=0.1)`` is `adamw` with the state
+    ``{"hyperparams": {"learning_rate": tensor, "b1": tensor, ...}, "inner": ...}``. What is a number (a float, a 0-dim tensor, or an
+    argument annotated ``Scalar``) becomes a tensor, float64 where the device has it; a schedule is evaluated at every update and its value
+    stored, so setting a scheduled one has no effect; everything else stays fixed. Changing a value does not recompile.
+
+    Args:
+        inner_factory: a function that returns a transformation.
+        static_args: names of arguments to leave alone.
+
+    Returns:
+        A function of the arguments of `inner_factory`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.inject_hyperparams(fo.sgd)(learning_rate=0.1)
+        >>> tx
+        inject_hyperparams(sgd)(learning_rate=0.1)
+        >>> state = tx.init([torch.zeros(1)])
+        >>> state["hyperparams"]["learning_rate"] = torch.tensor(0.5)
+        >>> tx.update([torch.ones(1)], state)[0]
+        [tensor([-0.5000])]
+    """
+    if not callable(inner_factory):
+        raise TypeError(
+            f"inject_hyperparams takes the function that makes a transformation; got {inner_factory!r}. "
+            "Write inject_hyperparams(adamw)(learning_rate=0.1)."
+        )
+    known = list(inspect.signature(inner_factory).parameters)
+    unknown = [name for name in static_args if name not in known]
+    if isinstance(static_args, str) or unknown:
+        raise TypeError(
+            f"static_args must be a tuple of names among {known}, which are the arguments of {inner_factory.__name__}; got {static_args!r}."
+        )
+    return _Injected(inner_factory, static_args)
+
+
+def hyperparameters(
+    factory: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], static_args: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a call of `factory`, defaults included, in two dicts: the hyperparameters (numbers and schedules), and the rest."""
+    signature = inspect.signature(factory)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
+        raise TypeError(f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}.") from None
+    bound.apply_defaults()
+    numbers: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them.")
+        annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(parameter.annotation)
+        number = isinstance(value, float | Tensor) or (
+            annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
+        )
+        (numbers if number and name not in static_args else fixed)[name] = value
+    return numbers, fixed

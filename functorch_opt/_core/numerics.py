@@ -1,0 +1,97 @@
+"""Numbers: the dtypes that rules and scalars are worked out in, and norms and inner products of whole trees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core.sharding import by_layout, everybodys, part_of, stack
+from functorch_opt._core.structure import PyTree, leaves, map
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the floating types below it (bfloat16, float16, the 8-bit floats); any other dtype is itself."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def real_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for scalars that are worked out once a step: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def zero_count(params: PyTree) -> Tensor:
+    """A count of 0, int64, on the device of the params.
+
+    Under vmap it is batched as they are: an unbatched one would come out as a view with stride 0, and compiled code that has seen that
+    would compile again at the second step.
+    """
+    p = leaves(params)[0]
+    if type(p) in (Tensor, torch.nn.Parameter):
+        return p.new_zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device=p.device)  # beside sharded tensors: an ordinary one
+
+
+def as_real(count: Tensor) -> Tensor:
+    """A count as a floating tensor, wide enough for ``1 - b2**count``: in float32 that is off by 3e-5 at the first step."""
+    return count.to(real_dtype(count.device))
+
+
+TINY = torch.finfo(torch.float32).tiny
+"""Added to squares under a root, 1.2e-38: at 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+
+The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same numbers.
+"""
+
+
+def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros in the shape of `x`, in `dtype`; by default in the dtype of `x`, but at least float32.
+
+    In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
+    """
+    if dtype is not None and (dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)):
+        wanted = "complex" if x.is_complex() else "floating"
+        raise TypeError(f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None.")
+    return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
+
+
+def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
+    """`tree` with its floating leaves in `dtype`; other leaves, and everything when `dtype` is None, as they are."""
+    if dtype is None:
+        return tree
+    return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def norm(tree: PyTree) -> Tensor:
+    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
+
+    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
+    as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
+    """
+    here = leaves(tree)
+    norms = [_norm(part_of(x)) for x in here]
+    if not norms:
+        return torch.zeros(())
+    groups = by_layout(here)
+    of_parts = {i for _, indices in groups for i in indices}
+    plain = [n for i, n in enumerate(norms) if i not in of_parts]
+    # Those of other ranks are gathered and not summed, so that no square can overflow.
+    return _norm_of(plain + [_norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()]) for like, indices in groups])
+
+
+def dot(tree: PyTree, other: PyTree) -> Tensor:
+    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
+    products = [torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real for x, y in zip(leaves(tree), leaves(other), strict=True)]
+    return stack(products).sum() if products else torch.zeros(())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(at_least_float32(x.dtype)).flatten()
+
+
+def _norm(x: Tensor) -> Tensor:
+    dtype = at_least_float32(x.dtype)
+    return torch.linalg.vector_norm(x if x.dtype is dtype else x.to(dtype))
+
+
+def _norm_of(norms: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(stack(norms))

@@ -1,0 +1,187 @@
+"""Trees of tensors. This is the only file that imports optree.
+
+A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple, or any class registered with
+optree (globally or in the namespace ``"functorch_opt"``). ``None`` is a leaf, and it means *nothing here*: no gradient for this
+parameter, or no parameter. It is settled in this file, once: every function below hands ``None`` leaves through untouched.
+
+A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names, joined by ``/``.
+A tree is flattened and put together again inside the same call, always: a treespec may not enter compiled code from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optree
+from torch import Tensor
+
+PyTree = Any
+Path = str
+
+_OPTREE: dict[str, Any] = {"none_is_leaf": True, "namespace": "functorch_opt"}
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of `tree`, ``None`` among them, and the spec that puts them together again."""
+    return optree.tree_flatten(tree, **_OPTREE)
+
+
+def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optree.PyTreeSpec]:
+    """`flatten`, for a tree that must hold nothing but tensors and ``None``; `name` is what the error calls it."""
+    here, spec = flatten(tree)
+    for i, leaf in enumerate(here):
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            path = paths(tree)[i]
+            if path:
+                raise TypeError(f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None.")
+            given = f"{type(leaf).__name__} {leaf!r}"
+            raise TypeError(f"{name} must be a tree of tensors, e.g. dict(model.named_parameters()) or a list; got {given}.")
+    return here, spec
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
+    """The tree of structure `spec` with these `leaves`."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves of `tree` that are not ``None``."""
+    return [leaf for leaf in flatten(tree)[0] if leaf is not None]
+
+
+def match(reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
+    """The leaves of `tree`, which must have the structure `spec` of `reference`; `names` are what the error calls the two."""
+    try:
+        matched = spec.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        raise ValueError(_difference(reference, tree, names)) from None
+    for leaf in matched:
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            flatten_tensors(tree, names[1])
+            raise ValueError(_difference(reference, tree, names))
+    return matched
+
+
+def like(reference: PyTree, tree: PyTree) -> PyTree:
+    """`tree` in the containers of `reference`: gradients may come as an OrderedDict where the params are a dict."""
+    spec = flatten(reference)[1]
+    return unflatten(spec, match(reference, spec, tree, names=("the state", "the new state")))
+
+
+def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()) -> PyTree:
+    """Apply `f` to every leaf of `tree` that is not ``None``, together with the leaves of `rest` at the same place."""
+    first, spec = flatten(tree)
+    names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
+    columns = [match(tree, spec, other, names=(names[0], name)) for other, name in zip(rest, names[1:], strict=True)]
+    return unflatten(spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)])
+
+
+def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """Apply `f` to every leaf of a tree of anything (bools, labels), ``None`` among them."""
+    here, spec = flatten(tree)
+    return unflatten(spec, [f(leaf) for leaf in here])
+
+
+def paths(tree: PyTree) -> list[Path]:
+    """The path of every leaf (``None`` leaves too), in the order of `flatten`."""
+    return list(_walk_paths(tree, ()))
+
+
+def _walk_paths(tree: PyTree, prefix: tuple[Any, ...]) -> Iterator[Path]:
+    children = _children(tree)
+    if children is None:
+        yield _path(prefix)
+        return
+    for entry, child in children.items():
+        yield from _walk_paths(child, (*prefix, entry))
+
+
+def _children(node: PyTree) -> dict[Any, PyTree] | None:
+    """What is one level below `node`, by key, index or field name; None for a leaf."""
+    if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **_OPTREE):
+        return None
+    one = optree.tree_flatten_one_level(node, **_OPTREE)
+    entries = type(node)._fields if optree.is_namedtuple_instance(node) else one.entries
+    return dict(zip(entries, one.children, strict=True))
+
+
+def _path(entries: tuple[Any, ...]) -> Path:
+    return "/".join(str(entry) for entry in entries)
+
+
+def unique_paths(tree: PyTree) -> list[Path]:
+    """`paths`, for use as keys: two leaves with the same one are an error."""
+    seen: set[Path] = set()
+    for path in (all_paths := paths(tree)):
+        if path in seen:
+            raise ValueError(
+                f"two leaves have the path {path!r}: rename a dict key (one contains '/', or is a number beside its own string)."
+            )
+        seen.add(path)
+    return all_paths
+
+
+_ABSENT = object()
+
+
+def _difference(upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False) -> str:
+    """What to tell somebody whose trees `upper` and `lower` differ in structure: the first place where they do."""
+    entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
+    place = f"at {_path(entries)!r}" if entries else "at the root"
+    same = "Give both the same structure; write None where a parameter has no gradient."
+    cure = "Write one value for each, or one for all that is below a place." if prefix else same
+    return (
+        f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    )
+
+
+def _first_difference(upper: PyTree, lower: PyTree, prefix: bool) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
+    """Where `lower` does not go on as `upper` does, and what the two have there. Below a leaf of a `prefix` anything may come."""
+    above, below = _children(upper), _children(lower)
+    if above is None and (prefix or below is None):
+        return None
+    if above is None or below is None or not (type(upper) is type(lower) or (isinstance(upper, dict) and isinstance(lower, dict))):
+        return (), upper, lower
+    for entry in {**above, **below}:
+        if entry not in above or entry not in below:
+            return (entry,), above.get(entry, _ABSENT), below.get(entry, _ABSENT)
+        found = _first_difference(above[entry], below[entry], prefix)
+        if found:
+            return (entry, *found[0]), *found[1:]
+    return None
+
+
+def _shown(node: PyTree) -> str:
+    children = _children(node)
+    if children is not None:
+        return f"{type(node).__name__} of {shorten(list(children))}"
+    if isinstance(node, Tensor):
+        return f"a tensor of shape {tuple(node.shape)}"
+    return "nothing" if node is _ABSENT else f"{node!r}"
+
+
+def shorten(names: list[Any], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"[{shown}{', ...' if len(names) > most else ''}]"
+
+
+def broadcast(prefix: PyTree, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
+    """For every leaf of `tree`, the leaf of `prefix` at or above it: ``{"a": True}`` speaks for all of ``{"a": {...}}``."""
+    if _first_difference(prefix, tree, prefix=True):
+        raise ValueError(_difference(prefix, tree, names, prefix=True))
+    return list(_spread(prefix, tree))
+
+
+def _spread(prefix: PyTree, tree: PyTree) -> Iterator[Any]:
+    above, below = _children(prefix), _children(tree)
+    if above is None or below is None:
+        yield from [prefix] * len(flatten(tree)[0])
+        return
+    for entry, child in below.items():
+        yield from _spread(above[entry], child)
+
+
+def is_namedtuple(node: Any) -> bool:
+    """Whether `node` is a NamedTuple, whose children have names."""
+    return bool(optree.is_namedtuple_instance(node))

@@ -1,0 +1,1 @@
+"""How declarations are run: compiled, in place."""

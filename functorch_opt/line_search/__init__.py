@@ -1,0 +1,1 @@
+"""Line searches, and the optimizer that lives on them."""

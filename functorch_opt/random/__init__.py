@@ -1,0 +1,6 @@
+"""Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart."""
+
+from functorch_opt.random.keys import *
+from functorch_opt.random.keys import __all__ as __all__
+from functorch_opt.random.keys import as_key as as_key
+from functorch_opt.random.keys import draw_leaves as draw_leaves

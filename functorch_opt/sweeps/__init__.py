@@ -1,0 +1,1 @@
+"""Many settings trained in one run."""
