@@ -15,7 +15,11 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
     "compile-time": ("compile_time", "the first step in a fresh process", None),
     "memory": ("memory", "what a step allocates", None),
     "random": ("random_numbers", "random numbers from a key, beside torch's generator", 21),
-    "many-models": ("many_models", "a training step of many small models, vmapped and in a loop", 11),
+    "many-models": (
+        "many_models",
+        "a training step of many small models, vmapped and in a loop",
+        11,
+    ),
     "per-example": ("per_example", "clipped sums of per-example gradients, beside Opacus", 7),
     "through": ("through", "derivatives through training, beside torchopt", 21),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
@@ -32,15 +36,47 @@ def parser() -> argparse.ArgumentParser:
         if rounds:
             command.add_argument("--rounds", type=int, default=rounds)
         if name not in ("cpu", "gpu"):
-            command.add_argument("--threads", type=int, nargs=1, default=[2 if name == "compile-time" else 1])
+            command.add_argument(
+                "--threads", type=int, nargs=1, default=[2 if name == "compile-time" else 1]
+            )
         command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
-        command.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: a rehearsal, no measurement")
-        command.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
-    of["cpu"].add_argument("--threads", type=int, nargs="+", default=[1], help="each in a process of its own (default: 1)")
-    of["cpu"].add_argument("--limit", type=float, default=300, help="seconds that a contender may take to get ready (default: 300)")
-    of["compile-time"].add_argument("--limit", type=float, default=400, help="seconds for a first step (default: 400)")
-    of["per-example"].add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="of the batch (default: 64 256 1024)")
-    of["gpu"].add_argument("--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)")
+        command.add_argument(
+            "--quick",
+            action="store_true",
+            help="tiny shapes, few rounds: a rehearsal, no measurement",
+        )
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=Path("benchmark_output"),
+            help="folder (default: %(default)s)",
+        )
+    of["cpu"].add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="each in a process of its own (default: 1)",
+    )
+    of["cpu"].add_argument(
+        "--limit",
+        type=float,
+        default=300,
+        help="seconds that a contender may take to get ready (default: 300)",
+    )
+    of["compile-time"].add_argument(
+        "--limit", type=float, default=400, help="seconds for a first step (default: 400)"
+    )
+    of["per-example"].add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[64, 256, 1024],
+        help="of the batch (default: 64 256 1024)",
+    )
+    of["gpu"].add_argument(
+        "--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)"
+    )
     return top
 
 
@@ -54,23 +90,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         top.error(f"no row {', '.join(unknown)} in {args.command}: there are {', '.join(known)}")
     report.tables.clear()
     result = command.run(args)
-    machine, versions = result["machine"], {name: version for name, version in result["versions"].items() if version}
-    facts = {"command": f"`{result['command']}`", "date": result["date"], "commit": result["commit"]}
+    machine, versions = (
+        result["machine"],
+        {name: version for name, version in result["versions"].items() if version},
+    )
+    facts = {
+        "command": f"`{result['command']}`",
+        "date": result["date"],
+        "commit": result["commit"],
+    }
     facts |= {"machine": ", ".join(f"{name} {value}" for name, value in machine.items())}
     facts |= {"versions": ", ".join(f"{name} {value}" for name, value in versions.items())}
     file = args.out / args.command.replace("-", "_")
     report.markdown(file.with_suffix(".md"), facts)
-    report.say(f"Numbers: {file.with_suffix('.json')}; tables in Markdown: {file.with_suffix('.md')}")
+    report.say(
+        f"Numbers: {file.with_suffix('.json')}; tables in Markdown: {file.with_suffix('.md')}"
+    )
     return result
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
     """What of ours failed, or computed other numbers."""
-    entries = [(row, name, entry) for row in result["rows"] for name, entry in row.get("results", {row.get("name"): row}).items()]
+    entries = [
+        (row, name, entry)
+        for row in result["rows"]
+        for name, entry in row.get("results", {row.get("name"): row}).items()
+    ]
     return [
         f"{row.get('title', '')}: {name}: {entry['note']}"
         for row, name, entry in entries
-        if str(name).startswith("functorch_opt") and str(entry.get("note", "")).startswith(("failed", "DIFFERENT"))
+        if str(name).startswith("functorch_opt")
+        and str(entry.get("note", "")).startswith(("failed", "DIFFERENT"))
     ]
 
 

@@ -47,7 +47,9 @@ def cautious() -> fo.GradientTransformation:
 
 def ema_chain() -> fo.GradientTransformation:
     return fo.chain(
-        fo.clip_by_global_norm(MAX_NORM), fo.adamw(schedule(), *BETAS, EPS, weight_decay=DECAY), fo.params_ema(EMA, debias=False)
+        fo.clip_by_global_norm(MAX_NORM),
+        fo.adamw(schedule(), *BETAS, EPS, weight_decay=DECAY),
+        fo.params_ema(EMA, debias=False),
     )
 
 
@@ -68,7 +70,9 @@ class EmaTorch(Contender):
         for p, g in zip(self.ps, self.gs, strict=True):
             p.requires_grad_()
             p.grad = g
-        self.opt = torch.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+        self.opt = torch.optim.AdamW(
+            self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.opt, lr_factor)
         self.ema = [p.detach().clone() for p in self.ps]
 
@@ -125,7 +129,10 @@ class ResearchTorch(Contender):
 
     def start(self) -> None:
         self.count = 0
-        self.mu, self.nu = [torch.zeros_like(p) for p in self.ps], [torch.zeros_like(p) for p in self.ps]
+        self.mu, self.nu = (
+            [torch.zeros_like(p) for p in self.ps],
+            [torch.zeros_like(p) for p in self.ps],
+        )
         self.ema = [p.clone() for p in self.ps]
 
     @torch.no_grad()
@@ -133,7 +140,9 @@ class ResearchTorch(Contender):
         raw = gs = self.gs
         if self.noise:
             sigma = (ETA / (1 + self.count) ** GAMMA) ** 0.5
-            gs = [torch.randn(g.shape, device=g.device, dtype=g.dtype).mul_(sigma).add_(g) for g in gs]
+            gs = [
+                torch.randn(g.shape, device=g.device, dtype=g.dtype).mul_(sigma).add_(g) for g in gs
+            ]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gs)))
         gs = torch._foreach_mul(gs, torch.clamp(MAX_NORM / norm, max=1.0))
         for g in gs:

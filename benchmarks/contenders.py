@@ -19,14 +19,24 @@ class Unavailable(Exception):
     """Why a contender cannot take part: said in its row."""
 
 
-def draw(shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[Tensor]:
+def draw(
+    shapes: Any,
+    seed: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [(scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
 
 
-def gradients(shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def gradients(
+    shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all others the sum."""
-    return [x + torch.copysign(torch.full_like(x, 0.01), x) for x in draw(shapes, seed, device, dtype)]
+    return [
+        x + torch.copysign(torch.full_like(x, 0.01), x) for x in draw(shapes, seed, device, dtype)
+    ]
 
 
 class Contender:
@@ -56,7 +66,10 @@ class Contender:
 def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) -> float:
     """The largest difference of the second list to the first, relative to the tolerance: at most 1 is the same."""
     first, second = results
-    return max(((a.float() - b.float()).abs() / (atol + rtol * b.float().abs())).max().item() for a, b in zip(second, first, strict=True))
+    return max(
+        ((a.float() - b.float()).abs() / (atol + rtol * b.float().abs())).max().item()
+        for a, b in zip(second, first, strict=True)
+    )
 
 
 # ---- torch.optim ---------------------------------------------------------------------------------------------------------
@@ -72,7 +85,9 @@ class TorchOptim(Contender):
         self.opt = self.make()
 
     def make(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, **self.options)
+        return torch.optim.AdamW(
+            self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, **self.options
+        )
 
     def step(self) -> None:
         self.opt.step()
@@ -134,7 +149,9 @@ class Adapter(TorchOptim):
     name = "functorch_opt optim, compile=True"
 
     def make(self) -> torch.optim.Optimizer:
-        return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True)
+        return fo.optim.AdamW(
+            self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, compile=True
+        )
 
 
 # ---- others ---------------------------------------------------------------------------------------------------------------
@@ -204,7 +221,9 @@ class TorchOpt(Contender):
 
     def step(self) -> None:
         with torch.no_grad():
-            updates, self.state = self.tx.update(tuple(self.gs), self.state, params=self.params, inplace=self.inplace)
+            updates, self.state = self.tx.update(
+                tuple(self.gs), self.state, params=self.params, inplace=self.inplace
+            )
             self.params = self.apply(self.params, updates, inplace=self.inplace)
 
     def read(self) -> list[Tensor]:

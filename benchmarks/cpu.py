@@ -38,10 +38,18 @@ AVERAGED = {"averages": 1, "norm": True}
 RANDOM = (1,)
 
 ROWS = {
-    "gpt": Row("AdamW, 76 tensors of a 12 M GPT", shapes.NANOGPT, contenders.ADAMW, contenders.FUSED, 1.0),
-    "large": Row("AdamW, 32 tensors of 1024x1024", shapes.LARGE, contenders.ADAMW, contenders.FUSED, 1.0),
-    "small": Row("AdamW, 150 tensors of 64x64 and 64", shapes.SMALL, contenders.ADAMW, contenders.FUSED, 1.0),
-    "many": Row("AdamW, 1,000 tensors of 256", shapes.MANY, contenders.ADAMW, contenders.FUSED, 1.0),
+    "gpt": Row(
+        "AdamW, 76 tensors of a 12 M GPT", shapes.NANOGPT, contenders.ADAMW, contenders.FUSED, 1.0
+    ),
+    "large": Row(
+        "AdamW, 32 tensors of 1024x1024", shapes.LARGE, contenders.ADAMW, contenders.FUSED, 1.0
+    ),
+    "small": Row(
+        "AdamW, 150 tensors of 64x64 and 64", shapes.SMALL, contenders.ADAMW, contenders.FUSED, 1.0
+    ),
+    "many": Row(
+        "AdamW, 1,000 tensors of 256", shapes.MANY, contenders.ADAMW, contenders.FUSED, 1.0
+    ),
     "ema": Row(
         "clip + AdamW + warmup-cosine + parameter EMA, 12 M GPT",
         shapes.NANOGPT,
@@ -50,12 +58,37 @@ ROWS = {
         0.70,
         AVERAGED,
     ),
-    "research": Row("8-stage research chain, 12 M GPT", shapes.NANOGPT, chains.RESEARCH, chains.ResearchTorch.name, 0.25, AVERAGED),
-    "noise": Row(
-        "the same with Gaussian noise first, 12 M GPT", shapes.NANOGPT, chains.NOISE, chains.NoiseTorch.name, 0.70, AVERAGED, RANDOM
+    "research": Row(
+        "8-stage research chain, 12 M GPT",
+        shapes.NANOGPT,
+        chains.RESEARCH,
+        chains.ResearchTorch.name,
+        0.25,
+        AVERAGED,
     ),
-    "eager": Row("eager functional AdamW, 12 M GPT", shapes.NANOGPT, contenders.EAGER, contenders.TorchOpt.name, 0.6),
-    "eager-small": Row("eager functional AdamW, 150 small tensors", shapes.SMALL, contenders.EAGER, contenders.TorchOpt.name, 0.6),
+    "noise": Row(
+        "the same with Gaussian noise first, 12 M GPT",
+        shapes.NANOGPT,
+        chains.NOISE,
+        chains.NoiseTorch.name,
+        0.70,
+        AVERAGED,
+        RANDOM,
+    ),
+    "eager": Row(
+        "eager functional AdamW, 12 M GPT",
+        shapes.NANOGPT,
+        contenders.EAGER,
+        contenders.TorchOpt.name,
+        0.6,
+    ),
+    "eager-small": Row(
+        "eager functional AdamW, 150 small tensors",
+        shapes.SMALL,
+        contenders.EAGER,
+        contenders.TorchOpt.name,
+        0.6,
+    ),
 }
 PYTHON = "python"
 
@@ -66,7 +99,10 @@ PYTHON = "python"
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
     """Stop what takes longer, where there are signals."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -82,7 +118,9 @@ def limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def prepare(row: Row, seconds: float) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
+def prepare(
+    row: Row, seconds: float
+) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
     """The contenders that can run, after three steps on the same data; why the others cannot; and how far each is from the first."""
     ps, feeds = draw(row.shapes, 0, scale=0.02), [gradients(row.shapes, seed) for seed in (1, 2, 3)]
     ready: dict[str, Contender] = {}
@@ -100,13 +138,21 @@ def prepare(row: Row, seconds: float) -> tuple[dict[str, Contender], dict[str, s
         except Unavailable as why:
             notes[make.name] = str(why)
         except Exception as error:
-            limits = [e for e in (error.__cause__, error.__context__) if isinstance(e, Unavailable)]  # raised inside a compiler
+            limits = [
+                e for e in (error.__cause__, error.__context__) if isinstance(e, Unavailable)
+            ]  # raised inside a compiler
             notes[make.name] = (
-                str(limits[0]).splitlines()[0] if limits else f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+                str(limits[0]).splitlines()[0]
+                if limits
+                else f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
             )
         else:
             ready[make.name], results[make.name] = contender, [x.clone() for x in contender.read()]
-    compared = [make.name for i, make in enumerate(row.contenders) if i not in row.check and make.name in results]
+    compared = [
+        make.name
+        for i, make in enumerate(row.contenders)
+        if i not in row.check and make.name in results
+    ]
     differences = {name: same([results[compared[0]], results[name]]) for name in compared[1:]}
     for name, difference in differences.items():
         if not difference <= 1:
@@ -133,7 +179,8 @@ def measure(name: str, row: Row, rounds: int, seconds: float) -> dict[str, Any]:
         "target": row.target,
         "floor_bytes": size,
         "difference_over_tolerance": differences,
-        "results": {make.name: found[make.name] for make in row.contenders} | {"floor": found.get("floor", {})},
+        "results": {make.name: found[make.name] for make in row.contenders}
+        | {"floor": found.get("floor", {})},
     }
 
 
@@ -151,7 +198,13 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
         rows.append([name, f"{entry['ms']:.3f}", ratio, spread, f"{entry['over_floor']:.2f}", note])
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     header = ["", "ms", "ratio", "quartiles", "over floor", ""]
-    report.table(f"{result['title']}; {threads}; ratio to {result['against']}", header, rows, numbers_to=5, quiet=quiet)
+    report.table(
+        f"{result['title']}; {threads}; ratio to {result['against']}",
+        header,
+        rows,
+        numbers_to=5,
+        quiet=quiet,
+    )
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------------
@@ -163,14 +216,22 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 def run(args: Namespace) -> dict[str, Any]:
     chosen = args.rows or [*ROWS, PYTHON]
-    if len(args.threads) > 1 or (not args.quick and (len(chosen) > 1 or HUGE_PAGES not in os.environ)):
+    if len(args.threads) > 1 or (
+        not args.quick and (len(chosen) > 1 or HUGE_PAGES not in os.environ)
+    ):
         return _each_in_a_process(args, [chosen] if args.quick else [[name] for name in chosen])
     torch.set_num_threads(args.threads[0])
-    os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(args.threads[0])  # how many threads JAX takes, if it has not started yet
+    os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(
+        args.threads[0]
+    )  # how many threads JAX takes, if it has not started yet
     result = record.header("cpu") | {"threads": args.threads, "rows": []}
     for name in chosen:
         if name == PYTHON:
-            result["python"] = [python_time.run(shapes.TINY if args.quick else shapes.SMALL, 20 if args.quick else 300)]
+            result["python"] = [
+                python_time.run(
+                    shapes.TINY if args.quick else shapes.SMALL, 20 if args.quick else 300
+                )
+            ]
             continue
         row = ROWS[name]._replace(shapes=shapes.TINY) if args.quick else ROWS[name]
         result["rows"].append(measure(name, row, 3 if args.quick else args.rounds, args.limit))
@@ -185,10 +246,29 @@ def _each_in_a_process(args: Namespace, groups: list[list[str]]) -> dict[str, An
     result = record.header("cpu") | {"threads": args.threads, "rows": [], "python": []}
     for threads, names in itertools.product(args.threads, groups):
         out = args.out / f"threads_{threads}" / "_".join(names)
-        command = [sys.executable, "-m", "benchmarks", "cpu", "--threads", str(threads), "--out", str(out)]
-        command += ["--rounds", str(args.rounds), "--limit", str(args.limit), *(["--quick"] if args.quick else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "cpu",
+            "--threads",
+            str(threads),
+            "--out",
+            str(out),
+        ]
+        command += [
+            "--rounds",
+            str(args.rounds),
+            "--limit",
+            str(args.limit),
+            *(["--quick"] if args.quick else []),
+        ]
         command += ["--rows", *names]
-        subprocess.run(command, check=True, env={HUGE_PAGES: "1", **os.environ, "OMP_NUM_THREADS": str(threads)})
+        subprocess.run(
+            command,
+            check=True,
+            env={HUGE_PAGES: "1", **os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
         part = json.loads((out / "cpu.json").read_text())
         result["rows"] += part["rows"]
         result["python"] += part.get("python", [])
@@ -204,6 +284,15 @@ def _keep(out: Path, result: dict[str, Any]) -> None:
     record.write(out / "cpu.json", result)
     panels = []
     for row in result["rows"]:
-        values = [(name, entry["over_floor"]) for name, entry in row["results"].items() if "ms" in entry and name != "floor"]
+        values = [
+            (name, entry["over_floor"])
+            for name, entry in row["results"].items()
+            if "ms" in entry and name != "floor"
+        ]
         panels.append((f"{row['title']}; threads: {row['threads']}", values, 1.0))
-    report.bars(out / "cpu.png", panels, "step time, in multiples of the memory floor (the line at 1)", log=True)
+    report.bars(
+        out / "cpu.png",
+        panels,
+        "step time, in multiples of the memory floor (the line at 1)",
+        log=True,
+    )

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 
-def adamw(n: int, *, averages: int = 0, norm: bool = False, device: str = "cpu", dtypes: tuple[torch.dtype, torch.dtype] | None = None):
+def adamw(
+    n: int,
+    *,
+    averages: int = 0,
+    norm: bool = False,
+    device: str = "cpu",
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+):
     """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with `norm`, g is read once before."""
     p_dtype, m_dtype = dtypes or (torch.float32, torch.float32)
     p, g = torch.randn(n, device=device).to(p_dtype), torch.randn(n, device=device).to(p_dtype)

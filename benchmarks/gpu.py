@@ -41,9 +41,17 @@ class Set(NamedTuple):
     dtype: torch.dtype
 
 
-MODELS = {"gpt2": ("GPT-2 124M", shapes.GPT2), "resnet50": ("ResNet-50", shapes.RESNET50), "huge": ("32 of 2048x2048", shapes.HUGE)}
+MODELS = {
+    "gpt2": ("GPT-2 124M", shapes.GPT2),
+    "resnet50": ("ResNet-50", shapes.RESNET50),
+    "huge": ("32 of 2048x2048", shapes.HUGE),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS = {f"{model}-{kind}": Set(f"{title}, {kind}", of, dtype) for model, (title, of) in MODELS.items() for kind, dtype in DTYPES.items()}
+ROWS = {
+    f"{model}-{kind}": Set(f"{title}, {kind}", of, dtype)
+    for model, (title, of) in MODELS.items()
+    for kind, dtype in DTYPES.items()
+}
 
 
 # ---- contenders ------------------------------------------------------------------------------------------------------------
@@ -57,7 +65,9 @@ class LowMoments(Compiled):
     def chain(self) -> fo.GradientTransformation:
         low = self.ps[0].dtype
         return fo.chain(
-            fo.scale_by_adam(*BETAS, EPS, mu_dtype=low, nu_dtype=low), fo.add_decayed_weights(DECAY), fo.scale_by_learning_rate(LR)
+            fo.scale_by_adam(*BETAS, EPS, mu_dtype=low, nu_dtype=low),
+            fo.add_decayed_weights(DECAY),
+            fo.scale_by_learning_rate(LR),
         )
 
 
@@ -99,7 +109,11 @@ class Graph(Contender):
         for mine, first in zip(self.inner.ps, self.ps, strict=True):
             mine.copy_(first)
         if isinstance(self.inner, Compiled):
-            for mine, first in zip(tree.leaves(self.inner.state), tree.leaves(self.inner.chain().init(self.ps)), strict=True):
+            for mine, first in zip(
+                tree.leaves(self.inner.state),
+                tree.leaves(self.inner.chain().init(self.ps)),
+                strict=True,
+            ):
                 mine.copy_(first)
         elif isinstance(self.inner, Fused):
             for of in self.inner.opt.state.values():
@@ -198,7 +212,11 @@ def prepare(row: Set, device: str) -> tuple[dict[str, Contender], dict[str, dict
     ps = draw(row.shapes, 0, device, row.dtype, scale=0.02)
     feeds = [gradients(row.shapes, seed, device, row.dtype) for seed in (1, 2, 3)]
     # In bf16 the last bit of a parameter is 2^-8 of it, and low moments are rounded at every step. Three steps move it by 3e-3.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if row.dtype == torch.float32 else {"rtol": 2**-7, "atol": 2e-4}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5}
+        if row.dtype == torch.float32
+        else {"rtol": 2**-7, "atol": 2e-4}
+    )
     expected = eagerly(Compiled, ps, feeds)
     ready: dict[str, Contender] = {}
     known: dict[str, dict[str, Any]] = {}
@@ -221,11 +239,15 @@ def prepare(row: Set, device: str) -> tuple[dict[str, Contender], dict[str, dict
         except Unavailable as why:
             entry["note"] = str(why)
         except Exception as error:
-            entry["note"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+            entry["note"] = (
+                f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+            )
         else:
             entry["difference_over_tolerance"] = same([expected, contender.read()], **tolerance)
             if not entry["difference_over_tolerance"] <= 1:
-                entry["note"] = f"DIFFERENT NUMBERS: {entry['difference_over_tolerance']:.3g} x the tolerance"
+                entry["note"] = (
+                    f"DIFFERENT NUMBERS: {entry['difference_over_tolerance']:.3g} x the tolerance"
+                )
             ready[make.name] = contender
     return ready, known
 
@@ -237,7 +259,9 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
     low = row.dtype.itemsize
     copy, copied = floor.copy(1 << (16 if args.quick else 28), device)
     in_place, size = floor.adamw(n, device=device, dtypes=(row.dtype, torch.float32))
-    work: dict[str, Callable[[], Any]] = {label: contender.step for label, contender in ready.items()}
+    work: dict[str, Callable[[], Any]] = {
+        label: contender.step for label, contender in ready.items()
+    }
     work |= {"copy": copy, "floor": in_place}
     for call in work.values():
         milliseconds(call, device, 2)
@@ -253,7 +277,10 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
         ms = statistics.median(times[label])
         known[label] |= {
             "ms": ms,
-            "ratio": statistics.median(a / b for a, b in zip(times[label], times.get(Fused.name, times[label]), strict=True)),
+            "ratio": statistics.median(
+                a / b
+                for a, b in zip(times[label], times.get(Fused.name, times[label]), strict=True)
+            ),
             "host_ms": host_milliseconds(contender.step, device, rounds),
             "bytes": moved,
             "of_copy_bandwidth": moved / ms / 1e6 / bandwidth,
@@ -279,18 +306,44 @@ def show(result: dict[str, Any]) -> None:
         if "ms" not in entry:
             rows.append([name, *"-----", first, "-", entry.get("note", "")])
             continue
-        counted = "-" if entry["kernels"] is None else f"{entry['kernels']}+{entry['copies']}, {entry['waits']}"
-        numbers = [f"{entry['ms']:.3f}", f"{entry['ratio']:.2f}", f"{100 * entry['of_copy_bandwidth']:.0f}%", f"{entry['host_ms']:.3f}"]
+        counted = (
+            "-"
+            if entry["kernels"] is None
+            else f"{entry['kernels']}+{entry['copies']}, {entry['waits']}"
+        )
+        numbers = [
+            f"{entry['ms']:.3f}",
+            f"{entry['ratio']:.2f}",
+            f"{100 * entry['of_copy_bandwidth']:.0f}%",
+            f"{entry['host_ms']:.3f}",
+        ]
         right = f"{entry['difference_over_tolerance']:.2g}"
         rows.append([name, *numbers, right, first, counted, entry.get("note", "")])
-    header = ["", "ms", "to fused", "of copy", "host ms", "difference", "first step here, s", "kernels+copies, waits", ""]
+    header = [
+        "",
+        "ms",
+        "to fused",
+        "of copy",
+        "host ms",
+        "difference",
+        "first step here, s",
+        "kernels+copies, waits",
+        "",
+    ]
     title = f"AdamW, {result['title']}, {result['device']}; copy {result['copy_GB_s']:.0f} GB/s; "
-    report.table(title + f"floor in place, float32 moments: {result['floor_ms']:.3f} ms", header, rows, numbers_to=8)
+    report.table(
+        title + f"floor in place, float32 moments: {result['floor_ms']:.3f} ms",
+        header,
+        rows,
+        numbers_to=8,
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("No CUDA device, so nothing is measured. To rehearse the program: python -m benchmarks gpu --device cpu --quick")
+        raise SystemExit(
+            "No CUDA device, so nothing is measured. To rehearse the program: python -m benchmarks gpu --device cpu --quick"
+        )
     result = record.header("gpu") | {"device": args.device, "rows": []}
     for name in args.rows or ROWS:
         row = ROWS[name]._replace(shapes=shapes.TINY) if args.quick else ROWS[name]
@@ -301,12 +354,27 @@ def run(args: Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
     if not args.quick:
         cases = report.track((20, 150), "first steps in fresh processes")
-        result["first_steps"] = [compile_time.case("ours", n, threads=4, limit=400, device=args.device) for n in cases]
+        result["first_steps"] = [
+            compile_time.case("ours", n, threads=4, limit=400, device=args.device) for n in cases
+        ]
         compile_time.show(result["first_steps"])
     record.write(args.out / "gpu.json", result)
     panels = [
-        (row["title"], [(name, entry["ms"] / row["floor_ms"]) for name, entry in row["results"].items() if "ms" in entry], 1.0)
+        (
+            row["title"],
+            [
+                (name, entry["ms"] / row["floor_ms"])
+                for name, entry in row["results"].items()
+                if "ms" in entry
+            ],
+            1.0,
+        )
         for row in result["rows"]
     ]
-    report.bars(args.out / "gpu.png", panels, "step time, in multiples of an in-place pass with float32 moments (the line at 1)", log=True)
+    report.bars(
+        args.out / "gpu.png",
+        panels,
+        "step time, in multiples of an in-place pass with float32 moments (the line at 1)",
+        log=True,
+    )
     return result

@@ -20,7 +20,11 @@ from benchmarks.timing import in_turns, summary
 ROWS = {"64": 64, "512": 512}
 TARGET = 10.0
 PIXELS, HIDDEN, CLASSES, BATCH = 64, 32, 10, 64
-OURS, EAGER, LOOP = "functorch_opt vmapped, compiled", "functorch_opt vmapped", "loop, torch fused Adam"
+OURS, EAGER, LOOP = (
+    "functorch_opt vmapped, compiled",
+    "functorch_opt vmapped",
+    "loop, torch fused Adam",
+)
 
 Params = dict[str, Tensor]
 
@@ -47,7 +51,10 @@ class Vmapped:
 
         every = vmap(one)
         self.lrs = lrs
-        self.params = {name: p.detach().expand(len(lrs), *p.shape).clone() for name, p in model.named_parameters()}
+        self.params = {
+            name: p.detach().expand(len(lrs), *p.shape).clone()
+            for name, p in model.named_parameters()
+        }
         self.state = vmap(fo.adam(0.0).init)(self.params)
         self.update = torch.compile(every, fullgraph=True) if compiled else every
 
@@ -60,7 +67,10 @@ class Loop:
 
     def __init__(self, lrs: Tensor, x: Tensor, y: Tensor) -> None:
         self.models = [copy.deepcopy(make_model()) for _ in lrs]
-        self.optimizers = [torch.optim.Adam(m.parameters(), lr=lr, fused=True) for m, lr in zip(self.models, lrs.tolist(), strict=True)]
+        self.optimizers = [
+            torch.optim.Adam(m.parameters(), lr=lr, fused=True)
+            for m, lr in zip(self.models, lrs.tolist(), strict=True)
+        ]
         self.x, self.y = x, y
 
     def step(self) -> None:
@@ -72,13 +82,20 @@ class Loop:
 
     @property
     def params(self) -> Params:
-        return {name: torch.stack([m.get_parameter(name).detach() for m in self.models]) for name, _ in self.models[0].named_parameters()}
+        return {
+            name: torch.stack([m.get_parameter(name).detach() for m in self.models])
+            for name, _ in self.models[0].named_parameters()
+        }
 
 
 def arithmetic(n: int, x: Tensor) -> tuple[Callable[[], None], int]:
     """The matrix products of forward and backward, batched over the models, and nothing else; and how many operations they are."""
     w1, w2 = torch.randn(n, PIXELS, HIDDEN), torch.randn(n, HIDDEN, CLASSES)
-    hidden, d_hidden, d_out = torch.randn(n, BATCH, HIDDEN), torch.randn(n, BATCH, HIDDEN), torch.randn(n, BATCH, CLASSES)
+    hidden, d_hidden, d_out = (
+        torch.randn(n, BATCH, HIDDEN),
+        torch.randn(n, BATCH, HIDDEN),
+        torch.randn(n, BATCH, CLASSES),
+    )
     xs = x.expand(n, BATCH, PIXELS)
 
     def run() -> None:
@@ -93,7 +110,10 @@ def arithmetic(n: int, x: Tensor) -> tuple[Callable[[], None], int]:
 
 def case(n: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(BATCH, PIXELS, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+    x, y = (
+        torch.rand(BATCH, PIXELS, generator=generator),
+        torch.randint(CLASSES, (BATCH,), generator=generator),
+    )
     lrs = torch.logspace(-5, -2, n, dtype=torch.float64)
     vmapped, eager, loop = Vmapped(lrs, x, y, True), Vmapped(lrs, x, y, False), Loop(lrs, x, y)
     begin = time.perf_counter()
@@ -106,12 +126,24 @@ def case(n: int, rounds: int) -> dict[str, Any]:
     work = {OURS: vmapped.step, EAGER: eager.step, LOOP: loop.step, "floor": run}
     results: dict[str, dict[str, Any]] = {OURS: {}, EAGER: {}}
     for name, contender in ((OURS, vmapped), (EAGER, eager)):
-        difference = max((contender.params[key] - p).abs().max().item() for key, p in of_loop.items())
-        results[name] = {"difference": difference, **({} if difference < 1e-3 else {"note": "DIFFERENT NUMBERS"})}
+        difference = max(
+            (contender.params[key] - p).abs().max().item() for key, p in of_loop.items()
+        )
+        results[name] = {
+            "difference": difference,
+            **({} if difference < 1e-3 else {"note": "DIFFERENT NUMBERS"}),
+        }
     for name, entry in summary(in_turns(work, rounds, f"{n} models"), LOOP).items():
         results.setdefault(name, {}).update(entry)
     title = f"{n} models of {sum(p[0].numel() for p in vmapped.params.values()):,} parameters, {BATCH} examples, Adam"
-    return {"row": str(n), "title": title, "models": n, "first_call_s": first, "operations": operations, "results": results}
+    return {
+        "row": str(n),
+        "title": title,
+        "models": n,
+        "first_call_s": first,
+        "operations": operations,
+        "results": results,
+    }
 
 
 def show(row: dict[str, Any]) -> None:
@@ -119,9 +151,26 @@ def show(row: dict[str, Any]) -> None:
     for name, entry in row["results"].items():
         faster = 1 / entry["ratio"]
         slowest, fastest = sorted(1 / ratio for ratio in entry["ratio_quartiles"])
-        note = f"to reach: {TARGET:.0f}; first call {row['first_call_s']:.1f} s" if name == OURS else entry.get("note", "")
-        note = f"{row['operations'] / entry['ms'] / 1e6:.0f} GFLOP/s, the matrix products alone" if name == "floor" else note
-        lines.append([name, f"{entry['ms']:.2f}", f"{faster:.1f}", f"{slowest:.1f}-{fastest:.1f}", f"{entry['over_floor']:.1f}", note])
+        note = (
+            f"to reach: {TARGET:.0f}; first call {row['first_call_s']:.1f} s"
+            if name == OURS
+            else entry.get("note", "")
+        )
+        note = (
+            f"{row['operations'] / entry['ms'] / 1e6:.0f} GFLOP/s, the matrix products alone"
+            if name == "floor"
+            else note
+        )
+        lines.append(
+            [
+                name,
+                f"{entry['ms']:.2f}",
+                f"{faster:.1f}",
+                f"{slowest:.1f}-{fastest:.1f}",
+                f"{entry['over_floor']:.1f}",
+                note,
+            ]
+        )
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     header = ["", "ms a step", "times as fast", "quartiles", "over floor", ""]
     report.table(f"{row['title']}; {threads}; against {LOOP}", header, lines, numbers_to=5)
@@ -131,12 +180,27 @@ def run(args: Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads[0])
     result = record.header("many-models") | {"threads": args.threads, "rows": []}
     for name in args.rows or ROWS:
-        result["rows"].append(case(3 if args.quick else ROWS[name], 2 if args.quick else args.rounds))
+        result["rows"].append(
+            case(3 if args.quick else ROWS[name], 2 if args.quick else args.rounds)
+        )
         show(result["rows"][-1])
     record.write(args.out / "many_models.json", result)
     panels = [
-        (row["title"], [(name, entry["over_floor"]) for name, entry in row["results"].items() if name != "floor"], 1.0)
+        (
+            row["title"],
+            [
+                (name, entry["over_floor"])
+                for name, entry in row["results"].items()
+                if name != "floor"
+            ],
+            1.0,
+        )
         for row in result["rows"]
     ]
-    report.bars(args.out / "many_models.png", panels, "step time, in multiples of the matrix products alone (the line at 1)", log=True)
+    report.bars(
+        args.out / "many_models.png",
+        panels,
+        "step time, in multiples of the matrix products alone (the line at 1)",
+        log=True,
+    )
     return result

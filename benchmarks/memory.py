@@ -24,7 +24,9 @@ def allocations(step: Any) -> tuple[int, int]:
     """Of one step: the bytes allocated in all, and the most that was alive at a time beside what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     total = alive = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += max(0, event.nbytes())
@@ -37,24 +39,51 @@ def run(args: Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads[0])
     of = shapes.TINY if args.quick else shapes.NANOGPT
     n = shapes.numel(of)
-    result = record.header("memory") | {"threads": args.threads, "tensors": len(of), "parameters": n, "rows": []}
+    result = record.header("memory") | {
+        "threads": args.threads,
+        "tensors": len(of),
+        "parameters": n,
+        "rows": [],
+    }
     for row in args.rows or ROWS:
         title, makes = CONTENDERS[row]
         for make in report.track(makes, title):
-            result["rows"].append({"row": row, "title": title, "name": make.name} | _measure(make, of, 4 * n))
+            result["rows"].append(
+                {"row": row, "title": title, "name": make.name} | _measure(make, of, 4 * n)
+            )
     rows = [
-        [row["title"], row["name"], *([f"{100 * row[key]:.3f}%" for key in ("allocated", "peak")] if "peak" in row else ["-", "-"])]
+        [
+            row["title"],
+            row["name"],
+            *(
+                [f"{100 * row[key]:.3f}%" for key in ("allocated", "peak")]
+                if "peak" in row
+                else ["-", "-"]
+            ),
+        ]
         + [row.get("note", "")]
         for row in result["rows"]
     ]
     title = f"Allocated by a step, as a share of the bytes of the parameters ({len(of)} tensors, {n:,} parameters; to reach: under 1%)"
-    report.table(title, ["", "", "allocated in all", "most at a time", ""], rows, numbers_from=2, numbers_to=4)
+    report.table(
+        title,
+        ["", "", "allocated in all", "most at a time", ""],
+        rows,
+        numbers_from=2,
+        numbers_to=4,
+    )
     record.write(args.out / "memory.json", result)
     panels = []
     for row in args.rows or ROWS:
-        mine = [(r["name"], 100 * r["peak"]) for r in result["rows"] if r["row"] == row and "peak" in r]
+        mine = [
+            (r["name"], 100 * r["peak"]) for r in result["rows"] if r["row"] == row and "peak" in r
+        ]
         panels.append((CONTENDERS[row][0], mine, 1.0))
-    report.bars(args.out / "memory.png", panels, "most allocated at a time, % of the parameters' bytes (the line at 1%)")
+    report.bars(
+        args.out / "memory.png",
+        panels,
+        "most allocated at a time, % of the parameters' bytes (the line at 1%)",
+    )
     return result
 
 
@@ -62,8 +91,14 @@ def _measure(make: type[Contender], of: shapes.Shapes, size: int) -> dict[str, A
     try:
         contender = make(draw(of, 0), draw(of, 1))
         if isinstance(contender, Optax):
-            stats = contender.advance.lower(contender.ps, contender.gs, contender.state).compile().memory_analysis()
-            extra = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+            stats = (
+                contender.advance.lower(contender.ps, contender.gs, contender.state)
+                .compile()
+                .memory_analysis()
+            )
+            extra = (
+                stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+            )
             return {"allocated": extra / size, "peak": extra / size, "note": "XLA's own analysis"}
         for _ in range(4):
             contender.step()

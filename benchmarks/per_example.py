@@ -22,13 +22,26 @@ CHUNKS = 32, 64, 128
 
 def conv() -> tuple[nn.Module, tuple[int, ...]]:
     """The net of Opacus's MNIST example: 26,010 parameters."""
-    layers = (nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)), (1, 28, 28)
+    layers = (
+        nn.Conv2d(1, 16, 8, 2, padding=3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+    )
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)), (
+        1,
+        28,
+        28,
+    )
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
     """269,322 parameters."""
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)), (784,)
+    return nn.Sequential(
+        nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    ), (784,)
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {"conv": conv, "mlp": mlp}
@@ -43,7 +56,9 @@ Make = Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]
 def ours(chunk: int) -> Make:
     def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
         params = {name: p.detach() for name, p in model.named_parameters()}
-        clipped = fo.clipped_grad_sum(lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y), BOUND, chunk)
+        clipped = fo.clipped_grad_sum(
+            lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y), BOUND, chunk
+        )
         return lambda: [*clipped(params, x, y).sum.values()]
 
     return make
@@ -53,14 +68,24 @@ def opacus(mode: str) -> Make:
     def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
         from opacus.optimizers import DPOptimizer
-        from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+        from opacus.optimizers.optimizer_fast_gradient_clipping import (
+            DPOptimizerFastGradientClipping,
+        )
         from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-        given: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": BOUND, "expected_batch_size": 1}
+        given: dict[str, Any] = {
+            "noise_multiplier": 0.0,
+            "max_grad_norm": BOUND,
+            "expected_batch_size": 1,
+        }
         criterion: Callable[[Tensor, Tensor], Any] = nn.CrossEntropyLoss()
         if mode == "ghost":
-            wrapped: nn.Module = GradSampleModuleFastGradientClipping(model, max_grad_norm=BOUND, use_ghost_clipping=True)
-            optimizer = DPOptimizerFastGradientClipping(torch.optim.SGD(wrapped.parameters(), lr=0.0), **given)
+            wrapped: nn.Module = GradSampleModuleFastGradientClipping(
+                model, max_grad_norm=BOUND, use_ghost_clipping=True
+            )
+            optimizer = DPOptimizerFastGradientClipping(
+                torch.optim.SGD(wrapped.parameters(), lr=0.0), **given
+            )
             criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
         else:
             wrapped = GradSampleModule(model, force_functorch=mode == "functorch")
@@ -103,9 +128,20 @@ def run(args: Namespace) -> dict[str, Any]:
             result["rows"].append(_measure(row, size, 2 if args.quick else args.rounds))
     names = [*CONTENDERS, "floor"]
     for what, unit, show in (("ms", "milliseconds", "{:.1f}"), ("peak", "MB", "{:.1f}")):
-        title = {"ms": "Time of the clipped sum", "peak": "Most allocated at a time beside the parameters"}[what] + f", {unit}"
+        title = {
+            "ms": "Time of the clipped sum",
+            "peak": "Most allocated at a time beside the parameters",
+        }[what] + f", {unit}"
         lines = [
-            [row["title"], *(show.format(row["results"][name][what]) if what in row["results"].get(name, {}) else "-" for name in names)]
+            [
+                row["title"],
+                *(
+                    show.format(row["results"][name][what])
+                    if what in row["results"].get(name, {})
+                    else "-"
+                    for name in names
+                ),
+            ]
             for row in result["rows"]
         ]
         report.table(title, ["", *names], lines)
@@ -115,7 +151,11 @@ def run(args: Namespace) -> dict[str, Any]:
                 report.say(f"{row['title']}: {name}: {entry['note']}")
     record.write(args.out / "per_example.json", result)
     panels = [
-        (f"{row['title']}: {label}", [(name, entry[key]) for name, entry in row["results"].items() if key in entry], None)
+        (
+            f"{row['title']}: {label}",
+            [(name, entry[key]) for name, entry in row["results"].items() if key in entry],
+            None,
+        )
         for row in result["rows"]
         for key, label in (("ms", "ms"), ("peak", "MB at a time"))
     ]
@@ -134,7 +174,10 @@ def _measure(row: str, size: int, rounds: int) -> dict[str, Any]:
             call = make(model, torch.randn(size, *shape), torch.randint(10, (size,)))
             found = [g.detach().clone() for g in call()]
             first = first or found
-            if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * math.sqrt(size)) for a, b in zip(found, first, strict=True)):
+            if not all(
+                torch.allclose(a, b, rtol=1e-3, atol=1e-4 * math.sqrt(size))
+                for a, b in zip(found, first, strict=True)
+            ):
                 results[name] = {"note": "DIFFERENT NUMBERS"}
                 continue
             results[name] = {"peak": allocations(call)[1] / 1e6}
@@ -142,12 +185,16 @@ def _measure(row: str, size: int, rounds: int) -> dict[str, Any]:
         except ModuleNotFoundError as error:
             results[name] = {"note": f"not installed ({error.name})"}
         except Exception as error:
-            results[name] = {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"}
+            results[name] = {
+                "note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+            }
     torch.manual_seed(0)
     model, shape = NETS[row]()
     calls["floor"] = batch_gradient(model, torch.randn(size, *shape), torch.randint(10, (size,)))
     results["floor"] = {"peak": allocations(calls["floor"])[1] / 1e6}
     title = f"{row}, batch {size}"
-    for name, entry in timing.summary(timing.in_turns(calls, rounds, title), next(iter(calls), None)).items():
+    for name, entry in timing.summary(
+        timing.in_turns(calls, rounds, title), next(iter(calls), None)
+    ).items():
         results[name] |= entry
     return {"row": row, "title": title, "size": size, "results": results}

@@ -43,17 +43,36 @@ def profile(call: Callable[[], None], n: int) -> list[dict[str, Any]]:
     entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])
     found = []
     for (file, line, function), (_, calls, own, total, _) in entries:
-        where = function if file == "~" else f"{'/'.join(file.replace(chr(92), '/').split('/')[-2:])}:{line} {function}"
-        found.append({"function": where, "calls": calls / n, "own_us": 1e6 * own / n, "with_calls_us": 1e6 * total / n})
+        where = (
+            function
+            if file == "~"
+            else f"{'/'.join(file.replace(chr(92), '/').split('/')[-2:])}:{line} {function}"
+        )
+        found.append(
+            {
+                "function": where,
+                "calls": calls / n,
+                "own_us": 1e6 * own / n,
+                "with_calls_us": 1e6 * total / n,
+            }
+        )
     return found
 
 
 def kernels_us(profiled: list[dict[str, Any]]) -> float:
     """Inductor's kernels: C functions, which the profiler does not slow down."""
-    return sum(entry["own_us"] for entry in profiled if re.search(r"built-in method \w+\.kernel", entry["function"]))
+    return sum(
+        entry["own_us"]
+        for entry in profiled
+        if re.search(r"built-in method \w+\.kernel", entry["function"])
+    )
 
 
-PARTS = {"AdamW": Compiled, "clip + AdamW + warmup-cosine + parameter EMA": EmaCompiled, "8-stage research chain": ResearchCompiled}
+PARTS = {
+    "AdamW": Compiled,
+    "clip + AdamW + warmup-cosine + parameter EMA": EmaCompiled,
+    "8-stage research chain": ResearchCompiled,
+}
 
 
 def run(of: Shapes, n: int) -> dict[str, Any]:
@@ -71,7 +90,10 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
         "step_of_tiny_tensors_us": microseconds(small.step, n),
         "prepare_us": _prepare(real, n),
         "profile": profiled[:12],
-        "parts": [{"step": title} | parts(make, of if of is TINY else NANOGPT, n // 6) for title, make in PARTS.items()],
+        "parts": [
+            {"step": title} | parts(make, of if of is TINY else NANOGPT, n // 6)
+            for title, make in PARTS.items()
+        ],
     }
     result["python_us"] = result["step_us"] - result["kernels_us"]
     show(result)
@@ -88,7 +110,11 @@ def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
             begin = time.perf_counter()
             contender.step()
             if i >= 10:
-                for name, seconds in (("step", time.perf_counter() - begin), ("kernels", sum(kernels)), ("prepare", sum(prepare))):
+                for name, seconds in (
+                    ("step", time.perf_counter() - begin),
+                    ("kernels", sum(kernels)),
+                    ("prepare", sum(prepare)),
+                ):
                     seen[name].append(1e6 * seconds)
     return {f"{name}_us": statistics.median(of) for name, of in seen.items()}
 
@@ -118,18 +144,36 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
         ("the kernels, by the profile", "kernels_us"),
         ("the difference: Python", "python_us"),
         ("of which prepare, eager, by itself", "prepare_us"),
-        ("a step of as many tensors of 2 or 4 elements: everything but arithmetic", "step_of_tiny_tensors_us"),
+        (
+            "a step of as many tensors of 2 or 4 elements: everything but arithmetic",
+            "step_of_tiny_tensors_us",
+        ),
     ]
     rows = [[text, f"{result[key]:.0f}"] for text, key in shown]
-    report.table(f"AdamW, {result['tensors']} tensors: Python time; threads: {result['threads']}", ["", "us"], rows, quiet=quiet)
-    rows = [[p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"] for p in result["profile"]]
-    report.table("Where it goes, by cProfile (which slows it down)", ["function", "calls", "own us", "with calls us"], rows, quiet=quiet)
+    report.table(
+        f"AdamW, {result['tensors']} tensors: Python time; threads: {result['threads']}",
+        ["", "us"],
+        rows,
+        quiet=quiet,
+    )
+    rows = [
+        [p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"]
+        for p in result["profile"]
+    ]
+    report.table(
+        "Where it goes, by cProfile (which slows it down)",
+        ["function", "calls", "own us", "with calls us"],
+        rows,
+        quiet=quiet,
+    )
     rows = [
         [p["step"], *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")]]
         + [f"{(p['step_us'] - p['kernels_us'] - p['prepare_us']) / 1e3:.2f}"]
         for p in result["parts"]
     ]
-    title = "Where the time of long steps goes, 12 M GPT, ms (prepare: the norm of the clip, schedules)"
+    title = (
+        "Where the time of long steps goes, 12 M GPT, ms (prepare: the norm of the clip, schedules)"
+    )
     report.table(title, ["", "step", "kernels", "prepare", "the rest: Python"], rows, quiet=quiet)
 
 
@@ -137,7 +181,9 @@ def _prepare(ps: list[torch.Tensor], n: int) -> float:
     """The scalars of a step, worked out for one tensor: an `update` of it, less its rule, would be about this."""
     tx = our_adamw()
     state = tx.init(ps)
-    stages = [(stage, state[name]) for name, stage in tx.stages.items()] if isinstance(tx, Chain) else []
+    stages = (
+        [(stage, state[name]) for name, stage in tx.stages.items()] if isinstance(tx, Chain) else []
+    )
 
     @torch.no_grad()
     def scalars() -> None:

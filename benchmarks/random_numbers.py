@@ -20,13 +20,23 @@ TARGET = 1.5
 def run(args: Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads[0])
     n, rounds = (QUICK, 3) if args.quick else (N, args.rounds)
-    result = record.header("random") | {"threads": args.threads[0], "numbers": n, "rounds": rounds, "rows": []}
+    result = record.header("random") | {
+        "threads": args.threads[0],
+        "numbers": n,
+        "rounds": rounds,
+        "rows": [],
+    }
     for row in args.rows or ROWS:
         result["rows"].append(_measure(row, n, rounds) | {"threads": args.threads[0]})
         _show(result["rows"][-1])
     record.write(args.out / "random.json", result)
-    panels: list[Any] = [(row["title"], [(name, entry["ratio"]) for name, entry in row["results"].items()], 1.0) for row in result["rows"]]
-    report.bars(args.out / "random.png", panels, "time, in multiples of torch's generator (the line at 1)")
+    panels: list[Any] = [
+        (row["title"], [(name, entry["ratio"]) for name, entry in row["results"].items()], 1.0)
+        for row in result["rows"]
+    ]
+    report.bars(
+        args.out / "random.png", panels, "time, in multiples of torch's generator (the line at 1)"
+    )
     return result
 
 
@@ -45,16 +55,31 @@ def _measure(row: str, n: int, rounds: int) -> dict[str, Any]:
         f"torch.{theirs.__name__}": lambda: theirs(n),
     }
     title = f"{n:,} {what}"
-    return {"row": row, "title": title, "results": summary(in_turns(work, rounds, title), f"torch.{theirs.__name__}")}
+    return {
+        "row": row,
+        "title": title,
+        "results": summary(in_turns(work, rounds, title), f"torch.{theirs.__name__}"),
+    }
 
 
 def _show(row: dict[str, Any]) -> None:
     against = next(reversed(row["results"]))
     lines = [
-        [name, f"{entry['ms']:.2f}", f"{entry['ratio']:.2f}", "{:.2f}-{:.2f}".format(*entry["ratio_quartiles"]), ""]
+        [
+            name,
+            f"{entry['ms']:.2f}",
+            f"{entry['ratio']:.2f}",
+            "{:.2f}-{:.2f}".format(*entry["ratio_quartiles"]),
+            "",
+        ]
         for name, entry in row["results"].items()
     ]
     if row["row"] == "normal":
         lines[0][-1] = f"to reach: {TARGET:.2f}"
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-    report.table(f"{row['title']}; {threads}; ratio to {against}", ["", "ms", "ratio", "quartiles", ""], lines, numbers_to=4)
+    report.table(
+        f"{row['title']}; {threads}; ratio to {against}",
+        ["", "ms", "ratio", "quartiles", ""],
+        lines,
+        numbers_to=4,
+    )

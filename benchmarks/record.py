@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("functorch_opt", "torch", "optree", "triton", "jax", "jaxlib", "optax", "torchopt", "heavyball", "opacus", "numpy")
+PACKAGES = (
+    "functorch_opt",
+    "torch",
+    "optree",
+    "triton",
+    "jax",
+    "jaxlib",
+    "optax",
+    "torchopt",
+    "heavyball",
+    "opacus",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -32,7 +44,13 @@ def commit() -> str | None:
     """Of the working tree the program runs from, if that is a git checkout."""
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -57,13 +75,23 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def header(what: str) -> dict[str, Any]:
     command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"benchmark": what, "command": command, "date": now, "commit": commit(), "machine": machine(), "versions": versions()}
+    return {
+        "benchmark": what,
+        "command": command,
+        "date": now,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def write(path: Path, result: dict[str, Any]) -> Path:

@@ -14,7 +14,10 @@ T = TypeVar("T")
 if find_spec("rich"):
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "140")))
+    console = Console(
+        highlight=False,
+        width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "140")),
+    )
 else:
     console = None
 
@@ -63,33 +66,62 @@ def table(
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
     print(f"\n{title}")
     for row in [list(header), ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
     sys.stdout.flush()
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Go through `items` with a progress bar."""
     if console and sys.stdout.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         with Progress(
-            TextColumn(f"{description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            TextColumn(f"{description:<44}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
         ) as progress:
             yield from progress.track(items, total=len(items))
         return
     for i, item in enumerate(items, 1):
         if sys.stderr.isatty():
-            print(f"\r{description:<44} {i}/{len(items)}", end="\n" if i == len(items) else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{description:<44} {i}/{len(items)}",
+                end="\n" if i == len(items) else "",
+                file=sys.stderr,
+                flush=True,
+            )
         yield item
     if not sys.stderr.isatty():
         print(f"{description} ({len(items)})", file=sys.stderr, flush=True)
 
 
-def bars(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float]], float | None]], label: str, log: bool = False) -> Path | None:
+def bars(
+    path: Path,
+    panels: Sequence[tuple[str, Sequence[tuple[str, float]], float | None]],
+    label: str,
+    log: bool = False,
+) -> Path | None:
     """A picture: a panel per row of bars, the first of each in colour, with a line at the floor. None without matplotlib."""
     panels = [panel for panel in panels if panel[1]]
     if not find_spec("matplotlib") or not panels:
-        say("No picture: matplotlib is not installed." if panels else "No picture: nothing was measured.")
+        say(
+            "No picture: matplotlib is not installed."
+            if panels
+            else "No picture: nothing was measured."
+        )
         return None
     import matplotlib
 
@@ -98,11 +130,21 @@ def bars(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float]], fl
 
     heights = [len(values) + 1.6 for _, values, _ in panels]
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 0.27 * sum(heights)), height_ratios=heights, squeeze=False, constrained_layout=True
+        len(panels),
+        1,
+        figsize=(9, 0.27 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        constrained_layout=True,
     )
     for ax, (title, values, floor) in zip(axes[:, 0], panels, strict=True):
         names, numbers = [name for name, _ in values], [number for _, number in values]
-        ax.barh(names, numbers, color=[BLUE if name.startswith("functorch_opt") else SKY for name in names], log=log)
+        ax.barh(
+            names,
+            numbers,
+            color=[BLUE if name.startswith("functorch_opt") else SKY for name in names],
+            log=log,
+        )
         if floor is not None:
             ax.axvline(floor, color=ORANGE, lw=2)
         for i, number in enumerate(numbers):

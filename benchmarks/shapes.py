@@ -10,7 +10,12 @@ def gpt(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
     norm = [(width,), (width,)]
     block = [
         *norm,
-        *[(3 * width, width), (3 * width,), (width, width), (width,)],  # attention: q, k and v; projection
+        *[
+            (3 * width, width),
+            (3 * width,),
+            (width, width),
+            (width,),
+        ],  # attention: q, k and v; projection
         *norm,
         *[(4 * width, width), (4 * width,), (width, 4 * width), (width,)],  # MLP
     ]
@@ -38,7 +43,15 @@ def vit(layers: int, width: int, patch: int, image: int = 224, classes: int = 10
     """torchvision's VisionTransformer."""
     norm = [(width,), (width,)]
     attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
-    block = [*norm, *attention, *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    block = [
+        *norm,
+        *attention,
+        *norm,
+        (4 * width, width),
+        (4 * width,),
+        (width, 4 * width),
+        (width,),
+    ]
     tokens = (image // patch) ** 2 + 1
     stem = [(1, 1, width), (width, 3, patch, patch), (width,), (1, tokens, width)]
     return [*stem, *block * layers, *norm, (classes, width), (classes,)]

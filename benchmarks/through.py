@@ -98,19 +98,34 @@ def run(args: Namespace) -> dict[str, Any]:
                 del work[contender]
         for contender, number in numbers.items():
             if abs(number - numbers["functorch_opt"]) > 1e-3 * abs(numbers["functorch_opt"]):
-                notes[contender] = f"DIFFERENT NUMBERS: {number:.6g}, not {numbers['functorch_opt']:.6g}"
+                notes[contender] = (
+                    f"DIFFERENT NUMBERS: {number:.6g}, not {numbers['functorch_opt']:.6g}"
+                )
         title = f"derivative through {steps} steps of Adam, width {width}"
         found = summary(in_turns(work, 3 if args.quick else args.rounds, title), "torchopt")
         for contender, note in notes.items():
             found.setdefault(contender, {})["note"] = note
         for contender, peak in peaks.items():
             found[contender] |= {"peak": peak, "derivative": numbers[contender]}
-        result["rows"].append({"row": name, "title": title, "width": width, "steps": steps, "results": found})
+        result["rows"].append(
+            {"row": name, "title": title, "width": width, "steps": steps, "results": found}
+        )
         rows = [
-            [contender, f"{entry['ms']:.1f}", f"{entry.get('ratio', 1):.2f}", f"{entry['peak'] / 2**20:.2f}", f"{entry['derivative']:.6g}"]
+            [
+                contender,
+                f"{entry['ms']:.1f}",
+                f"{entry.get('ratio', 1):.2f}",
+                f"{entry['peak'] / 2**20:.2f}",
+                f"{entry['derivative']:.6g}",
+            ]
             for contender, entry in found.items()
             if "ms" in entry
         ]
-        report.table(title, ["", "ms", "ratio to torchopt", "most at a time, MiB", "derivative"], rows, numbers_to=5)
+        report.table(
+            title,
+            ["", "ms", "ratio to torchopt", "most at a time, MiB", "derivative"],
+            rows,
+            numbers_to=5,
+        )
     record.write(args.out / "through.json", result)
     return result

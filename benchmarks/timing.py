@@ -13,7 +13,9 @@ TURN = 0.02
 """Seconds of timed calls in a turn, at least: one call is too short to time with small tensors."""
 
 
-def in_turns(work: Mapping[str, Callable[[], None]], rounds: int, description: str, turn: float = TURN) -> dict[str, list[float]]:
+def in_turns(
+    work: Mapping[str, Callable[[], None]], rounds: int, description: str, turn: float = TURN
+) -> dict[str, list[float]]:
     """Seconds per call, ``{name: one for each round}``. A turn begins with an untimed call; the order changes from round to round."""
     calls = {}
     for name, call in work.items():
@@ -35,7 +37,9 @@ def in_turns(work: Mapping[str, Callable[[], None]], rounds: int, description: s
     return times
 
 
-def summary(times: Mapping[str, Sequence[float]], against: str | None, floor: str = "floor") -> dict[str, dict[str, Any]]:
+def summary(
+    times: Mapping[str, Sequence[float]], against: str | None, floor: str = "floor"
+) -> dict[str, dict[str, Any]]:
     """Medians: milliseconds, and of the ratios of paired rounds to `against` and to the floor; with quartiles."""
     found: dict[str, dict[str, Any]] = {}
     for name, of in times.items():
@@ -44,6 +48,8 @@ def summary(times: Mapping[str, Sequence[float]], against: str | None, floor: st
             if other in times:
                 ratios = [a / b for a, b in zip(of, times[other], strict=True)]
                 entry[key] = statistics.median(ratios)
-                entry[f"{key}_quartiles"] = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+                entry[f"{key}_quartiles"] = (
+                    statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+                )
         found[name] = entry
     return found

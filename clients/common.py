@@ -34,7 +34,11 @@ def named(params: Iterable[Any], compile: bool = False) -> fo.optim.Optimizer:
 
 def decayed(learning_rate: float, weight_decay: float = 0.0) -> fo.GradientTransformation:
     """AdamW again, as a chain of its stages."""
-    return fo.chain(fo.scale_by_adam(), fo.add_decayed_weights(weight_decay), fo.scale_by_learning_rate(learning_rate))
+    return fo.chain(
+        fo.scale_by_adam(),
+        fo.add_decayed_weights(weight_decay),
+        fo.scale_by_learning_rate(learning_rate),
+    )
 
 
 def chained(params: Iterable[Any], compile: bool = False) -> fo.optim.Optimizer:
@@ -49,7 +53,9 @@ def chained_compiled(params: Iterable[Any]) -> fo.optim.Optimizer:
     return chained(params, compile=True)
 
 
-each_optimizer = pytest.mark.parametrize("make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__)
+each_optimizer = pytest.mark.parametrize(
+    "make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__
+)
 
 
 def model() -> nn.Module:
@@ -80,7 +86,11 @@ def watched() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        seen.append(torch.cat([p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]))
+        seen.append(
+            torch.cat(
+                [p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+            )
+        )
 
     handle = register_optimizer_step_post_hook(look)
     try:
@@ -92,7 +102,9 @@ def watched() -> Iterator[list[Tensor]]:
 def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-10) -> None:
     assert len(ours) == len(theirs) > 0
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, step=step: f"step {step}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance, msg=lambda text, step=step: f"step {step}: {text}"
+        )
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from common import Make, accuracy, assert_equal, assert_same, batches, each_optimizer, model, torchs, watched
+from common import (
+    Make,
+    accuracy,
+    assert_equal,
+    assert_same,
+    batches,
+    each_optimizer,
+    model,
+    torchs,
+    watched,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,7 +25,9 @@ from torch.optim.lr_scheduler import LambdaLR
 CLIP = 0.003
 
 
-def train(make: Make, epochs: range, *, load: str | None = None, save: str | None = None) -> tuple[torch.nn.Module, list[Tensor]]:
+def train(
+    make: Make, epochs: range, *, load: str | None = None, save: str | None = None
+) -> tuple[torch.nn.Module, list[Tensor]]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     net = model()
     optimizer = make(net.parameters())

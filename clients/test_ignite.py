@@ -30,14 +30,18 @@ import functorch_opt as fo
 
 
 def chained(params: Any, compile: bool = False) -> fo.optim.Optimizer:
-    return fo.optim.Optimizer(params, decayed, compile=compile, learning_rate=LR, weight_decay=WEIGHT_DECAY)
+    return fo.optim.Optimizer(
+        params, decayed, compile=compile, learning_rate=LR, weight_decay=WEIGHT_DECAY
+    )
 
 
 def chained_compiled(params: Any) -> fo.optim.Optimizer:
     return chained(params, compile=True)
 
 
-each_optimizer = pytest.mark.parametrize("make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__)
+each_optimizer = pytest.mark.parametrize(
+    "make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__
+)
 
 
 class Run:
@@ -49,7 +53,9 @@ class Run:
         self.trainer: Engine = create_supervised_trainer(self.net, self.optimizer, cross_entropy)
         self.schedulers = {
             "lr": PiecewiseLinear(self.optimizer, "lr", [(0, LR / 10), (14, LR), (56, LR / 10)]),
-            "weight_decay": PiecewiseLinear(self.optimizer, "weight_decay", [(10, 0.0), (20, 2 * WEIGHT_DECAY), (35, 0.0)]),
+            "weight_decay": PiecewiseLinear(
+                self.optimizer, "weight_decay", [(10, 0.0), (20, 2 * WEIGHT_DECAY), (35, 0.0)]
+            ),
         }
         self.seen: list[tuple[float, float]] = []
         for scheduler in self.schedulers.values():
@@ -61,7 +67,12 @@ class Run:
         self.seen.append((group["lr"], group["weight_decay"]))
 
     def parts(self) -> dict[str, Any]:
-        return {"net": self.net, "optimizer": self.optimizer, "trainer": self.trainer, **self.schedulers}
+        return {
+            "net": self.net,
+            "optimizer": self.optimizer,
+            "trainer": self.trainer,
+            **self.schedulers,
+        }
 
     def train(self, epochs: int = 2) -> list[Tensor]:
         with watched() as steps:

@@ -33,7 +33,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import functorch_opt as fo
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning about itself
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning"
+)  # of Lightning about itself
 
 CLIP = 0.003
 """Of the single numbers of a gradient: nearly every step has larger ones."""
@@ -52,13 +54,21 @@ class Automatic(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters())
         scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + 0.01 * step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.clipped += any((p.grad.abs() > CLIP).any() for p in self.parameters())
 
 
-def fit(module: lightning.LightningModule, epochs: int = 2, ckpt_path: Path | None = None, **options: Any) -> lightning.Trainer:
+def fit(
+    module: lightning.LightningModule,
+    epochs: int = 2,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> lightning.Trainer:
     trainer = lightning.Trainer(
         accelerator="cpu",
         precision="64-true",
@@ -80,7 +90,13 @@ def test_44_automatic(make: Make) -> None:
     for one in (make, torchs):
         module = Automatic(one)
         with watched() as steps:
-            fit(module, epochs=4, accumulate_grad_batches=2, gradient_clip_val=CLIP, gradient_clip_algorithm="value")
+            fit(
+                module,
+                epochs=4,
+                accumulate_grad_batches=2,
+                gradient_clip_val=CLIP,
+                gradient_clip_algorithm="value",
+            )
         assert module.clipped == len(steps) == 4 * 14
         assert accuracy(module.net) > 0.9
         runs.append(steps)
@@ -120,7 +136,10 @@ def test_44_a_clip_in_the_chain_sees_the_accumulated_gradient() -> None:
     def clips_itself(params: Any) -> torch.optim.Optimizer:
         return fo.optim.Optimizer(params, fo.chain(fo.clip(CLIP), decayed(LR, WEIGHT_DECAY)))
 
-    assert_same(automatic(clips_itself), automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value"))
+    assert_same(
+        automatic(clips_itself),
+        automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value"),
+    )
 
 
 @each_optimizer
@@ -166,7 +185,11 @@ class Unfreezing(Manual):
         ours, inner = optimizer.state_dict(), optimizer.optimizer.state_dict()
         assert ours["param_groups"] == inner["param_groups"]
         assert ours["state"].keys() == inner["state"].keys()
-        assert all(value is inner["state"][i][name] for i, slots in ours["state"].items() for name, value in slots.items())
+        assert all(
+            value is inner["state"][i][name]
+            for i, slots in ours["state"].items()
+            for name, value in slots.items()
+        )
 
 
 @pytest.mark.parametrize("make", [named, named_compiled])
@@ -220,7 +243,9 @@ def test_45_state_that_was_moved_is_the_state(compile: bool) -> None:
     kept = [x.clone() for x in old]
     _optimizer_to_device(opt, torch.device("cpu"))
     for p in params:  # on one device `to` gives the same tensors: clones stand for moved ones
-        opt.state[p] = {key: value if key == "step" else value.clone() for key, value in opt.state[p].items()}
+        opt.state[p] = {
+            key: value if key == "step" else value.clone() for key, value in opt.state[p].items()
+        }
     moved = [opt.state[p]["exp_avg"] for p in params]
     train(opt, params, range(2, 4))
     train(twin, twins, range(2, 4))

@@ -47,7 +47,9 @@ def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = No
 def make_trainer(choice: Choice, **options: Any) -> Trainer:
     torch.manual_seed(0)
     size = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(**size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        **size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0
+    )
     args = TrainingArguments(
         output_dir="out",
         use_cpu=True,
@@ -62,7 +64,13 @@ def make_trainer(choice: Choice, **options: Any) -> Trainer:
         report_to=[],
         **{"save_strategy": "no", **options},
     )
-    return Trainer(GPT2LMHeadModel(config).double(), args, train_dataset=text(), compute_loss_func=loss_of, optimizer_cls_and_kwargs=choice)
+    return Trainer(
+        GPT2LMHeadModel(config).double(),
+        args,
+        train_dataset=text(),
+        compute_loss_func=loss_of,
+        optimizer_cls_and_kwargs=choice,
+    )
 
 
 def loss(trainer: Trainer) -> float:
@@ -80,7 +88,10 @@ def test_47_train(choice: Choice) -> None:
         before = loss(trainer)
         with watched() as steps:
             trainer.train()
-        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [WEIGHT_DECAY, 0.0]
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [
+            WEIGHT_DECAY,
+            0.0,
+        ]
         assert all(group["params"] for group in trainer.optimizer.param_groups)
         assert len(steps) == 20
         assert loss(trainer) < 0.8 * before
@@ -93,7 +104,9 @@ def test_47_a_ready_chain() -> None:
 
     class OneDecay(torch.optim.AdamW):
         def __init__(self, groups: list[dict[str, Any]]) -> None:
-            super().__init__([{"params": group["params"]} for group in groups], lr=LR, weight_decay=WEIGHT_DECAY)
+            super().__init__(
+                [{"params": group["params"]} for group in groups], lr=LR, weight_decay=WEIGHT_DECAY
+            )
 
     def run(choice: Choice, max_grad_norm: float) -> list[Tensor]:
         with watched() as steps:
@@ -102,7 +115,9 @@ def test_47_a_ready_chain() -> None:
 
     tx = fo.chain(fo.clip_by_global_norm(CLIP), decayed(LR, WEIGHT_DECAY))
     ours = run((fo.optim.Optimizer, {"tx": tx}), 0.0)
-    assert_same(ours, run((OneDecay, {}), CLIP), tolerance=1e-5)  # torch adds 1e-6 to a norm that it clips
+    assert_same(
+        ours, run((OneDecay, {}), CLIP), tolerance=1e-5
+    )  # torch adds 1e-6 to a norm that it clips
     with pytest.raises(AssertionError):
         assert_same(ours, run((OneDecay, {}), 0.0), tolerance=1e-3)
 

@@ -9,17 +9,28 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_output"),
+        help="folder for the pictures (default: %(default)s)",
+    )
     out = parser.parse_args().out
-    missing = [package for package in ("rich", "matplotlib", "sklearn") if find_spec(package) is None]
+    missing = [
+        package for package in ("rich", "matplotlib", "sklearn") if find_spec(package) is None
+    ]
     if missing:
-        sys.exit(f"The demo also needs {', '.join(missing)}. Install the extra: pip install functorch_opt[demo]")
+        sys.exit(
+            f"The demo also needs {', '.join(missing)}. Install the extra: pip install functorch_opt[demo]"
+        )
 
     import torch
 
     from demo import common, digits, regression, sweep
 
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and the times do not depend on what else the machine does
+    torch.set_num_threads(
+        1
+    )  # tensors this small gain nothing from more, and the times do not depend on what else the machine does
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     pictures = [section.run(out) for section in (regression, digits, sweep)]

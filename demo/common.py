@@ -18,7 +18,15 @@ from rich.table import Table
 T = TypeVar("T")
 
 # Okabe and Ito's palette: told apart with any kind of colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 
 plt.rcParams.update(
     {
@@ -59,7 +67,12 @@ def table(rows: Iterable[Iterable[str]], header: list[str], numbers_from: int = 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Go through `items` with a progress bar."""
-    columns = TextColumn(f"{description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn(f"{description:<36}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         yield from progress.track(items, total=total)
 
@@ -67,7 +80,11 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
 def smooth(losses: list[float], window: int = 15) -> list[float]:
     """The mean of `window` values around each."""
     half = window // 2
-    return [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - half) : i + half + 1])]
+    return [
+        sum(part) / len(part)
+        for i in range(len(losses))
+        if (part := losses[max(0, i - half) : i + half + 1])
+    ]
 
 
 def save(figure: Figure, path: Path) -> Path:

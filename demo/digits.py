@@ -33,15 +33,24 @@ def load() -> Data:
     """scikit-learn's digits (they come with it), four fifths of them to train on."""
     digits = load_digits()
     x, y = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
-    train, test = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split([1437, 360])
+    train, test = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(
+        [1437, 360]
+    )
     return Data(x[train], y[train], x[test], y[test])
 
 
-def minibatches(data: Data, epochs: int, batch: int = BATCH, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def minibatches(
+    data: Data, epochs: int, batch: int = BATCH, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     """The batches of all epochs, each epoch in a new order; what is left over at the end of an epoch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(data.x_train), generator=generator) for _ in range(epochs)]
-    return [(data.x_train[i], data.y_train[i]) for order in orders for i in order.split(batch) if len(i) == batch]
+    return [
+        (data.x_train[i], data.y_train[i])
+        for order in orders
+        for i in order.split(batch)
+        if len(i) == batch
+    ]
 
 
 class ConvNet(nn.Module):
@@ -65,7 +74,9 @@ def is_weight(path: str, p: Tensor) -> bool:
 
 
 def make_chain(steps: int, eta: float = 1e-6) -> fo.GradientTransformation:
-    schedule = fo.warmup_cosine_decay_schedule(0.0, PEAK_LR, warmup_steps=steps // 10, decay_steps=steps)
+    schedule = fo.warmup_cosine_decay_schedule(
+        0.0, PEAK_LR, warmup_steps=steps // 10, decay_steps=steps
+    )
     return fo.chain(
         fo.clip_by_global_norm(1.0),
         fo.add_noise(eta=eta, gamma=0.55, key=0),
@@ -75,7 +86,9 @@ def make_chain(steps: int, eta: float = 1e-6) -> fo.GradientTransformation:
     )
 
 
-def functional(model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]) -> Steps:
+def functional(
+    model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Steps:
     """Pure functions: params and state go in, new ones come out."""
 
     def loss_fn(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -90,7 +103,9 @@ def functional(model: nn.Module, tx: fo.GradientTransformation, batches: Iterabl
         yield loss, params
 
 
-def stateful(model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]) -> Steps:
+def stateful(
+    model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Steps:
     """The same chain as a torch.optim.Optimizer, in an ordinary loop."""
     opt = fo.optim.Optimizer(model.named_parameters(), tx)
     for x, y in batches:
@@ -103,12 +118,22 @@ def stateful(model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[
 
 def torch_adamw(model: nn.Module, steps: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Steps:
     """The reference, without functorch_opt: the same steps, but for the noise, which torch does not have."""
-    weights, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
-    opt = torch.optim.AdamW([{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}], lr=PEAK_LR)
+    weights, rest = (
+        [p for p in model.parameters() if p.ndim > 1],
+        [p for p in model.parameters() if p.ndim <= 1],
+    )
+    opt = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}],
+        lr=PEAK_LR,
+    )
     warmup = steps // 10
 
     def factor(step: int) -> float:
-        return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return (
+            step / warmup
+            if step < warmup
+            else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        )
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     for x, y in batches:
@@ -140,7 +165,9 @@ def record(steps: Steps, model: nn.Module, data: Data) -> Record:
         losses.append(loss.item())
         trajectory.append(torch.cat([p.detach().flatten() for p in params.values()]))
         if len(losses) % per_epoch == 0:
-            accuracy.append((predict(model, params, data.x_test) == data.y_test).double().mean().item())
+            accuracy.append(
+                (predict(model, params, data.x_test) == data.y_test).double().mean().item()
+            )
     return Record(losses, accuracy, torch.stack(trajectory), params)
 
 
@@ -166,36 +193,70 @@ def run(out: Path) -> Path:
     trainings = {
         "functional": functional(models[0], tx, track(batches, "functional", steps)),
         "fo.optim.Optimizer": stateful(models[1], tx, track(batches, "fo.optim.Optimizer", steps)),
-        "torch.optim.AdamW": torch_adamw(models[2], steps, track(batches, "torch.optim.AdamW", steps)),
-        "functional, no noise": functional(models[3], quiet, track(batches, "functional, no noise", steps)),
+        "torch.optim.AdamW": torch_adamw(
+            models[2], steps, track(batches, "torch.optim.AdamW", steps)
+        ),
+        "functional, no noise": functional(
+            models[3], quiet, track(batches, "functional, no noise", steps)
+        ),
     }
     runs = {name: record(training, models[0], data) for name, training in trainings.items()}
 
-    rows = [[name, f"{it.accuracy[-1]:.1%}", f"{smooth(it.losses)[-1]:.4f}"] for name, it in runs.items()]
+    rows = [
+        [name, f"{it.accuracy[-1]:.1%}", f"{smooth(it.losses)[-1]:.4f}"]
+        for name, it in runs.items()
+    ]
     table(rows, ["trained by", "held-out accuracy", "final training loss"])
     size = runs["functional"].trajectory.shape[1]
-    say(f"{steps} steps of {BATCH} images, {size:,} parameters. Largest difference of a parameter at any step:")
-    for a, b in (("functional", "fo.optim.Optimizer"), ("functional, no noise", "torch.optim.AdamW")):
+    say(
+        f"{steps} steps of {BATCH} images, {size:,} parameters. Largest difference of a parameter at any step:"
+    )
+    for a, b in (
+        ("functional", "fo.optim.Optimizer"),
+        ("functional, no noise", "torch.optim.AdamW"),
+    ):
         say(f"  {a} against {b}: {largest_difference(runs[a], runs[b]):.2g}")
     del runs["functional, no noise"]
-    return save(_draw(runs, data, predict(models[0], runs["functional"].params, data.x_test)), out / "2_digits.png")
+    return save(
+        _draw(runs, data, predict(models[0], runs["functional"].params, data.x_test)),
+        out / "2_digits.png",
+    )
 
 
 def _draw(runs: dict[str, Record], data: Data, predicted: Tensor) -> Figure:
     figure = plt.figure(figsize=(14, 9))
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.05])
     loss, accuracy = upper.subplots(1, 2)
-    styles = [{"color": BLUE, "lw": 5, "alpha": 0.5}, {"color": BLACK, "lw": 1.5, "ls": "--"}, {"color": ORANGE, "lw": 1.8}]
+    styles = [
+        {"color": BLUE, "lw": 5, "alpha": 0.5},
+        {"color": BLACK, "lw": 1.5, "ls": "--"},
+        {"color": ORANGE, "lw": 1.8},
+    ]
     for (name, it), style in zip(runs.items(), styles, strict=True):
         loss.plot(it.losses, color=style["color"], lw=0.6, alpha=0.25)
         loss.plot(smooth(it.losses), **style, label=name)
-        accuracy.plot(range(1, EPOCHS + 1), [100 * a for a in it.accuracy], **style, marker="o", ms=4, label=name)
+        accuracy.plot(
+            range(1, EPOCHS + 1),
+            [100 * a for a in it.accuracy],
+            **style,
+            marker="o",
+            ms=4,
+            label=name,
+        )
     gap = largest_difference(runs["functional"], runs["fo.optim.Optimizer"])
     same = "bit for bit the same run" if gap == 0 else f"the same run to {gap:.0e}"
-    loss.set(title=f"One chain, as functions and as an optimizer: {same}", yscale="log", xlim=(0, len(runs["functional"].losses)))
+    loss.set(
+        title=f"One chain, as functions and as an optimizer: {same}",
+        yscale="log",
+        xlim=(0, len(runs["functional"].losses)),
+    )
     loss.set(xlabel="step", ylabel="training loss")
     least = min(it.accuracy[-1] for it in runs.values())
-    accuracy.set(title=f"Each ends at {least:.1%} or more on digits it has not seen", xlabel="epoch", ylabel="held-out accuracy (%)")
+    accuracy.set(
+        title=f"Each ends at {least:.1%} or more on digits it has not seen",
+        xlabel="epoch",
+        ylabel="held-out accuracy (%)",
+    )
     loss.legend()
     accuracy.legend(loc="lower right")
 

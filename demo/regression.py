@@ -9,7 +9,21 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 import functorch_opt as fo
-from demo.common import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, plt, save, say, table, title, track
+from demo.common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    plt,
+    save,
+    say,
+    table,
+    title,
+    track,
+)
 
 ITERATIONS = 1_000
 SIGMA = 0.3  # standard deviation of the noise on every gradient
@@ -67,29 +81,56 @@ def run(out: Path) -> Path:
     title("1. Linear regression: y = 2x")
     by_hand, sgd = train_by_hand(0.1, ITERATIONS), train(fo.sgd(0.1), ITERATIONS)
     pairs = [(optimizer, policy) for optimizer in OPTIMIZERS for policy in POLICIES]
-    runs = {(o, p): train(OPTIMIZERS[o](POLICIES[p]), ITERATIONS) for o, p in track(pairs, "4 optimizers, 3 policies", len(pairs))}
+    runs = {
+        (o, p): train(OPTIMIZERS[o](POLICIES[p]), ITERATIONS)
+        for o, p in track(pairs, "4 optimizers, 3 policies", len(pairs))
+    }
 
-    named = {("gradient descent by hand", "constant"): by_hand, ("fo.sgd(0.1)", "constant"): sgd, **runs}
-    rows = [[*name, f"{losses[-1]:.1e}", f"{params['w'].item():.6f}"] for name, (params, losses) in named.items()]
+    named = {
+        ("gradient descent by hand", "constant"): by_hand,
+        ("fo.sgd(0.1)", "constant"): sgd,
+        **runs,
+    }
+    rows = [
+        [*name, f"{losses[-1]:.1e}", f"{params['w'].item():.6f}"]
+        for name, (params, losses) in named.items()
+    ]
     table(rows, ["optimizer", "learning rate 0.1", "final loss", "learned weight"], numbers_from=2)
     difference = max(abs(a - b) for a, b in zip(by_hand[1], sgd[1], strict=True))
-    say(f"{ITERATIONS:,} iterations each; the noise on the gradients of noisy SGD has mean 0 and standard deviation {SIGMA}.")
-    say(f"Largest difference in loss, by hand against fo.sgd(0.1), over all iterations: {difference:g}.")
-    return save(_draw(by_hand[1], {name: losses for name, (_, losses) in runs.items()}), out / "1_regression.png")
+    say(
+        f"{ITERATIONS:,} iterations each; the noise on the gradients of noisy SGD has mean 0 and standard deviation {SIGMA}."
+    )
+    say(
+        f"Largest difference in loss, by hand against fo.sgd(0.1), over all iterations: {difference:g}."
+    )
+    return save(
+        _draw(by_hand[1], {name: losses for name, (_, losses) in runs.items()}),
+        out / "1_regression.png",
+    )
 
 
 def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> Figure:
     colors = dict(zip(OPTIMIZERS, [BLUE, ORANGE, GREEN, RED], strict=True))
-    styles = dict(zip(POLICIES, [{"color": BLACK, "lw": 2}, {"color": SKY, "lw": 1.8}, {"color": PINK, "lw": 1.2}], strict=True))
+    styles = dict(
+        zip(
+            POLICIES,
+            [{"color": BLACK, "lw": 2}, {"color": SKY, "lw": 1.8}, {"color": PINK, "lw": 1.2}],
+            strict=True,
+        )
+    )
     figure = plt.figure(figsize=(14, 8))
     grid = figure.add_gridspec(2, 4, height_ratios=[1.2, 1])
 
     everyone = figure.add_subplot(grid[0, :3])
-    everyone.set(title="Constant learning rate: all but the noisy one go down to rounding; noise leaves a floor")
+    everyone.set(
+        title="Constant learning rate: all but the noisy one go down to rounding; noise leaves a floor"
+    )
     everyone.set_ylabel("mean squared error")
     for name, color in colors.items():
         everyone.plot(_visible(losses[name, "constant"]), color=color, lw=1.5, label=name)
-    everyone.plot(by_hand, color=BLACK, lw=2, ls=(0, (1, 3)), label="gradient descent by hand: the same line")
+    everyone.plot(
+        by_hand, color=BLACK, lw=2, ls=(0, (1, 3)), label="gradient descent by hand: the same line"
+    )
     everyone.text(ITERATIONS, 1.4e-15, "exactly 0", ha="right", va="bottom")
     everyone.legend(loc="center right", bbox_to_anchor=(1, 0.45))
     _loss_axes(everyone)
@@ -100,7 +141,12 @@ def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> F
         rates.plot(schedule(torch.arange(ITERATIONS)).numpy(), **styles[policy], label=policy)
     rates.legend(loc="lower left")
 
-    findings = ["decay stops it early", "decay lowers the floor", "needs no decay here", "exact under every policy"]
+    findings = [
+        "decay stops it early",
+        "decay lowers the floor",
+        "needs no decay here",
+        "exact under every policy",
+    ]
     for column, (name, finding) in enumerate(zip(OPTIMIZERS, findings, strict=True)):
         panel = figure.add_subplot(grid[1, column], title=f"{name}: {finding}")
         for policy in POLICIES:

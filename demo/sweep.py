@@ -37,7 +37,16 @@ def train_alone(lr: float, batches: Batches, seed: int = 0) -> tuple[nn.Module, 
 def sweep(data: tuple[Tensor, Tensor], lrs: Tensor, epochs: int) -> fo.Sweep:
     """All of them at once: each is the run of `train_alone`."""
     make = lambda: make_model().to(data[0].dtype)  # noqa: E731
-    return fo.sweep(make, data, fo.adam, loss=cross_entropy, learning_rate=lrs, epochs=epochs, batch_size=BATCH, bound=10.0)
+    return fo.sweep(
+        make,
+        data,
+        fo.adam,
+        loss=cross_entropy,
+        learning_rate=lrs,
+        epochs=epochs,
+        batch_size=BATCH,
+        bound=10.0,
+    )
 
 
 def accuracy(params: Params, x: Tensor, y: Tensor) -> float:
@@ -57,15 +66,36 @@ def run(out: Path) -> Path:
         one_by_one = time.perf_counter() - begin
 
     per_epoch = len(batches) // EPOCHS
-    shown = sorted({result.best_run, *(int((lrs.log10() - exponent).abs().argmin()) for exponent in (-4, -3, -2, -1, 1))})
+    shown = sorted(
+        {
+            result.best_run,
+            *(int((lrs.log10() - exponent).abs().argmin()) for exponent in (-4, -3, -2, -1, 1)),
+        }
+    )
     rows = []
     for i in shown:
         apart = (result.curves[i, :per_epoch] - alone[i, :per_epoch]).abs().max()
-        read = "diverged" if result.diverged[i] else f"{accuracy(result.params_of(i), data.x_test, data.y_test):.1%}"
-        rows.append([f"{lrs[i]:.2g}", f"{result.losses[i]:.5f}", read, f"{apart.nan_to_num(0):.0e}"])
-    table(rows, ["lr", "training loss", "held-out accuracy", "difference to torch.optim, epoch 1"], numbers_from=0)
-    say("Difference: the largest of the loss of a step, in one run against one after another. It is float32 rounding.")
-    say(f"{int(result.diverged.sum())} runs diverged (a loss above 10; at the start it is 2.3); they were frozen there.")
-    say(f"In one run: {together:.1f} s, nothing compiled. One after another, Adam with fused=True: {one_by_one:.1f} s, ")
+        read = (
+            "diverged"
+            if result.diverged[i]
+            else f"{accuracy(result.params_of(i), data.x_test, data.y_test):.1%}"
+        )
+        rows.append(
+            [f"{lrs[i]:.2g}", f"{result.losses[i]:.5f}", read, f"{apart.nan_to_num(0):.0e}"]
+        )
+    table(
+        rows,
+        ["lr", "training loss", "held-out accuracy", "difference to torch.optim, epoch 1"],
+        numbers_from=0,
+    )
+    say(
+        "Difference: the largest of the loss of a step, in one run against one after another. It is float32 rounding."
+    )
+    say(
+        f"{int(result.diverged.sum())} runs diverged (a loss above 10; at the start it is 2.3); they were frozen there."
+    )
+    say(
+        f"In one run: {together:.1f} s, nothing compiled. One after another, Adam with fused=True: {one_by_one:.1f} s, "
+    )
     say(f"which is {one_by_one / together:.1f} times as long. Threads: {torch.get_num_threads()}.")
     return save(result.plot(), out / "3_learning_rates.png")

@@ -1,8 +1,29 @@
 """What one does with trees of tensors, for those who write transformations: structure, numbers, sharded tensors, states."""
 
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit, fit, load_state_dict, state_dict
-from functorch_opt._core.numerics import TINY, as_real, at_least_float32, cast, dot, norm, real_dtype, zero_count, zeros_like
-from functorch_opt._core.sharding import PLAIN, cut, is_sharded, join, on_shards, part_of, refuse_sharded, sum_over_ranks, unlike, whole
+from functorch_opt._core.numerics import (
+    TINY,
+    as_real,
+    at_least_float32,
+    cast,
+    dot,
+    norm,
+    real_dtype,
+    zero_count,
+    zeros_like,
+)
+from functorch_opt._core.sharding import (
+    PLAIN,
+    cut,
+    is_sharded,
+    join,
+    on_shards,
+    part_of,
+    refuse_sharded,
+    sum_over_ranks,
+    unlike,
+    whole,
+)
 from functorch_opt._core.state import StageState, describe, entries, get
 from functorch_opt._core.structure import (
     Path,

@@ -43,8 +43,12 @@ class Row:
     def id(self) -> str:
         return self.name
 
-    def build(self, variant: dict[str, Any] | None = None, **hyper: Any) -> fo.GradientTransformation:
-        return self.make(**{**({"key": 7} if self.keyed else {}), **self.hyper, **(variant or {}), **hyper})
+    def build(
+        self, variant: dict[str, Any] | None = None, **hyper: Any
+    ) -> fo.GradientTransformation:
+        return self.make(
+            **{**({"key": 7} if self.keyed else {}), **self.hyper, **(variant or {}), **hyper}
+        )
 
 
 def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
@@ -52,7 +56,9 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
 
     def update(updates, state, params):
         def value_fn(at):
-            apart = fo.tree.map(lambda g, q, p: (g * (q - p).conj()).real + (q - p).abs() ** 2, updates, at, params)
+            apart = fo.tree.map(
+                lambda g, q, p: (g * (q - p).conj()).real + (q - p).abs() ** 2, updates, at, params
+            )
             return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
@@ -72,7 +78,14 @@ def matrices(path, p):
 
 def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     """`tx`, which takes the gradient of every example, after a stage that makes three of one."""
-    return fo.chain(fo.stateless(lambda updates, params: fo.tree.map(lambda u: torch.stack([u, -0.5 * u, 0.01 * u]), updates)), tx)
+    return fo.chain(
+        fo.stateless(
+            lambda updates, params: fo.tree.map(
+                lambda u: torch.stack([u, -0.5 * u, 0.01 * u]), updates
+            )
+        ),
+        tx,
+    )
 
 
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
@@ -88,7 +101,9 @@ ROWS = [
     Row("centralize", fo.centralize, reads_shape=True),
     Row(
         "chain",
-        lambda max_norm, learning_rate: fo.chain(fo.clip_by_global_norm(max_norm), fo.adamw(learning_rate)),
+        lambda max_norm, learning_rate: fo.chain(
+            fo.clip_by_global_norm(max_norm), fo.adamw(learning_rate)
+        ),
         {"max_norm": 0.5, **LR},
         written=False,
     ),
@@ -105,7 +120,12 @@ ROWS = [
     ),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
     Row("identity", fo.identity),
-    Row("inject_hyperparams", fo.inject_hyperparams(fo.adamw), {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
+    Row(
+        "inject_hyperparams",
+        fo.inject_hyperparams(fo.adamw),
+        {**LR, **ADAM},
+        ({}, {"learning_rate": decay_schedule}),
+    ),
     Row(
         "keep_master_weights",
         lambda learning_rate: fo.keep_master_weights(fo.adamw(learning_rate, weight_decay=0.1)),
@@ -114,7 +134,10 @@ ROWS = [
     ),
     Row(
         "masked",
-        lambda step_size, **v: fo.masked(fo.chain(fo.trace(0.9), fo.scale(step_size)), **{"mask": lambda path, p: p.ndim > 0, **v}),
+        lambda step_size, **v: fo.masked(
+            fo.chain(fo.trace(0.9), fo.scale(step_size)),
+            **{"mask": lambda path, p: p.ndim > 0, **v},
+        ),
         {"step_size": -0.3},
         ({}, {"otherwise": "zero"}),
         reads_shape=True,
@@ -124,12 +147,19 @@ ROWS = [
         "params_ema",
         fo.params_ema,
         {"decay": 0.9},
-        ({}, {"debias": False}, {"decay": lambda count: 1 - 1 / (count.double() + 1), "debias": False}),
+        (
+            {},
+            {"debias": False},
+            {"decay": lambda count: 1 - 1 / (count.double() + 1), "debias": False},
+        ),
     ),
     Row(
         "partition",
         lambda learning_rate: fo.partition(
-            {"matrix": fo.chain(fo.clip_by_global_norm(0.5), fo.adam(learning_rate)), "rest": fo.sgd(0.2)},
+            {
+                "matrix": fo.chain(fo.clip_by_global_norm(0.5), fo.adam(learning_rate)),
+                "rest": fo.sgd(0.2),
+            },
             lambda path, p: "matrix" if p.ndim > 1 else "rest",
         ),
         LR,
@@ -138,19 +168,38 @@ ROWS = [
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
-    Row("scale_by_adam", fo.scale_by_adam, ADAM, ({}, {"nesterov": True}, {"amsgrad": True}, {"amsgrad": "torch"}, {"eps_root": 1e-3})),
+    Row(
+        "scale_by_adam",
+        fo.scale_by_adam,
+        ADAM,
+        ({}, {"nesterov": True}, {"amsgrad": True}, {"amsgrad": "torch"}, {"eps_root": 1e-3}),
+    ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
     Row(
         "scale_by_backtracking_linesearch",
-        lambda **options: on_a_bowl(fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(5, **options))),
+        lambda **options: on_a_bowl(
+            fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(5, **options))
+        ),
         {"decrease_factor": 0.7, "max_learning_rate": 3.0, "slope_rtol": 0.3},
         ({}, {"store_grad": True}, {"increase_factor": float("inf")}),
         unrolls=True,
         shards=False,
         written=False,
     ),
-    Row("scale_by_lbfgs", fo.scale_by_lbfgs, {}, ({}, {"memory_size": 2}, {"scale_init_precond": False}), slots_rest=False, shards=False),
-    Row("scale_by_learning_rate", fo.scale_by_learning_rate, LR, ({}, {"flip_sign": False}, {"learning_rate": decay_schedule})),
+    Row(
+        "scale_by_lbfgs",
+        fo.scale_by_lbfgs,
+        {},
+        ({}, {"memory_size": 2}, {"scale_init_precond": False}),
+        slots_rest=False,
+        shards=False,
+    ),
+    Row(
+        "scale_by_learning_rate",
+        fo.scale_by_learning_rate,
+        LR,
+        ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
+    ),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
     Row(
         "scale_by_polyak",
@@ -165,7 +214,12 @@ ROWS = [
         {"decay": 0.9, "eps": 1e-3},
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5}),
     ),
-    Row("scale_by_rss", fo.scale_by_rss, {"eps": 1e-3}, ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False})),
+    Row(
+        "scale_by_rss",
+        fo.scale_by_rss,
+        {"eps": 1e-3},
+        ({}, {"initial_accumulator_value": 0.0}, {"eps_in_sqrt": False}),
+    ),
     Row(
         "scale_by_trust_ratio",
         fo.scale_by_trust_ratio,
@@ -173,19 +227,36 @@ ROWS = [
         ({}, {"min_norm": 0.0, "eps": 0.0}),
     ),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
-    Row("scale_by_stddev", fo.scale_by_stddev, {"decay": 0.9, "eps": 1e-3}, ({}, {"eps_in_sqrt": False}, {"bias_correction": True})),
+    Row(
+        "scale_by_stddev",
+        fo.scale_by_stddev,
+        {"decay": 0.9, "eps": 1e-3},
+        ({}, {"eps_in_sqrt": False}, {"bias_correction": True}),
+    ),
     Row(
         "scale_by_zoom_linesearch",
-        lambda **options: on_a_bowl(fo.chain(fo.scale(-1.0), fo.scale_by_zoom_linesearch(5, **options))),
+        lambda **options: on_a_bowl(
+            fo.chain(fo.scale(-1.0), fo.scale_by_zoom_linesearch(5, **options))
+        ),
         {"increase_factor": 2.0, "slope_rtol": 0.1, "curv_rtol": 0.2},
-        ({}, {"initial_guess_strategy": "one"}, {"max_learning_rate": 0.3}, {"approx_dec_rtol": None}),
+        (
+            {},
+            {"initial_guess_strategy": "one"},
+            {"max_learning_rate": 0.3},
+            {"approx_dec_rtol": None},
+        ),
         unrolls=True,
         shards=False,
         written=False,
     ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
-    Row("stateless", lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)), passes_none=False, written=False),
+    Row(
+        "stateless",
+        lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)),
+        passes_none=False,
+        written=False,
+    ),
     Row("stochastic_round", fo.stochastic_round, keyed=True, rounds=True),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
     Row("zero_nans", fo.zero_nans),
@@ -194,7 +265,12 @@ ROWS = [
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
-    Row("adamw", fo.adamw, {**LR, **ADAM, "weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1})),
+    Row(
+        "adamw",
+        fo.adamw,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": lambda path, p: p.ndim > 1}),
+    ),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "lbfgs",
@@ -205,7 +281,12 @@ ROWS = [
         shards=False,
         written=False,
     ),
-    Row("lamb", fo.lamb, {**LR, **ADAM, "weight_decay": 0.1}, ({}, {"mask": lambda path, p: p.ndim > 1})),
+    Row(
+        "lamb",
+        fo.lamb,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": lambda path, p: p.ndim > 1}),
+    ),
     Row(
         "lars",
         fo.lars,
@@ -213,7 +294,14 @@ ROWS = [
         ({}, {"nesterov": True}, {"weight_decay_mask": matrices, "trust_ratio_mask": matrices}),
         reads_shape=True,
     ),
-    Row("dp_adam", lambda **given: of_three_examples(fo.dp_adam(**given)), {**LR, **DP, **ADAM}, keyed=True, shards=False, written=False),
+    Row(
+        "dp_adam",
+        lambda **given: of_three_examples(fo.dp_adam(**given)),
+        {**LR, **DP, **ADAM},
+        keyed=True,
+        shards=False,
+        written=False,
+    ),
     Row(
         "dp_sgd",
         lambda **given: of_three_examples(fo.dp_sgd(**given)),
@@ -226,8 +314,18 @@ ROWS = [
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("nadam", fo.nadam, {**LR, **ADAM}),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
-    Row("polyak_sgd", lambda **options: on_a_bowl(fo.polyak_sgd(**options)), {"max_learning_rate": 1.0, "scaling": 0.5}, written=False),
-    Row("rmsprop", fo.rmsprop, {**LR, "eps": 1e-3}, ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
+    Row(
+        "polyak_sgd",
+        lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
+        {"max_learning_rate": 1.0, "scaling": 0.5},
+        written=False,
+    ),
+    Row(
+        "rmsprop",
+        fo.rmsprop,
+        {**LR, "eps": 1e-3},
+        ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
+    ),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),

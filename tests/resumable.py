@@ -41,11 +41,21 @@ def main(checkpoint: str, steps: int, compile: bool) -> None:
         opt.step()
         sched.step()
         if (step + 1) % EVERY == 0:
-            saved = {"model": model.state_dict(), "opt": opt.state_dict(), "sched": sched.state_dict(), "step": step + 1}
+            saved = {
+                "model": model.state_dict(),
+                "opt": opt.state_dict(),
+                "sched": sched.state_dict(),
+                "step": step + 1,
+            }
             torch.save(saved, checkpoint + ".new")
-            os.replace(checkpoint + ".new", checkpoint)  # a kill leaves the old one or the new one, never a half
+            os.replace(
+                checkpoint + ".new", checkpoint
+            )  # a kill leaves the old one or the new one, never a half
             print("saved", step + 1, flush=True)
-    values = [*model.parameters(), *(v for p in model.parameters() for _, v in sorted(opt.state[p].items()))]
+    values = [
+        *model.parameters(),
+        *(v for p in model.parameters() for _, v in sorted(opt.state[p].items())),
+    ]
     digest = hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in values))
     print("finished", opt.param_groups[0]["lr"], digest.hexdigest(), flush=True)
 

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from functorch_opt import tree
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+DTYPES = [
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+]
 SHAPES = [(), (1,), (3,), (0,), (2, 3), (2, 0, 3), (3, 1, 2)]
 
 bounded = settings(deadline=None, derandomize=True, max_examples=60, database=None)
@@ -53,7 +60,10 @@ optree.register_pytree_node(
     namespace="functorch_opt",
 )
 optree.register_pytree_node(
-    Block, lambda block: ((block.layers,), None, ("layers",)), lambda _, children: Block(*children), namespace=EVERYWHERE
+    Block,
+    lambda block: ((block.layers,), None, ("layers",)),
+    lambda _, children: Block(*children),
+    namespace=EVERYWHERE,
 )
 
 
@@ -76,9 +86,7 @@ class Leaves:
         self.leaf = leaf
 
     def __repr__(self) -> str:
-        return (
-            f"{str(self.leaf.dtype).removeprefix('torch.')}{list(self.leaf.shape)}{'-'.join('x' if m else '' for m in self.leaf.missing)}"
-        )
+        return f"{str(self.leaf.dtype).removeprefix('torch.')}{list(self.leaf.shape)}{'-'.join('x' if m else '' for m in self.leaf.missing)}"
 
 
 leaf = st.builds(
@@ -87,7 +95,9 @@ leaf = st.builds(
     st.sampled_from(DTYPES),
     st.tuples(*[st.integers(0, 3).map(lambda n: n == 3)] * 2),
 )
-keys = st.one_of(st.sampled_from(["w", "b", "0", "layer.weight", "a b", "Gewicht"]), st.integers(1, 3))
+keys = st.one_of(
+    st.sampled_from(["w", "b", "0", "layer.weight", "a b", "Gewicht"]), st.integers(1, 3)
+)
 
 
 def containers(child: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -128,11 +138,16 @@ def params_like(plan: Any, seed: int = 0) -> Any:
 def grads_like(plan: Any, step: int) -> Any:
     """Random gradients for it: ``None`` where `plan` says that there is none in this step."""
     drop = {
-        path for path, here in zip(tree.paths(plan), tree.flatten(plan)[0], strict=True) if here is not None and here.leaf.missing[step]
+        path
+        for path, here in zip(tree.paths(plan), tree.flatten(plan)[0], strict=True)
+        if here is not None and here.leaf.missing[step]
     }
     whole = params_like(plan, seed=1000 + step)
     leaves, spec = tree.flatten(whole)
-    return tree.unflatten(spec, [None if path in drop else x for path, x in zip(tree.paths(whole), leaves, strict=True)])
+    return tree.unflatten(
+        spec,
+        [None if path in drop else x for path, x in zip(tree.paths(whole), leaves, strict=True)],
+    )
 
 
 def assert_same_bits(a: Any, b: Any) -> None:
@@ -141,4 +156,6 @@ def assert_same_bits(a: Any, b: Any) -> None:
     for path, x, y in zip(tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True):
         assert (x is None) == (y is None), path
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m, path=path: f"{path!r}: {m}")
+            torch.testing.assert_close(
+                x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m, path=path: f"{path!r}: {m}"
+            )

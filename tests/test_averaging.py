@@ -19,7 +19,10 @@ SHAPES = ((4, 3), (3,), ())
 
 def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
 
 
 def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
@@ -29,7 +32,9 @@ def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = 
         p.grad = None if i in missing else g
 
 
-def trajectory(tx: fo.GradientTransformation, steps: int) -> tuple[list[list[Tensor]], list[list[Tensor]], object]:
+def trajectory(
+    tx: fo.GradientTransformation, steps: int
+) -> tuple[list[list[Tensor]], list[list[Tensor]], object]:
     """The parameters from the first on, and their averages after each step."""
     params = make_params()
     ps = [p.detach() for p in params]
@@ -93,11 +98,19 @@ def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
     """torch's EMA, updated once before training; ``debias=False`` is the same. torch's average of all steps is the schedule's."""
     for decay, multi_avg_fn, before, tolerance in (
         (0.8, swa_utils.get_ema_multi_avg_fn(0.8), True, 1e-12),
-        (lambda count: 1 - 1 / (count.double() + 1), swa_utils.get_swa_multi_avg_fn(), False, 1e-7),  # torch divides in float32
+        (
+            lambda count: 1 - 1 / (count.double() + 1),
+            swa_utils.get_swa_multi_avg_fn(),
+            False,
+            1e-7,
+        ),  # torch divides in float32
     ):
         tx = fo.chain(fo.adamw(0.1, weight_decay=0.1), fo.params_ema(decay, debias=False))
         mine, theirs = make_params(), nn.ParameterList(make_params())
-        opt, reference = fo.optim.Optimizer(mine, tx), build(theirs.parameters(), lr=0.1, weight_decay=0.1)
+        opt, reference = (
+            fo.optim.Optimizer(mine, tx),
+            build(theirs.parameters(), lr=0.1, weight_decay=0.1),
+        )
         model = swa_utils.AveragedModel(theirs, multi_avg_fn=multi_avg_fn)
         if before:
             model.update_parameters(theirs)
@@ -108,7 +121,9 @@ def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
             reference.step()
             model.update_parameters(theirs)
             for p, q in zip(mine, model.parameters(), strict=True):
-                torch.testing.assert_close(opt.state[p]["params_ema/averaged"], q.detach(), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    opt.state[p]["params_ema/averaged"], q.detach(), rtol=tolerance, atol=tolerance
+                )
         with opt.eval_params():
             for p, q in zip(mine, model.parameters(), strict=True):
                 torch.testing.assert_close(p.detach(), q.detach(), rtol=tolerance, atol=tolerance)
@@ -124,7 +139,9 @@ def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_thei
         ps = fo.apply_updates(ps, updates)
     assert (ps["w"] == 1).all()
     steps = sum(w * t for t, w in enumerate(weights(0.5, 3)["debiased"]))
-    torch.testing.assert_close(fo.get(state, "averaged")["w"], torch.full((2,), 1 - steps * 2.0**-12), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        fo.get(state, "averaged")["w"], torch.full((2,), 1 - steps * 2.0**-12), rtol=1e-7, atol=0
+    )
     assert fo.eval_params(state, ps)["w"].dtype == torch.bfloat16
 
 
@@ -142,7 +159,13 @@ HALF = fo.chain(fo.sgd(1.0), fo.params_ema(0.5, debias=False))
     [
         (HALF, ["enc/w", "enc/b", "head"]),
         (fo.chain(fo.clip(9.0), HALF), ["enc/w", "enc/b", "head"]),
-        (fo.chain(fo.sgd(1.0), fo.masked(fo.params_ema(0.5, debias=False), {"enc": True, "head": False})), ["enc/w", "enc/b"]),
+        (
+            fo.chain(
+                fo.sgd(1.0),
+                fo.masked(fo.params_ema(0.5, debias=False), {"enc": True, "head": False}),
+            ),
+            ["enc/w", "enc/b"],
+        ),
         (
             fo.partition(
                 {"a": HALF, "b": fo.masked(HALF, lambda path, p: p.ndim > 0)},
@@ -152,7 +175,9 @@ HALF = fo.chain(fo.sgd(1.0), fo.params_ema(0.5, debias=False))
         ),
         (fo.keep_master_weights(HALF), ["enc/w", "enc/b", "head"]),
         (
-            fo.inject_hyperparams(lambda decay: fo.chain(fo.sgd(1.0), fo.params_ema(decay, debias=False)))(decay=0.5),
+            fo.inject_hyperparams(
+                lambda decay: fo.chain(fo.sgd(1.0), fo.params_ema(decay, debias=False))
+            )(decay=0.5),
             ["enc/w", "enc/b", "head"],
         ),
     ],
@@ -185,7 +210,9 @@ def test_the_adapters_lr_comes_before_the_average_at_any_depth() -> None:
         set_grads(params, 0)
         opt.step()
         for p, q in zip(params, before, strict=True):
-            torch.testing.assert_close((p.detach() - q).abs(), 0.5 * p.grad.abs(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                (p.detach() - q).abs(), 0.5 * p.grad.abs(), rtol=1e-12, atol=1e-12
+            )
             for key, value in opt.state[p].items():
                 if key.endswith("averaged"):
                     torch.testing.assert_close(value, (p.detach() + q) / 2)
@@ -193,25 +220,39 @@ def test_the_adapters_lr_comes_before_the_average_at_any_depth() -> None:
 
 
 def test_what_looks_at_the_new_parameters_comes_last() -> None:
-    with pytest.raises(ValueError, match="params_ema looks at the new parameters, so it must come last in the chain; scale after it"):
+    with pytest.raises(
+        ValueError,
+        match="params_ema looks at the new parameters, so it must come last in the chain; scale after it",
+    ):
         fo.chain(fo.params_ema(0.9), fo.scale(2.0))
     with pytest.raises(ValueError, match=r"masked looks at the new parameters.*clip after it"):
         fo.chain(fo.masked(fo.params_ema(0.9), lambda path, p: True), fo.clip(1.0))
-    with pytest.raises(TypeError, match="lr has no place in <lambda>, which looks at the new parameters"):
-        fo.optim.Optimizer(make_params(), fo.inject_hyperparams(lambda decay: fo.params_ema(decay))(decay=0.5))
+    with pytest.raises(
+        TypeError, match="lr has no place in <lambda>, which looks at the new parameters"
+    ):
+        fo.optim.Optimizer(
+            make_params(), fo.inject_hyperparams(lambda decay: fo.params_ema(decay))(decay=0.5)
+        )
 
 
 def test_what_cannot_be_read() -> None:
     state = fo.adam(0.1).init(PS)
-    with pytest.raises(ValueError, match=r"nothing in this state averages the parameters: put params_ema\(decay\) last"):
+    with pytest.raises(
+        ValueError,
+        match=r"nothing in this state averages the parameters: put params_ema\(decay\) last",
+    ):
         fo.eval_params(state, PS)
     twice = fo.chain(fo.params_ema(0.5), fo.params_ema(0.9)).init(PS)
     with pytest.raises(ValueError, match="two stages average the parameter at 'enc/b'"):
         fo.eval_params(twice, PS)
     one = fo.params_ema(0.5).init(PS)
-    with pytest.raises(ValueError, match=r"average at 'enc/b' has shape \(\), and there is no such parameter"):
+    with pytest.raises(
+        ValueError, match=r"average at 'enc/b' has shape \(\), and there is no such parameter"
+    ):
         fo.eval_params(one, {"head": PS["head"]})
-    with pytest.raises(ValueError, match=r"average at 'head' has shape \(3,\), and its parameter has \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"average at 'head' has shape \(3,\), and its parameter has \(4,\)"
+    ):
         fo.eval_params(one, {**PS, "head": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\); got 1.0"):
         fo.params_ema(1.0)
@@ -236,7 +277,9 @@ def test_a_parameter_that_is_none_and_under_vmap() -> None:
 # ---- into the model and out ----------------------------------------------------------------------------------------------------
 
 
-def trained(steps: int = 4, dtype: torch.dtype = torch.float64, **options: object) -> tuple[list[nn.Parameter], fo.optim.Optimizer]:
+def trained(
+    steps: int = 4, dtype: torch.dtype = torch.float64, **options: object
+) -> tuple[list[nn.Parameter], fo.optim.Optimizer]:
     params = make_params(dtype)
     opt = fo.optim.Optimizer(params, fo.chain(fo.adamw(0.1), fo.params_ema(0.8)), **options)
     for step in range(steps):
@@ -258,7 +301,10 @@ def test_in_and_out_bit_for_bit(error: type[BaseException] | None, dtype: torch.
     def inside() -> None:
         with opt.eval_params():
             for p in params:
-                assert torch.equal(p.detach(), opt.state[p]["params_ema/averaged"].to(dtype)) and p.data_ptr() in pointers
+                assert (
+                    torch.equal(p.detach(), opt.state[p]["params_ema/averaged"].to(dtype))
+                    and p.data_ptr() in pointers
+                )
             if error:
                 raise error
 
@@ -284,9 +330,13 @@ def test_a_state_dict_saved_inside_is_the_same_and_nothing_can_be_changed() -> N
     outside = copy.deepcopy(opt.state_dict())
     with opt.eval_params():
         inside = copy.deepcopy(opt.state_dict())
-        with pytest.raises(RuntimeError, match=r"hold their averages: step after leaving eval_params\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"hold their averages: step after leaving eval_params\(\)"
+        ):
             opt.step()
-        with pytest.raises(RuntimeError, match=r"hold their averages: load after leaving eval_params\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"hold their averages: load after leaving eval_params\(\)"
+        ):
             opt.load_state_dict(outside)
         with opt.eval_params():  # a second time changes nothing
             assert torch.equal(params[0].detach(), opt.state[params[0]]["params_ema/averaged"])
@@ -301,7 +351,9 @@ def test_a_state_dict_saved_inside_is_the_same_and_nothing_can_be_changed() -> N
 
 def test_parameters_without_a_step_or_an_average_stay() -> None:
     params = make_params()
-    opt = fo.optim.Optimizer(params, fo.chain(fo.sgd(0.1), fo.masked(fo.params_ema(0.5), lambda path, p: p.ndim > 0)))
+    opt = fo.optim.Optimizer(
+        params, fo.chain(fo.sgd(0.1), fo.masked(fo.params_ema(0.5), lambda path, p: p.ndim > 0))
+    )
     before = [p.detach().clone() for p in params]
     with opt.eval_params():
         assert all(map(torch.equal, before, params))
@@ -316,11 +368,19 @@ def test_parameters_without_a_step_or_an_average_stay() -> None:
 
 
 def test_two_averages_or_none_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing in this optimizer averages the parameters"), fo.optim.AdamW(make_params()).eval_params():
-        pass
-    opt = fo.optim.Optimizer(make_params(), fo.chain(fo.sgd(0.1), fo.params_ema(0.5), fo.params_ema(0.9)))
     with (
-        pytest.raises(ValueError, match="two stages average the parameter '0': read 'params_ema/averaged' and 'params_ema_1/averaged'"),
+        pytest.raises(ValueError, match="nothing in this optimizer averages the parameters"),
+        fo.optim.AdamW(make_params()).eval_params(),
+    ):
+        pass
+    opt = fo.optim.Optimizer(
+        make_params(), fo.chain(fo.sgd(0.1), fo.params_ema(0.5), fo.params_ema(0.9))
+    )
+    with (
+        pytest.raises(
+            ValueError,
+            match="two stages average the parameter '0': read 'params_ema/averaged' and 'params_ema_1/averaged'",
+        ),
         opt.eval_params(),
     ):
         pass
@@ -331,7 +391,12 @@ def test_groups_with_other_options_each_have_theirs() -> None:
         return fo.chain(fo.sgd(learning_rate, 0.9, nesterov), fo.params_ema(0.5))
 
     params = make_params()
-    opt = fo.optim.Optimizer([{"params": params[:1]}, {"params": params[1:], "nesterov": True}], factory, learning_rate=0.1, nesterov=False)
+    opt = fo.optim.Optimizer(
+        [{"params": params[:1]}, {"params": params[1:], "nesterov": True}],
+        factory,
+        learning_rate=0.1,
+        nesterov=False,
+    )
     for step in range(3):
         set_grads(params, step)
         opt.step()
@@ -366,7 +431,9 @@ def test_compiled_it_runs_in_the_same_pass() -> None:
     twins, twin = trained(dtype=torch.float32)
     for p, q in zip(params, twins, strict=True):
         torch.testing.assert_close(p, q)
-        torch.testing.assert_close(opt.state[p]["params_ema/averaged"], twin.state[q]["params_ema/averaged"])
+        torch.testing.assert_close(
+            opt.state[p]["params_ema/averaged"], twin.state[q]["params_ema/averaged"]
+        )
     with opt.eval_params():
         torch.testing.assert_close(params[0].detach(), opt.state[params[0]]["params_ema/averaged"])
     set_grads(params, 4)
@@ -382,15 +449,23 @@ def test_compiled_it_runs_in_the_same_pass() -> None:
 def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
-    return model.double(), [(torch.randn(16, 4).double(), torch.randn(16, 1).double()) for _ in range(4)]
+    return model.double(), [
+        (torch.randn(16, 4).double(), torch.randn(16, 1).double()) for _ in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (lambda ps: fo.optim.SGD(ps, lr=0.1, momentum=0.9), lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9)),
+        (
+            lambda ps: fo.optim.SGD(ps, lr=0.1, momentum=0.9),
+            lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+        ),
         (lambda ps: fo.optim.AdamW(ps, lr=0.1), lambda ps: torch.optim.AdamW(ps, lr=0.1)),
-        (lambda ps: fo.optim.Optimizer(ps, fo.sgd, learning_rate=0.1), lambda ps: torch.optim.SGD(ps, lr=0.1)),
+        (
+            lambda ps: fo.optim.Optimizer(ps, fo.sgd, learning_rate=0.1),
+            lambda ps: torch.optim.SGD(ps, lr=0.1),
+        ),
     ],
     ids=["SGD", "AdamW", "generic"],
 )
@@ -401,9 +476,16 @@ def test_averaged_model_swalr_and_update_bn(ours: Callable, theirs: Callable, av
     for build in (ours, theirs):
         model, loader = model_and_loader()
         opt = build(model.parameters())
-        fn = swa_utils.get_ema_multi_avg_fn(0.9) if average == "ema" else swa_utils.get_swa_multi_avg_fn()
+        fn = (
+            swa_utils.get_ema_multi_avg_fn(0.9)
+            if average == "ema"
+            else swa_utils.get_swa_multi_avg_fn()
+        )
         averaged = swa_utils.AveragedModel(model, multi_avg_fn=fn)
-        sched, swa = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 6), swa_utils.SWALR(opt, swa_lr=0.02, anneal_epochs=2)
+        sched, swa = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(opt, 6),
+            swa_utils.SWALR(opt, swa_lr=0.02, anneal_epochs=2),
+        )
         lrs = []
         for epoch in range(6):
             for x, y in loader:
@@ -435,7 +517,11 @@ def test_update_bn_for_our_average() -> None:
     with opt.eval_params():
         averaged = copy.deepcopy(model)
         swa_utils.update_bn(loader, averaged)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
     assert torch.equal(averaged[0].weight, opt.state[model[0].weight]["params_ema/averaged"])
     hidden = torch.cat([averaged[0](x) for x, _ in loader])
-    torch.testing.assert_close(averaged[1].running_mean, hidden.mean(0).detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        averaged[1].running_mean, hidden.mean(0).detach(), rtol=1e-10, atol=1e-10
+    )

@@ -14,7 +14,20 @@ import torch
 for extra in ("rich", "matplotlib"):
     pytest.importorskip(extra)
 
-from benchmarks import __main__, chains, compile_time, contenders, cpu, floor, gpu, many_models, memory, report, shapes, timing  # noqa: E402
+from benchmarks import (
+    __main__,
+    chains,
+    compile_time,
+    contenders,
+    cpu,
+    floor,
+    gpu,
+    many_models,
+    memory,
+    report,
+    shapes,
+    timing,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of the peers are not ours
 
@@ -56,7 +69,9 @@ def test_small_sets_have_the_size_asked_for() -> None:
 
 
 def after_three_steps(make: type[contenders.Contender]) -> list[torch.Tensor]:
-    contender = make(contenders.draw(shapes.TINY, 0, scale=0.02), contenders.gradients(shapes.TINY, 1))
+    contender = make(
+        contenders.draw(shapes.TINY, 0, scale=0.02), contenders.gradients(shapes.TINY, 1)
+    )
     for seed in (1, 2, 3):
         contender.feed(contenders.gradients(shapes.TINY, seed))
         contender.step()
@@ -64,14 +79,27 @@ def after_three_steps(make: type[contenders.Contender]) -> list[torch.Tensor]:
 
 
 EAGER = [
-    (contenders.Fused, (contenders.Eager, contenders.Foreach, contenders.ForLoop, contenders.Optax, contenders.TorchOpt)),
+    (
+        contenders.Fused,
+        (
+            contenders.Eager,
+            contenders.Foreach,
+            contenders.ForLoop,
+            contenders.Optax,
+            contenders.TorchOpt,
+        ),
+    ),
     (chains.EmaTorch, (chains.EmaEager,)),
     (chains.ResearchTorch, (chains.ResearchEager,)),
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), [(first, second) for first, others in EAGER for second in others])
-def test_contenders_compute_the_same(first: type[contenders.Contender], second: type[contenders.Contender]) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [(first, second) for first, others in EAGER for second in others]
+)
+def test_contenders_compute_the_same(
+    first: type[contenders.Contender], second: type[contenders.Contender]
+) -> None:
     if second is contenders.Optax:
         pytest.importorskip("optax")
     if second is contenders.TorchOpt:
@@ -85,7 +113,9 @@ def test_same_sees_one_wrong_element() -> None:
     assert contenders.same([good, bad]) > 1
 
 
-def test_a_missing_peer_and_a_failing_contender_have_their_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_peer_and_a_failing_contender_have_their_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     class Failing(contenders.Contender):
         name = "functorch_opt failing"
 
@@ -93,11 +123,19 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(monkeypatch: pyt
             raise RuntimeError("broken")
 
     monkeypatch.setitem(sys.modules, "torchopt", None)
-    row = cpu.Row("row", shapes.TINY, (contenders.Eager, contenders.TorchOpt, Failing), contenders.Eager.name, None)
+    row = cpu.Row(
+        "row",
+        shapes.TINY,
+        (contenders.Eager, contenders.TorchOpt, Failing),
+        contenders.Eager.name,
+        None,
+    )
     result = cpu.measure("row", row, rounds=2, seconds=60)
     assert result["results"][contenders.TorchOpt.name]["note"] == "not installed (torchopt)"
     assert "broken" in result["results"][Failing.name]["note"]
-    assert __main__.wrong({"rows": [result]}) == ["row: functorch_opt failing: failed: RuntimeError: broken"]
+    assert __main__.wrong({"rows": [result]}) == [
+        "row: functorch_opt failing: failed: RuntimeError: broken"
+    ]
     cpu.show(result)
     assert "not installed (torchopt)" in capsys.readouterr().out
 
@@ -106,13 +144,17 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(monkeypatch: pyt
 
 
 def test_ratios_are_medians_of_paired_rounds() -> None:
-    found = timing.summary({"a": [2.0, 4.0, 9.0], "b": [1.0, 4.0, 3.0], "floor": [1.0, 1.0, 1.0]}, against="b")
+    found = timing.summary(
+        {"a": [2.0, 4.0, 9.0], "b": [1.0, 4.0, 3.0], "floor": [1.0, 1.0, 1.0]}, against="b"
+    )
     assert (found["a"]["ratio"], found["b"]["ratio"], found["a"]["over_floor"]) == (2.0, 1.0, 4.0)
 
 
 def test_every_contender_has_every_round() -> None:
     seen: list[str] = []
-    times = timing.in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "turns", turn=0.0)
+    times = timing.in_turns(
+        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "turns", turn=0.0
+    )
     assert {name: len(of) for name, of in times.items()} == {"a": 3, "b": 3}
 
 
@@ -132,7 +174,9 @@ def test_allocations_are_exact() -> None:
     assert memory.allocations(step) == (6000, 4000)
 
 
-def test_tables_without_rich_and_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_tables_without_rich_and_pictures_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(report, "console", None)
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     report.table("Title", ["", "ms"], [["fused", "1.5"]])
@@ -151,8 +195,19 @@ def run(out: Path, command: str, *options: str) -> dict:
     file = out / f"{command.replace('-', '_')}.json"
     result = json.loads(file.read_text())
     assert result["versions"]["torch"] == torch.__version__
-    assert result["versions"].keys() >= {"python", "optree", "jax", "optax", "torchopt", "heavyball"}
-    assert result["machine"]["cores"] and result["date"] and result["command"].startswith("python -m benchmarks")
+    assert result["versions"].keys() >= {
+        "python",
+        "optree",
+        "jax",
+        "optax",
+        "torchopt",
+        "heavyball",
+    }
+    assert (
+        result["machine"]["cores"]
+        and result["date"]
+        and result["command"].startswith("python -m benchmarks")
+    )
     assert __main__.wrong(result) == []
     assert f"torch {torch.__version__}" in file.with_suffix(".md").read_text()
     return result
@@ -179,7 +234,9 @@ def test_an_unknown_row_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_cpu(tmp_path: Path) -> None:
-    result = run(tmp_path, "cpu", "--rows", "small", "ema", "research", "noise", "python", "--threads", "1")
+    result = run(
+        tmp_path, "cpu", "--rows", "small", "ema", "research", "noise", "python", "--threads", "1"
+    )
     assert [row["row"] for row in result["rows"]] == ["small", "ema", "research", "noise"]
     for row in result["rows"]:
         assert row["results"][contenders.OURS]["ms"] > 0
@@ -208,14 +265,19 @@ def test_random_numbers(tmp_path: Path) -> None:
 def test_many_models(tmp_path: Path) -> None:
     row = run(tmp_path, "many-models", "--rows", "64")["rows"][0]
     assert row["results"].keys() == {many_models.OURS, many_models.EAGER, many_models.LOOP, "floor"}
-    assert all(0 < row["results"][name]["difference"] < 1e-5 for name in (many_models.OURS, many_models.EAGER))
+    assert all(
+        0 < row["results"][name]["difference"] < 1e-5
+        for name in (many_models.OURS, many_models.EAGER)
+    )
     assert row["operations"] == 3 * 2 * 64 * (64 * 32 * 2 + 32 * 10 * 3)
     assert (tmp_path / "many_models.png").exists()
 
 
 @pytest.mark.slow
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(compile_time.__file__).parents[1])  # the first steps run in processes of their own
+    monkeypatch.chdir(
+        Path(compile_time.__file__).parents[1]
+    )  # the first steps run in processes of their own
     result = run(tmp_path, "compile-time", "--rows", "ours")
     assert all(row[key]["seconds"] > 0 for row in result["rows"] for key in compile_time.TARGET)
 
@@ -233,5 +295,9 @@ def test_through(tmp_path: Path) -> None:
     pytest.importorskip("torchopt", reason="the comparison needs torchopt: pip install torchopt")
     result = run(tmp_path, "through", "--rows", "small")
     assert not __main__.wrong(result)
-    assert set(result["rows"][0]["results"]) == {"torchopt", "functorch_opt", "functorch_opt, checkpoints"}
+    assert set(result["rows"][0]["results"]) == {
+        "torchopt",
+        "functorch_opt",
+        "functorch_opt, checkpoints",
+    }
     assert not any("note" in entry for entry in result["rows"][0]["results"].values())

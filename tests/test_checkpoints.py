@@ -19,7 +19,10 @@ from functorch_opt import tree
 
 def make_params(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in ((4, 3), (3,), ())]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in ((4, 3), (3,), ())
+    ]
 
 
 def train(opt: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
@@ -39,16 +42,27 @@ def through_a_file(state_dict: dict) -> dict:
 
 def snapshot(opt: torch.optim.Optimizer) -> list:
     """All that a failed load must leave alone."""
-    groups = [{name: copy.deepcopy(value) for name, value in g.items() if name != "params"} for g in opt.param_groups]
+    groups = [
+        {name: copy.deepcopy(value) for name, value in g.items() if name != "params"}
+        for g in opt.param_groups
+    ]
     params = [p for g in opt.param_groups for p in g["params"]]
-    return [groups, list(map(id, params)), [p.detach().clone() for p in params], [dict(opt.state.get(p, {})) for p in params]]
+    return [
+        groups,
+        list(map(id, params)),
+        [p.detach().clone() for p in params],
+        [dict(opt.state.get(p, {})) for p in params],
+    ]
 
 
 def same(a: object, b: object) -> bool:
     """Bitwise; NaN is itself."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.dtype == b.dtype and a.shape == b.shape
-        return alike and torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+        return alike and torch.equal(
+            a.contiguous().reshape(-1).view(torch.uint8),
+            b.contiguous().reshape(-1).view(torch.uint8),
+        )
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and type(a) is type(b):
@@ -87,7 +101,9 @@ def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
     if stage == "clip":
         second.load_state_dict(saved, strict=True)  # it has no state: nothing is missing
     else:
-        with pytest.warns(UserWarning, match="This state dict does not fit exactly: missing") as caught:
+        with pytest.warns(
+            UserWarning, match="This state dict does not fit exactly: missing"
+        ) as caught:
             second.load_state_dict(saved)
         assert len(caught) == 1 and "not expected" not in str(caught[0].message)
         listed = {"noise": ["add_noise/count", "add_noise/key"], "trace": ["trace/trace"]}[stage]
@@ -110,7 +126,11 @@ def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
     with pytest.warns(UserWarning, match=r"fit exactly: not expected \[.*left out") as caught:
         second.load_state_dict(through_a_file(first.state_dict()))
     assert len(caught) == 1
-    assert set(re.findall(r"'([^']+)'", str(caught[0].message))) == {"add_noise/count", "add_noise/key", "trace/trace"}
+    assert set(re.findall(r"'([^']+)'", str(caught[0].message))) == {
+        "add_noise/count",
+        "add_noise/key",
+        "trace/trace",
+    }
     for p, q in zip(first.param_groups[0]["params"], params, strict=True):
         assert all(same(first.state[p][key], value) for key, value in second.state[q].items())
         assert set(second.state[q]) == {*ADAM, "scale_by_schedule/count"}
@@ -124,7 +144,10 @@ def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> N
     changed = fo.optim.Optimizer(params, chain_with("trace", "adam", "schedule"))
     with pytest.warns(UserWarning, match="missing"):
         changed.load_state_dict(opt.state_dict())
-    state, ps = chain_with("adam", "schedule").init([p.detach() for p in params]), [p.detach().clone() for p in params]
+    state, ps = (
+        chain_with("adam", "schedule").init([p.detach() for p in params]),
+        [p.detach().clone() for p in params],
+    )
     for step in range(3):
         generator = torch.Generator().manual_seed(100 + step)
         gs = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in ps]
@@ -164,7 +187,9 @@ def test_an_end_that_two_could_claim_is_nobodys() -> None:
     first = fo.optim.Optimizer(make_params(), fo.chain(fo.scale_by_adam()))
     train(first, 2)
     second = fo.optim.Optimizer(make_params(), fo.chain(fo.adam(0.1), fo.amsgrad(0.1)))
-    with pytest.warns(UserWarning, match=r"missing .*'adam/scale_by_adam/mu'.*not expected .*'scale_by_adam/mu'"):
+    with pytest.warns(
+        UserWarning, match=r"missing .*'adam/scale_by_adam/mu'.*not expected .*'scale_by_adam/mu'"
+    ):
         second.load_state_dict(first.state_dict())
     assert not any(second.state.values())
 
@@ -180,8 +205,18 @@ def test_strict_raises_with_the_same_list_and_changes_nothing() -> None:
     assert same(snapshot(second), before)
     with pytest.warns(UserWarning, match="fit exactly") as caught:
         second.load_state_dict(first.state_dict())
-    listed = [re.findall(r"(missing|not expected) (\[.*?\])", str(said)) for said in (error.value, caught[0].message)]
-    assert listed[0] == listed[1] == [("missing", "['add_noise/count', 'add_noise/key']"), ("not expected", "['trace/trace']")]
+    listed = [
+        re.findall(r"(missing|not expected) (\[.*?\])", str(said))
+        for said in (error.value, caught[0].message)
+    ]
+    assert (
+        listed[0]
+        == listed[1]
+        == [
+            ("missing", "['add_noise/count', 'add_noise/key']"),
+            ("not expected", "['trace/trace']"),
+        ]
+    )
 
 
 def test_a_parameter_without_a_key_is_named() -> None:
@@ -207,7 +242,9 @@ def test_a_parameter_that_never_had_a_gradient_misses_nothing() -> None:
     other.load_state_dict(through_a_file(opt.state_dict()), strict=True)
     assert list(other.state[other.param_groups[0]["params"][0]]) == ["add_noise/key"]
     fresh = fo.optim.Optimizer(make_params(), chain_with("noise", "adam", "schedule"))
-    fresh.load_state_dict(fo.optim.Optimizer(make_params(), chain_with("adam")).state_dict(), strict=True)
+    fresh.load_state_dict(
+        fo.optim.Optimizer(make_params(), chain_with("adam")).state_dict(), strict=True
+    )
     assert not fresh.state
 
 
@@ -237,11 +274,16 @@ def test_hooks_and_schedulers_go_on_working_across_a_change() -> None:
 
     def halve(opt: torch.optim.Optimizer, given: dict) -> dict:
         calls.append("before")
-        return {**given, "param_groups": [{**group, "lr": group["lr"] / 2} for group in given["param_groups"]]}
+        return {
+            **given,
+            "param_groups": [{**group, "lr": group["lr"] / 2} for group in given["param_groups"]],
+        }
 
     second.register_load_state_dict_pre_hook(halve)
     second.register_load_state_dict_post_hook(
-        lambda opt: calls.append(opt.state[opt.param_groups[0]["params"][0]]["scale_by_adam/count"].item())
+        lambda opt: calls.append(
+            opt.state[opt.param_groups[0]["params"][0]]["scale_by_adam/count"].item()
+        )
     )
     second.load_state_dict(saved["opt"])
     sched.load_state_dict(saved["sched"])
@@ -264,7 +306,11 @@ def test_a_hook_that_raises_leaves_the_optimizer_as_it_was(hook: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the hook failed")
 
-    register = second.register_load_state_dict_pre_hook if hook == "before" else second.register_load_state_dict_post_hook
+    register = (
+        second.register_load_state_dict_pre_hook
+        if hook == "before"
+        else second.register_load_state_dict_post_hook
+    )
     handle = register(fail)
     with pytest.raises(RuntimeError, match="the hook failed"):
         second.load_state_dict(first.state_dict())
@@ -274,7 +320,11 @@ def test_a_hook_that_raises_leaves_the_optimizer_as_it_was(hook: str) -> None:
     train(twin, 1, start=1)
     assert same(snapshot(second)[2:], snapshot(twin)[2:])
     second.load_state_dict(first.state_dict())  # and no hook of ours is left behind
-    assert len(second._optimizer_load_state_dict_pre_hooks) == len(second._optimizer_load_state_dict_post_hooks) == 0
+    assert (
+        len(second._optimizer_load_state_dict_pre_hooks)
+        == len(second._optimizer_load_state_dict_post_hooks)
+        == 0
+    )
 
 
 # ---- what cannot be loaded -------------------------------------------------------------------------------------------------
@@ -291,38 +341,133 @@ def edit(path: list, value: object) -> Callable[[dict], None]:
 
 
 BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
-    ("shape", edit(["state", 0, "exp_avg"], torch.zeros(3, 4)), ValueError, r"'exp_avg' of parameter 0 has shape \(3, 4\), .* \(4, 3\)"),
-    ("broadcast", edit(["state", 1, "exp_avg"], torch.zeros(1)), ValueError, "'exp_avg' of parameter 1 has shape"),
+    (
+        "shape",
+        edit(["state", 0, "exp_avg"], torch.zeros(3, 4)),
+        ValueError,
+        r"'exp_avg' of parameter 0 has shape \(3, 4\), .* \(4, 3\)",
+    ),
+    (
+        "broadcast",
+        edit(["state", 1, "exp_avg"], torch.zeros(1)),
+        ValueError,
+        "'exp_avg' of parameter 1 has shape",
+    ),
     (
         "integers",
         edit(["state", 1, "exp_avg"], torch.zeros(3, dtype=torch.int64)),
         TypeError,
         "is torch.int64, and here it is torch.float64",
     ),
-    ("complex", edit(["state", 1, "exp_avg"], torch.zeros(3, dtype=torch.complex64)), TypeError, "is torch.complex64"),
-    ("sparse", edit(["state", 1, "exp_avg"], torch.zeros(3).to_sparse()), TypeError, "dense tensor; got a torch.sparse_coo tensor"),
-    ("list", edit(["state", 1, "exp_avg"], [0.0, 0.0, 0.0]), TypeError, "must be a dense tensor; got list"),
-    ("string", edit(["state", 1, "exp_avg"], "abc"), TypeError, "must be a dense tensor; got str 'abc'"),
-    ("NaN step", edit(["state", 1, "step"], torch.tensor(float("nan"))), ValueError, "'step' of parameter 1 .* whole number from 0.* nan"),
+    (
+        "complex",
+        edit(["state", 1, "exp_avg"], torch.zeros(3, dtype=torch.complex64)),
+        TypeError,
+        "is torch.complex64",
+    ),
+    (
+        "sparse",
+        edit(["state", 1, "exp_avg"], torch.zeros(3).to_sparse()),
+        TypeError,
+        "dense tensor; got a torch.sparse_coo tensor",
+    ),
+    (
+        "list",
+        edit(["state", 1, "exp_avg"], [0.0, 0.0, 0.0]),
+        TypeError,
+        "must be a dense tensor; got list",
+    ),
+    (
+        "string",
+        edit(["state", 1, "exp_avg"], "abc"),
+        TypeError,
+        "must be a dense tensor; got str 'abc'",
+    ),
+    (
+        "NaN step",
+        edit(["state", 1, "step"], torch.tensor(float("nan"))),
+        ValueError,
+        "'step' of parameter 1 .* whole number from 0.* nan",
+    ),
     ("negative step", edit(["state", 1, "step"], -1), ValueError, "whole number from 0.* -1"),
-    ("half a step", edit(["state", 1, "step"], torch.tensor(0.5)), ValueError, "whole number from 0.* 0.5"),
+    (
+        "half a step",
+        edit(["state", 1, "step"], torch.tensor(0.5)),
+        ValueError,
+        "whole number from 0.* 0.5",
+    ),
     ("steps", edit(["state", 1, "step"], torch.ones(3)), TypeError, "0-dim tensor.* shape"),
     ("a string as step", edit(["state", 1, "step"], "3"), TypeError, "got str '3'"),
-    ("an entry that is a list", edit(["state", 1], [1, 2]), TypeError, "'state' must be a dict from the number"),
+    (
+        "an entry that is a list",
+        edit(["state", 1], [1, 2]),
+        TypeError,
+        "'state' must be a dict from the number",
+    ),
     ("state is a list", edit(["state"], []), TypeError, "'state' must be a dict"),
     ("groups are a dict", edit(["param_groups"], {}), TypeError, "'param_groups' must be a list"),
-    ("no params", edit(["param_groups", 0], {"lr": 0.1}), TypeError, "'param_groups' must be a list of dicts with .*'params'"),
+    (
+        "no params",
+        edit(["param_groups", 0], {"lr": 0.1}),
+        TypeError,
+        "'param_groups' must be a list of dicts with .*'params'",
+    ),
     ("no groups", edit(["param_groups"], []), ValueError, "different number of parameter groups"),
-    ("a parameter too few", edit(["param_groups", 0, "params"], [0, 1]), ValueError, "doesn't match the size"),
-    ("a parameter twice", edit(["param_groups", 0, "params"], [0, 0, 1]), ValueError, r"number of its own .*\[0, 0, 1\]"),
-    ("NaN lr", edit(["param_groups", 0, "lr"], float("nan")), ValueError, "group 0 .* Invalid learning rate: nan"),
-    ("negative lr", edit(["param_groups", 0, "lr"], -0.1), ValueError, "group 0 .* Invalid learning rate: -0.1"),
-    ("lr is a string", edit(["param_groups", 0, "lr"], "0.1"), ValueError, "group 0 .* must be a number.* got str"),
-    ("lr is None", edit(["param_groups", 0, "lr"], None), ValueError, "group 0 .* must be a number"),
-    ("lr is a vector", edit(["param_groups", 0, "lr"], torch.ones(2)), ValueError, "group 0 .* 1-element"),
-    ("one beta", edit(["param_groups", 0, "betas"], (0.9,)), ValueError, "group 0 .* not enough values"),
+    (
+        "a parameter too few",
+        edit(["param_groups", 0, "params"], [0, 1]),
+        ValueError,
+        "doesn't match the size",
+    ),
+    (
+        "a parameter twice",
+        edit(["param_groups", 0, "params"], [0, 0, 1]),
+        ValueError,
+        r"number of its own .*\[0, 0, 1\]",
+    ),
+    (
+        "NaN lr",
+        edit(["param_groups", 0, "lr"], float("nan")),
+        ValueError,
+        "group 0 .* Invalid learning rate: nan",
+    ),
+    (
+        "negative lr",
+        edit(["param_groups", 0, "lr"], -0.1),
+        ValueError,
+        "group 0 .* Invalid learning rate: -0.1",
+    ),
+    (
+        "lr is a string",
+        edit(["param_groups", 0, "lr"], "0.1"),
+        ValueError,
+        "group 0 .* must be a number.* got str",
+    ),
+    (
+        "lr is None",
+        edit(["param_groups", 0, "lr"], None),
+        ValueError,
+        "group 0 .* must be a number",
+    ),
+    (
+        "lr is a vector",
+        edit(["param_groups", 0, "lr"], torch.ones(2)),
+        ValueError,
+        "group 0 .* 1-element",
+    ),
+    (
+        "one beta",
+        edit(["param_groups", 0, "betas"], (0.9,)),
+        ValueError,
+        "group 0 .* not enough values",
+    ),
     ("betas is a number", edit(["param_groups", 0, "betas"], 0.9), ValueError, "group 0 "),
-    ("beta out of range", edit(["param_groups", 0, "betas"], (0.9, 1.0)), ValueError, "group 0 .* Invalid beta parameter at index 1: 1.0"),
+    (
+        "beta out of range",
+        edit(["param_groups", 0, "betas"], (0.9, 1.0)),
+        ValueError,
+        "group 0 .* Invalid beta parameter at index 1: 1.0",
+    ),
     (
         "amsgrad is a number",
         edit(["param_groups", 0, "amsgrad"], 2),
@@ -338,7 +483,9 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
 def test_what_cannot_be_loaded_is_an_error_that_changes_nothing(change, error, message) -> None:
     first, second, twin = (fo.optim.AdamW(make_params(), lr=0.1) for _ in range(3))
     for opt in (first, second, twin):
@@ -380,12 +527,16 @@ def test_the_state_of_a_parameter_that_no_group_has_is_reported() -> None:
     assert set(opt.state) == set(opt.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9}), ("SGD", {}), ("Muon", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("SGD", {"momentum": 0.9}), ("SGD", {}), ("Muon", {})]
+)
 def test_torchs_classes_without_a_step_load_strictly(name: str, options: dict) -> None:
     params = make_params()[:1]
     theirs = getattr(torch.optim, name)(params, **options)
     train(theirs, 2)
-    getattr(fo.optim, name)(make_params()[:1], **options).load_state_dict(theirs.state_dict(), strict=True)
+    getattr(fo.optim, name)(make_params()[:1], **options).load_state_dict(
+        theirs.state_dict(), strict=True
+    )
 
 
 # ---- the functional layer ----------------------------------------------------------------------------------------------------
@@ -394,12 +545,18 @@ def test_torchs_classes_without_a_step_load_strictly(name: str, options: dict) -
 def test_a_functional_state_outlives_a_change_if_asked_to() -> None:
     params = {"w": torch.ones(2), "b": torch.zeros(())}
     grads = tree.map(lambda p: p + 1, params)
-    _, old = chain_with("trace", "adam", "schedule").update(grads, chain_with("trace", "adam", "schedule").init(params), params)
+    _, old = chain_with("trace", "adam", "schedule").update(
+        grads, chain_with("trace", "adam", "schedule").init(params), params
+    )
     tx = chain_with("noise", "adam", "schedule")
     fresh = tx.init(params)
-    with pytest.raises(KeyError, match=r"missing \['add_noise/shared/.*not expected \['trace/.*strict=False"):
+    with pytest.raises(
+        KeyError, match=r"missing \['add_noise/shared/.*not expected \['trace/.*strict=False"
+    ):
         fo.load_state_dict(fresh, fo.state_dict(old))
-    with pytest.warns(UserWarning, match=r"missing \['add_noise/shared/.*not expected \['trace/") as caught:
+    with pytest.warns(
+        UserWarning, match=r"missing \['add_noise/shared/.*not expected \['trace/"
+    ) as caught:
         new = fo.load_state_dict(fresh, fo.state_dict(old), strict=False)
     assert len(caught) == 1
     flat, before, first = fo.state_dict(new), fo.state_dict(old), fo.state_dict(fresh)
@@ -410,7 +567,9 @@ def test_a_functional_state_outlives_a_change_if_asked_to() -> None:
 
 
 def test_names_are_matched_by_their_ends_if_there_is_no_choice() -> None:
-    found = tree.fit(["x/mu", "x/nu", "y/a", "z", "same"], ["mu", "q/nu", "a", "b/z", "c/z", "same"])
+    found = tree.fit(
+        ["x/mu", "x/nu", "y/a", "z", "same"], ["mu", "q/nu", "a", "b/z", "c/z", "same"]
+    )
     assert found.source == {"same": "same", "x/mu": "mu", "y/a": "a"}
     assert found.missing == ["x/nu", "z"] and found.unexpected == ["q/nu", "b/z", "c/z"]
     assert found.moved == {"x/mu": "mu", "y/a": "a"} and not found.exact

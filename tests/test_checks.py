@@ -31,7 +31,9 @@ def test_01_is_a_torch_optimizer_that_every_scheduler_takes(name: str) -> None:
                 outcomes.append(opt.param_groups[0]["lr"])
             except ValueError as error:
                 outcomes.append(str(error))
-            assert "step" not in vars(opt) or cls.__module__.startswith("torch"), "torch.compile cannot trace a step of an instance"
+            assert "step" not in vars(opt) or cls.__module__.startswith("torch"), (
+                "torch.compile cannot trace a step of an instance"
+            )
         assert outcomes[0] == outcomes[1], scheduler
 
 
@@ -51,7 +53,9 @@ def test_02_every_form_of_params(name: str) -> None:
         opt = cls(given)
         assert opt.param_groups[0]["params"] == params, form
         assert (opt.param_groups[0]["lr"] == 0.5) == ("groups" in form), form
-        assert opt.param_groups[0].get("param_names") == ([f"p{i}" for i in range(len(params))] if "named" in form else None)
+        assert opt.param_groups[0].get("param_names") == (
+            [f"p{i}" for i in range(len(params))] if "named" in form else None
+        )
 
 
 def test_07_unknown_options_of_a_group_are_kept() -> None:
@@ -67,7 +71,10 @@ def test_07_unknown_options_of_a_group_are_kept() -> None:
 def test_lists_in_options_are_tuples() -> None:
     """As a file of JSON has them."""
     params, twins = make_params(of="Adafactor"), make_params(of="Adafactor")
-    opt, twin = fo.optim.Adafactor([{"params": params, "eps": [None, 1e-2]}]), fo.optim.Adafactor(twins, eps=(None, 1e-2))
+    opt, twin = (
+        fo.optim.Adafactor([{"params": params, "eps": [None, 1e-2]}]),
+        fo.optim.Adafactor(twins, eps=(None, 1e-2)),
+    )
     for p, q in zip(train(opt, params, 2), train(twin, twins, 2), strict=True):
         assert torch.equal(p, q)
     opt = fo.optim.AdamW([{"params": params, "betas": [0.5, 0.9]}])
@@ -117,7 +124,10 @@ def test_05_a_refused_group_is_not_added() -> None:
 
 def test_06_groups_are_separate_optimizers() -> None:
     params, twins = make_params(), make_params()
-    groups = [{"params": params[:2], "lr": 0.2, "weight_decay": 0.0, "amsgrad": True}, {"params": params[2:], "betas": (0.5, 0.9)}]
+    groups = [
+        {"params": params[:2], "lr": 0.2, "weight_decay": 0.0, "amsgrad": True},
+        {"params": params[2:], "betas": (0.5, 0.9)},
+    ]
     opt = fo.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
     one, two = (
         fo.optim.AdamW(twins[:2], lr=0.2, weight_decay=0.0, amsgrad=True),
@@ -160,11 +170,19 @@ def test_10_a_step_without_any_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [fo.optim.AdamW, lambda ps, lr: fo.optim.Optimizer(ps, fo.adamw, learning_rate=lr)], ids=["named", "generic"]
+    "build",
+    [fo.optim.AdamW, lambda ps, lr: fo.optim.Optimizer(ps, fo.adamw, learning_rate=lr)],
+    ids=["named", "generic"],
 )
 def test_11_lr_is_read_at_every_step(build) -> None:
     """Bound anew as ignite does, from a number to a tensor and back, between steps."""
-    rates = [0.1, torch.tensor(0.05, dtype=torch.float64), 0.2, torch.tensor([0.3], dtype=torch.float64), 0.0]
+    rates = [
+        0.1,
+        torch.tensor(0.05, dtype=torch.float64),
+        0.2,
+        torch.tensor([0.3], dtype=torch.float64),
+        0.0,
+    ]
     params, twins = make_params(), make_params()
     opt = build(params, lr=1.0)
     twin = torch.optim.AdamW(twins, lr=1.0, weight_decay=opt.defaults["weight_decay"])
@@ -191,10 +209,17 @@ def test_14_layouts_and_dtypes(name: str) -> None:
     def build() -> list[nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(6, 8, generator=generator, dtype=torch.float64)
-        return [nn.Parameter(v) for v in (x.clone().t(), x.clone()[::2, ::2], x.clone()[1:3], x.clone().float())]
+        return [
+            nn.Parameter(v)
+            for v in (x.clone().t(), x.clone()[::2, ::2], x.clone()[1:3], x.clone().float())
+        ]
 
     ours, theirs = build(), build()
-    assert not ours[0].is_contiguous() and not ours[1].is_contiguous() and ours[3].dtype == torch.float32
+    assert (
+        not ours[0].is_contiguous()
+        and not ours[1].is_contiguous()
+        and ours[3].dtype == torch.float32
+    )
     a, b = getattr(fo.optim, name)(ours, lr=0.1), torchs(name, theirs, lr=0.1)
     for step in range(5):
         set_grads(ours, step)
@@ -286,10 +311,14 @@ def test_16_17_update_is_in_place_and_leaves_no_graph(name: str) -> None:
     params = make_params(of=name)
     opt = getattr(fo.optim, name)(params)
     train(opt, params, 1)
-    pointers = [p.data_ptr() for p in params] + [v.data_ptr() for p in params for v in opt.state[p].values()]
+    pointers = [p.data_ptr() for p in params] + [
+        v.data_ptr() for p in params for v in opt.state[p].values()
+    ]
     identities = [id(v) for p in params for v in opt.state[p].values()]
     train(opt, params, 2, start=1)
-    assert pointers == [p.data_ptr() for p in params] + [v.data_ptr() for p in params for v in opt.state[p].values()]
+    assert pointers == [p.data_ptr() for p in params] + [
+        v.data_ptr() for p in params for v in opt.state[p].values()
+    ]
     assert identities == [id(v) for p in params for v in opt.state[p].values()]
     assert not any(v.requires_grad for p in params for v in opt.state[p].values())
     assert all(p.grad_fn is None and p.is_leaf and p.requires_grad for p in params)
@@ -314,7 +343,10 @@ def test_38_swapped_in_parameters_and_state() -> None:
             for p, g in zip(opt.param_groups[0]["params"], gs, strict=True):
                 p.grad = g
             opt.step()
-        return [*others.values(), *(value for entry in saved["state"].values() for value in entry.values())]
+        return [
+            *others.values(),
+            *(value for entry in saved["state"].values() for value in entry.values()),
+        ]
 
     set_grads(twins, 2)
     gs = [p.grad.clone() for p in twins]
@@ -322,14 +354,19 @@ def test_38_swapped_in_parameters_and_state() -> None:
     traced = graph(copy.deepcopy(others), gs, copy.deepcopy(saved))
     here = step(others, gs, saved)
     twin.step()
-    expected = [*(p.detach() for p in twins), *(value for p in twins for value in twin.state[p].values())]
+    expected = [
+        *(p.detach() for p in twins),
+        *(value for p in twins for value in twin.state[p].values()),
+    ]
     for a, b, c in zip(here, traced, expected, strict=True):
         torch.testing.assert_close(a, c)
         torch.testing.assert_close(b, c)
     for p, q in zip(params, live[0], strict=True):
         assert torch.equal(p, q)
     for i, p in enumerate(params):
-        assert all(torch.equal(value, live[1]["state"][i][key]) for key, value in opt.state[p].items())
+        assert all(
+            torch.equal(value, live[1]["state"][i][key]) for key, value in opt.state[p].items()
+        )
 
 
 # ---- G. clients --------------------------------------------------------------------------------------------------------------
@@ -339,7 +376,10 @@ def test_49_the_profiler_knows_the_step_and_the_state() -> None:
     model, x, y = model_and_loss()
     opt = fo.optim.AdamW(model.parameters())
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True, with_stack=True
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+        record_shapes=True,
+        with_stack=True,
     ) as profile:
         for _ in range(2):
             opt.zero_grad()
@@ -347,8 +387,15 @@ def test_49_the_profiler_knows_the_step_and_the_state() -> None:
             opt.step()
     assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
     memory = profile._memory_profile()
-    state = {value.data_ptr() for entry in opt.state.values() for key, value in entry.items() if key != "step"}
+    state = {
+        value.data_ptr()
+        for entry in opt.state.values()
+        for key, value in entry.items()
+        if key != "step"
+    }
     found = {
-        key.storage.ptr for _, _, (key, version), _ in memory.timeline if memory._categories.get(key, version) == Category.OPTIMIZER_STATE
+        key.storage.ptr
+        for _, _, (key, version), _ in memory.timeline
+        if memory._categories.get(key, version) == Category.OPTIMIZER_STATE
     }
     assert state <= found

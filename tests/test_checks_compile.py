@@ -39,7 +39,13 @@ def twins(build: Callable[[list], torch.optim.Optimizer], of: str = "") -> list[
     return pairs
 
 
-def follow(pairs: list[tuple], steps: list[Callable], n: int, change_lr: Callable[[dict], None], tolerance: float = 1e-12) -> list[int]:
+def follow(
+    pairs: list[tuple],
+    steps: list[Callable],
+    n: int,
+    change_lr: Callable[[dict], None],
+    tolerance: float = 1e-12,
+) -> list[int]:
     """Make `n` steps with both, and compare; returns how many graphs there were after each."""
     seen = []
     for k in range(n):
@@ -71,7 +77,9 @@ def test_39_41_the_functional_core(lr: float | Tensor, most: int, cudagraphs: bo
     """Under any scheduler one graph with a tensor lr, two with a float. (With CUDA graphs each float is a new graph: torch's limit.)"""
 
     def step(ps: list[Tensor], gs: list[Tensor], state: dict, lr: float | Tensor) -> tuple:
-        updates, state = fo.adamw(lr if isinstance(lr, Tensor) else torch.ones(()) * lr).update(gs, state, ps)
+        updates, state = fo.adamw(lr if isinstance(lr, Tensor) else torch.ones(()) * lr).update(
+            gs, state, ps
+        )
         return fo.apply_updates(ps, updates), state
 
     with torch._inductor.config.patch({"triton.cudagraphs": cudagraphs}):
@@ -91,7 +99,13 @@ def test_39_41_the_functional_core(lr: float | Tensor, most: int, cudagraphs: bo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tensor_lr"), [*((name, True) for name in [*TORCH_NAMED, *GENERIC]), ("SGD", False), ("AdamW", False), ("chain", False)]
+    ("name", "tensor_lr"),
+    [
+        *((name, True) for name in [*TORCH_NAMED, *GENERIC]),
+        ("SGD", False),
+        ("AdamW", False),
+        ("chain", False),
+    ],
 )
 def test_40_step_is_one_graph(name: str, tensor_lr: bool) -> None:
     """Two for a float lr, at its second value."""
@@ -99,7 +113,11 @@ def test_40_step_is_one_graph(name: str, tensor_lr: bool) -> None:
     def build(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         lr = torch.tensor(0.1, dtype=torch.float64) if tensor_lr else 0.1
         groups = [{"params": params, "lr": lr}]
-        return fo.optim.Optimizer(groups, GENERIC[name]) if name in GENERIC else getattr(fo.optim, name)(groups)
+        return (
+            fo.optim.Optimizer(groups, GENERIC[name])
+            if name in GENERIC
+            else getattr(fo.optim, name)(groups)
+        )
 
     pairs = twins(build, of=name)
     pairs[0][1].init_state()
@@ -111,11 +129,17 @@ def test_40_step_is_one_graph(name: str, tensor_lr: bool) -> None:
 @pytest.mark.slow
 def test_40_without_init_state() -> None:
     """State is made outside of the graph. Where there must be no outside, the error names what to call before."""
-    pairs = twins(lambda ps: fo.optim.AdamW([{"params": ps[:1], "lr": torch.tensor(0.2)}, {"params": ps[1:]}], lr=torch.tensor(0.1)))
+    pairs = twins(
+        lambda ps: fo.optim.AdamW(
+            [{"params": ps[:1], "lr": torch.tensor(0.2)}, {"params": ps[1:]}], lr=torch.tensor(0.1)
+        )
+    )
     set_grads(pairs[0][0], 0)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Optimizer\.init_state"):
         torch.compile(pairs[0][1].step, fullgraph=True, backend="eager")()
-    seen = follow(pairs, [torch.compile(pairs[0][1].step, backend="eager"), pairs[1][1].step], 4, shrink)
+    seen = follow(
+        pairs, [torch.compile(pairs[0][1].step, backend="eager"), pairs[1][1].step], 4, shrink
+    )
     assert seen[1] == seen[-1]
 
 
@@ -126,12 +150,17 @@ def test_40_init_state_is_what_the_first_step_makes() -> None:
     opt = fo.optim.ASGD(params)
     opt.init_state()
     assert set(opt.state) == {p for i, p in enumerate(params) if i != 1}
-    assert all(entry["step"] == 0 and entry.keys() == {"step", "eta", "mu", "ax"} for entry in opt.state.values())
+    assert all(
+        entry["step"] == 0 and entry.keys() == {"step", "eta", "mu", "ax"}
+        for entry in opt.state.values()
+    )
     set_grads(params, 0, missing=(1,))
     opt.step()
     before = {p: dict(entry) for p, entry in opt.state.items()}
     opt.init_state()
-    assert all(opt.state[p][key] is value for p, entry in before.items() for key, value in entry.items())
+    assert all(
+        opt.state[p][key] is value for p, entry in before.items() for key, value in entry.items()
+    )
 
 
 @pytest.mark.slow
@@ -142,9 +171,13 @@ def test_40_a_whole_training_step_is_one_graph_under_a_scheduler() -> None:
         model, x, y = model_and_loss()
         opt = fo.optim.AdamW(model.parameters(), lr=torch.tensor(0.1))
         opt.init_state()
-        sched = lr_scheduler.OneCycleLR(opt, torch.tensor(0.1), total_steps=12, cycle_momentum=False)
+        sched = lr_scheduler.OneCycleLR(
+            opt, torch.tensor(0.1), total_steps=12, cycle_momentum=False
+        )
 
-        def train_step(x: Tensor, y: Tensor, model: nn.Module = model, opt: torch.optim.Optimizer = opt) -> Tensor:
+        def train_step(
+            x: Tensor, y: Tensor, model: nn.Module = model, opt: torch.optim.Optimizer = opt
+        ) -> Tensor:
             def loss(ps: dict[str, Tensor]) -> Tensor:
                 return nn.functional.mse_loss(torch.func.functional_call(model, ps, (x,)), y)
 
@@ -154,7 +187,11 @@ def test_40_a_whole_training_step_is_one_graph_under_a_scheduler() -> None:
             opt.step()
             return value.detach()
 
-        run = torch.compile(train_step, fullgraph=True, backend="aot_eager") if compiled else train_step
+        run = (
+            torch.compile(train_step, fullgraph=True, backend="aot_eager")
+            if compiled
+            else train_step
+        )
         losses = []
         for _ in range(6):
             losses.append(run(x, y))
@@ -177,7 +214,14 @@ def test_41_with_cudagraphs_a_tensor_lr_is_one_graph() -> None:
 def test_42_no_name_that_dynamo_takes_for_init_group() -> None:
     """It asks ``name in "_init_group"``: a substring would do."""
     opt = fo.optim.AdamW(make_params())
-    names = {*vars(opt), *(name for cls in type(opt).__mro__[: -len(torch.optim.Optimizer.__mro__)] for name in vars(cls))}
+    names = {
+        *vars(opt),
+        *(
+            name
+            for cls in type(opt).__mro__[: -len(torch.optim.Optimizer.__mro__)]
+            for name in vars(cls)
+        ),
+    }
     assert "step" in names and not [name for name in names if name in "_init_group"]
     assert not hasattr(opt, "_init_group")
     assert inspect.isfunction(type(opt).step)
@@ -188,7 +232,10 @@ def test_42_no_name_that_dynamo_takes_for_init_group() -> None:
 def test_43_compiled_equals_eager_with_missing_gradients(compile: bool) -> None:
     """Inductor; 7 steps, at one of them no gradients, at three a frozen tensor; parameters and state."""
     ours, theirs = make_params(), make_params()
-    opt, twin = fo.optim.AdamW(ours, lr=0.1, amsgrad=True, compile=compile), torch.optim.AdamW(theirs, lr=0.1, amsgrad=True)
+    opt, twin = (
+        fo.optim.AdamW(ours, lr=0.1, amsgrad=True, compile=compile),
+        torch.optim.AdamW(theirs, lr=0.1, amsgrad=True),
+    )
     opt.init_state()
     step = opt.step if compile else torch.compile(opt.step, fullgraph=True)
     for k in range(7):
@@ -200,4 +247,6 @@ def test_43_compiled_equals_eager_with_missing_gradients(compile: bool) -> None:
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
         for key, value in twin.state[q].items():
-            torch.testing.assert_close(opt.state[p][key], value, rtol=1e-10, atol=1e-10, check_dtype=False)
+            torch.testing.assert_close(
+                opt.state[p][key], value, rtol=1e-10, atol=1e-10, check_dtype=False
+            )

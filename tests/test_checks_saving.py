@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from training import TORCH_NAMED, make_params, model_and_loss, train
 
 import functorch_opt as fo
@@ -19,8 +22,12 @@ from functorch_opt import tree
 BUILDS = {
     **{name: getattr(fo.optim, name) for name in TORCH_NAMED},
     "stateless": lambda ps: fo.optim.Optimizer(ps, fo.clip(1.0)),
-    "masked": lambda ps: fo.optim.Optimizer(ps, fo.masked(fo.adam(0.1), lambda path, p: p.ndim > 1, otherwise="zero")),
-    "noise": lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(0.1))),
+    "masked": lambda ps: fo.optim.Optimizer(
+        ps, fo.masked(fo.adam(0.1), lambda path, p: p.ndim > 1, otherwise="zero")
+    ),
+    "noise": lambda ps: fo.optim.Optimizer(
+        ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(0.1))
+    ),
     "factory": lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.1),
 }
 
@@ -41,7 +48,9 @@ def test_24_25_schema(build: str) -> None:
     saved = opt.state_dict()
     assert list(saved["state"]) == list(range(len(params))) == saved["param_groups"][0]["params"]
     for entry in saved["state"].values():
-        assert entry and all(type(key) is str and type(value) is torch.Tensor for key, value in entry.items())
+        assert entry and all(
+            type(key) is str and type(value) is torch.Tensor for key, value in entry.items()
+        )
     loaded = through_a_file(saved)
     assert loaded["param_groups"] == saved["param_groups"]
     for i, entry in saved["state"].items():
@@ -53,7 +62,12 @@ def test_24_25_schema(build: str) -> None:
     "build",
     [
         lambda ps: fo.optim.AdamW(ps, amsgrad=True),
-        lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20)))),
+        lambda ps: fo.optim.Optimizer(
+            ps,
+            fo.chain(
+                fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20))
+            ),
+        ),
         lambda ps: fo.optim.Optimizer(ps, fo.lion, learning_rate=0.1),
         lambda ps: fo.optim.NAdam(ps),
         lambda ps: fo.optim.ASGD(ps, t0=1),
@@ -82,11 +96,18 @@ def test_26_27_resumed_equals_uninterrupted_bit_for_bit(build, dtype: torch.dtyp
 
 def test_27_a_count_under_bfloat16_survives() -> None:
     params = make_params(torch.bfloat16)
-    opt = fo.optim.Optimizer(params, fo.chain(fo.ema(0.9), fo.scale_by_schedule(fo.linear_schedule(-0.1, 0.0, 1000))))
+    opt = fo.optim.Optimizer(
+        params, fo.chain(fo.ema(0.9), fo.scale_by_schedule(fo.linear_schedule(-0.1, 0.0, 1000)))
+    )
     train(opt, params, 257)
     other = fo.optim.Optimizer(make_params(torch.bfloat16), opt._recipe[0])
     other.load_state_dict(opt.state_dict())
-    counts = [(key, value) for entry in other.state.values() for key, value in entry.items() if key.endswith(("step", "count"))]
+    counts = [
+        (key, value)
+        for entry in other.state.values()
+        for key, value in entry.items()
+        if key.endswith(("step", "count"))
+    ]
     assert counts and all(value == 257 for _, value in counts)
     assert len({key for key, _ in counts}) == 2
 
@@ -103,7 +124,10 @@ def test_28_names_and_other_ids(named: str) -> None:
     saved = opt.state_dict()
     saved = {
         "state": {names[i]: entry for i, entry in saved["state"].items()},
-        "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]],
+        "param_groups": [
+            {**group, "params": [names[i] for i in group["params"]]}
+            for group in saved["param_groups"]
+        ],
     }
     other.load_state_dict(state_dict=saved)
     for p, q in zip(train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True):
@@ -152,16 +176,28 @@ def test_30_a_round_trip_changes_nothing(build: str, steps: int) -> None:
     before = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(opt.state_dict())
     after = opt.state_dict()
-    assert after["param_groups"] == before["param_groups"] and after["state"].keys() == before["state"].keys()
+    assert (
+        after["param_groups"] == before["param_groups"]
+        and after["state"].keys() == before["state"].keys()
+    )
     for i, entry in before["state"].items():
         assert entry.keys() == after["state"][i].keys()
-        assert all(torch.equal(v, after["state"][i][k]) and v.dtype == after["state"][i][k].dtype for k, v in entry.items())
-    for p, q in zip(train(opt, params, 2, start=steps), train(twin, twins, 2, start=steps), strict=True):
+        assert all(
+            torch.equal(v, after["state"][i][k]) and v.dtype == after["state"][i][k].dtype
+            for k, v in entry.items()
+        )
+    for p, q in zip(
+        train(opt, params, 2, start=steps), train(twin, twins, 2, start=steps), strict=True
+    ):
         assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
 @pytest.mark.parametrize(
     "build",
     [
@@ -179,7 +215,9 @@ def test_31_copies_go_on_alike(how, build, scheduled: bool) -> None:
     if sched:
         sched.step()
     others, other = how((params, opt))
-    assert {k for k in vars(opt) if not k.startswith("_")} == {k for k in vars(other) if not k.startswith("_")}
+    assert {k for k in vars(opt) if not k.startswith("_")} == {
+        k for k in vars(other) if not k.startswith("_")
+    }
     for p, q in zip(train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True):
         assert torch.equal(p, q)
 
@@ -217,7 +255,9 @@ def test_32_hooks() -> None:
         register_optimizer_step_pre_hook(note("global pre")),
         register_optimizer_step_post_hook(note("global post")),
     ]
-    opt.register_state_dict_pre_hook(lambda o: (calls.append("save pre"), o.state.__setitem__("test", 1))[0])
+    opt.register_state_dict_pre_hook(
+        lambda o: (calls.append("save pre"), o.state.__setitem__("test", 1))[0]
+    )
     opt.register_state_dict_post_hook(note("save post"))
     opt.register_load_state_dict_pre_hook(note("load pre"))
     opt.register_load_state_dict_pre_hook(note("load pre, first"), prepend=True)
@@ -231,7 +271,16 @@ def test_32_hooks() -> None:
         for handle in handles:
             handle.remove()
     step = ["global pre", "step pre", "step post", "global post"]
-    assert calls == [*step, "save pre", "save post", "load pre, first", "load pre", "load post, first", "load post", *step]
+    assert calls == [
+        *step,
+        "save pre",
+        "save post",
+        "load pre, first",
+        "load pre",
+        "load post, first",
+        "load post",
+        *step,
+    ]
     assert opt.state["test"] == 1 and opt.state[params[0]]["step"] == 2
 
 
@@ -241,7 +290,9 @@ def test_32_a_hook_may_change_what_is_loaded() -> None:
     train(opt, params, 2)
 
     def halve(_, saved):
-        saved["state"] = {i: {**entry, "exp_avg": entry["exp_avg"] / 2} for i, entry in saved["state"].items()}
+        saved["state"] = {
+            i: {**entry, "exp_avg": entry["exp_avg"] / 2} for i, entry in saved["state"].items()
+        }
         return saved
 
     other.register_load_state_dict_pre_hook(halve)

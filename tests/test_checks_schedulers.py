@@ -28,7 +28,9 @@ def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr
         runs = []
         for module in (fo.optim, torch.optim):
             params = make_params()
-            opt = getattr(module, name)(params, lr=torch.tensor(0.05, dtype=torch.float64) if tensor_lr else 0.05, **options)
+            opt = getattr(module, name)(
+                params, lr=torch.tensor(0.05, dtype=torch.float64) if tensor_lr else 0.05, **options
+            )
             lr = opt.param_groups[0]["lr"]
             sched = SCHEDULERS[scheduler](opt)
             trajectory = []
@@ -36,8 +38,13 @@ def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr
                 set_grads(params, step)
                 opt.step()
                 sched.step(1.0) if scheduler == "ReduceLROnPlateau" else sched.step()
-                trajectory += [torch.as_tensor(opt.param_groups[0]["lr"]).double().clone(), *(p.detach().clone() for p in params)]
-            assert not tensor_lr or opt.param_groups[0]["lr"] is lr or scheduler == "ReduceLROnPlateau"
+                trajectory += [
+                    torch.as_tensor(opt.param_groups[0]["lr"]).double().clone(),
+                    *(p.detach().clone() for p in params),
+                ]
+            assert (
+                not tensor_lr or opt.param_groups[0]["lr"] is lr or scheduler == "ReduceLROnPlateau"
+            )
             runs.append(trajectory)
         for a, b in zip(*runs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -53,7 +60,10 @@ def test_18_19_schedulers_with_compile(name: str) -> None:
     for tensor_lr in (False, True):
         for scheduler, attach in SCHEDULERS.items():
             runs = []
-            for cls, how in ((getattr(fo.optim, name), {"compile": True}), (getattr(torch.optim, name), {"foreach": False})):
+            for cls, how in (
+                (getattr(fo.optim, name), {"compile": True}),
+                (getattr(torch.optim, name), {"foreach": False}),
+            ):
                 params = make_params(torch.float32)
                 opt = cls(params, lr=torch.tensor(0.05) if tensor_lr else 0.05, **options, **how)
                 sched = attach(opt)
@@ -100,7 +110,11 @@ def test_18_a_generic_chain_is_driven_by_a_scheduler() -> None:
     opt = fo.optim.Optimizer(params, fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1)))
     sched = lr_scheduler.StepLR(opt, 1, 0.5)
     state = (
-        tx := fo.chain(fo.clip_by_global_norm(0.5), fo.scale_by_adam(), fo.scale_by_schedule(fo.exponential_decay(-0.1, 1, 0.5)))
+        tx := fo.chain(
+            fo.clip_by_global_norm(0.5),
+            fo.scale_by_adam(),
+            fo.scale_by_schedule(fo.exponential_decay(-0.1, 1, 0.5)),
+        )
     ).init(twins)
     ps = [p.detach() for p in twins]
     for step in range(4):
@@ -113,7 +127,9 @@ def test_18_a_generic_chain_is_driven_by_a_scheduler() -> None:
         torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_21_freed_without_the_garbage_collector(compile: bool) -> None:
     gc.collect()
     gc.disable()
@@ -133,7 +149,10 @@ def test_21_freed_without_the_garbage_collector(compile: bool) -> None:
 def test_22_grad_scaler_skips_infinite_steps_and_unscales() -> None:
     model, x, y = model_and_loss()
     twin = copy.deepcopy(model)
-    opt, reference = fo.optim.AdamW(model.parameters(), lr=0.1), torch.optim.AdamW(twin.parameters(), lr=0.1)
+    opt, reference = (
+        fo.optim.AdamW(model.parameters(), lr=0.1),
+        torch.optim.AdamW(twin.parameters(), lr=0.1),
+    )
     for m, o in ((model, opt), (twin, reference)):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         for step in range(5):
@@ -160,7 +179,9 @@ def test_23_averaged_models(kind: str) -> None:
     for module in (fo.optim, torch.optim):
         model, x, y = model_and_loss()
         opt = module.AdamW(model.parameters(), lr=0.1)
-        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9) if kind == "ema" else None)
+        average = swa_utils.AveragedModel(
+            model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9) if kind == "ema" else None
+        )
         sched = swa_utils.SWALR(opt, swa_lr=0.01, anneal_epochs=5)
         for _ in range(8):
             opt.zero_grad()

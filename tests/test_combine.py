@@ -29,7 +29,9 @@ def count_calls(factor: float = 1.0) -> fo.GradientTransformation:
     def update(updates, state, params, *, bonus=0.0):
         return tree.map(lambda u: u * factor + bonus, updates), {"calls": state["calls"] + 1}
 
-    return fo.GradientTransformation(lambda params: {"calls": torch.zeros((), dtype=torch.int64)}, update)
+    return fo.GradientTransformation(
+        lambda params: {"calls": torch.zeros((), dtype=torch.int64)}, update
+    )
 
 
 PARAMS = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
@@ -53,7 +55,9 @@ def test_extra_arguments_reach_the_stages_that_declare_them(wrap) -> None:
     torch.testing.assert_close(updates, tree.map(lambda g: 3 * g, GRADS))
     with pytest.raises(TypeError, match="reads value"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
-    with pytest.raises(TypeError, match=r"got valeu, which no stage reads. Declared extra arguments: value\."):
+    with pytest.raises(
+        TypeError, match=r"got valeu, which no stage reads. Declared extra arguments: value\."
+    ):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, valeu=3.0)
 
 
@@ -87,7 +91,9 @@ def test_chain_state_is_keyed_by_stage_and_survives_an_inserted_stage() -> None:
 def test_repr_reads_as_it_was_written() -> None:
     tx = fo.chain(
         fo.clip_by_global_norm(1.0),
-        fo.masked(fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01), {"w": True, "b": False}),
+        fo.masked(
+            fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01), {"w": True, "b": False}
+        ),
         count_calls(factor=2.0),
     )
     written = (

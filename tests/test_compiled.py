@@ -19,9 +19,13 @@ from functorch_opt._execution.compiled import CompiledStep
 SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
 
 
-def draw(shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def draw(
+    shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
 
 
 def eagerly(tx: fo.GradientTransformation, ps, state, gs):
@@ -62,9 +66,15 @@ def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> 
 
 @pytest.mark.slow
 def test_one_program_serves_all_sizes_and_models() -> None:
-    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    tx = fo.chain(
+        fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1)
+    )
     step = fo.compiled_step(tx)
-    models = [SMALL, {f"p{i}": (i + 2, 3) for i in range(5)}, {"tiny": (2,), "one": (1,), "empty": (0,), "scalar": (), "big": (300, 70)}]
+    models = [
+        SMALL,
+        {f"p{i}": (i + 2, 3) for i in range(5)},
+        {"tiny": (2,), "one": (1,), "empty": (0,), "scalar": (), "big": (300, 70)},
+    ]
     for n, shapes in enumerate(models):
         ps, mine = draw(shapes, n), draw(shapes, n)
         state, ours = tx.init(ps), tx.init(mine)
@@ -72,16 +82,26 @@ def test_one_program_serves_all_sizes_and_models() -> None:
             ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
             mine, ours = step(mine, draw(shapes, 100 + i), ours)
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
-    assert len(PROGRAMS) == 1 + (torch.get_num_threads() > 1)  # "big" has code of its own for all threads
+    assert len(PROGRAMS) == 1 + (
+        torch.get_num_threads() > 1
+    )  # "big" has code of its own for all threads
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", [fo.scale(0.5), fo.scale_by_trust_ratio()], ids=["plain", "with sums"])
-def test_blocks_of_several_tensors(stage: fo.GradientTransformation, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "stage", [fo.scale(0.5), fo.scale_by_trust_ratio()], ids=["plain", "with sums"]
+)
+def test_blocks_of_several_tensors(
+    stage: fo.GradientTransformation, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU: the last block of each kind is filled up; every tensor is worked out once."""
     monkeypatch.setitem(blocks.BLOCK, "cpu", 3)
     monkeypatch.setattr(blocks, "EXAMPLE", 64)
-    tx = fo.chain(fo.clip_by_global_norm(0.5), stage, fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    tx = fo.chain(
+        fo.clip_by_global_norm(0.5),
+        stage,
+        fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1),
+    )
     shapes = {f"p{i}": (i + 2, 3) for i in range(7)} | {"tiny": (2,), "one": (1,), "scalar": ()}
     ps, mine, step = draw(shapes, 0), draw(shapes, 0), CompiledStep(tx, True, backend=backend)
     state, ours = tx.init(ps), tx.init(mine)
@@ -117,7 +137,9 @@ def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> Non
 # ---- what guards would have seen ---------------------------------------------------------------------------------------------
 
 
-def check(tx: fo.GradientTransformation, step: CompiledStep, ps: dict, gs: dict, *, steps: int = 2) -> None:
+def check(
+    tx: fo.GradientTransformation, step: CompiledStep, ps: dict, gs: dict, *, steps: int = 2
+) -> None:
     """From these very tensors, in place, against the functional step on copies."""
     copies = {name: p.detach().clone() for name, p in ps.items()}
     state, ours = tx.init(copies), tx.init(ps)
@@ -134,12 +156,24 @@ def kinds() -> dict[str, dict[str, Tensor]]:
         "other sizes": {"a": torch.randn(9, 5), "b": torch.randn(2), "c": torch.randn(30)},
         "sizes 0 and 1": {"a": torch.randn(0, 5), "b": torch.randn(1), "c": torch.randn(())},
         "transposed": {"a": torch.randn(3, 4).t(), "b": torch.randn(3), "c": torch.randn(7, 2)},
-        "slices of one buffer": {"a": base[1:13].view(4, 3), "b": base[13:16], "c": base[17:31].view(7, 2)},
+        "slices of one buffer": {
+            "a": base[1:13].view(4, 3),
+            "b": base[13:16],
+            "c": base[17:31].view(7, 2),
+        },
         "strided": {"a": torch.randn(8, 3)[::2], "b": torch.randn(6)[::2], "c": torch.randn(7, 2)},
         "bfloat16": draw(SMALL, 4, torch.bfloat16),
         "float64": draw(SMALL, 5, torch.float64),
-        "mixed": {"a": torch.randn(4, 3, dtype=torch.float64), "b": torch.randn(3).bfloat16(), "c": torch.randn(7, 2)},
-        "complex": {"a": torch.randn(4, 3, dtype=torch.complex64), "b": torch.randn(3), "c": torch.randn(7, 2)},
+        "mixed": {
+            "a": torch.randn(4, 3, dtype=torch.float64),
+            "b": torch.randn(3).bfloat16(),
+            "c": torch.randn(7, 2),
+        },
+        "complex": {
+            "a": torch.randn(4, 3, dtype=torch.complex64),
+            "b": torch.randn(3),
+            "c": torch.randn(7, 2),
+        },
         "parameters": {name: torch.nn.Parameter(p) for name, p in draw(SMALL, 6).items()},
     }
 
@@ -158,7 +192,15 @@ def test_changed_tensors_never_meet_code_for_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["data swapped", "data transposed", "gradient strided", "gradient in another dtype", "gradient missing", "slot replaced"]
+    "change",
+    [
+        "data swapped",
+        "data transposed",
+        "gradient strided",
+        "gradient in another dtype",
+        "gradient missing",
+        "slot replaced",
+    ],
 )
 def test_changes_between_steps_are_seen(change: str) -> None:
     tx = fo.adam(0.01, eps=1e-3)
@@ -179,7 +221,9 @@ def test_changes_between_steps_are_seen(change: str) -> None:
         gs["a"] = None
     else:
         fo.get(state, "mu")["a"] = torch.randn(3, 3)
-    expected, expected_state = eagerly(tx, tree.map(torch.clone, ps), tree.map(torch.clone, state), gs)
+    expected, expected_state = eagerly(
+        tx, tree.map(torch.clone, ps), tree.map(torch.clone, state), gs
+    )
     ps, state = step(ps, gs, state)
     assert_same((ps, state), (expected, expected_state), rtol=1e-6, atol=1e-6)
 
@@ -188,7 +232,10 @@ def test_changes_between_steps_are_seen(change: str) -> None:
 def test_strided_gradients_before_a_second_pass(backend: str) -> None:
     """What the first pass writes for the second has strides of its own."""
     tx = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(0.1), fo.sgd(0.1))
-    ps, step = {"a": torch.randn(3, 4), "b": torch.randn(5)}, CompiledStep(tx, True, backend=backend)
+    ps, step = (
+        {"a": torch.randn(3, 4), "b": torch.randn(5)},
+        CompiledStep(tx, True, backend=backend),
+    )
     mine = tree.map(torch.clone, ps)
     gs = {"a": torch.randn(4, 3).t(), "b": torch.randn(1).expand(5)}
     state, ours = tx.init(ps), tx.init(mine)
@@ -202,9 +249,14 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
 @pytest.mark.parametrize("kind", ["elementwise", "tensorwise"])
 def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
     """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient; and then not any more."""
-    agree = fo.leafwise(lambda g, raw: g * (g * raw > 0), lambda *, raw: {"raw": fo.Each(raw)}, kind=kind)
+    agree = fo.leafwise(
+        lambda g, raw: g * (g * raw > 0), lambda *, raw: {"raw": fo.Each(raw)}, kind=kind
+    )
     tx = fo.chain(fo.adam(0.1, eps=1e-3), agree)
-    ps, step = {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}, CompiledStep(tx, True, backend=backend)
+    ps, step = (
+        {"a": torch.randn(3, 4), "b": torch.randn(3, 4)},
+        CompiledStep(tx, True, backend=backend),
+    )
     mine = tree.map(torch.clone, ps)
     state, ours = tx.init(ps), tx.init(mine)
     one, other = torch.randn(3, 4), torch.randn(3, 4)
@@ -230,7 +282,9 @@ def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend
         return {}
 
     add = fo.leafwise(
-        lambda g, noise, gg: g + noise / gg, lambda: {"noise": fo.Each(drawn, own=own)}, sums={"gg": lambda g: g.square().sum()}
+        lambda g, noise, gg: g + noise / gg,
+        lambda: {"noise": fo.Each(drawn, own=own)},
+        sums={"gg": lambda g: g.square().sum()},
     )
     tx = fo.chain(add, fo.leafwise(lambda g: 2 * g, look))
     ps, gs = tree.map(torch.zeros_like, drawn), tree.map(torch.ones_like, drawn)
@@ -238,8 +292,18 @@ def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend
     expected = {name: None if g is None else g + given[name] / g.numel() for name, g in gs.items()}
     mine, _ = CompiledStep(tx, True, backend=backend)(ps, gs, tx.init(ps))
     assert [seen[-1][name] is drawn[name] for name in drawn] == [own, own, own, False]
-    assert_same(drawn, {name: given[name] if g is None or not own else expected[name] for name, g in gs.items()}, rtol=1e-6, atol=0)
-    assert_same(mine, {name: torch.zeros(2) if u is None else 2 * u for name, u in expected.items()}, rtol=1e-6, atol=0)
+    assert_same(
+        drawn,
+        {name: given[name] if g is None or not own else expected[name] for name, g in gs.items()},
+        rtol=1e-6,
+        atol=0,
+    )
+    assert_same(
+        mine,
+        {name: torch.zeros(2) if u is None else 2 * u for name, u in expected.items()},
+        rtol=1e-6,
+        atol=0,
+    )
     if own:  # in a dtype that cannot hold the updates
         wide, gs = tree.map(torch.Tensor.double, ps), tree.map(torch.Tensor.double, gs)
         CompiledStep(tx, True, backend=backend)(wide, gs, tx.init(wide))
@@ -273,7 +337,9 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
 
 @pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
 def test_inside_a_compiled_function_it_is_part_of_the_one_graph(donate: bool) -> None:
-    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1))
+    tx = fo.chain(
+        fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1)
+    )
     step, ps, mine = fo.compiled_step(tx, donate=donate), draw(SMALL, 0), draw(SMALL, 0)
     graphs = []
 
@@ -298,18 +364,40 @@ def test_inside_a_compiled_function_it_is_part_of_the_one_graph(donate: bool) ->
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda step, ps, gs, state: step(ps, {"a": gs["a"]}, state), ValueError, "params and grads differ in structure"),
-        (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["b"]}, state), ValueError, "'a' has shape"),
+        (
+            lambda step, ps, gs, state: step(ps, {"a": gs["a"]}, state),
+            ValueError,
+            "params and grads differ in structure",
+        ),
+        (
+            lambda step, ps, gs, state: step(ps, {**gs, "a": gs["b"]}, state),
+            ValueError,
+            "'a' has shape",
+        ),
         (
             lambda step, ps, gs, state: step(
-                {"a": ps["a"], "b": ps["a"]}, {"a": gs["a"], "b": gs["a"]}, step.tx.init({"a": ps["a"], "b": ps["a"]})
+                {"a": ps["a"], "b": ps["a"]},
+                {"a": gs["a"], "b": gs["a"]},
+                step.tx.init({"a": ps["a"], "b": ps["a"]}),
             ),
             ValueError,
             "'a' and 'b' share memory",
         ),
-        (lambda step, ps, gs, state: step(ps, gs, fo.sgd(0.1).init(ps)), ValueError, "not a state of this chain"),
-        (lambda step, ps, gs, state: step(ps, gs, state, value=1.0), TypeError, "which no stage reads"),
-        (lambda step, ps, gs, state: step(ps, {**gs, "a": gs["a"].to_sparse()}, state), ValueError, "must be dense"),
+        (
+            lambda step, ps, gs, state: step(ps, gs, fo.sgd(0.1).init(ps)),
+            ValueError,
+            "not a state of this chain",
+        ),
+        (
+            lambda step, ps, gs, state: step(ps, gs, state, value=1.0),
+            TypeError,
+            "which no stage reads",
+        ),
+        (
+            lambda step, ps, gs, state: step(ps, {**gs, "a": gs["a"].to_sparse()}, state),
+            ValueError,
+            "must be dense",
+        ),
     ],
 )
 def test_bad_input(wrong, error, message) -> None:
@@ -380,4 +468,7 @@ def test_all_rows_are_here() -> None:
 
 
 def test_repr() -> None:
-    assert repr(fo.compiled_step(fo.adam(0.1), donate=False)) == "compiled_step(adam(0.1), donate=False)"
+    assert (
+        repr(fo.compiled_step(fo.adam(0.1), donate=False))
+        == "compiled_step(adam(0.1), donate=False)"
+    )

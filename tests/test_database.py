@@ -57,10 +57,16 @@ def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]
 
 def plain(kwargs: dict) -> dict:
     """Without what torch refuses on a CPU. Tensors in float64: torch works out ``1 - lr weight_decay`` in the dtype of lr."""
-    return {key: value.double() if isinstance(value, Tensor) else value for key, value in kwargs.items() if key != "capturable"}
+    return {
+        key: value.double() if isinstance(value, Tensor) else value
+        for key, value in kwargs.items()
+        if key != "capturable"
+    }
 
 
-def run(opt: torch.optim.Optimizer, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
+def run(
+    opt: torch.optim.Optimizer, model: nn.Module, x: Tensor, y: Tensor, steps: int
+) -> list[float]:
     losses = []
     for _ in range(steps):
 
@@ -80,7 +86,11 @@ def same(a: nn.Module, b: nn.Module, tolerance: float) -> None:
 
 
 def test_every_optimizer_of_torch_is_here() -> None:
-    torchs = {name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
+    torchs = {
+        name
+        for name, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    }
     assert torchs - {"Optimizer"} == set(INFOS) == set(OURS) | {"LBFGS", "SparseAdam"}
 
 
@@ -96,7 +106,9 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
         losses = run(opt, model, x, y, 10)
         models.append(model)
     same(*models, 1e-12)
-    moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    moved = any(
+        not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
+    )
     assert moved and all(loss == loss for loss in losses)
 
 
@@ -104,10 +116,20 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
 def test_every_flag_of_torch_is_accepted(name: str, kwargs: dict) -> None:
     """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional layer."""
     info, models = INFOS[name], []
-    flags = [flag for flag in info.supported_impls if flag != "differentiable"] + (["capturable"] if info.has_capturable_arg else [])
+    flags = [flag for flag in info.supported_impls if flag != "differentiable"] + (
+        ["capturable"] if info.has_capturable_arg else []
+    )
     for flag in (None, *flags):
         model, x, y = model_of(info, name)
-        run(getattr(fo.optim, name)(model.parameters(), **plain(kwargs), **({flag: True} if flag else {})), model, x, y, 2)
+        run(
+            getattr(fo.optim, name)(
+                model.parameters(), **plain(kwargs), **({flag: True} if flag else {})
+            ),
+            model,
+            x,
+            y,
+            2,
+        )
         models.append(model)
     for model in models[1:]:
         same(models[0], model, 0.0)
@@ -133,7 +155,9 @@ def test_03_errors_are_torchs(name: str, error) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in INFOS if INFOS[name].supports_param_groups])
-@pytest.mark.parametrize("number", range(max(len(info.scheduler_inputs) for info in INFOS.values())))
+@pytest.mark.parametrize(
+    "number", range(max(len(info.scheduler_inputs) for info in INFOS.values()))
+)
 def test_right_direction_under_the_database_s_schedulers(name: str, number: int) -> None:
     """Each of its line-ups of schedulers drives ours as it drives torch's."""
     info = INFOS[name]
@@ -141,12 +165,16 @@ def test_right_direction_under_the_database_s_schedulers(name: str, number: int)
     for module in (fo.optim, torch.optim):
         model, x, y = model_of(info, name)
         opt = getattr(module, name)(model.parameters(), **({"lr": 0.01} if name != "Rprop" else {}))
-        schedulers = [make(opt) for make in info.scheduler_inputs[number % len(info.scheduler_inputs)]]
+        schedulers = [
+            make(opt) for make in info.scheduler_inputs[number % len(info.scheduler_inputs)]
+        ]
         losses = []
         for _ in range(8):
             losses += run(opt, model, x, y, 1)
             for scheduler in schedulers:
-                scheduler.step(losses[-1]) if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else scheduler.step()
+                scheduler.step(losses[-1]) if isinstance(
+                    scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
+                ) else scheduler.step()
         runs.append((losses, opt.param_groups[0]["lr"]))
     (a, lr_a), (b, lr_b) = runs
     assert a == pytest.approx(b, rel=1e-6) and lr_a == pytest.approx(lr_b)

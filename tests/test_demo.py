@@ -29,7 +29,10 @@ def in_float64(data: digits.Data) -> digits.Data:
 
 
 def test_gradient_descent_by_hand_equals_sgd_bit_for_bit() -> None:
-    (by_hand, losses), (params, sgd_losses) = regression.train_by_hand(0.1, 50), regression.train(fo.sgd(0.1), 50)
+    (by_hand, losses), (params, sgd_losses) = (
+        regression.train_by_hand(0.1, 50),
+        regression.train(fo.sgd(0.1), 50),
+    )
     assert losses == sgd_losses
     assert by_hand == params
 
@@ -37,7 +40,9 @@ def test_gradient_descent_by_hand_equals_sgd_bit_for_bit() -> None:
 @pytest.mark.parametrize("policy", regression.POLICIES)
 @pytest.mark.parametrize("optimizer", regression.OPTIMIZERS)
 def test_every_optimizer_comes_near_y_equals_2x(optimizer: str, policy: str) -> None:
-    params, losses = regression.train(regression.OPTIMIZERS[optimizer](regression.POLICIES[policy]), 150)
+    params, losses = regression.train(
+        regression.OPTIMIZERS[optimizer](regression.POLICIES[policy]), 150
+    )
     assert losses[-1] < 0.05 < losses[0]
     assert params["w"].item() == pytest.approx(2, abs=0.3)
 
@@ -77,7 +82,9 @@ def test_functional_equals_stateful(data: digits.Data) -> None:
 def test_without_noise_the_chain_is_torch_adamw(data: digits.Data) -> None:
     runs = train_digits(in_float64(data), eta=0.0)
     # clip_grad_norm_ adds 1e-6 to the norm, hence not to the last bit
-    torch.testing.assert_close(runs["functional"].trajectory, runs["torch"].trajectory, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        runs["functional"].trajectory, runs["torch"].trajectory, rtol=1e-5, atol=1e-7
+    )
 
 
 # ---- 3. learning rates -------------------------------------------------------------------------------------------------
@@ -92,7 +99,12 @@ def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
         seen = ~result.curves[i].isnan()  # a diverged run ends early
         torch.testing.assert_close(result.curves[i][seen], losses[seen], rtol=1e-9, atol=1e-12)
         if not result.diverged[i]:
-            torch.testing.assert_close(result.params_of(i), {k: p.detach() for k, p in net.named_parameters()}, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(
+                result.params_of(i),
+                {k: p.detach() for k, p in net.named_parameters()},
+                rtol=1e-8,
+                atol=1e-10,
+            )
     assert not result.diverged[:2].any()
 
 
@@ -100,7 +112,9 @@ def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
 
 
 @pytest.mark.slow
-def test_sections_draw_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sections_draw_their_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(regression, "ITERATIONS", 3)
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(sweep, "EPOCHS", 1)
@@ -113,6 +127,8 @@ def test_sections_draw_their_pictures(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["demo"])
-    monkeypatch.setattr(__main__, "find_spec", lambda package: None if package == "rich" else object())
+    monkeypatch.setattr(
+        __main__, "find_spec", lambda package: None if package == "rich" else object()
+    )
     with pytest.raises(SystemExit, match=r"needs rich.*pip install functorch_opt\[demo\]"):
         __main__.main()

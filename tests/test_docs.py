@@ -26,14 +26,19 @@ def _case(page: Path):
     return pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks)
 
 
-@pytest.mark.parametrize("page", [_case(page) for page in PAGES if "```python" in page.read_text() and page != OF_CLIENTS])
+@pytest.mark.parametrize(
+    "page",
+    [_case(page) for page in PAGES if "```python" in page.read_text() and page != OF_CLIENTS],
+)
 def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     document = SYBIL.parse(page)
     examples = list(document.examples())
     assert examples
     for example in examples:
-        with contextlib.suppress(unittest.SkipTest):  # a block that says it needs a library which is not here; the others run
+        with contextlib.suppress(
+            unittest.SkipTest
+        ):  # a block that says it needs a library which is not here; the others run
             example.evaluate()
 
 

@@ -31,7 +31,12 @@ draws = pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
 
 def test_golden_bits() -> None:
     """Those of ``torch.func._random`` for the same key."""
-    assert random.bits(random.key(42), (4,)).tolist() == [-1662324653, 2012563771, 314527917, 1463989207]
+    assert random.bits(random.key(42), (4,)).tolist() == [
+        -1662324653,
+        2012563771,
+        314527917,
+        1463989207,
+    ]
 
 
 def test_bits_are_the_words_and_uniforms_their_low_24_bits() -> None:
@@ -71,7 +76,15 @@ SHAPES = [(), (1,), (7,), (16,), (5, 3), (4, 8), (3, 1, 5), (2, 3, 4), (2, 2, 3,
 
 def parts(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
     """Every box in the whole, but of large dimensions some of the sides only."""
-    sides = [[slice(a, b) for a in range(n + 1) for b in range(a, n + 1) if n < 4 or a in (0, 1, 3) or b == n] for n in shape]
+    sides = [
+        [
+            slice(a, b)
+            for a in range(n + 1)
+            for b in range(a, n + 1)
+            if n < 4 or a in (0, 1, 3) or b == n
+        ]
+        for n in shape
+    ]
     return list(itertools.product(*sides))
 
 
@@ -88,7 +101,11 @@ def test_any_part_is_that_part_of_the_whole(draw: Any, shape: tuple[int, ...]) -
 def test_only_the_part_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a whole that would not fit into memory; a run of 6 elements takes 3 blocks at most."""
     drawn = []
-    monkeypatch.setattr(philox, "words", lambda key, blocks, of=philox.words: drawn.append(blocks.numel()) or of(key, blocks))
+    monkeypatch.setattr(
+        philox,
+        "words",
+        lambda key, blocks, of=philox.words: drawn.append(blocks.numel()) or of(key, blocks),
+    )
     shape = (2**20, 2**10, 2**8 + 1)
     got = random.bits(KEY, shape, (slice(2**19 + 1, 2**19 + 3), slice(5, 8), slice(100, 106)))
     assert drawn == [2 * 3 * 3]
@@ -102,14 +119,19 @@ def test_parts_under_vmap_and_torch_compile() -> None:
     keys = random.split(KEY, 3)
     got = vmap(lambda key: random.normal(key, (5, 7), part))(keys)
     assert torch.equal(got, torch.stack([random.normal(key, (5, 7), part) for key in keys]))
-    compiled = torch.compile(lambda key: random.bits(key, (5, 7), part), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda key: random.bits(key, (5, 7), part), backend="aot_eager", fullgraph=True
+    )
     assert torch.equal(compiled(KEY), random.bits(KEY, (5, 7))[part])
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (((5,), slice(2)), r"part must be a tuple of slices .* for each dimension of \(5,\); got slice"),
+        (
+            ((5,), slice(2)),
+            r"part must be a tuple of slices .* for each dimension of \(5,\); got slice",
+        ),
         (((5, 2), (slice(2),)), "one for each dimension"),
         (((5,), (slice(0, 4, 2),)), "without step"),
         (((5,), (3,)), "tuple of slices"),
@@ -186,22 +208,37 @@ def _rank(rank: int, file: str, out: str) -> None:
 
     torch.set_num_threads(1)
     store = dist.FileStore(file, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
     result = {}
     mesh = init_device_mesh("cpu", (2,))
     for dim in (0, 1, 2, None):
         ps = {
-            name: torch.zeros(shape, dtype=torch.complex64 if name == "f" else torch.float32).requires_grad_(name == "a")
+            name: torch.zeros(
+                shape, dtype=torch.complex64 if name == "f" else torch.float32
+            ).requires_grad_(name == "a")
             for name, shape in SHARDED.items()
         }
         placed = {
-            name: distribute_tensor(p, mesh, [Replicate() if dim is None or dim >= p.dim() else Shard(dim)], src_data_rank=None)
+            name: distribute_tensor(
+                p,
+                mesh,
+                [Replicate() if dim is None or dim >= p.dim() else Shard(dim)],
+                src_data_rank=None,
+            )
             for name, p in ps.items()
         }
         placed["z"] = torch.zeros(3)  # beside sharded ones: an ordinary tensor
         noise = random.normal_like(KEY, placed, 2)
-        assert all(noise[name].placements == placed[name].placements and noise[name].shape == placed[name].shape for name in SHARDED)
-        result[str(dim)] = {name: x.full_tensor() if name in SHARDED else x for name, x in noise.items()}
+        assert all(
+            noise[name].placements == placed[name].placements
+            and noise[name].shape == placed[name].shape
+            for name in SHARDED
+        )
+        result[str(dim)] = {
+            name: x.full_tensor() if name in SHARDED else x for name, x in noise.items()
+        }
         # and as a stage, under a vector of counts too
         tx = fo.add_noise(1.0, 0.5, key=7)
         for count in (torch.tensor(3), torch.arange(7)):
@@ -210,7 +247,9 @@ def _rank(rank: int, file: str, out: str) -> None:
             gs = {name: placed[name] * 0 for name in placed}
             with torch.no_grad():
                 u, _ = tx.update(gs, state, placed)
-            result[f"{dim} add_noise {count.dim()}"] = {name: x.full_tensor() if name in SHARDED else x for name, x in u.items()}
+            result[f"{dim} add_noise {count.dim()}"] = {
+                name: x.full_tensor() if name in SHARDED else x for name, x in u.items()
+            }
     grid = init_device_mesh("cpu", (1, 2))
     both = distribute_tensor(torch.zeros(5, 6), grid, [Shard(0), Shard(1)], src_data_rank=None)
     result["grid"] = {"x": random.uniform_like(KEY, both).full_tensor()}
@@ -229,7 +268,10 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Te
 
 
 def whole() -> dict[str, Tensor]:
-    ps = {name: torch.zeros(shape, dtype=torch.complex64 if name == "f" else torch.float32) for name, shape in SHARDED.items()}
+    ps = {
+        name: torch.zeros(shape, dtype=torch.complex64 if name == "f" else torch.float32)
+        for name, shape in SHARDED.items()
+    }
     return {**ps, "z": torch.zeros(3)}
 
 
@@ -240,9 +282,13 @@ def test_each_rank_draws_its_part_of_what_one_process_draws(gathered: dict, dim:
         assert torch.equal(gathered[dim][name], x), name
 
 
-@pytest.mark.parametrize("counts", [torch.tensor(3), torch.arange(7)], ids=["one count", "a count each"])
+@pytest.mark.parametrize(
+    "counts", [torch.tensor(3), torch.arange(7)], ids=["one count", "a count each"]
+)
 @pytest.mark.parametrize("dim", ["0", "1", "2", "None"])
-def test_noise_of_sharded_gradients_is_that_of_the_unsharded_run(gathered: dict, dim: str, counts: Tensor) -> None:
+def test_noise_of_sharded_gradients_is_that_of_the_unsharded_run(
+    gathered: dict, dim: str, counts: Tensor
+) -> None:
     tx, ps = fo.add_noise(1.0, 0.5, key=7), whole()
     state = tx.init(ps)
     wanted, _ = tx.update(ps, state._replace(shared={**state.shared, "count": counts}), ps)
@@ -259,7 +305,11 @@ def test_sharded_by_two_dimensions(gathered: dict) -> None:
 
 def test_the_compiled_draw_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(backend) or make(*args))
+    monkeypatch.setattr(
+        philox,
+        "_compiled",
+        lambda make, backend: lambda *args: calls.append(backend) or make(*args),
+    )
     wanted = random.normal(KEY, (9,))
     assert calls == []
     with philox.compiled("some"):
@@ -275,8 +325,13 @@ def test_the_compiled_draw_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPat
 
 def test_compiled_step_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args))
-    tx, ps = fo.chain(fo.noisy_sgd(0.1, key=0), fo.stochastic_round(1)), {"w": torch.ones(9, dtype=torch.bfloat16)}
+    monkeypatch.setattr(
+        philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args)
+    )
+    tx, ps = (
+        fo.chain(fo.noisy_sgd(0.1, key=0), fo.stochastic_round(1)),
+        {"w": torch.ones(9, dtype=torch.bfloat16)},
+    )
     CompiledStep(tx, True, backend="eager")(ps, {"w": torch.ones(9)}, tx.init(ps))
     assert calls == [philox.normal, philox.uniform]
 
@@ -284,7 +339,9 @@ def test_compiled_step_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts for each parameter; its noise is that of `update`."""
     calls = []
-    monkeypatch.setattr(philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args))
+    monkeypatch.setattr(
+        philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args)
+    )
     tx, ps = fo.noisy_sgd(0.1, key=0), [torch.zeros(9), torch.zeros(5)]
     opt = fo.optim.Optimizer([torch.nn.Parameter(p.clone()) for p in ps], tx, compile=True)
     monkeypatch.setattr(CompiledStep, "__init__", _with_backend("eager"))
@@ -327,8 +384,13 @@ def test_compiled_draws_equal_eager_ones() -> None:
     with philox.compiled():
         uniform = random.uniform(KEY, shape, part)
         normal = random.normal(KEY, (n,))
-        with torch._dynamo.config.patch(error_on_recompile=True):  # one kernel for all sizes and keys
-            later, other = random.normal(KEY, (n,), (slice(21, n - 5),)), random.normal(random.key(8), (3, 333))
+        with torch._dynamo.config.patch(
+            error_on_recompile=True
+        ):  # one kernel for all sizes and keys
+            later, other = (
+                random.normal(KEY, (n,), (slice(21, n - 5),)),
+                random.normal(random.key(8), (3, 333)),
+            )
     assert torch.equal(uniform, random.uniform(KEY, shape)[part])
     torch.testing.assert_close(normal, random.normal(KEY, (n,)), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(other, random.normal(random.key(8), (3, 333)), rtol=2e-6, atol=2e-6)

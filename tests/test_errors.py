@@ -41,7 +41,9 @@ def without_head(**changed: Any) -> dict:
     return {"enc": {"w": ones(2, 3), "b": ones(3)}, **changed}
 
 
-def update(tx: fo.GradientTransformation, updates: Any, ps: Any = "same", state: Any = None, **extra: Any) -> partial:
+def update(
+    tx: fo.GradientTransformation, updates: Any, ps: Any = "same", state: Any = None, **extra: Any
+) -> partial:
     """One update from a state after one good step; with `ps` None, without params."""
     if state is None:
         needed = {name: 1.0 for name, required in tx.extra_args.items() if required}
@@ -67,7 +69,10 @@ def exhausted() -> partial:
 
 
 def reads_value() -> fo.GradientTransformation:
-    return fo.chain(fo.scale(1.0), fo.leafwise(lambda g, value: g * value, lambda *, value, flag=1: {"value": value}))
+    return fo.chain(
+        fo.scale(1.0),
+        fo.leafwise(lambda g, value: g * value, lambda *, value, flag=1: {"value": value}),
+    )
 
 
 def wrong_rule(rule: Any, prepare: Any = None, **kwargs: Any) -> Callable[[], partial]:
@@ -96,21 +101,28 @@ def a_state(*stages: fo.GradientTransformation) -> Any:
 
 def saved(**changed: Any) -> dict:
     flat = fo.state_dict(fo.trace(0.9).init(params()))
-    return {**{path: value for path, value in flat.items() if path not in changed}, **{p: v for p, v in changed.items() if v is not None}}
+    return {
+        **{path: value for path, value in flat.items() if path not in changed},
+        **{p: v for p, v in changed.items() if v is not None},
+    }
 
 
 def loading(state_dict: Any) -> partial:
     return partial(fo.load_state_dict, fo.trace(0.9).init(params()), state_dict)
 
 
-def hyper(factory: Callable, name: str, given: Any, error: type[Exception], instead: str, **others: Any) -> Case:
+def hyper(
+    factory: Callable, name: str, given: Any, error: type[Exception], instead: str, **others: Any
+) -> Case:
     """A hyperparameter that the factory itself refuses."""
     return Case(
         f"{factory.__name__}-{name}-{type(given).__name__}-{given if isinstance(given, (int, float, str)) else ''}",
         lambda: partial(factory, **others, **{name: given}),
         error,
         rf"\b{name}\b",
-        re.escape(str(given)) if not isinstance(given, Tensor) else re.escape(str(tuple(given.shape))),
+        re.escape(str(given))
+        if not isinstance(given, Tensor)
+        else re.escape(str(tuple(given.shape))),
         instead,
     )
 
@@ -538,13 +550,25 @@ RANDOM = [
 ]
 # fmt: on
 
-CASES = [*STRUCTURE, *SHAPES_AND_DTYPES, *ARGUMENTS, *HYPERPARAMETERS, *STATES, *COMBINING, *RULES, *RANDOM]
+CASES = [
+    *STRUCTURE,
+    *SHAPES_AND_DTYPES,
+    *ARGUMENTS,
+    *HYPERPARAMETERS,
+    *STATES,
+    *COMBINING,
+    *RULES,
+    *RANDOM,
+]
 
 
 def snapshot(call: partial) -> Any:
     """All that a call is given: structure, values, and how often each tensor was written to."""
     leaves, spec = tree.flatten([*call.args, call.keywords])
-    shown = [(x.dtype, x.layout, x.to_dense().tolist(), x._version) if isinstance(x, Tensor) else repr(x) for x in leaves]
+    shown = [
+        (x.dtype, x.layout, x.to_dense().tolist(), x._version) if isinstance(x, Tensor) else repr(x)
+        for x in leaves
+    ]
     return str(spec), shown
 
 
@@ -566,7 +590,11 @@ def test_the_table() -> None:
     assert len({case.id for case in CASES}) == len(CASES) >= 50
 
 
-@pytest.mark.parametrize("tx", [fo.adamw(0.1), fo.inject_hyperparams(fo.adam)(0.1), masked(True), partition("slow")], ids=repr)
+@pytest.mark.parametrize(
+    "tx",
+    [fo.adamw(0.1), fo.inject_hyperparams(fo.adam)(0.1), masked(True), partition("slow")],
+    ids=repr,
+)
 def test_training_goes_on_after_an_error(tx: fo.GradientTransformation) -> None:
     """An error leaves no trace in the transformation either."""
     state = tx.init(params())
@@ -576,4 +604,6 @@ def test_training_goes_on_after_an_error(tx: fo.GradientTransformation) -> None:
             tx.update(bad, state, params())
     again = tx.update(params(), state, params())
     assert tree.paths(again) == tree.paths(expected)
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(expected), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(expected), strict=True)
+    )

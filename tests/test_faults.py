@@ -31,7 +31,13 @@ STEPS = 300
 
 
 def start(checkpoint: Path, how: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tests" / "resumable.py"), str(checkpoint), str(STEPS), how]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "resumable.py"),
+        str(checkpoint),
+        str(STEPS),
+        how,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -66,7 +72,9 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(how: str, tmp_path: 
 # ---- checkpoints of every kind -----------------------------------------------------------------------------------------------------
 
 
-def make_params(dtype: torch.dtype = torch.float32, shapes: tuple = ((2, 3), (2,)), seed: int = 0) -> list[nn.Parameter]:
+def make_params(
+    dtype: torch.dtype = torch.float32, shapes: tuple = ((2, 3), (2,)), seed: int = 0
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
@@ -83,11 +91,15 @@ def groups_of(params: list) -> list[dict]:
 
 
 def noisy() -> fo.GradientTransformation:
-    return fo.chain(fo.add_noise(0.1, 0.5, key=7), fo.adam(fo.linear_schedule(0.1, 0.0, 9)), fo.params_ema(0.9))
+    return fo.chain(
+        fo.add_noise(0.1, 0.5, key=7), fo.adam(fo.linear_schedule(0.1, 0.0, 9)), fo.params_ema(0.9)
+    )
 
 
 def parted() -> fo.GradientTransformation:
-    return fo.partition({"m": fo.adam(0.1), "v": fo.sgd(0.1, 0.9)}, lambda path, p: "m" if p.ndim > 1 else "v")
+    return fo.partition(
+        {"m": fo.adam(0.1), "v": fo.sgd(0.1, 0.9)}, lambda path, p: "m" if p.ndim > 1 else "v"
+    )
 
 
 BUILDERS: dict[str, tuple[Callable, dict]] = {
@@ -103,14 +115,21 @@ BUILDERS: dict[str, tuple[Callable, dict]] = {
     "factory": (lambda ps: fo.optim.Optimizer(groups_of(ps), fo.adamw, learning_rate=0.1), {}),
     "chain": (lambda ps: fo.optim.Optimizer(ps, noisy()), {}),
     "partition": (lambda ps: fo.optim.Optimizer(ps, parted()), {}),
-    "master": (lambda ps: fo.optim.Optimizer(ps, fo.keep_master_weights(fo.adamw(0.1))), {"dtype": torch.bfloat16}),
+    "master": (
+        lambda ps: fo.optim.Optimizer(ps, fo.keep_master_weights(fo.adamw(0.1))),
+        {"dtype": torch.bfloat16},
+    ),
 }
 
 
 def bits(value: Any) -> Any:
     """Something that is equal for equal bits, NaN and negative zeros too."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+        return (
+            value.dtype,
+            tuple(value.shape),
+            value.detach().contiguous().reshape(-1).view(torch.uint8).tolist(),
+        )
     if isinstance(value, dict):
         return {key: bits(of) for key, of in value.items()}
     return tuple(map(bits, value)) if isinstance(value, (list, tuple)) else repr(value)
@@ -130,7 +149,10 @@ class Bench:
         one_step(self.opt, 0)
         self.params = [p for group in self.opt.param_groups for p in group["params"]]
         self.groups = [(group, dict(group)) for group in self.opt.param_groups]
-        self.values = [(p, p.detach().clone(), {k: v.clone() for k, v in self.opt.state[p].items()}) for p in self.params]
+        self.values = [
+            (p, p.detach().clone(), {k: v.clone() for k, v in self.opt.state[p].items()})
+            for p in self.params
+        ]
         self.plans = dict(self.opt._plans)  # to go back is quick with them
         other = build(make_params(seed=1, **options))
         one_step(other, 1)
@@ -151,7 +173,11 @@ class Bench:
             for p, value, entry in self.values:
                 p.copy_(value)
                 state[p] = {k: v.clone() for k, v in entry.items()}
-        self.opt.state, self.opt.param_groups, self.opt._plans = state, [group for group, _ in self.groups], dict(self.plans)
+        self.opt.state, self.opt.param_groups, self.opt._plans = (
+            state,
+            [group for group, _ in self.groups],
+            dict(self.plans),
+        )
         assert everything(self.opt) == self.before
 
 
@@ -171,7 +197,9 @@ def changes(draw: st.DrawFn) -> list[tuple]:
     """What is done to a state dict: at a place that is chosen when it is known, a key is taken out, put in or given another value."""
     value = st.integers(0, len(VALUES) - 1)
     place = st.integers(0, 10**6)
-    where = st.sampled_from(["state", "state", "state", "entry", "group", "group", "params", "top", "groups"])
+    where = st.sampled_from(
+        ["state", "state", "state", "entry", "group", "group", "params", "top", "groups"]
+    )
     what = st.sampled_from(["drop", "set", "set", "add", "rename"])
     return draw(st.lists(st.tuples(where, what, place, value), min_size=1, max_size=3))
 
@@ -196,7 +224,9 @@ def apply(saved: dict, change: tuple) -> None:
     elif what == "set":
         container[key] = value
     elif isinstance(container, dict):
-        container["new" if isinstance(key, str) else 99] = container.pop(key) if what == "rename" else value
+        container["new" if isinstance(key, str) else 99] = (
+            container.pop(key) if what == "rename" else value
+        )
     else:
         container.append(value)
 
@@ -234,9 +264,15 @@ def check(name: str, made: list[tuple], strict: bool) -> str:
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     whole = True
     for p, number in zip(bench.params, numbers, strict=True):
-        entry = {key: value for key, value in saved["state"].get(number, {}).items() if value is not None}
+        entry = {
+            key: value for key, value in saved["state"].get(number, {}).items() if value is not None
+        }
         for key, value in opt.state.get(p, {}).items():
-            assert bits(value) == bits(entry[key]) if isinstance(entry[key], Tensor) else value == entry[key]
+            assert (
+                bits(value) == bits(entry[key])
+                if isinstance(entry[key], Tensor)
+                else value == entry[key]
+            )
         whole &= set(opt.state.get(p, {})) == set(entry)
     assert whole or (caught and not strict)
     one_step(opt, 5)
@@ -252,7 +288,13 @@ def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
     """Over all kinds of optimizers. What is loaded is what was saved, bit for bit; after an error all is as before, the next step too."""
     seen.clear()
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[*HealthCheck],
+    )
     @given(name=st.sampled_from(sorted(BUILDERS)), made=changes(), strict=st.booleans())
     def run(name: str, made: list[tuple], strict: bool) -> None:
         outcome = check(name, made, strict)
@@ -285,16 +327,24 @@ PLACES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "module backward pre-hook": lambda model, opt: model[2].register_full_backward_pre_hook(fail),
     "module backward hook": lambda model, opt: model[2].register_full_backward_hook(fail),
     "gradient hook": lambda model, opt: model[0].weight.register_hook(fail),
-    "post-accumulate hook": lambda model, opt: model[0].bias.register_post_accumulate_grad_hook(fail),
+    "post-accumulate hook": lambda model, opt: model[0].bias.register_post_accumulate_grad_hook(
+        fail
+    ),
     "step pre-hook": lambda model, opt: opt.register_step_pre_hook(fail),
     "global step pre-hook": lambda model, opt: optimizer.register_optimizer_step_pre_hook(fail),
 }
 
 
-@pytest.mark.parametrize("build", [fo.optim.AdamW, BUILDERS["chain"][0], BUILDERS["factory"][0]], ids=["AdamW", "chain", "factory"])
+@pytest.mark.parametrize(
+    "build",
+    [fo.optim.AdamW, BUILDERS["chain"][0], BUILDERS["factory"][0]],
+    ids=["AdamW", "chain", "factory"],
+)
 @pytest.mark.parametrize("closure", [False, True], ids=["loop", "closure"])
 @pytest.mark.parametrize("place", PLACES)
-def test_an_exception_on_the_way_to_a_step_changes_nothing(place: str, closure: bool, build: Callable) -> None:
+def test_an_exception_on_the_way_to_a_step_changes_nothing(
+    place: str, closure: bool, build: Callable
+) -> None:
     """Parameters and state are as before, though some gradients may be there already; the next step is that of a run without the fault."""
     (model, x), (twin, _) = module_and_data(), module_and_data()
     opt, reference = build(list(model.parameters())), build(list(twin.parameters()))
@@ -329,7 +379,10 @@ def test_an_exception_on_the_way_to_a_step_changes_nothing(place: str, closure: 
 
 
 def test_an_exception_after_the_step_leaves_the_whole_step() -> None:
-    for register in (lambda o: o.register_step_post_hook(fail), lambda o: optimizer.register_optimizer_step_post_hook(fail)):
+    for register in (
+        lambda o: o.register_step_post_hook(fail),
+        lambda o: optimizer.register_optimizer_step_post_hook(fail),
+    ):
         opt, twin = (BUILDERS["chain"][0](make_params()) for _ in range(2))
         one_step(opt, 0)
         one_step(twin, 0)
@@ -346,7 +399,9 @@ def test_an_exception_after_the_step_leaves_the_whole_step() -> None:
         assert everything(opt) == everything(twin)
 
 
-@pytest.mark.parametrize("register", ["register_state_dict_pre_hook", "register_state_dict_post_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_state_dict_pre_hook", "register_state_dict_post_hook"]
+)
 def test_an_exception_while_saving_changes_nothing(register: str) -> None:
     opt, twin = (BUILDERS["chain"][0](make_params()) for _ in range(2))
     for o in (opt, twin):

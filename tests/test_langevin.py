@@ -59,11 +59,15 @@ def test_members_with_keys_and_temperatures_of_their_own() -> None:
         return tx.update(torch.ones(5), tx.init(torch.zeros(5)))[0]
 
     both = torch.func.vmap(step)(keys, temperatures)
-    torch.testing.assert_close(both, torch.stack([step(k, t) for k, t in zip(keys, temperatures, strict=True)]))
+    torch.testing.assert_close(
+        both, torch.stack([step(k, t) for k, t in zip(keys, temperatures, strict=True)])
+    )
     assert not torch.equal(both[0], both[1])
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": -0.1}, {"temperature": -1.0}, {"temperature": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": -0.1}, {"temperature": -1.0}, {"temperature": math.nan}]
+)
 def test_wrong_numbers(wrong: dict) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be in \[0, inf\)"):
         fo.sgld(**{"learning_rate": 0.1, "key": 0, **wrong})
@@ -71,7 +75,10 @@ def test_wrong_numbers(wrong: dict) -> None:
 
 def test_a_missing_gradient_needs_params() -> None:
     tx, ps = fo.sgld(0.1, key=0), [torch.zeros(3), torch.zeros(2)]
-    with pytest.raises(ValueError, match=r"sgld needs the size of every leaf.*call update\(updates, state, params\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"sgld needs the size of every leaf.*call update\(updates, state, params\)",
+    ):
         tx.update([None, torch.zeros(2)], tx.init(ps))
     some, _ = tx.update([None, torch.zeros(2)], tx.init(ps), ps)
     every, _ = tx.update(ps, tx.init(ps))

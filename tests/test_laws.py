@@ -18,7 +18,11 @@ from functorch_opt import tree
 from functorch_opt._core import leafwise as one_pass
 from functorch_opt._core.rule import Leafwise
 
-CASES = [pytest.param(row, variant, id=f"{row.id}{i or ''}") for row in ROWS for i, variant in enumerate(row.variants)]
+CASES = [
+    pytest.param(row, variant, id=f"{row.id}{i or ''}")
+    for row in ROWS
+    for i, variant in enumerate(row.variants)
+]
 cases = pytest.mark.parametrize(("row", "variant"), CASES)
 
 
@@ -29,14 +33,25 @@ def params(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return {"conv": {"w": draw(2, 3, 1, 2), "b": draw(2)}, "heads": [draw(3, 2), draw()], "none": draw(0, 2)}
+    return {
+        "conv": {"w": draw(2, 3, 1, 2), "b": draw(2)},
+        "heads": [draw(3, 2), draw()],
+        "none": draw(0, 2),
+    }
 
 
 def grads(step: int, dtype: torch.dtype = torch.float64) -> dict:
     return params(dtype, seed=1000 + step)
 
 
-def run(tx: fo.GradientTransformation, steps: int, dtype: torch.dtype = torch.float64, start: int = 0, state=None, ps=None):
+def run(
+    tx: fo.GradientTransformation,
+    steps: int,
+    dtype: torch.dtype = torch.float64,
+    start: int = 0,
+    state=None,
+    ps=None,
+):
     """Train for `steps`; returns params, state, and the last updates."""
     ps = params(dtype) if ps is None else ps
     state = tx.init(ps) if state is None else state
@@ -54,7 +69,11 @@ def assert_same(a, b, **tolerance) -> None:
         assert (x is None) == (y is None), path
         if x is not None:
             torch.testing.assert_close(
-                x, y, msg=lambda m, path=path: f"{path}: {m}", equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0})
+                x,
+                y,
+                msg=lambda m, path=path: f"{path}: {m}",
+                equal_nan=True,
+                **(tolerance or {"rtol": 0, "atol": 0}),
             )
 
 
@@ -71,12 +90,16 @@ def test_update_is_pure(row: Row, variant: dict) -> None:
     assert_same(first, second)
     assert_same(inputs, before)
     if row.keyed and not row.rounds:
-        assert not torch.equal(tx.update(grads(2), first[1], ps)[0]["conv"]["w"], first[0]["conv"]["w"])
+        assert not torch.equal(
+            tx.update(grads(2), first[1], ps)[0]["conv"]["w"], first[0]["conv"]["w"]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @cases
-def test_the_short_way_is_the_long_way(row: Row, variant: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_short_way_is_the_long_way(
+    row: Row, variant: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Leaves of one dtype go through all rules with nothing between. That gives what the long way gives, to the bit."""
     tx, short, taken = row.build(variant), one_pass._quickly, []
 
@@ -98,13 +121,26 @@ def test_two_inits_share_nothing(row: Row, variant: dict) -> None:
     tx = row.build(variant)
     one, two = tx.init(params()), tx.init(params())
     assert_same(one, two)
-    assert not {x.data_ptr() for x in tree.leaves(one) if x.numel()} & {x.data_ptr() for x in tree.leaves(two) if x.numel()}
+    assert not {x.data_ptr() for x in tree.leaves(one) if x.numel()} & {
+        x.data_ptr() for x in tree.leaves(two) if x.numel()
+    }
 
 
 # ---- 2. structure, shape, dtype ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ],
+    ids=str,
+)
 @cases
 def test_structure_shape_and_dtype_stay(row: Row, variant: dict, dtype: torch.dtype) -> None:
     tx = row.build(variant)
@@ -113,7 +149,9 @@ def test_structure_shape_and_dtype_stay(row: Row, variant: dict, dtype: torch.dt
     shapes = [(s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]]
     for step in range(3):
         updates, state = tx.update(grads(step, dtype), state, ps)
-        assert [(s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]] == shapes
+        assert [
+            (s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]
+        ] == shapes
         for p, u in zip(tree.leaves(ps), tree.leaves(updates), strict=True):
             assert u.shape == p.shape
             assert u.dtype in (p.dtype, tree.at_least_float32(p.dtype))
@@ -126,7 +164,10 @@ def test_complex_is_a_pair_of_reals(row: Row, variant: dict) -> None:
     if row.reads_shape or "mask" in variant:
         pytest.skip("looks at the shape, which a real view changes")
     tx = row.build(variant)
-    complex_ps, real_ps = params(torch.complex128), tree.map(torch.view_as_real, params(torch.complex128))
+    complex_ps, real_ps = (
+        params(torch.complex128),
+        tree.map(torch.view_as_real, params(torch.complex128)),
+    )
     a, b = tx.init(complex_ps), tx.init(real_ps)
     for step in range(3):
         gs = tree.map(lambda x: x * (1 + 0.5j), grads(step, torch.complex128))
@@ -163,7 +204,10 @@ def test_vmap_equals_a_loop(row: Row, variant: dict) -> None:
         return tree.map(lambda *xs: torch.stack(xs), *trees)
 
     batched = vmap(train)(varied, stacked(stack), *[stacked(g) for g in gs])
-    looped = [train({name: value[i] for name, value in varied.items()}, stack[i], *[g[i] for g in gs]) for i in range(3)]
+    looped = [
+        train({name: value[i] for name, value in varied.items()}, stack[i], *[g[i] for g in gs])
+        for i in range(3)
+    ]
     assert_same(batched, stacked(looped), rtol=1e-12, atol=1e-12)
 
 
@@ -171,7 +215,11 @@ def test_vmap_equals_a_loop(row: Row, variant: dict) -> None:
 def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
     if not row.smooth:
         pytest.skip("not smooth")
-    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}
+    hyper = {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in row.hyper.items()
+        if name not in variant
+    }
     shift = torch.tensor(0.3, dtype=torch.float64)
 
     def after_three_steps(hyper, shift):
@@ -179,7 +227,9 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
         ps = tree.map(lambda p: p + shift, params())
         state = tx.init(ps)
         for step in range(3):
-            updates, state = tx.update(tree.map(lambda g, p: g * (1 + 0.1 * shift) + 0.2 * p, grads(step), ps), state, ps)
+            updates, state = tx.update(
+                tree.map(lambda g, p: g * (1 + 0.1 * shift) + 0.2 * p, grads(step), ps), state, ps
+            )
             ps = fo.apply_updates(ps, updates)
         return sum(p.sum() + (p**2).sum() for p in tree.leaves(ps))
 
@@ -193,7 +243,9 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
 
         finite = (at(h) - at(-h)) / (2 * h)
         exact = derivative[1] if name is None else derivative[0][name]
-        torch.testing.assert_close(exact, finite, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name or 'params'}: {m}")
+        torch.testing.assert_close(
+            exact, finite, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name or 'params'}: {m}"
+        )
 
 
 # ---- 5. missing and zero gradients -------------------------------------------------------------------------------------------
@@ -247,7 +299,9 @@ def test_zero_gradient_and_zero_learning_rate_move_nothing(row: Row, variant: di
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @cases
-def test_zero_gradient_is_finite_in_low_precision(row: Row, variant: dict, dtype: torch.dtype) -> None:
+def test_zero_gradient_is_finite_in_low_precision(
+    row: Row, variant: dict, dtype: torch.dtype
+) -> None:
     tx = row.build(variant)
     ps = params(dtype)
     updates, _ = tx.update(tree.map(torch.zeros_like, ps), tx.init(ps), ps)
@@ -267,7 +321,13 @@ def test_resumed_equals_uninterrupted(row: Row, variant: dict) -> None:
     file.seek(0)
     saved = torch.load(file)  # weights_only, the default
     again = row.build(variant)
-    resumed = run(again, 2, start=3, ps=saved["params"], state=fo.load_state_dict(again.init(params()), saved["state"]))
+    resumed = run(
+        again,
+        2,
+        start=3,
+        ps=saved["params"],
+        state=fo.load_state_dict(again.init(params()), saved["state"]),
+    )
     assert_same(resumed, whole)
 
 
@@ -295,7 +355,9 @@ def test_second_moment_decays_under_bfloat16_params() -> None:
 
 
 def test_moment_dtypes_overrule() -> None:
-    state = fo.scale_by_adam(mu_dtype=torch.bfloat16, nu_dtype=torch.float64).init({"w": torch.zeros(1)})
+    state = fo.scale_by_adam(mu_dtype=torch.bfloat16, nu_dtype=torch.float64).init(
+        {"w": torch.zeros(1)}
+    )
     assert fo.get(state, "mu")["w"].dtype == torch.bfloat16
     assert fo.get(state, "nu")["w"].dtype == torch.float64
 
@@ -327,7 +389,11 @@ def test_compiles_to_one_graph_for_every_count_and_hyperparameter(row: Row, vari
         pytest.skip("its loop is unrolled, which takes long: see test_line_search.py")
     torch._dynamo.reset()
     backend = Counting()
-    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}
+    hyper = {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in row.hyper.items()
+        if name not in variant
+    }
 
     def step(hyper, gs, state, ps):
         updates, state = row.build(variant, **hyper).update(gs, state, ps)
@@ -349,7 +415,10 @@ def test_vmapped_init_and_update_compile_once() -> None:
     torch._dynamo.reset()
     tx, backend = fo.adamw(fo.linear_schedule(0.1, 0.0, 9)), Counting()
     ps = tree.map(lambda p: torch.stack([p, -p]), params())
-    state, update = vmap(tx.init)(ps), torch.compile(vmap(tx.update), fullgraph=True, backend=backend)
+    state, update = (
+        vmap(tx.init)(ps),
+        torch.compile(vmap(tx.update), fullgraph=True, backend=backend),
+    )
     for i in range(3):
         _, state = update(tree.map(lambda g: torch.stack([g, g]), grads(i)), state, ps)
     assert backend.graphs == 1
@@ -367,7 +436,10 @@ def test_inductor_gives_the_same_numbers(name: str) -> None:
         updates, state = tx.update(gs, state, ps)
         return fo.apply_updates(ps, updates), state
 
-    for transform, batch in ((lambda f: f, lambda t: t), (vmap, lambda t: tree.map(lambda x: torch.stack([x, 2 * x, -x]), t))):
+    for transform, batch in (
+        (lambda f: f, lambda t: t),
+        (vmap, lambda t: tree.map(lambda x: torch.stack([x, 2 * x, -x]), t)),
+    ):
         eager, compiled = transform(step), torch.compile(transform(step), fullgraph=True)
         ps = mine = batch(params(torch.float32))
         state = ours = transform(tx.init)(ps)

@@ -20,7 +20,11 @@ def minimize(tx: fo.GradientTransformation, f, p, steps: int):
     state = tx.init(p)
     for _ in range(steps):
         g, value = grad_and_value(f)(p)
-        extra = {name: x for name, x in {"value": value, "grad": g, "value_fn": f}.items() if name in tx.extra_args}
+        extra = {
+            name: x
+            for name, x in {"value": value, "grad": g, "value_fn": f}.items()
+            if name in tx.extra_args
+        }
         updates, state = tx.update(g, state, p, **extra)
         p = fo.apply_updates(p, updates)
     return p, state
@@ -29,8 +33,15 @@ def minimize(tx: fo.GradientTransformation, f, p, steps: int):
 def convex_problems(n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp plus a quadratic, of 6 variables; some 100 times steeper than others."""
     generator = torch.Generator().manual_seed(1)
-    A = torch.randn(n, 6, 6, generator=generator, dtype=F64) * torch.logspace(-1, 1, n, dtype=F64)[:, None, None]
-    return A, torch.randn(n, 6, generator=generator, dtype=F64), torch.randn(n, 6, generator=generator, dtype=F64)
+    A = (
+        torch.randn(n, 6, 6, generator=generator, dtype=F64)
+        * torch.logspace(-1, 1, n, dtype=F64)[:, None, None]
+    )
+    return (
+        A,
+        torch.randn(n, 6, generator=generator, dtype=F64),
+        torch.randn(n, 6, generator=generator, dtype=F64),
+    )
 
 
 def convex(p: Tensor, A: Tensor, b: Tensor) -> Tensor:
@@ -75,7 +86,9 @@ def test_zoom_meets_both_conditions() -> None:
 def test_backtracking_takes_the_first_that_decreases_enough() -> None:
     p = torch.tensor([-1.2, 1.0], dtype=F64)
     g, value = grad_and_value(rosenbrock)(p)
-    tx = fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(60, slope_rtol=0.2, decrease_factor=0.5))
+    tx = fo.chain(
+        fo.scale(-1.0), fo.scale_by_backtracking_linesearch(60, slope_rtol=0.2, decrease_factor=0.5)
+    )
     step, state = tx.update(g, tx.init(p), p, value=value, grad=g, value_fn=rosenbrock)
     good = [i for i in range(60) if rosenbrock(p - 0.5**i * g) <= value - 0.2 * 0.5**i * (g @ g)]
     assert good[0] > 3
@@ -94,14 +107,20 @@ def test_a_search_outside_the_domain() -> None:
         torch.testing.assert_close(p, torch.ones(2, dtype=F64), rtol=0, atol=1e-4)
         p = torch.ones(1)
         for _ in range(2):
-            step, state = search.update(p, search.init(p), p, value=f(p), grad=p, value_fn=lambda p: p.sum() * torch.nan)
+            step, state = search.update(
+                p, search.init(p), p, value=f(p), grad=p, value_fn=lambda p: p.sum() * torch.nan
+            )
             assert step == 0
         again, _ = search.update(-p, state, p, value=0.0, grad=p, value_fn=lambda p: p.sum() - 1)
         assert again.isfinite() and again < 0
 
 
 def test_a_frozen_parameter_is_left_alone() -> None:
-    ps = {"a": torch.tensor([-1.2], dtype=F64), "b": torch.tensor([1.0], dtype=F64), "c": torch.tensor(2.0, dtype=F64)}
+    ps = {
+        "a": torch.tensor([-1.2], dtype=F64),
+        "b": torch.tensor([1.0], dtype=F64),
+        "c": torch.tensor(2.0, dtype=F64),
+    }
 
     def f(ps: dict) -> Tensor:
         return rosenbrock(torch.cat([ps["a"], ps["b"]])) * ps["c"]
@@ -124,7 +143,11 @@ def test_value_and_gradient_come_from_the_state() -> None:
         calls.append(1)
         return rosenbrock(p)
 
-    tx, p, mine = fo.lbfgs(), torch.tensor([-1.2, 1.0], dtype=F64), torch.tensor([-1.2, 1.0], dtype=F64)
+    tx, p, mine = (
+        fo.lbfgs(),
+        torch.tensor([-1.2, 1.0], dtype=F64),
+        torch.tensor([-1.2, 1.0], dtype=F64),
+    )
     state, value_and_grad, searched = tx.init(p), fo.value_and_grad_from_state(counted), 0
     for _ in range(20):
         value, g = value_and_grad(p, state=state)
@@ -148,10 +171,14 @@ def test_a_hundred_problems_at_once_equal_a_loop(name: str) -> None:
 
     together = vmap(solve)(start, A, b)
     alone = [solve(start[i], A[i], b[i]) for i in range(0, 100, 7)]
-    torch.testing.assert_close(together[0][::7], torch.stack([p for p, _ in alone]), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        together[0][::7], torch.stack([p for p, _ in alone]), rtol=1e-6, atol=1e-7
+    )
     sizes, steps = fo.get(together[1], "learning_rate"), fo.get(together[1], "num_linesearch_steps")
     assert len(sizes.unique()) > 3 and len(steps.unique()) > 1  # every problem has its own
-    torch.testing.assert_close(steps[::7], torch.stack([fo.get(state, "num_linesearch_steps") for _, state in alone]))
+    torch.testing.assert_close(
+        steps[::7], torch.stack([fo.get(state, "num_linesearch_steps") for _, state in alone])
+    )
 
 
 def test_a_hundred_problems_are_solved() -> None:
@@ -174,7 +201,9 @@ def test_compiles_to_one_graph(batched: bool) -> None:
         graphs.append(graph)
         return graph.forward
 
-    tx = fo.lbfgs(memory_size=2, linesearch=fo.scale_by_zoom_linesearch(4, initial_guess_strategy="one"))
+    tx = fo.lbfgs(
+        memory_size=2, linesearch=fo.scale_by_zoom_linesearch(4, initial_guess_strategy="one")
+    )
 
     def step(p, state):
         g, value = grad_and_value(rosenbrock)(p)
@@ -202,7 +231,9 @@ def test_first_directions_are_those_of_torch() -> None:
     p = torch.tensor([0.5, -0.3, 0.8], dtype=F64)
     A = torch.diag(torch.tensor([1.0, 5.0, 20.0], dtype=F64)) + 0.3
     theirs = p.clone().requires_grad_()
-    opt = torch.optim.LBFGS([theirs], lr=0.5, max_iter=1, history_size=4, tolerance_grad=0, tolerance_change=0)
+    opt = torch.optim.LBFGS(
+        [theirs], lr=0.5, max_iter=1, history_size=4, tolerance_grad=0, tolerance_change=0
+    )
 
     def closure():
         opt.zero_grad()
@@ -220,17 +251,28 @@ def test_first_directions_are_those_of_torch() -> None:
 
 
 def test_logistic_regression_on_digits_beside_torch() -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="the digits need scikit-learn: pip install scikit-learn")
+    datasets = pytest.importorskip(
+        "sklearn.datasets", reason="the digits need scikit-learn: pip install scikit-learn"
+    )
     digits = datasets.load_digits()
     x, y = torch.tensor(digits.data / 16, dtype=F64)[:600], torch.tensor(digits.target)[:600]
 
     def loss(ps: dict) -> Tensor:
-        return torch.nn.functional.cross_entropy(x @ ps["w"] + ps["b"], y) + 1e-3 * (ps["w"] ** 2).sum()
+        return (
+            torch.nn.functional.cross_entropy(x @ ps["w"] + ps["b"], y)
+            + 1e-3 * (ps["w"] ** 2).sum()
+        )
 
     start = {"w": torch.zeros(64, 10, dtype=F64), "b": torch.zeros(10, dtype=F64)}
     ours, _ = minimize(fo.lbfgs(), loss, start, 60)
     theirs = {name: p.clone().requires_grad_() for name, p in start.items()}
-    opt = torch.optim.LBFGS(theirs.values(), max_iter=60, history_size=10, line_search_fn="strong_wolfe", tolerance_change=0)
+    opt = torch.optim.LBFGS(
+        theirs.values(),
+        max_iter=60,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+        tolerance_change=0,
+    )
 
     def closure():
         opt.zero_grad()
@@ -263,7 +305,9 @@ def stateful(tx: fo.GradientTransformation, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("tx", [fo.polyak_sgd(0.1), fo.lbfgs(1e-3, linesearch=None)], ids=repr)
 def test_a_closure_gives_the_value(tx: fo.GradientTransformation) -> None:
-    torch.testing.assert_close(stateful(tx, 20), minimize(tx, rosenbrock, torch.tensor([-0.9, 1.3], dtype=F64), 20)[0])
+    torch.testing.assert_close(
+        stateful(tx, 20), minimize(tx, rosenbrock, torch.tensor([-0.9, 1.3], dtype=F64), 20)[0]
+    )
 
 
 def test_what_a_closure_cannot_give_is_an_error_and_nothing_moves() -> None:
@@ -280,22 +324,60 @@ def test_what_a_closure_cannot_give_is_an_error_and_nothing_moves() -> None:
 
 P = torch.ones(2)
 WRONG = {
-    "steps": (lambda: fo.scale_by_zoom_linesearch(0), ValueError, "max_linesearch_steps must be a whole number"),
-    "steps as a float": (lambda: fo.scale_by_backtracking_linesearch(2.5), ValueError, "max_backtracking_steps"),
-    "decrease": (lambda: fo.scale_by_backtracking_linesearch(5, decrease_factor=1.5), ValueError, "decrease_factor must be in"),
-    "increase": (lambda: fo.scale_by_backtracking_linesearch(5, increase_factor=0.5), ValueError, "increase_factor must be 1 or greater"),
-    "guess": (lambda: fo.scale_by_zoom_linesearch(5, initial_guess_strategy="two"), ValueError, "'keep' or 'one'"),
-    "curvature": (lambda: fo.scale_by_zoom_linesearch(5, curv_rtol=0.0), ValueError, "curv_rtol must be greater than 0"),
+    "steps": (
+        lambda: fo.scale_by_zoom_linesearch(0),
+        ValueError,
+        "max_linesearch_steps must be a whole number",
+    ),
+    "steps as a float": (
+        lambda: fo.scale_by_backtracking_linesearch(2.5),
+        ValueError,
+        "max_backtracking_steps",
+    ),
+    "decrease": (
+        lambda: fo.scale_by_backtracking_linesearch(5, decrease_factor=1.5),
+        ValueError,
+        "decrease_factor must be in",
+    ),
+    "increase": (
+        lambda: fo.scale_by_backtracking_linesearch(5, increase_factor=0.5),
+        ValueError,
+        "increase_factor must be 1 or greater",
+    ),
+    "guess": (
+        lambda: fo.scale_by_zoom_linesearch(5, initial_guess_strategy="two"),
+        ValueError,
+        "'keep' or 'one'",
+    ),
+    "curvature": (
+        lambda: fo.scale_by_zoom_linesearch(5, curv_rtol=0.0),
+        ValueError,
+        "curv_rtol must be greater than 0",
+    ),
     "memory": (lambda: fo.lbfgs(memory_size=0), ValueError, "memory_size must be a whole number"),
     "variant": (lambda: fo.polyak_sgd(variant="sps2"), ValueError, "'sps' or 'sps\\+'"),
-    "nothing given": (lambda: fo.lbfgs().update(P, fo.lbfgs().init(P), P), TypeError, "reads value, grad, value_fn"),
+    "nothing given": (
+        lambda: fo.lbfgs().update(P, fo.lbfgs().init(P), P),
+        TypeError,
+        "reads value, grad, value_fn",
+    ),
     "no params": (lambda: searched(P, None), ValueError, "reads the parameters"),
     "two values": (lambda: searched(P, P, value=P), ValueError, "must be one real number"),
     "no function": (lambda: searched(P, P, value_fn=3.0), TypeError, "value_fn must be a function"),
-    "grad of another shape": (lambda: searched(P, P, grad=torch.ones(3)), ValueError, "must be equal"),
-    "another's state": (lambda: fo.scale_by_lbfgs().update(P, fo.trace(0.9).init(P), P), ValueError, "not a state of scale_by_lbfgs"),
+    "grad of another shape": (
+        lambda: searched(P, P, grad=torch.ones(3)),
+        ValueError,
+        "must be equal",
+    ),
+    "another's state": (
+        lambda: fo.scale_by_lbfgs().update(P, fo.trace(0.9).init(P), P),
+        ValueError,
+        "not a state of scale_by_lbfgs",
+    ),
     "no gradient kept": (
-        lambda: fo.value_and_grad_from_state(torch.sum)(P, fo.scale_by_backtracking_linesearch(5).init(P)),
+        lambda: fo.value_and_grad_from_state(torch.sum)(
+            P, fo.scale_by_backtracking_linesearch(5).init(P)
+        ),
         KeyError,
         "nothing is called 'grad'",
     ),
@@ -304,7 +386,9 @@ WRONG = {
 
 def searched(updates, params, **given):
     tx = fo.scale_by_zoom_linesearch(5)
-    return tx.update(updates, tx.init(P), params, **{"value": 1.0, "grad": P, "value_fn": torch.sum, **given})
+    return tx.update(
+        updates, tx.init(P), params, **{"value": 1.0, "grad": P, "value_fn": torch.sum, **given}
+    )
 
 
 @pytest.mark.parametrize("case", WRONG)

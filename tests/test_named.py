@@ -28,7 +28,9 @@ OPTIONS: list[tuple[str, dict]] = [
     ],
     *[
         (name, dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, amsgrad=a, maximize=x))
-        for name, w, a, x in itertools.product(["Adam", "AdamW"], [0, 0.1], [False, True], [False, True])
+        for name, w, a, x in itertools.product(
+            ["Adam", "AdamW"], [0, 0.1], [False, True], [False, True]
+        )
     ],
     ("Adam", dict(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
     *[
@@ -36,7 +38,10 @@ OPTIONS: list[tuple[str, dict]] = [
         for w, m, c, x in itertools.product([0, 0.1], [0, 0.9], [False, True], [False, True])
     ],
     *[
-        ("Adagrad", dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x))
+        (
+            "Adagrad",
+            dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x),
+        )
         for d, w, i, x in itertools.product([0, 0.1], [0, 0.1], [0, 0.5], [False, True])
     ],
     *[
@@ -49,36 +54,66 @@ OPTIONS: list[tuple[str, dict]] = [
     ],
     *[
         ("ASGD", dict(lr=0.1, lambd=l, alpha=a, t0=t, weight_decay=w, maximize=x))
-        for (l, a), t, w, x in itertools.product([(1e-4, 0.75), (0.1, 0.5), (0, 0.75)], [1e6, 10, 0], [0, 0.1], [False, True])
+        for (l, a), t, w, x in itertools.product(
+            [(1e-4, 0.75), (0.1, 0.5), (0, 0.75)], [1e6, 10, 0], [0, 0.1], [False, True]
+        )
     ],
     *[
-        ("NAdam", dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, decoupled_weight_decay=d, momentum_decay=m, maximize=x))
-        for (w, d), m, x in itertools.product([(0, False), (0.1, False), (0.1, True), (0, True)], [0, 4e-3, 0.1], [False, True])
+        (
+            "NAdam",
+            dict(
+                lr=0.1,
+                betas=(0.8, 0.95),
+                eps=1e-6,
+                weight_decay=w,
+                decoupled_weight_decay=d,
+                momentum_decay=m,
+                maximize=x,
+            ),
+        )
+        for (w, d), m, x in itertools.product(
+            [(0, False), (0.1, False), (0.1, True), (0, True)], [0, 4e-3, 0.1], [False, True]
+        )
     ],
     *[
-        ("RAdam", dict(lr=0.1, betas=b, eps=e, weight_decay=w, decoupled_weight_decay=d, maximize=x))
+        (
+            "RAdam",
+            dict(lr=0.1, betas=b, eps=e, weight_decay=w, decoupled_weight_decay=d, maximize=x),
+        )
         for b, e, (w, d), x in itertools.product(
-            [(0.8, 0.999), (0.9, 0.9), (0.9, 0.5)], [1e-8, 1e-2], [(0, False), (0.1, False), (0.1, True)], [False, True]
+            [(0.8, 0.999), (0.9, 0.9), (0.9, 0.5)],
+            [1e-8, 1e-2],
+            [(0, False), (0.1, False), (0.1, True)],
+            [False, True],
         )
     ],
     *[
         ("Rprop", dict(lr=l, etas=e, step_sizes=s, maximize=x))
-        for l, e, s, x in itertools.product([0.1, 1e-8], [(0.5, 1.2), (0.3, 2.0)], [(1e-6, 50), (1e-2, 0.2)], [False, True])
+        for l, e, s, x in itertools.product(
+            [0.1, 1e-8], [(0.5, 1.2), (0.3, 2.0)], [(1e-6, 50), (1e-2, 0.2)], [False, True]
+        )
     ],
     *[
         ("Adafactor", dict(lr=0.1, beta2_decay=b, eps=e, d=d, weight_decay=w, maximize=x))
-        for b, e, d, w, x in itertools.product([-0.8, -0.3], [(None, 1e-3), (0.5, 2.0)], [1.0, 1.5], [0, 0.1], [False, True])
+        for b, e, d, w, x in itertools.product(
+            [-0.8, -0.3], [(None, 1e-3), (0.5, 2.0)], [1.0, 1.5], [0, 0.1], [False, True]
+        )
     ],
     *[
         ("Muon", dict(lr=0.1, weight_decay=w, momentum=m, nesterov=n, adjust_lr_fn=a))
-        for w, m, n, a in itertools.product([0, 0.1], [0, 0.9], [False, True], [None, "original", "match_rms_adamw"])
+        for w, m, n, a in itertools.product(
+            [0, 0.1], [0, 0.9], [False, True], [None, "original", "match_rms_adamw"]
+        )
     ],
     ("Muon", dict(ns_coefficients=(2.0, -1.5, 0.5), eps=1e-2, ns_steps=3)),
     *[(name, {}) for name in TORCH_NAMED],
 ]
 
 
-ids = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items() if v and k not in ('lr', 'betas', 'eps'))}" for name, options in OPTIONS]
+ids = [
+    f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items() if v and k not in ('lr', 'betas', 'eps'))}"
+    for name, options in OPTIONS
+]
 
 
 @pytest.mark.usefixtures("same_scalars")
@@ -104,7 +139,10 @@ def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
 def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:
     """Here two groups are one tree, with one entry per parameter for counts and numbers. ASGD hears of an lr a step late, Rprop never."""
     trajectories = []
-    for build in (getattr(fo.optim, name), lambda groups, **options: torchs(name, groups, **options)):
+    for build in (
+        getattr(fo.optim, name),
+        lambda groups, **options: torchs(name, groups, **options),
+    ):
         params = make_params(of=name)
         opt = build([{"params": params[:2], "lr": 0.2}, {"params": params[2:]}], lr=0.05)
         sched = lr_scheduler.ExponentialLR(opt, 0.5)
@@ -119,7 +157,9 @@ def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_arguments_and_defaults_are_torchs(name: str) -> None:
-    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (fo.optim, torch.optim))
+    ours, theirs = (
+        inspect.signature(getattr(module, name)).parameters for module in (fo.optim, torch.optim)
+    )
     *like_torch, last = [(p.name, p.default, p.kind) for p in ours.values()]
     assert like_torch == [(p.name, p.default, p.kind) for p in theirs.values()]
     assert last == ("compile", False, inspect.Parameter.KEYWORD_ONLY)
@@ -146,7 +186,9 @@ def test_arguments_and_defaults_are_torchs(name: str) -> None:
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_a_torch_checkpoint_goes_on(name: str, options: dict, direction: str) -> None:
-    first, second = (getattr(torch.optim, name), getattr(fo.optim, name))[:: 1 if direction == "from torch" else -1]
+    first, second = (getattr(torch.optim, name), getattr(fo.optim, name))[
+        :: 1 if direction == "from torch" else -1
+    ]
     params = make_params(of=name)
     opt = first(params, **options)
     train(opt, params, 5)
@@ -156,12 +198,16 @@ def test_a_torch_checkpoint_goes_on(name: str, options: dict, direction: str) ->
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = second(others, **options)
     other.load_state_dict(torch.load(file))
-    for p, q in zip(train(opt, params, 20, start=5), train(other, others, 20, start=5), strict=True):
+    for p, q in zip(
+        train(opt, params, 20, start=5), train(other, others, 20, start=5), strict=True
+    ):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("same_scalars")
-@pytest.mark.parametrize("name", [name for name in TORCH_NAMED if name not in ("Adafactor", "Muon")])
+@pytest.mark.parametrize(
+    "name", [name for name in TORCH_NAMED if name not in ("Adafactor", "Muon")]
+)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_14_complex_parameters_as_torch(dtype: torch.dtype, name: str) -> None:
     ours, theirs = make_params(dtype), make_params(dtype)
@@ -196,7 +242,10 @@ def chain_of(name: str, params: list) -> fo.GradientTransformation:
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_the_chains_can_be_vmapped(name: str) -> None:
-    batch = [torch.stack(ps).detach() for ps in zip(*(make_params(seed=i, of=name) for i in range(3)), strict=True)]
+    batch = [
+        torch.stack(ps).detach()
+        for ps in zip(*(make_params(seed=i, of=name) for i in range(3)), strict=True)
+    ]
     tx = chain_of(name, make_params(of=name))
 
     def run(ps: list[Tensor]) -> list[Tensor]:
@@ -206,8 +255,12 @@ def test_the_chains_can_be_vmapped(name: str) -> None:
             ps = fo.apply_updates(ps, updates)
         return ps
 
-    tolerance = 1e-2 if name == "Muon" else 1e-10  # a batch of bfloat16 products is summed in another order
-    for together, *alone in zip(torch.func.vmap(run)(batch), *(run([p[i] for p in batch]) for i in range(3)), strict=True):
+    tolerance = (
+        1e-2 if name == "Muon" else 1e-10
+    )  # a batch of bfloat16 products is summed in another order
+    for together, *alone in zip(
+        torch.func.vmap(run)(batch), *(run([p[i] for p in batch]) for i in range(3)), strict=True
+    ):
         torch.testing.assert_close(together, torch.stack(alone), rtol=tolerance, atol=tolerance)
 
 
@@ -243,5 +296,7 @@ def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
         ps = fo.apply_updates(ps, updates)
         qs, twin = step(qs, gradients, twin)
         for p, q in zip(ps, qs, strict=True):
-            near = 1e-4 if name == "Muon" else 1e-10  # its products of bfloat16 are rounded in another order
+            near = (
+                1e-4 if name == "Muon" else 1e-10
+            )  # its products of bfloat16 are rounded in another order
             torch.testing.assert_close(p, q, rtol=near, atol=near)

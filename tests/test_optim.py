@@ -17,9 +17,16 @@ from functorch_opt import tree
 
 @pytest.mark.parametrize("named", [False, True], ids=["list", "named"])
 @pytest.mark.parametrize(
-    ("row", "variant"), [pytest.param(row, v, id=f"{row.id}{i or ''}") for row in ROWS for i, v in enumerate(row.variants)]
+    ("row", "variant"),
+    [
+        pytest.param(row, v, id=f"{row.id}{i or ''}")
+        for row in ROWS
+        for i, v in enumerate(row.variants)
+    ],
 )
-def test_any_transformation_equals_its_functional_self(row: Row, variant: dict, named: bool) -> None:
+def test_any_transformation_equals_its_functional_self(
+    row: Row, variant: dict, named: bool
+) -> None:
     tx = row.build(variant)
     params = make_params()
     names = list(SHAPES)
@@ -42,20 +49,26 @@ def test_compiled_equals_eager() -> None:
     """Two groups with their own numbers, missing gradients, a scheduler: in place, through compiled blocks."""
 
     def factory(learning_rate: float, weight_decay: float = 0.1) -> fo.GradientTransformation:
-        return fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(learning_rate, weight_decay=weight_decay))
+        return fo.chain(
+            fo.clip_by_global_norm(1.0), fo.adamw(learning_rate, weight_decay=weight_decay)
+        )
 
     torch._dynamo.reset()
     runs = []
     for compile in (False, True):
         params = make_params()
         groups = [{"params": params[:2], "lr": 0.2}, {"params": params[2:], "weight_decay": 0.0}]
-        opt = fo.optim.Optimizer(groups, factory, compile=compile, learning_rate=0.1, weight_decay=0.1)
+        opt = fo.optim.Optimizer(
+            groups, factory, compile=compile, learning_rate=0.1, weight_decay=0.1
+        )
         sched = lr_scheduler.ExponentialLR(opt, 0.9)
         for step in range(7):
             set_grads(params, step, FREEZE.get(step, ()))
             opt.step()
             sched.step()
-        runs.append([*(p.detach() for p in params), *(v for p in params for v in opt.state[p].values())])
+        runs.append(
+            [*(p.detach() for p in params), *(v for p in params for v in opt.state[p].values())]
+        )
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -70,7 +83,10 @@ def test_the_state_of_a_stage_that_runs_eagerly_is_kept_under_compile(name: str)
         if name == "NAdam":
             opt = fo.optim.NAdam(params, compile=compile)
         else:
-            tx = fo.partition({"matrix": fo.adam(0.1), "rest": fo.sgd(0.1, 0.9)}, lambda path, p: "matrix" if p.ndim > 1 else "rest")
+            tx = fo.partition(
+                {"matrix": fo.adam(0.1), "rest": fo.sgd(0.1, 0.9)},
+                lambda path, p: "matrix" if p.ndim > 1 else "rest",
+            )
             opt = fo.optim.Optimizer(params, tx, compile=compile)
         runs.append([*train(opt, params, 4), *(v for p in params for v in opt.state[p].values())])
     for a, b in zip(*runs, strict=True):
@@ -84,7 +100,11 @@ def test_one_tree_for_all_groups() -> None:
         return fo.chain(fo.clip_by_global_norm(max_norm), fo.scale_by_learning_rate(learning_rate))
 
     params = make_params()
-    opt = fo.optim.Optimizer([{"params": params[:2], "learning_rate": 0.5, "lr": 0.5}, {"params": params[2:]}], factory, learning_rate=0.1)
+    opt = fo.optim.Optimizer(
+        [{"params": params[:2], "learning_rate": 0.5, "lr": 0.5}, {"params": params[2:]}],
+        factory,
+        learning_rate=0.1,
+    )
     set_grads(params, 0)
     before, norm = [p.detach().clone() for p in params], tree.norm([p.grad for p in params])
     assert norm > 1
@@ -96,7 +116,10 @@ def test_one_tree_for_all_groups() -> None:
 def test_a_schedule_as_learning_rate_stays_inside_and_lr_multiplies_it() -> None:
     params, twins = make_params(), make_params()
     schedule = fo.linear_schedule(0.1, 0.0, 10)
-    opt, twin = fo.optim.Optimizer(params, fo.adam, learning_rate=schedule), fo.optim.Optimizer(twins, fo.adam(schedule))
+    opt, twin = (
+        fo.optim.Optimizer(params, fo.adam, learning_rate=schedule),
+        fo.optim.Optimizer(twins, fo.adam(schedule)),
+    )
     assert opt.param_groups[0]["lr"] == 1.0
     for p, q in zip(train(opt, params, 4), train(twin, twins, 4), strict=True):
         assert torch.equal(p, q)
@@ -155,20 +178,60 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             TypeError,
             "ready transformation takes no hyperparameters; got learning_rate",
         ),
-        (lambda ps: fo.optim.Optimizer(ps, "adam"), TypeError, "must be a transformation or a function"),
+        (
+            lambda ps: fo.optim.Optimizer(ps, "adam"),
+            TypeError,
+            "must be a transformation or a function",
+        ),
         (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rat=0.1), TypeError, "learning_rat"),
-        (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=-0.1), ValueError, "learning_rate must be in"),
-        (lambda ps: fo.optim.AdamW(ps, lr=-1.0), ValueError, "Invalid learning rate: -1.0. It must be in"),
+        (
+            lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=-0.1),
+            ValueError,
+            "learning_rate must be in",
+        ),
+        (
+            lambda ps: fo.optim.AdamW(ps, lr=-1.0),
+            ValueError,
+            "Invalid learning rate: -1.0. It must be in",
+        ),
         (lambda ps: fo.optim.AdamW(ps, lr=float("nan")), ValueError, "Invalid learning rate: nan"),
-        (lambda ps: fo.optim.AdamW(ps, betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1: 1.0"),
-        (lambda ps: fo.optim.SGD(ps, nesterov=True), ValueError, "Nesterov momentum requires a momentum"),
+        (
+            lambda ps: fo.optim.AdamW(ps, betas=(0.9, 1.0)),
+            ValueError,
+            "Invalid beta parameter at index 1: 1.0",
+        ),
+        (
+            lambda ps: fo.optim.SGD(ps, nesterov=True),
+            ValueError,
+            "Nesterov momentum requires a momentum",
+        ),
         (lambda ps: fo.optim.Adadelta(ps, eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),
-        (lambda ps: fo.optim.Rprop(ps, etas=(0.5, 1.0)), ValueError, "Invalid eta values: 0.5, 1.0"),
-        (lambda ps: fo.optim.Rprop([{"params": ps, "lr": -1.0}]), ValueError, "Invalid learning rate: -1.0"),
-        (lambda ps: fo.optim.Adafactor(ps, eps=(None, -1e-3)), ValueError, "epsilon2 should be >= 0 but is -0.001"),
-        (lambda ps: fo.optim.Muon(ps[4:], momentum=-0.1), ValueError, "Invalid momentum value: -0.1"),
+        (
+            lambda ps: fo.optim.Rprop(ps, etas=(0.5, 1.0)),
+            ValueError,
+            "Invalid eta values: 0.5, 1.0",
+        ),
+        (
+            lambda ps: fo.optim.Rprop([{"params": ps, "lr": -1.0}]),
+            ValueError,
+            "Invalid learning rate: -1.0",
+        ),
+        (
+            lambda ps: fo.optim.Adafactor(ps, eps=(None, -1e-3)),
+            ValueError,
+            "epsilon2 should be >= 0 but is -0.001",
+        ),
+        (
+            lambda ps: fo.optim.Muon(ps[4:], momentum=-0.1),
+            ValueError,
+            "Invalid momentum value: -0.1",
+        ),
         (lambda ps: fo.optim.Muon(ps[4:], ns_steps=100), ValueError, "ns_steps must be in"),
-        (lambda ps: fo.optim.Muon(ps[4:], ns_coefficients=(1.0, 2.0)), ValueError, "must be three numbers"),
+        (
+            lambda ps: fo.optim.Muon(ps[4:], ns_coefficients=(1.0, 2.0)),
+            ValueError,
+            "must be three numbers",
+        ),
         (lambda ps: fo.optim.AdamW([]), ValueError, "empty parameter list"),
     ],
 )

@@ -26,7 +26,9 @@ def close(a: Any, b: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
     for path, x, y in zip(tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True):
         assert (x is None) == (y is None), path
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m, path=path: f"{path!r}: {m}")
+            torch.testing.assert_close(
+                x, y, rtol=rtol, atol=atol, msg=lambda m, path=path: f"{path!r}: {m}"
+            )
 
 
 # ---- models and losses -------------------------------------------------------------------------------------------------
@@ -41,18 +43,36 @@ class Model(NamedTuple):
 
 def of_module(module: nn.Module, shape: tuple[int, ...]) -> Model:
     module = module.double()
-    return Model(lambda ps, x: functional_call(module, ps, x), {name: p.detach() for name, p in module.named_parameters()}, shape)
+    return Model(
+        lambda ps, x: functional_call(module, ps, x),
+        {name: p.detach() for name, p in module.named_parameters()},
+        shape,
+    )
 
 
 def models() -> dict[str, Model]:
     torch.manual_seed(0)
     w, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     return {
-        "function": Model(lambda ps, x: torch.tanh(x @ ps["w"]) + ps["rest"][0], {"w": w, "rest": [b, None]}, (4,)),
+        "function": Model(
+            lambda ps, x: torch.tanh(x @ ps["w"]) + ps["rest"][0], {"w": w, "rest": [b, None]}, (4,)
+        ),
         "bare tensor": Model(lambda p, x: x @ p, w, (4,)),
-        "mlp": of_module(nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)), (2, 2)),
+        "mlp": of_module(
+            nn.Sequential(
+                nn.Flatten(), nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)
+            ),
+            (2, 2),
+        ),
         "conv": of_module(
-            nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 2, 2, groups=2), nn.Flatten(), nn.Linear(8, 3)),
+            nn.Sequential(
+                nn.Conv2d(2, 4, 2),
+                nn.GroupNorm(2, 4),
+                nn.Tanh(),
+                nn.Conv2d(4, 2, 2, groups=2),
+                nn.Flatten(),
+                nn.Linear(8, 3),
+            ),
             (2, 4, 4),
         ),
     }
@@ -63,15 +83,24 @@ TARGETS = torch.eye(3, dtype=torch.float64)
 LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "mse": lambda out, y, reduction: F.mse_loss(out, TARGETS[y], reduction=reduction),
     "cross entropy": lambda out, y, reduction: F.cross_entropy(out, y, reduction=reduction),
-    "huber": lambda out, y, reduction: F.huber_loss(out, TARGETS[y], reduction=reduction, delta=0.5),
+    "huber": lambda out, y, reduction: F.huber_loss(
+        out, TARGETS[y], reduction=reduction, delta=0.5
+    ),
 }
 
 
-def problem(model: str, loss: str, n: int, reduction: str = "sum") -> tuple[Callable[..., Tensor], Any, Tensor, Tensor]:
+def problem(
+    model: str, loss: str, n: int, reduction: str = "sum"
+) -> tuple[Callable[..., Tensor], Any, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, *MODELS[model].shape, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (n,), generator=generator)
-    return lambda ps, x, y: LOSSES[loss](MODELS[model].apply(ps, x), y, reduction), MODELS[model].params, x, y
+    return (
+        lambda ps, x, y: LOSSES[loss](MODELS[model].apply(ps, x), y, reduction),
+        MODELS[model].params,
+        x,
+        y,
+    )
 
 
 def gradient(loss: Callable[..., Tensor], params: Any, *rest: Any) -> Any:
@@ -96,17 +125,27 @@ chunk_sizes = st.one_of(st.none(), st.integers(1, 8))
 
 @bounded
 @given(problems, chunk_sizes)
-def test_the_sum_is_the_gradient_of_the_batch(of: tuple[str, str, int], chunk_size: int | None) -> None:
+def test_the_sum_is_the_gradient_of_the_batch(
+    of: tuple[str, str, int], chunk_size: int | None
+) -> None:
     loss, params, x, y = problem(*of)
     each = fo.per_example_grads(loss, chunk_size)(params, x, y)
-    assert all(g.shape == (len(x), *p.shape) for g, p in zip(tree.leaves(each), tree.leaves(params), strict=True))
+    assert all(
+        g.shape == (len(x), *p.shape)
+        for g, p in zip(tree.leaves(each), tree.leaves(params), strict=True)
+    )
     close(tree.map(lambda g: g.sum(0), each), gradient(loss, params, x, y))
     loss, *_ = problem(*of, reduction="mean")
-    close(tree.map(lambda g: g.mean(0), fo.per_example_grads(loss, chunk_size)(params, x, y)), gradient(loss, params, x, y))
+    close(
+        tree.map(lambda g: g.mean(0), fo.per_example_grads(loss, chunk_size)(params, x, y)),
+        gradient(loss, params, x, y),
+    )
 
 
 @bounded
-@given(problems, chunk_sizes, st.lists(st.sampled_from([0.0, 1.0, -0.5, 2.0]), min_size=7, max_size=7))
+@given(
+    problems, chunk_sizes, st.lists(st.sampled_from([0.0, 1.0, -0.5, 2.0]), min_size=7, max_size=7)
+)
 def test_the_weighted_sum_is_the_gradient_of_the_weighted_loss(
     of: tuple[str, str, int], chunk_size: int | None, weights: list[float]
 ) -> None:
@@ -118,23 +157,41 @@ def test_the_weighted_sum_is_the_gradient_of_the_weighted_loss(
 
     clipped = fo.clipped_grad_sum(loss, math.inf, chunk_size)(params, x, y, weights=w)
     close(clipped.sum, gradient(weighted, params))
-    close(clipped.values, torch.stack([loss(params, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]))
+    close(
+        clipped.values,
+        torch.stack([loss(params, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]),
+    )
 
 
 @bounded
 @given(problems, chunk_sizes, st.booleans())
-def test_each_gradient_is_clipped_as_a_whole(of: tuple[str, str, int], chunk_size: int | None, weighted: bool) -> None:
+def test_each_gradient_is_clipped_as_a_whole(
+    of: tuple[str, str, int], chunk_size: int | None, weighted: bool
+) -> None:
     loss, params, x, y = problem(*of)
     each = [gradient(loss, params, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
-    w = torch.linspace(-1, 2, len(x), dtype=torch.float64) if weighted else torch.ones(len(x), dtype=torch.float64)
+    w = (
+        torch.linspace(-1, 2, len(x), dtype=torch.float64)
+        if weighted
+        else torch.ones(len(x), dtype=torch.float64)
+    )
     each = [tree.map(lambda g, i=i: w[i] * g, g) for i, g in enumerate(each)]
     norms = torch.stack([tree.norm(g) for g in each])
     bound = float(norms.median())
-    by_hand = tree.map(lambda *gs: sum(g * min(1, bound / max(norm, 1e-300)) for g, norm in zip(gs, norms, strict=True)), *each)
-    clipped = fo.clipped_grad_sum(loss, bound, chunk_size)(params, x, y, weights=w if weighted else None)
+    by_hand = tree.map(
+        lambda *gs: sum(
+            g * min(1, bound / max(norm, 1e-300)) for g, norm in zip(gs, norms, strict=True)
+        ),
+        *each,
+    )
+    clipped = fo.clipped_grad_sum(loss, bound, chunk_size)(
+        params, x, y, weights=w if weighted else None
+    )
     close(clipped.sum, by_hand)
     close(clipped.norms, norms)
-    from_the_tree = fo.clip_and_sum(fo.per_example_grads(loss)(params, x, y), bound, w if weighted else None)
+    from_the_tree = fo.clip_and_sum(
+        fo.per_example_grads(loss)(params, x, y), bound, w if weighted else None
+    )
     close((clipped.sum, clipped.norms), (from_the_tree.sum, from_the_tree.norms))
 
 
@@ -150,7 +207,13 @@ def test_the_data_exercises_the_clip() -> None:
 
 def test_parts_are_clipped_by_their_own_norms() -> None:
     generator = torch.Generator().manual_seed(0)
-    grads = {"encoder": {"w": torch.randn(5, 2, 3, generator=generator), "b": torch.randn(5, 3, generator=generator)}, "head": None}
+    grads = {
+        "encoder": {
+            "w": torch.randn(5, 2, 3, generator=generator),
+            "b": torch.randn(5, 3, generator=generator),
+        },
+        "head": None,
+    }
     grads["head"] = [torch.randn(5, generator=generator), None]
     bounds = {"encoder": 2.6, "head": 0.4}
     clipped = fo.clip_and_sum(grads, bounds)
@@ -175,7 +238,11 @@ def test_batches_may_be_trees() -> None:
         assert batch["mask"] is None
         return ((batch["x"] @ w).sum(1) * batch["scale"][0] - y).square().sum()
 
-    x, scale, y = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x, scale, y = (
+        torch.randn(5, 4, dtype=torch.float64),
+        torch.rand(5, dtype=torch.float64),
+        torch.randn(5, dtype=torch.float64),
+    )
     grads = fo.per_example_grads(loss, chunk_size=2)(w, {"x": x, "scale": [scale], "mask": None}, y)
     close(grads.sum(0), gradient(loss, w, {"x": x, "scale": [scale], "mask": None}, y))
 
@@ -183,17 +250,24 @@ def test_batches_may_be_trees() -> None:
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_an_empty_batch_gives_zeros(chunk_size: int | None) -> None:
     loss, params, x, y = problem("conv", "mse", 3)
-    clipped = fo.clipped_grad_sum(loss, 1.0, chunk_size)(params, x[:0], y[:0], weights=torch.zeros(0))
+    clipped = fo.clipped_grad_sum(loss, 1.0, chunk_size)(
+        params, x[:0], y[:0], weights=torch.zeros(0)
+    )
     close(clipped.sum, tree.map(torch.zeros_like, params))
     assert clipped.norms.shape == clipped.values.shape == (0,)
-    assert fo.per_example_grads(loss, chunk_size)(params, x[:0], y[:0])["0.weight"].shape == (0, *params["0.weight"].shape)
+    assert fo.per_example_grads(loss, chunk_size)(params, x[:0], y[:0])["0.weight"].shape == (
+        0,
+        *params["0.weight"].shape,
+    )
 
 
 def test_low_precision_is_summed_in_float32() -> None:
     grads = torch.full((3000, 2), 1 / 64, dtype=torch.bfloat16)
     clipped = fo.clip_and_sum(grads, 100.0)
     assert clipped.sum.dtype == clipped.norms.dtype == torch.float32
-    close(clipped.sum, torch.full((2,), 3000 / 64), rtol=1e-6)  # in bfloat16 the sum would stop growing at 4
+    close(
+        clipped.sum, torch.full((2,), 3000 / 64), rtol=1e-6
+    )  # in bfloat16 the sum would stop growing at 4
 
 
 def test_complex_gradients_are_clipped_by_their_modulus() -> None:
@@ -241,7 +315,9 @@ def test_vmapped_over_models_equals_a_loop(model: str) -> None:
 
     def clipped(leaves: list[Tensor], bound: Tensor) -> Any:
         found = iter(leaves)
-        return tree.leaves(fo.clipped_grad_sum(loss, bound, 2)(tree.map(lambda _: next(found), params), x, y)[:2])
+        return tree.leaves(
+            fo.clipped_grad_sum(loss, bound, 2)(tree.map(lambda _: next(found), params), x, y)[:2]
+        )
 
     leaves = [tree.leaves(p) for p in several]
     batched = vmap(clipped)([torch.stack(row) for row in zip(*leaves, strict=True)], bounds)
@@ -255,7 +331,13 @@ def test_differentiable_through_the_clip() -> None:
     y = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
 
     def moved(w: Tensor, bound: Tensor) -> Tensor:
-        return fo.clipped_grad_sum(lambda w, x, y: ((x @ w).sin() - y).square().sum(), bound, 2)(w, x, y).sum.square().sum()
+        return (
+            fo.clipped_grad_sum(lambda w, x, y: ((x @ w).sin() - y).square().sum(), bound, 2)(
+                w, x, y
+            )
+            .sum.square()
+            .sum()
+        )
 
     point = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     torch.autograd.gradcheck(moved, tuple(p.requires_grad_() for p in point))
@@ -300,7 +382,10 @@ def most_alive(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     alive = most = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         alive += event.nbytes()
         most = max(most, alive)
     return most
@@ -315,11 +400,17 @@ def test_memory_is_that_of_a_chunk() -> None:
         return functional_call(model, params, x).square().sum()
 
     x = torch.randn(64, 100)
-    fused = {(n, c): most_alive(lambda n=n, c=c: fo.clipped_grad_sum(loss, 1.0, c)(params, x[:n])) for n in (32, 64) for c in (4, 8)}
+    fused = {
+        (n, c): most_alive(lambda n=n, c=c: fo.clipped_grad_sum(loss, 1.0, c)(params, x[:n]))
+        for n in (32, 64)
+        for c in (4, 8)
+    }
     tree_too = most_alive(lambda: fo.per_example_grads(loss)(params, x))
     assert tree_too > 64 * size
     for (_, c), most in fused.items():
-        assert c * size < most < (c + 3.1) * size  # gradients of a chunk, the running sum, and the sum of the chunk
+        assert (
+            c * size < most < (c + 3.1) * size
+        )  # gradients of a chunk, the running sum, and the sum of the chunk
     assert fused[64, 8] < 1.01 * fused[32, 8]
 
 

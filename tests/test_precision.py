@@ -23,14 +23,18 @@ LOW = [torch.bfloat16, torch.float16]
 def make_params(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"w": (16, 8), "b": (8,), "s": ()}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
 
 
 def grads(step: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return make_params(dtype, seed=100 + step)
 
 
-def run(tx: fo.GradientTransformation, ps: dict, state: object, steps: range, dtype: torch.dtype) -> tuple[dict, object]:
+def run(
+    tx: fo.GradientTransformation, ps: dict, state: object, steps: range, dtype: torch.dtype
+) -> tuple[dict, object]:
     for step in steps:
         updates, state = tx.update(grads(step, dtype), state, ps)
         ps = fo.apply_updates(ps, updates)
@@ -60,10 +64,18 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
     alike = (new.view(torch.int16) == rounded.view(torch.int16)) | (new.isnan() & rounded.isnan())
     assert alike.all()
     in_place = p.clone().add_(updates[0])  # as the stateful optimizers write it
-    assert ((in_place.view(torch.int16) == rounded.view(torch.int16)) | (in_place.isnan() & rounded.isnan())).all()
+    assert (
+        (in_place.view(torch.int16) == rounded.view(torch.int16))
+        | (in_place.isnan() & rounded.isnan())
+    ).all()
     exact = master + u
     ordinary = p.isfinite() & copied.isfinite() & exact.isfinite()
-    near = ordinary & (exact.abs() <= 2 * p.float().abs()) & (exact.abs() >= p.float().abs() / 2) & (exact.sign() == p.float().sign())
+    near = (
+        ordinary
+        & (exact.abs() <= 2 * p.float().abs())
+        & (exact.abs() >= p.float().abs() / 2)
+        & (exact.sign() == p.float().sign())
+    )
     assert torch.equal(copied[near], exact[near])
     largest = torch.maximum(p.float().abs(), exact.abs()).clamp(min=torch.finfo(torch.float32).tiny)
     assert ((copied - exact).abs()[ordinary] <= 2.0**-23 * largest[ordinary]).all()
@@ -76,20 +88,28 @@ def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype
     assert p.numel() == p.view(torch.int16).unique().numel() == 2**16
     generator = torch.Generator().manual_seed(0)
     bits = p.float().view(torch.int32)
-    inside, half = 0, 2 ** (15 if dtype == torch.bfloat16 else 12)  # of the float32 bits between two neighbours
+    inside, half = (
+        0,
+        2 ** (15 if dtype == torch.bfloat16 else 12),
+    )  # of the float32 bits between two neighbours
     for _ in range(12):
-        master = (bits + torch.randint(-half, half, bits.shape, generator=generator, dtype=torch.int32)).view(torch.float32)
+        master = (
+            bits + torch.randint(-half, half, bits.shape, generator=generator, dtype=torch.int32)
+        ).view(torch.float32)
         rounds = master.to(dtype).view(torch.int16) == p.view(torch.int16)
         master = torch.where(rounds, master, p.float())
         inside += int((rounds & (master != p.float())).sum())
-        relative = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(-8, 3, p.shape, generator=generator)
+        relative = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(
+            -8, 3, p.shape, generator=generator
+        )
         for u in (
             torch.zeros_like(master),
             relative * master,
             -master,
             -master * (1 + 2.0**-20 * relative),
             p.float().flip(0),
-            torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(-44, 38, p.shape, generator=generator),
+            torch.randn(p.shape, generator=generator)
+            * 10.0 ** torch.randint(-44, 38, p.shape, generator=generator),
             torch.full_like(master, float("inf")),
             torch.full_like(master, float("nan")),
         ):
@@ -99,10 +119,18 @@ def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype
 
 def test_the_exact_sum_could_not_be_reached_by_adding() -> None:
     """Why the copy is p + u and not m + g: from 2.0 no float32 update leads to the rounding of -2^-23."""
-    p, master, g = torch.tensor([2.0], dtype=torch.bfloat16), torch.tensor([2.0 - 2.0**-23]), torch.tensor([-2.0])
+    p, master, g = (
+        torch.tensor([2.0], dtype=torch.bfloat16),
+        torch.tensor([2.0 - 2.0**-23]),
+        torch.tensor([-2.0]),
+    )
     exact = master + g
     assert master.to(torch.bfloat16) == p and exact == -(2.0**-23)
-    for u in (exact - p, torch.nextafter(exact - p, torch.tensor(0.0)), torch.nextafter(exact - p, torch.tensor(-3.0))):
+    for u in (
+        exact - p,
+        torch.nextafter(exact - p, torch.tensor(0.0)),
+        torch.nextafter(exact - p, torch.tensor(-3.0)),
+    ):
         assert (p + u).to(torch.bfloat16) != exact.to(torch.bfloat16)
     check_steps(p, master, g)
 
@@ -146,7 +174,9 @@ def test_the_copy_takes_the_steps_of_torchs_adamw_in_float32(dtype: torch.dtype)
         for q, g in zip(theirs, grads(step, dtype).values(), strict=True):
             q.grad = g.float()
         reference.step()
-    for p, m, q, s in zip(ps.values(), fo.get(state, "master").values(), theirs, start.values(), strict=True):
+    for p, m, q, s in zip(
+        ps.values(), fo.get(state, "master").values(), theirs, start.values(), strict=True
+    ):
         torch.testing.assert_close(m, q.detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(p, m.to(dtype)) and (p != s).any() and (m != p.float()).any()
 
@@ -157,7 +187,9 @@ def test_a_stage_inside_reads_the_copy() -> None:
     state = tx.init(p)
     state["weights"].slots["master"]["w"] = torch.tensor([1.001])
     _, state = tx.update({"w": torch.tensor([0.0], dtype=torch.bfloat16)}, state, p)
-    assert fo.get(state, "master")["w"].abs() < 1e-7  # 1.001 - 1.001; with the parameter itself it would be 0.001
+    assert (
+        fo.get(state, "master")["w"].abs() < 1e-7
+    )  # 1.001 - 1.001; with the parameter itself it would be 0.001
 
 
 def test_what_was_set_from_outside_counts() -> None:
@@ -166,20 +198,32 @@ def test_what_was_set_from_outside_counts() -> None:
     ps, state = {"w": torch.tensor([0.5, 0.5], dtype=torch.bfloat16)}, None
     state = tx.init(ps)
     for _ in range(4):
-        updates, state = tx.update({"w": torch.tensor([-1.0, 1e-3], dtype=torch.bfloat16)}, state, ps)
+        updates, state = tx.update(
+            {"w": torch.tensor([-1.0, 1e-3], dtype=torch.bfloat16)}, state, ps
+        )
         ps = {"w": fo.apply_updates(ps, updates)["w"].clamp(-0.75, 0.75)}
-    torch.testing.assert_close(fo.get(state, "master")["w"], torch.tensor([1.0, 0.5 - 4 * 0.25e-3]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        fo.get(state, "master")["w"], torch.tensor([1.0, 0.5 - 4 * 0.25e-3]), rtol=1e-3, atol=0
+    )
     updates, _ = tx.update({"w": torch.tensor([1.0, 0.0], dtype=torch.bfloat16)}, state, ps)
     assert fo.apply_updates(ps, updates)["w"][0] == 0.5
 
 
 def test_a_missing_gradient_leaves_the_copy_alone() -> None:
     tx = fo.keep_master_weights(fo.adamw(0.1))
-    ps, state = run(tx, make_params(torch.bfloat16), tx.init(make_params(torch.bfloat16)), range(2), torch.bfloat16)
+    ps, state = run(
+        tx,
+        make_params(torch.bfloat16),
+        tx.init(make_params(torch.bfloat16)),
+        range(2),
+        torch.bfloat16,
+    )
     gs = grads(2, torch.bfloat16)
     gs["w"] = None
     updates, new = tx.update(gs, state, ps)
-    assert updates["w"] is None and torch.equal(fo.get(new, "master")["w"], fo.get(state, "master")["w"])
+    assert updates["w"] is None and torch.equal(
+        fo.get(new, "master")["w"], fo.get(state, "master")["w"]
+    )
     assert not torch.equal(fo.get(new, "master")["b"], fo.get(state, "master")["b"])
 
 
@@ -206,15 +250,26 @@ def test_vmapped_equals_a_loop() -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpoint(dtype: torch.dtype) -> None:
+def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpoint(
+    dtype: torch.dtype,
+) -> None:
     """With a scheduler: the group's lr multiplies inside, before the copy is made."""
 
-    def build() -> tuple[list[nn.Parameter], torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    def build() -> tuple[
+        list[nn.Parameter], torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
+    ]:
         params = [nn.Parameter(p) for p in make_params(dtype).values()]
-        opt = fo.optim.Optimizer(params, fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1))))
+        opt = fo.optim.Optimizer(
+            params, fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)))
+        )
         return params, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.7)
 
-    def train(params: list, opt: torch.optim.Optimizer, sched: torch.optim.lr_scheduler.LRScheduler, steps: range) -> None:
+    def train(
+        params: list,
+        opt: torch.optim.Optimizer,
+        sched: torch.optim.lr_scheduler.LRScheduler,
+        steps: range,
+    ) -> None:
         for step in steps:
             for p, g in zip(params, grads(step, dtype).values(), strict=True):
                 p.grad = g
@@ -247,7 +302,9 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
     # by hand: the schedule inside
     tx = fo.chain(
         fo.clip_by_global_norm(1.0),
-        fo.keep_master_weights(fo.chain(fo.adamw(0.1), fo.scale_by_schedule(fo.exponential_decay(1.0, 1, 0.7)))),
+        fo.keep_master_weights(
+            fo.chain(fo.adamw(0.1), fo.scale_by_schedule(fo.exponential_decay(1.0, 1, 0.7)))
+        ),
     )
     ps = make_params(dtype)
     ps, _ = run(tx, ps, tx.init(ps), range(6), dtype)
@@ -259,7 +316,10 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
 
 def test_part_of_a_model() -> None:
     """The usual mixed model: bfloat16 matrices with a copy, float32 norms without; one lr for both, by a scheduler."""
-    params = {"w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), "norm": nn.Parameter(torch.ones(4))}
+    params = {
+        "w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
+        "norm": nn.Parameter(torch.ones(4)),
+    }
     tx = fo.partition(
         {"low": fo.keep_master_weights(fo.sgd(0.001)), "rest": fo.sgd(0.001)},
         lambda path, p: "low" if p.dtype == torch.bfloat16 else "rest",
@@ -270,7 +330,9 @@ def test_part_of_a_model() -> None:
         for p in params.values():
             p.grad = torch.ones_like(p)
         opt.step()
-    torch.testing.assert_close(opt.state[params["w"]]["partition/low/weights/master"], torch.full((4,), 0.95))
+    torch.testing.assert_close(
+        opt.state[params["w"]]["partition/low/weights/master"], torch.full((4,), 0.95)
+    )
     torch.testing.assert_close(params["norm"].detach(), torch.full((4,), 0.95))
     assert (
         torch.equal(params["w"].detach(), torch.full((4,), 0.95).bfloat16())
@@ -280,7 +342,9 @@ def test_part_of_a_model() -> None:
 
 @pytest.mark.slow
 def test_compiled_in_place_equals_update() -> None:
-    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)), fo.params_ema(0.9))
+    tx = fo.chain(
+        fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)), fo.params_ema(0.9)
+    )
     ps = make_params(torch.bfloat16)
     PROGRAMS.clear()
     state, step = tx.init(ps), fo.compiled_step(tx, donate=False)
@@ -294,10 +358,14 @@ def test_compiled_in_place_equals_update() -> None:
         mine, ours = step(mine, gs, ours)
         for a, b in zip(tree.leaves((updates, state)), tree.leaves((compiled, ours)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        for p, q, m in zip(ps.values(), mine.values(), fo.get(ours, "master").values(), strict=True):
+        for p, q, m in zip(
+            ps.values(), mine.values(), fo.get(ours, "master").values(), strict=True
+        ):
             torch.testing.assert_close(p, q)
             assert torch.equal(q, m.to(torch.bfloat16))
-    assert sum(map(len, PROGRAMS.values())) == 1, "clipping, moments, decay, master copy and average are one pass"
+    assert sum(map(len, PROGRAMS.values())) == 1, (
+        "clipping, moments, decay, master copy and average are one pass"
+    )
 
 
 @pytest.mark.slow
@@ -311,7 +379,9 @@ def test_the_adapter_compiled() -> None:
                 p.grad = g
             opt.step()
         masters = [opt.state[p]["keep_master_weights/weights/master"] for p in params]
-        assert all(torch.equal(p.detach(), m.bfloat16()) for p, m in zip(params, masters, strict=True))
+        assert all(
+            torch.equal(p.detach(), m.bfloat16()) for p, m in zip(params, masters, strict=True)
+        )
         runs.append([*(p.detach() for p in params), *masters])
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b)
@@ -321,13 +391,19 @@ def test_it_prints_pickles_and_teaches() -> None:
     tx = fo.keep_master_weights(fo.adamw(0.1))
     assert repr(tx) == repr(pickle.loads(pickle.dumps(tx))) == "keep_master_weights(adamw(0.1))"
     p = {"w": torch.ones(2, dtype=torch.bfloat16)}
-    with pytest.raises(TypeError, match=r"takes a transformation, e\.g\. adamw\(1e-3\); got float 0\.1"):
+    with pytest.raises(
+        TypeError, match=r"takes a transformation, e\.g\. adamw\(1e-3\); got float 0\.1"
+    ):
         fo.keep_master_weights(0.1)
     with pytest.raises(ValueError, match="keep_master_weights reads the parameters"):
         tx.update(p, tx.init(p))
-    with pytest.raises(ValueError, match="not a state of keep_master_weights, which has inner and weights"):
+    with pytest.raises(
+        ValueError, match="not a state of keep_master_weights, which has inner and weights"
+    ):
         tx.update(p, fo.adamw(0.1).init(p), p)
-    with pytest.raises(ValueError, match=r"keep_master_weights looks at the new parameters.*last.*clip after it"):
+    with pytest.raises(
+        ValueError, match=r"keep_master_weights looks at the new parameters.*last.*clip after it"
+    ):
         fo.chain(tx, fo.clip(1.0))
 
 
@@ -339,12 +415,20 @@ def test_it_prints_pickles_and_teaches() -> None:
     ("ours", "theirs"),
     [
         (lambda ps: fo.optim.AdamW(ps, lr=0.01), lambda ps: torch.optim.AdamW(ps, lr=0.01)),
-        (lambda ps: fo.optim.SGD(ps, lr=0.01, momentum=0.9), lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9)),
-        (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.01, weight_decay=0.01), lambda ps: torch.optim.AdamW(ps, lr=0.01)),
+        (
+            lambda ps: fo.optim.SGD(ps, lr=0.01, momentum=0.9),
+            lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9),
+        ),
+        (
+            lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.01, weight_decay=0.01),
+            lambda ps: torch.optim.AdamW(ps, lr=0.01),
+        ),
     ],
     ids=["AdamW", "SGD", "generic"],
 )
-def test_low_precision_parameters_with_float32_state(dtype: torch.dtype, ours: Callable, theirs: Callable) -> None:
+def test_low_precision_parameters_with_float32_state(
+    dtype: torch.dtype, ours: Callable, theirs: Callable
+) -> None:
     """The state is that of torch's float32 run with the same gradients; the step is rounded once, to the parameter's dtype."""
     params = [nn.Parameter(p) for p in make_params(dtype).values()]
     opt = ours(params)
@@ -359,15 +443,23 @@ def test_low_precision_parameters_with_float32_state(dtype: torch.dtype, ours: C
         reference.step()
         for p, q in zip(params, wide, strict=True):
             largest = float(q.detach().abs().max())
-            torch.testing.assert_close(p.detach(), q.detach().to(dtype), rtol=0, atol=2 * torch.finfo(dtype).eps * largest)
+            torch.testing.assert_close(
+                p.detach(), q.detach().to(dtype), rtol=0, atol=2 * torch.finfo(dtype).eps * largest
+            )
             assert (p.detach() == q.detach().to(dtype)).float().mean() > 0.95
     for p, q in zip(params, wide, strict=True):
         mine = {key.rpartition("/")[2]: value for key, value in opt.state[p].items()}
-        for names in (("mu", "exp_avg"), ("nu", "exp_avg_sq"), ("momentum_buffer", "momentum_buffer")):
+        for names in (
+            ("mu", "exp_avg"),
+            ("nu", "exp_avg_sq"),
+            ("momentum_buffer", "momentum_buffer"),
+        ):
             value = next((mine[n] for n in names if n in mine), None)
             if value is not None:
                 assert value.dtype == torch.float32
-                torch.testing.assert_close(value, reference.state[q][names[1]], rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(
+                    value, reference.state[q][names[1]], rtol=1e-5, atol=1e-7
+                )
 
 
 # ---- torch's tools ---------------------------------------------------------------------------------------------------------------
@@ -375,12 +467,19 @@ def test_low_precision_parameters_with_float32_state(dtype: torch.dtype, ours: C
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 4), torch.randn(64, 1)
+    return (
+        nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)),
+        torch.randn(64, 4),
+        torch.randn(64, 1),
+    )
 
 
 PAIRS = {
     "AdamW": (lambda ps: fo.optim.AdamW(ps, lr=0.01), lambda ps: torch.optim.AdamW(ps, lr=0.01)),
-    "SGD": (lambda ps: fo.optim.SGD(ps, lr=0.05, momentum=0.9), lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9)),
+    "SGD": (
+        lambda ps: fo.optim.SGD(ps, lr=0.05, momentum=0.9),
+        lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
+    ),
     "generic": (
         lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.01, weight_decay=0.01),
         lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.01),
@@ -388,11 +487,15 @@ PAIRS = {
 }
 
 
-def same_trajectory(pair: tuple[Callable, Callable], loop: Callable[[nn.Module, torch.optim.Optimizer], list[float]]) -> None:
+def same_trajectory(
+    pair: tuple[Callable, Callable], loop: Callable[[nn.Module, torch.optim.Optimizer], list[float]]
+) -> None:
     model, *_ = model_and_data()
     twin, start = copy.deepcopy(model), copy.deepcopy(model)
     losses = [loop(m, build(m.parameters())) for m, build in zip((model, twin), pair, strict=True)]
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4
+    )
     for p, q, s in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
         assert not torch.equal(p, s)
@@ -433,7 +536,9 @@ def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> Non
             scaler.scale(loss).backward()
             if step in (0, 7):
                 model[0].weight.grad[0, 0] = float("inf") if step else float("nan")
-            before = copy.deepcopy(([p.detach() for p in model.parameters()], opt.state_dict()["state"]))
+            before = copy.deepcopy(
+                ([p.detach() for p in model.parameters()], opt.state_dict()["state"])
+            )
             scaler.unscale_(opt)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             scaler.step(opt)
@@ -442,7 +547,9 @@ def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> Non
             still = all(map(torch.equal, tree.leaves(before[0]), tree.leaves(after[0])))
             assert still == (step in (0, 7))
             if still:
-                assert all(map(torch.equal, tree.leaves(before[1]), tree.leaves(after[1]))) and len(before[1]) == len(after[1])
+                assert all(map(torch.equal, tree.leaves(before[1]), tree.leaves(after[1]))) and len(
+                    before[1]
+                ) == len(after[1])
             scales.append(scaler.get_scale())
         assert min(scales) == 512.0 and max(scales) > 2048.0
         return scales

@@ -44,7 +44,9 @@ def normal_cdf(x: float) -> float:
 
 @pytest.mark.parametrize("bounds", [C, {"w": 0.5, "b": 0.2}], ids=["whole", "parts"])
 @pytest.mark.parametrize("expected", [None, 20.0])
-def test_it_is_the_clipped_sum_and_the_noise_over_the_batch_size(bounds: Any, expected: float | None) -> None:
+def test_it_is_the_clipped_sum_and_the_noise_over_the_batch_size(
+    bounds: Any, expected: float | None
+) -> None:
     """The noise is that of `add_noise` with the same key, and ``sigma sqrt(sum_k C_k^2)`` for its standard deviation."""
     ps, grads = params(), per_example(9)
     tx = fo.differentially_private_aggregate(bounds, SIGMA, key=5, expected_batch_size=expected)
@@ -85,7 +87,9 @@ def test_gradients_and_their_clipped_sum_give_the_same_step() -> None:
 def test_the_noise_is_normal() -> None:
     """Kolmogorov and Smirnov's distance from ``N(0, (sigma C / B)^2)`` over 40,000 numbers, of two steps that are not alike."""
     ps = {"w": torch.zeros(20_000)}
-    tx = fo.differentially_private_aggregate(C, SIGMA, key=fo.random.key(11), expected_batch_size=32)
+    tx = fo.differentially_private_aggregate(
+        C, SIGMA, key=fo.random.key(11), expected_batch_size=32
+    )
     state, steps = tx.init(ps), []
     for _ in range(2):
         updates, state = tx.update({"w": torch.zeros(4, 20_000)}, state, ps)
@@ -100,7 +104,9 @@ def test_the_noise_is_normal() -> None:
 
 def test_noise_by_a_schedule() -> None:
     ps = {"w": torch.zeros(20_000)}
-    tx = fo.differentially_private_aggregate(C, fo.piecewise_constant_schedule(2.0, {1: 0.25}), key=0)
+    tx = fo.differentially_private_aggregate(
+        C, fo.piecewise_constant_schedule(2.0, {1: 0.25}), key=0
+    )
     state = tx.init(ps)
     for sigma in (2.0, 0.5):
         updates, state = tx.update({"w": torch.zeros(4, 20_000)}, state, ps)
@@ -129,14 +135,21 @@ def test_one_example_moves_the_sum_by_c_at_most() -> None:
         whole = fo.clip_and_sum(grads, C, weights).sum
         for i in range(9):
             rest = [j for j in range(9) if j != i]
-            without = fo.clip_and_sum(tree.map(lambda g, rest=rest: g[rest], grads), C, None if weights is None else weights[rest]).sum
+            without = fo.clip_and_sum(
+                tree.map(lambda g, rest=rest: g[rest], grads),
+                C,
+                None if weights is None else weights[rest],
+            ).sum
             assert tree.norm(tree.map(torch.sub, whole, without)) <= C * (1 + 1e-12)
 
 
 def test_dp_adam_is_adam_on_private_gradients() -> None:
     ps = params()
     tx = fo.dp_adam(0.1, C, SIGMA, 2, 0.8, 0.9, 1e-3, expected_batch_size=9)
-    apart = fo.chain(fo.differentially_private_aggregate(C, SIGMA, 2, expected_batch_size=9), fo.adam(0.1, 0.8, 0.9, 1e-3))
+    apart = fo.chain(
+        fo.differentially_private_aggregate(C, SIGMA, 2, expected_batch_size=9),
+        fo.adam(0.1, 0.8, 0.9, 1e-3),
+    )
     state, other = tx.init(ps), apart.init(ps)
     for _ in range(3):
         updates, state = tx.update(per_example(9), state, ps)
@@ -146,10 +159,14 @@ def test_dp_adam_is_adam_on_private_gradients() -> None:
 
 @pytest.mark.parametrize("make", [fo.dp_sgd, fo.dp_adam])
 def test_repr_reads_as_the_call_and_pickles(make: Callable[..., fo.GradientTransformation]) -> None:
-    tx = make(0.1, l2_norm_clip={"w": 1.0, "b": 0.5}, noise_multiplier=1.1, key=7, expected_batch_size=9)
+    tx = make(
+        0.1, l2_norm_clip={"w": 1.0, "b": 0.5}, noise_multiplier=1.1, key=7, expected_batch_size=9
+    )
     assert repr(eval(repr(tx), vars(fo))) == repr(pickle.loads(pickle.dumps(tx))) == repr(tx)
     ps = params()
-    one, two = (t.update(per_example(9), t.init(ps), ps)[0] for t in (tx, pickle.loads(pickle.dumps(tx))))
+    one, two = (
+        t.update(per_example(9), t.init(ps), ps)[0] for t in (tx, pickle.loads(pickle.dumps(tx)))
+    )
     assert all(torch.equal(one[name], two[name]) for name in ps)
 
 
@@ -219,14 +236,18 @@ def test_poisson_sampling_at_its_ends() -> None:
 def test_privacy_of_one_step_on_everything_is_that_of_the_gaussian_mechanism(sigma: float) -> None:
     """Balle & Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem 8."""
     epsilon = fo.privacy_spent(sigma, sampling_rate=1.0, steps=1, delta=1e-5)
-    delta = normal_cdf(1 / (2 * sigma) - epsilon * sigma) - math.exp(epsilon) * normal_cdf(-1 / (2 * sigma) - epsilon * sigma)
+    delta = normal_cdf(1 / (2 * sigma) - epsilon * sigma) - math.exp(epsilon) * normal_cdf(
+        -1 / (2 * sigma) - epsilon * sigma
+    )
     assert 0.99 < delta / 1e-5 <= 1 + 1e-6
     assert fo.privacy_spent(sigma, sampling_rate=1.0, steps=4, delta=1e-5) == pytest.approx(
         fo.privacy_spent(sigma / 2, sampling_rate=1.0, steps=1, delta=1e-5), rel=1e-3
     )  # k steps with sigma are one with sigma / sqrt(k)
 
 
-def test_without_dp_accounting_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dp_accounting_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
@@ -245,7 +266,9 @@ def test_clipping_is_optaxs() -> None:
     parts, _ = optax.per_example_layer_norm_clip(leaves, C)
     for bound, expected in ((C, whole), ({name: C / math.sqrt(2) for name in grads}, parts)):
         for ours, theirs in zip(fo.clip_and_sum(grads, bound).sum.values(), expected, strict=True):
-            torch.testing.assert_close(ours, torch.from_numpy(theirs.__array__().copy()), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                ours, torch.from_numpy(theirs.__array__().copy()), rtol=1e-5, atol=1e-6
+            )
 
 
 @pytest.mark.filterwarnings("ignore:.*seed.* is deprecated:DeprecationWarning")
@@ -255,7 +278,10 @@ def test_dp_sgd_without_noise_is_optaxs() -> None:
 
     ps = {name: p.float() for name, p in params().items()}
     for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
-        ours, theirs = fo.dp_sgd(0.1, C, 0.0, key=0, **options), contrib.dpsgd(0.1, C, 0.0, 0, **options)
+        ours, theirs = (
+            fo.dp_sgd(0.1, C, 0.0, key=0, **options),
+            contrib.dpsgd(0.1, C, 0.0, 0, **options),
+        )
         mine, state = ps, ours.init(ps)
         their, other = (there := {name: p.numpy() for name, p in ps.items()}), theirs.init(there)
         for seed in range(3):
@@ -265,7 +291,9 @@ def test_dp_sgd_without_noise_is_optaxs() -> None:
             steps, other = theirs.update({name: g.numpy() for name, g in gs.items()}, other, their)
             their = optax.apply_updates(their, steps)
         for name, p in mine.items():
-            torch.testing.assert_close(p, torch.from_numpy(their[name].__array__().copy()), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                p, torch.from_numpy(their[name].__array__().copy()), rtol=1e-5, atol=1e-6
+            )
 
 
 # ---- Opacus --------------------------------------------------------------------------------------------------------------
@@ -283,7 +311,9 @@ def scaled_loss(out: Tensor, y: Tensor) -> Tensor:
     return 1000 * F.cross_entropy(out, y)
 
 
-def opacus_optimizer(model: nn.Module, bound: Any, noise: float, lr: float, **given: Any) -> torch.optim.Optimizer:
+def opacus_optimizer(
+    model: nn.Module, bound: Any, noise: float, lr: float, **given: Any
+) -> torch.optim.Optimizer:
     optimizers = pytest.importorskip("opacus.optimizers")
     return (optimizers.DPPerLayerOptimizer if isinstance(bound, list) else optimizers.DPOptimizer)(
         torch.optim.SGD(model.parameters(), lr=lr, **given),
@@ -301,7 +331,9 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
     model, theirs = net(), pytest.importorskip("opacus").GradSampleModule(net())
     start = ps = {name: p.detach() for name, p in model.named_parameters()}
     bound: Any = {name: 200.0 * (i + 1) for i, name in enumerate(ps)} if parts else 1600.0
-    opt = opacus_optimizer(theirs, [*bound.values()] if parts else bound, 0.0, 1e-4, momentum=momentum)
+    opt = opacus_optimizer(
+        theirs, [*bound.values()] if parts else bound, 0.0, 1e-4, momentum=momentum
+    )
 
     def loss(ps: Any, x: Tensor, y: Tensor) -> Tensor:
         return scaled_loss(functional_call(model, ps, x), y)
@@ -317,10 +349,15 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
         clipped = gradients(ps, x, y)
         updates, state = tx.update(clipped, state, ps)
         ps = fo.apply_updates(ps, updates)
-        over += [norms > b for norms, b in zip(tree.leaves(clipped.norms), tree.leaves(bound), strict=True)]
+        over += [
+            norms > b
+            for norms, b in zip(tree.leaves(clipped.norms), tree.leaves(bound), strict=True)
+        ]
     assert 0.1 < torch.cat(over).double().mean() < 0.9  # some are clipped, some are not
     for (name, p), other in zip(ps.items(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, other.detach(), rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p, other.detach(), rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert (p - start[name]).abs().max() > 1e-4
 
 
@@ -337,13 +374,17 @@ def test_with_noise_it_is_opacus_in_distribution() -> None:
         opt.zero_grad()
         (0 * theirs(drawn(3, 1, 8, 8))).sum().backward()
         opt.step()
-        moved[0].extend((p.detach() - old).flatten() for p, old in zip(theirs.parameters(), before, strict=True))
+        moved[0].extend(
+            (p.detach() - old).flatten() for p, old in zip(theirs.parameters(), before, strict=True)
+        )
         updates, state = tx.update(tree.map(lambda p: p.new_zeros(3, *p.shape), ps), state, ps)
         moved[1].extend(u.flatten() for u in updates.values())
     a, b = (torch.cat(of) for of in moved)
     assert len(a) == len(b) > 10_000
     above = torch.where(torch.cat([a, b]).argsort() < len(a), 1.0, -1.0).cumsum(0) / len(a)
-    assert above.abs().max() < 1.63 * math.sqrt(2 / len(a))  # 1% of pairs are farther apart; key and seed are fixed
+    assert above.abs().max() < 1.63 * math.sqrt(
+        2 / len(a)
+    )  # 1% of pairs are farther apart; key and seed are fixed
     assert abs(float(a.std() / b.std()) - 1) < 0.03
 
 
@@ -376,12 +417,20 @@ def test_the_benchmark_compares_like_with_like(tmp_path: Path) -> None:
     assert [row["row"] for row in result["rows"]] == [*per_example.NETS]
     for row in result["rows"]:
         assert row["results"].keys() == {*per_example.CONTENDERS, "floor"}
-        assert all(entry["ms"] > 0 and entry["peak"] > 0 and "note" not in entry for entry in row["results"].values())
+        assert all(
+            entry["ms"] > 0 and entry["peak"] > 0 and "note" not in entry
+            for entry in row["results"].values()
+        )
 
 
 @pytest.mark.filterwarnings("default")
 def test_the_picture_of_the_guide_is_drawn(tmp_path: Path) -> None:
     for extra in ("sklearn", "matplotlib"):
         pytest.importorskip(extra)
-    script = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "pictures" / "per_example.py"))
-    assert script["draw"](tmp_path / "picture.png", steps=2, every=2, sigmas=(8.0,)).stat().st_size > 10_000
+    script = runpy.run_path(
+        str(Path(__file__).parent.parent / "docs" / "pictures" / "per_example.py")
+    )
+    assert (
+        script["draw"](tmp_path / "picture.png", steps=2, every=2, sigmas=(8.0,)).stat().st_size
+        > 10_000
+    )

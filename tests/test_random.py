@@ -34,9 +34,21 @@ def philox_in_python(seed: int, counter: int) -> tuple[int, ...]:
 
 
 KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: key, counter, output
-    ("00000000 00000000", "00000000 00000000 00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff", "ffffffff ffffffff ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("a4093822 299f31d0", "243f6a88 85a308d3 13198a2e 03707344", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000",
+        "00000000 00000000 00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff",
+        "ffffffff ffffffff ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "a4093822 299f31d0",
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -45,7 +57,10 @@ def test_philox_known_answers(key: str, counter: str, output: str) -> None:
     k, c, wanted = ([int(word, 16) for word in words.split()] for words in (key, counter, output))
     got = philox.philox(*(torch.tensor(word) for word in k + c))
     assert [word.item() for word in got] == wanted
-    seed, count = sum(word << 32 * i for i, word in enumerate(k)), sum(word << 32 * i for i, word in enumerate(c))
+    seed, count = (
+        sum(word << 32 * i for i, word in enumerate(k)),
+        sum(word << 32 * i for i, word in enumerate(c)),
+    )
     assert list(philox_in_python(seed, count)) == wanted
 
 
@@ -54,17 +69,26 @@ def test_philox_known_answers(key: str, counter: str, output: str) -> None:
 def test_words_are_those_of_the_64_bit_counter(seed: int, offset: int) -> None:
     """Seed and offset in two's complement; ``offset + block`` carries into the high word and wraps around at 2**64."""
     key = torch.stack([random.key(seed)[0], torch.tensor(offset)])
-    for i, words in enumerate(zip(*(w.tolist() for w in philox.words(key, torch.arange(4))), strict=True)):
+    for i, words in enumerate(
+        zip(*(w.tolist() for w in philox.words(key, torch.arange(4))), strict=True)
+    ):
         assert words == philox_in_python(seed, (offset + i) % 2**64)
 
 
 def test_a_large_block_number() -> None:
     block = 3 * STEP + 12345
-    assert tuple(w.item() for w in philox.words(random.key(9), torch.tensor(block))) == philox_in_python(9, block)
+    assert tuple(
+        w.item() for w in philox.words(random.key(9), torch.tensor(block))
+    ) == philox_in_python(9, block)
 
 
 def test_golden_normals() -> None:
-    torch.testing.assert_close(random.normal(random.key(42), (4,)), torch.tensor([-0.9702, 0.1940, -1.2356, 1.9239]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        random.normal(random.key(42), (4,)),
+        torch.tensor([-0.9702, 0.1940, -1.2356, 1.9239]),
+        atol=5e-5,
+        rtol=0,
+    )
 
 
 def test_normals_are_box_and_muller_of_the_words() -> None:
@@ -75,7 +99,12 @@ def test_normals_are_box_and_muller_of_the_words() -> None:
         for radius, angle in ((u[0], u[1]), (u[2], u[3]))
         for trig in (math.cos, math.sin)
     ]
-    torch.testing.assert_close(random.normal(random.key(42), (8,))[4:], torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        random.normal(random.key(42), (8,))[4:],
+        torch.tensor(wanted, dtype=torch.float32),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_the_largest_and_smallest_words_are_finite() -> None:
@@ -178,7 +207,9 @@ def test_derived_keys_are_all_different() -> None:
     grandchildren = torch.cat([random.split(child, 50) for child in children[:100]])
     keys = torch.cat([torch.stack(parents), children, grandchildren])
     assert len(torch.unique(keys, dim=0)) == len(keys)
-    assert len(torch.unique(keys[10:, 0])) == len(keys) - 10  # the seeds alone, and the offsets alone
+    assert (
+        len(torch.unique(keys[10:, 0])) == len(keys) - 10
+    )  # the seeds alone, and the offsets alone
     assert len(torch.unique(keys[10:, 1])) == len(keys) - 10
 
 
@@ -201,7 +232,12 @@ def test_the_offset_wraps_around() -> None:
 
 def everything(key: Tensor) -> tuple[Tensor, ...]:
     a, b = random.split(key)
-    return random.normal(key, (3, 5)), random.normal(a, ()), random.fold_in(b, 7), random.normal(random.fold_in(b, 3), (17,))
+    return (
+        random.normal(key, (3, 5)),
+        random.normal(a, ()),
+        random.fold_in(b, 7),
+        random.normal(random.fold_in(b, 3), (17,)),
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 + 5])
@@ -236,7 +272,9 @@ BLOCKS = {"a": (0, 5), "b/0": (2, 8), "b/1": (4, 0), "c": (4, 6), "d": (6, 1), "
 """For every leaf of `params`: its first block, and how many numbers it takes."""
 
 
-def drawn(tx: fo.GradientTransformation, state: Any = None, count: Any = 0, gs: dict | None = None) -> dict[str, Tensor]:
+def drawn(
+    tx: fo.GradientTransformation, state: Any = None, count: Any = 0, gs: dict | None = None
+) -> dict[str, Tensor]:
     """The noise of one step, by path: what is added to gradients of zero."""
     ps = params()
     state = tx.init(ps) if state is None else state
@@ -299,7 +337,10 @@ def test_leaves_are_uncorrelated() -> None:
 def test_two_stages_with_split_keys_are_uncorrelated() -> None:
     a, b = random.split(random.key(0))
     ps = torch.zeros(N // 4)
-    one, two = (tx.update(ps, tx.init(ps))[0] for tx in (fo.add_noise(1.0, 0.0, a), fo.add_noise(1.0, 0.0, b)))
+    one, two = (
+        tx.update(ps, tx.init(ps))[0]
+        for tx in (fo.add_noise(1.0, 0.0, a), fo.add_noise(1.0, 0.0, b))
+    )
     assert_uncorrelated(one, two)
 
 
@@ -307,7 +348,10 @@ def test_two_stages_with_split_keys_are_uncorrelated() -> None:
 def test_a_missing_gradient_does_not_move_the_streams_of_the_others(missing: set[str]) -> None:
     tx, gs = fo.add_noise(1.0, 0.5, key=7), tree.map(torch.zeros_like, params())
     leaves, spec = tree.flatten(gs)
-    gs = tree.unflatten(spec, [None if path in missing else g for path, g in zip(tree.paths(gs), leaves, strict=True)])
+    gs = tree.unflatten(
+        spec,
+        [None if path in missing else g for path, g in zip(tree.paths(gs), leaves, strict=True)],
+    )
     got, whole = drawn(tx, count=3, gs=gs), drawn(tx, count=3)
     assert got.keys() == whole.keys() - missing
     assert_equal(got, {path: whole[path] for path in got})
@@ -328,7 +372,9 @@ def test_one_count_per_leaf() -> None:
     assert_equal(drawn(tx, count=torch.full((n,), 6)), drawn(tx, count=6))
     counts = [0, 4, 1, 2, 7, 4]
     got = drawn(tx, count=torch.tensor(counts))
-    assert_equal(got, {path: drawn(tx, count=t)[path] for path, t in zip(BLOCKS, counts, strict=True)})
+    assert_equal(
+        got, {path: drawn(tx, count=t)[path] for path, t in zip(BLOCKS, counts, strict=True)}
+    )
     state = tx.init(params())
     state = state._replace(shared={**state.shared, "count": torch.tensor(counts)})
     _, new = tx.update(params(), state, params())

@@ -57,7 +57,9 @@ def test_the_sum_becomes_one_of_its_two_neighbours(dtype: torch.dtype) -> None:
     below, above = neighbours(exact, dtype)
     assert new.dtype == torch.float32
     assert ((result.float() == below) | (result.float() == above)).all()
-    torch.testing.assert_close(p.float() + new, result.float(), rtol=2e-7, atol=0)  # p counts for nothing beside much larger updates
+    torch.testing.assert_close(
+        p.float() + new, result.float(), rtol=2e-7, atol=0
+    )  # p counts for nothing beside much larger updates
     between = below != above
     assert between.float().mean() > 0.3
     assert torch.equal(result[~between].float(), exact[~between])
@@ -96,7 +98,10 @@ def test_plain_rounding_stalls_where_this_does_not(dtype: torch.dtype) -> None:
         updates, state = tx.update(u, state, ours)
         ours = fo.apply_updates(ours, updates)
     assert (plain == 1).all()
-    assert abs(ours.double().mean() - (1 - steps * size)) < 4.5 * math.sqrt(steps * 0.1 * 0.9 / n) * torch.finfo(dtype).eps
+    assert (
+        abs(ours.double().mean() - (1 - steps * size))
+        < 4.5 * math.sqrt(steps * 0.1 * 0.9 / n) * torch.finfo(dtype).eps
+    )
     assert (ours != ours[0]).any()
 
 
@@ -158,7 +163,10 @@ def test_in_a_step_of_the_real_compiler() -> None:
 def _the_step_equals_update(step: CompiledStep) -> None:
     """Bit for bit: what is random is exact, and the sum that is rounded is worked out in the same way."""
     generator = torch.Generator().manual_seed(0)
-    ps = {"w": torch.randn(33, 5, generator=generator).bfloat16(), "b": torch.randn(50, generator=generator)}
+    ps = {
+        "w": torch.randn(33, 5, generator=generator).bfloat16(),
+        "b": torch.randn(50, generator=generator),
+    }
     tx, mine = step.tx, tree.map(torch.clone, ps)
     state, ours = tx.init(ps), tx.init(ps)
     before = ps["w"]

@@ -30,7 +30,11 @@ def line(t: int, start: float, end: float, steps: int) -> float:
 
 def half_cosine(t: int, start: float, end: float, steps: int, exponent: float = 1.0) -> float:
     """``cos(x / 2)^2`` in place of ``(1 + cos x) / 2``, so that it is not the same line of code twice."""
-    return end if t >= steps else end + (start - end) * math.cos(math.pi * t / (2 * steps)) ** (2 * exponent)
+    return (
+        end
+        if t >= steps
+        else end + (start - end) * math.cos(math.pi * t / (2 * steps)) ** (2 * exponent)
+    )
 
 
 def polynomial(t, init_value, end_value, power, transition_steps, transition_begin=0):
@@ -52,16 +56,22 @@ def cosine_decay(t, init_value, decay_steps, alpha=0.0, exponent=1.0):
     return half_cosine(t, init_value, alpha * init_value, decay_steps, exponent)
 
 
-def exponential(t, init_value, transition_steps, decay_rate, transition_begin=0, staircase=False, end_value=None):
+def exponential(
+    t, init_value, transition_steps, decay_rate, transition_begin=0, staircase=False, end_value=None
+):
     t = max(t - transition_begin, 0)
-    value = init_value * math.exp((t // transition_steps if staircase else t / transition_steps) * math.log(decay_rate))
+    value = init_value * math.exp(
+        (t // transition_steps if staircase else t / transition_steps) * math.log(decay_rate)
+    )
     if end_value is None:
         return value
     return min(value, end_value) if decay_rate > 1 else max(value, end_value)
 
 
 def piecewise_constant(t, init_value, **scales):
-    return init_value * math.prod(scale for name, scale in scales.items() if t >= int(name.removeprefix("at_")))
+    return init_value * math.prod(
+        scale for name, scale in scales.items() if t >= int(name.removeprefix("at_"))
+    )
 
 
 def piecewise(between: Callable[..., float]) -> Callable[..., float]:
@@ -77,14 +87,32 @@ def piecewise(between: Callable[..., float]) -> Callable[..., float]:
     return formula
 
 
-def linear_onecycle(t, transition_steps, peak_value, pct_start=0.3, pct_final=0.85, div_factor=25.0, final_div_factor=1e4):
-    low, up, down = peak_value / div_factor, int(pct_start * transition_steps), int(pct_final * transition_steps)
+def linear_onecycle(
+    t,
+    transition_steps,
+    peak_value,
+    pct_start=0.3,
+    pct_final=0.85,
+    div_factor=25.0,
+    final_div_factor=1e4,
+):
+    low, up, down = (
+        peak_value / div_factor,
+        int(pct_start * transition_steps),
+        int(pct_final * transition_steps),
+    )
     if t < up:
         return line(t, low, peak_value, up)
-    return line(t - up, peak_value, low, down - up) if t < down else line(t - down, low, low / final_div_factor, transition_steps - down)
+    return (
+        line(t - up, peak_value, low, down - up)
+        if t < down
+        else line(t - down, low, low / final_div_factor, transition_steps - down)
+    )
 
 
-def cosine_onecycle(t, transition_steps, peak_value, pct_start=0.3, div_factor=25.0, final_div_factor=1e4):
+def cosine_onecycle(
+    t, transition_steps, peak_value, pct_start=0.3, div_factor=25.0, final_div_factor=1e4
+):
     low, up = peak_value / div_factor, int(pct_start * transition_steps)
     if t < up:
         return half_cosine(t, low, peak_value, up)
@@ -95,14 +123,22 @@ def warmup_constant(t, init_value, peak_value, warmup_steps):
     return line(t, init_value, peak_value, warmup_steps) if warmup_steps else peak_value
 
 
-def warmup_cosine(t, init_value, peak_value, warmup_steps, decay_steps, end_value=0.0, exponent=1.0):
+def warmup_cosine(
+    t, init_value, peak_value, warmup_steps, decay_steps, end_value=0.0, exponent=1.0
+):
     if t < warmup_steps:
         return line(t, init_value, peak_value, warmup_steps)
-    return half_cosine(t - warmup_steps, peak_value, end_value, decay_steps - warmup_steps, exponent)
+    return half_cosine(
+        t - warmup_steps, peak_value, end_value, decay_steps - warmup_steps, exponent
+    )
 
 
 def warmup_exponential(t, init_value, peak_value, warmup_steps, **decay):
-    return line(t, init_value, peak_value, warmup_steps) if t < warmup_steps else exponential(t - warmup_steps, peak_value, **decay)
+    return (
+        line(t, init_value, peak_value, warmup_steps)
+        if t < warmup_steps
+        else exponential(t - warmup_steps, peak_value, **decay)
+    )
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
@@ -129,7 +165,9 @@ class Row:
 
 def scales_of(function: Callable[..., Any], *leading: Any) -> Callable[..., Any]:
     """``at_10=0.5`` stands for ``{10: 0.5}``, so that the scales are arguments like any other."""
-    return lambda init_value, **scales: function(*leading, init_value, {int(name.removeprefix("at_")): s for name, s in scales.items()})
+    return lambda init_value, **scales: function(
+        *leading, init_value, {int(name.removeprefix("at_")): s for name, s in scales.items()}
+    )
 
 
 def joined(init_value, end_value, decay_rate, peak_value, boundaries=(10, 25)):
@@ -150,9 +188,24 @@ def joined_formula(t, init_value, end_value, decay_rate, peak_value, boundaries=
 
 
 def restarts(init_value, peak_value, second_peak, end_value, exponent):
-    first = {"init_value": init_value, "peak_value": peak_value, "warmup_steps": 3, "decay_steps": 13, "end_value": end_value}
+    first = {
+        "init_value": init_value,
+        "peak_value": peak_value,
+        "warmup_steps": 3,
+        "decay_steps": 13,
+        "end_value": end_value,
+    }
     return fo.sgdr_schedule(
-        [first, {"init_value": end_value, "peak_value": second_peak, "warmup_steps": 0, "decay_steps": 20, "exponent": exponent}]
+        [
+            first,
+            {
+                "init_value": end_value,
+                "peak_value": second_peak,
+                "warmup_steps": 0,
+                "decay_steps": 20,
+                "exponent": exponent,
+            },
+        ]
     )
 
 
@@ -174,23 +227,84 @@ ROWS = [
     Row("constant_schedule", constant, {"value": 0.3}),
     Row("constant_schedule", constant, {"value": -2.0}),
     Row("polynomial_schedule", polynomial, {**LINE, "power": 2.0}, {"transition_steps": 20}),
-    Row("polynomial_schedule", polynomial, {**LINE, "power": 0.5}, {"transition_steps": 7, "transition_begin": 9}),
-    Row("polynomial_schedule", polynomial, {"init_value": 1.0, "end_value": -1.0, "power": 3.5}, {"transition_steps": 1}),
+    Row(
+        "polynomial_schedule",
+        polynomial,
+        {**LINE, "power": 0.5},
+        {"transition_steps": 7, "transition_begin": 9},
+    ),
+    Row(
+        "polynomial_schedule",
+        polynomial,
+        {"init_value": 1.0, "end_value": -1.0, "power": 3.5},
+        {"transition_steps": 1},
+    ),
     Row("linear_schedule", linear, LINE, {"transition_steps": 10}),
-    Row("linear_schedule", linear, {"init_value": 2.0, "end_value": 0.0}, {"transition_steps": 30, "transition_begin": 4}),
+    Row(
+        "linear_schedule",
+        linear,
+        {"init_value": 2.0, "end_value": 0.0},
+        {"transition_steps": 30, "transition_begin": 4},
+    ),
     Row("exponential_decay", exponential, DECAY, {"transition_steps": 5}),
     Row("exponential_decay", exponential, DECAY, {"transition_steps": 5, "staircase": True}),
-    Row("exponential_decay", exponential, {**DECAY, "end_value": 0.25}, {"transition_steps": 7, "transition_begin": 6, "staircase": True}),
-    Row("exponential_decay", exponential, {**DECAY, "decay_rate": 1.3, "end_value": 1.7}, {"transition_steps": 3, "transition_begin": 2}),
+    Row(
+        "exponential_decay",
+        exponential,
+        {**DECAY, "end_value": 0.25},
+        {"transition_steps": 7, "transition_begin": 6, "staircase": True},
+    ),
+    Row(
+        "exponential_decay",
+        exponential,
+        {**DECAY, "decay_rate": 1.3, "end_value": 1.7},
+        {"transition_steps": 3, "transition_begin": 2},
+    ),
     Row("cosine_decay_schedule", cosine_decay, {"init_value": 0.5}, {"decay_steps": 1}),
-    Row("cosine_decay_schedule", cosine_decay, {"init_value": 0.5, "alpha": 0.1}, {"decay_steps": 30}),
-    Row("cosine_decay_schedule", cosine_decay, {"init_value": 0.5, "alpha": 0.1, "exponent": 2.5}, {"decay_steps": 13}),
+    Row(
+        "cosine_decay_schedule",
+        cosine_decay,
+        {"init_value": 0.5, "alpha": 0.1},
+        {"decay_steps": 30},
+    ),
+    Row(
+        "cosine_decay_schedule",
+        cosine_decay,
+        {"init_value": 0.5, "alpha": 0.1, "exponent": 2.5},
+        {"decay_steps": 13},
+    ),
     Row("join_schedules", joined_formula, JOINED, make=joined),
-    Row("join_schedules", joined_formula, {**JOINED, "decay_rate": 1.2}, {"boundaries": (1, 2)}, make=joined),
-    Row("piecewise_constant_schedule", constant, {"value": 0.4}, make=lambda value: fo.piecewise_constant_schedule(value)),
-    Row("piecewise_constant_schedule", piecewise_constant, {**STEPS, "at_1": -0.1}, make=scales_of(fo.piecewise_constant_schedule)),
-    Row("piecewise_interpolate_schedule", piecewise(line), STEPS, make=scales_of(fo.piecewise_interpolate_schedule, "linear")),
-    Row("piecewise_interpolate_schedule", piecewise(half_cosine), STEPS, make=scales_of(fo.piecewise_interpolate_schedule, "cosine")),
+    Row(
+        "join_schedules",
+        joined_formula,
+        {**JOINED, "decay_rate": 1.2},
+        {"boundaries": (1, 2)},
+        make=joined,
+    ),
+    Row(
+        "piecewise_constant_schedule",
+        constant,
+        {"value": 0.4},
+        make=lambda value: fo.piecewise_constant_schedule(value),
+    ),
+    Row(
+        "piecewise_constant_schedule",
+        piecewise_constant,
+        {**STEPS, "at_1": -0.1},
+        make=scales_of(fo.piecewise_constant_schedule),
+    ),
+    Row(
+        "piecewise_interpolate_schedule",
+        piecewise(line),
+        STEPS,
+        make=scales_of(fo.piecewise_interpolate_schedule, "linear"),
+    ),
+    Row(
+        "piecewise_interpolate_schedule",
+        piecewise(half_cosine),
+        STEPS,
+        make=scales_of(fo.piecewise_interpolate_schedule, "cosine"),
+    ),
     Row(
         "piecewise_interpolate_schedule",
         piecewise(half_cosine),
@@ -199,11 +313,33 @@ ROWS = [
     ),
     Row("warmup_constant_schedule", warmup_constant, WARM, {"warmup_steps": 10}),
     Row("warmup_constant_schedule", warmup_constant, WARM, {"warmup_steps": 0}),
-    Row("warmup_cosine_decay_schedule", warmup_cosine, WARM, {"warmup_steps": 8, "decay_steps": 40}),
-    Row("warmup_cosine_decay_schedule", warmup_cosine, {**WARM, "end_value": 0.2, "exponent": 1.5}, {"warmup_steps": 1, "decay_steps": 2}),
-    Row("warmup_cosine_decay_schedule", warmup_cosine, {**WARM, "end_value": 0.2}, {"warmup_steps": 0, "decay_steps": 25}),
-    Row("warmup_exponential_decay_schedule", warmup_exponential, FALL, {"warmup_steps": 9, "transition_steps": 4}),
-    Row("warmup_exponential_decay_schedule", warmup_exponential, FALL, {"warmup_steps": 0, "transition_steps": 4}),
+    Row(
+        "warmup_cosine_decay_schedule", warmup_cosine, WARM, {"warmup_steps": 8, "decay_steps": 40}
+    ),
+    Row(
+        "warmup_cosine_decay_schedule",
+        warmup_cosine,
+        {**WARM, "end_value": 0.2, "exponent": 1.5},
+        {"warmup_steps": 1, "decay_steps": 2},
+    ),
+    Row(
+        "warmup_cosine_decay_schedule",
+        warmup_cosine,
+        {**WARM, "end_value": 0.2},
+        {"warmup_steps": 0, "decay_steps": 25},
+    ),
+    Row(
+        "warmup_exponential_decay_schedule",
+        warmup_exponential,
+        FALL,
+        {"warmup_steps": 9, "transition_steps": 4},
+    ),
+    Row(
+        "warmup_exponential_decay_schedule",
+        warmup_exponential,
+        FALL,
+        {"warmup_steps": 0, "transition_steps": 4},
+    ),
     Row(
         "warmup_exponential_decay_schedule",
         warmup_exponential,
@@ -211,12 +347,29 @@ ROWS = [
         {"warmup_steps": 5, "transition_steps": 4, "transition_begin": 3, "staircase": True},
     ),
     Row("linear_onecycle_schedule", linear_onecycle, {"peak_value": 0.6}, {"transition_steps": 40}),
-    Row("linear_onecycle_schedule", linear_onecycle, CYCLES, {"transition_steps": 30, "pct_start": 0.45, "pct_final": 0.7}),
+    Row(
+        "linear_onecycle_schedule",
+        linear_onecycle,
+        CYCLES,
+        {"transition_steps": 30, "pct_start": 0.45, "pct_final": 0.7},
+    ),
     Row("cosine_onecycle_schedule", cosine_onecycle, {"peak_value": 0.6}, {"transition_steps": 40}),
-    Row("cosine_onecycle_schedule", cosine_onecycle, CYCLES, {"transition_steps": 33, "pct_start": 0.5}),
-    Row("sgdr_schedule", restarts_formula, {**WARM, "second_peak": 0.5, "end_value": 0.02, "exponent": 1.5}, make=restarts),
+    Row(
+        "cosine_onecycle_schedule",
+        cosine_onecycle,
+        CYCLES,
+        {"transition_steps": 33, "pct_start": 0.5},
+    ),
+    Row(
+        "sgdr_schedule",
+        restarts_formula,
+        {**WARM, "second_peak": 0.5, "end_value": 0.02, "exponent": 1.5},
+        make=restarts,
+    ),
 ]
-rows = pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.name}-{i}") for i, row in enumerate(ROWS)])
+rows = pytest.mark.parametrize(
+    "row", [pytest.param(row, id=f"{row.name}-{i}") for i, row in enumerate(ROWS)]
+)
 
 
 def tensors(hyper: dict[str, float], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -238,7 +391,9 @@ def test_the_counts_exercise_the_formulas() -> None:
     """Nothing but a constant is constant, and what has an end is over before the last count."""
     for row in ROWS:
         values = [row.expect(t) for t in range(LAST + 1)]
-        constant_here = row.formula is constant or (row.formula is warmup_constant and row.fixed["warmup_steps"] == 0)
+        constant_here = row.formula is constant or (
+            row.formula is warmup_constant and row.fixed["warmup_steps"] == 0
+        )
         assert (len(set(values)) == 1) == constant_here, row
         assert values[-1] == values[-2] or "decay_rate" in row.hyper, row
 
@@ -257,9 +412,15 @@ def test_int_tensor_vector_and_vmap_agree(row: Row) -> None:
     assert all(value.dtype == torch.float64 and value.shape == () for value in scalars)
     for t, value in zip(counts, scalars, strict=True):
         assert schedule(t) == schedule(t.to(torch.int32)) == value
-    for other in (schedule(counts.to(torch.int32)), vmap(schedule)(counts), vmap(vmap(schedule))(counts.reshape(2, -1)).reshape(-1)):
+    for other in (
+        schedule(counts.to(torch.int32)),
+        vmap(schedule)(counts),
+        vmap(vmap(schedule))(counts.reshape(2, -1)).reshape(-1),
+    ):
         assert torch.equal(other, vector)
-    torch.testing.assert_close(torch.stack(scalars), vector, rtol=4.5e-16 if powers(row) else 0, atol=0)
+    torch.testing.assert_close(
+        torch.stack(scalars), vector, rtol=4.5e-16 if powers(row) else 0, atol=0
+    )
 
 
 @rows
@@ -276,7 +437,9 @@ def test_compiles_in_one_graph_without_recompiling(row: Row) -> None:
     for t in (0, 1, 5, 10, 11, LAST, 3):
         torch.testing.assert_close(compiled(torch.tensor(t)), schedule(t), rtol=0, atol=0)
     assert len(graphs) == 1
-    torch.testing.assert_close(compiled(torch.arange(LAST)), schedule(torch.arange(LAST)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        compiled(torch.arange(LAST)), schedule(torch.arange(LAST)), rtol=0, atol=0
+    )
 
 
 @rows
@@ -287,7 +450,13 @@ def test_derivatives_by_hyperparameters_equal_finite_differences(row: Row) -> No
     for name, derivative in derivatives.items():
         assert derivative.isfinite().all(), name
         up, down = (row.build(**{**hyper, name: hyper[name] + delta})(counts) for delta in (h, -h))
-        torch.testing.assert_close(derivative, (up - down) / (2 * h), rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            derivative,
+            (up - down) / (2 * h),
+            rtol=1e-6,
+            atol=1e-8,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
     assert any(derivative.abs().max() > 1e-3 for derivative in derivatives.values())
 
 
@@ -298,7 +467,9 @@ def test_vmap_over_hyperparameters_equals_a_loop(row: Row) -> None:
     factors = torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)
     many = {name: value * factors for name, value in tensors(row.hyper).items()}
     batched = vmap(lambda hyper: row.build(**hyper)(counts))(many)
-    looped = torch.stack([row.build(**{name: value[i] for name, value in many.items()})(counts) for i in range(3)])
+    looped = torch.stack(
+        [row.build(**{name: value[i] for name, value in many.items()})(counts) for i in range(3)]
+    )
     torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-16)
 
 
@@ -349,7 +520,13 @@ def test_a_later_change_of_an_argument_changes_nothing(make) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["warmup_constant_schedule", "warmup_cosine_decay_schedule", "warmup_exponential_decay_schedule", "sgdr_schedule"]
+    "name",
+    [
+        "warmup_constant_schedule",
+        "warmup_cosine_decay_schedule",
+        "warmup_exponential_decay_schedule",
+        "sgdr_schedule",
+    ],
 )
 def test_no_warmup_starts_at_the_peak(name: str) -> None:
     """optax's `warmup_constant_schedule` would stay at its first value for ever."""
@@ -360,7 +537,9 @@ def test_no_warmup_starts_at_the_peak(name: str) -> None:
         "sgdr_schedule": {"decay_steps": 10},
     }[name]
     arguments = {"init_value": 0.0, "peak_value": 0.7, "warmup_steps": 0, **arguments}
-    schedule = fo.sgdr_schedule([arguments]) if name == "sgdr_schedule" else getattr(fo, name)(**arguments)
+    schedule = (
+        fo.sgdr_schedule([arguments]) if name == "sgdr_schedule" else getattr(fo, name)(**arguments)
+    )
     assert schedule(0).item() == pytest.approx(0.7, rel=1e-15)
 
 
@@ -368,7 +547,11 @@ def test_derivative_is_finite_where_an_earlier_piece_has_overflowed() -> None:
     """`torch.where` sends a zero gradient into the piece not chosen, and 0 * inf is NaN: no piece may see counts beyond its end."""
 
     def value(init_value, at):
-        pieces = [fo.exponential_decay(init_value, 1, 2.0), fo.exponential_decay(init_value, 1, 2.0), fo.constant_schedule(1.0)]
+        pieces = [
+            fo.exponential_decay(init_value, 1, 2.0),
+            fo.exponential_decay(init_value, 1, 2.0),
+            fo.constant_schedule(1.0),
+        ]
         return fo.join_schedules(pieces, [5, 10])(at)
 
     one = torch.tensor(1.0, dtype=torch.float64)
@@ -387,9 +570,21 @@ LR, N = 0.4, 60
 torch_lr = torch.optim.lr_scheduler
 
 TORCH = {
-    "StepLR": (lambda o: torch_lr.StepLR(o, 7, gamma=0.3), fo.exponential_decay(LR, 7, 0.3, staircase=True), N),
-    "ExponentialLR": (lambda o: torch_lr.ExponentialLR(o, 0.93), fo.exponential_decay(LR, 1, 0.93), N),
-    "CosineAnnealingLR": (lambda o: torch_lr.CosineAnnealingLR(o, N), fo.cosine_decay_schedule(LR, N), N),
+    "StepLR": (
+        lambda o: torch_lr.StepLR(o, 7, gamma=0.3),
+        fo.exponential_decay(LR, 7, 0.3, staircase=True),
+        N,
+    ),
+    "ExponentialLR": (
+        lambda o: torch_lr.ExponentialLR(o, 0.93),
+        fo.exponential_decay(LR, 1, 0.93),
+        N,
+    ),
+    "CosineAnnealingLR": (
+        lambda o: torch_lr.CosineAnnealingLR(o, N),
+        fo.cosine_decay_schedule(LR, N),
+        N,
+    ),
     "CosineAnnealingLR-eta_min": (
         lambda o: torch_lr.CosineAnnealingLR(o, N, eta_min=0.1),
         fo.cosine_decay_schedule(LR, N, alpha=0.1 / LR),
@@ -398,13 +593,34 @@ TORCH = {
     "CosineAnnealingWarmRestarts": (
         lambda o: torch_lr.CosineAnnealingWarmRestarts(o, 10, T_mult=2, eta_min=0.1),
         fo.sgdr_schedule(
-            [{"init_value": 0.0, "peak_value": LR, "warmup_steps": 0, "decay_steps": n, "end_value": 0.1} for n in (10, 20, 40)]
+            [
+                {
+                    "init_value": 0.0,
+                    "peak_value": LR,
+                    "warmup_steps": 0,
+                    "decay_steps": n,
+                    "end_value": 0.1,
+                }
+                for n in (10, 20, 40)
+            ]
         ),
         N,
     ),
-    "LinearLR": (lambda o: torch_lr.LinearLR(o, 0.25, 0.9, total_iters=20), fo.linear_schedule(0.25 * LR, 0.9 * LR, 20), N),
-    "PolynomialLR": (lambda o: torch_lr.PolynomialLR(o, 25, power=1.7), fo.polynomial_schedule(LR, 0.0, 1.7, 25), N),
-    "MultiStepLR": (lambda o: torch_lr.MultiStepLR(o, [5, 30], gamma=0.2), fo.piecewise_constant_schedule(LR, {5: 0.2, 30: 0.2}), N),
+    "LinearLR": (
+        lambda o: torch_lr.LinearLR(o, 0.25, 0.9, total_iters=20),
+        fo.linear_schedule(0.25 * LR, 0.9 * LR, 20),
+        N,
+    ),
+    "PolynomialLR": (
+        lambda o: torch_lr.PolynomialLR(o, 25, power=1.7),
+        fo.polynomial_schedule(LR, 0.0, 1.7, 25),
+        N,
+    ),
+    "MultiStepLR": (
+        lambda o: torch_lr.MultiStepLR(o, [5, 30], gamma=0.2),
+        fo.piecewise_constant_schedule(LR, {5: 0.2, 30: 0.2}),
+        N,
+    ),
     # torch's cycle has its first and its last value at counts 0 and total_steps - 1, and its peak at pct_start * total_steps - 1
     "OneCycleLR-cosine": (
         lambda o: torch_lr.OneCycleLR(o, LR, total_steps=N, pct_start=0.3),
@@ -436,12 +652,21 @@ NO_STEPS = "transition_steps must be a whole number of updates, at least 1; got 
 ERRORS: list[tuple[Callable[[], Any], str]] = [
     # what names are called in the error is what the caller called them
     (lambda: fo.constant_schedule(NAN), "^value must be a finite number"),
-    (lambda: fo.constant_schedule("0.1"), "value must be a finite number or a 0-dim tensor; got '0.1'"),
+    (
+        lambda: fo.constant_schedule("0.1"),
+        "value must be a finite number or a 0-dim tensor; got '0.1'",
+    ),
     (lambda: fo.linear_schedule(0, 1, 0), NO_STEPS),
     (lambda: fo.linear_schedule(0, 1, -5), "transition_steps .* got -5"),
-    (lambda: fo.linear_schedule(0, 1, 10.0), r"transition_steps must be a whole number of updates, at least 1; got 10\.0"),
+    (
+        lambda: fo.linear_schedule(0, 1, 10.0),
+        r"transition_steps must be a whole number of updates, at least 1; got 10\.0",
+    ),
     (lambda: fo.linear_schedule(0, 1, True), "transition_steps .* got True"),
-    (lambda: fo.linear_schedule(0, 1, 10, -1), "transition_begin must be a whole number of updates, at least 0; got -1"),
+    (
+        lambda: fo.linear_schedule(0, 1, 10, -1),
+        "transition_begin must be a whole number of updates, at least 0; got -1",
+    ),
     (lambda: fo.linear_schedule(NAN, 1, 10), "init_value must be a finite number"),
     (lambda: fo.linear_schedule(0, INF, 10), "end_value must be a finite number .* got inf"),
     (lambda: fo.polynomial_schedule(0, 1, 2, 0), NO_STEPS),
@@ -452,66 +677,163 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: fo.exponential_decay(1.0, 10, -0.5), "decay_rate must be greater than 0"),
     (lambda: fo.exponential_decay(1.0, 10, NAN), "decay_rate must be a finite number"),
     (lambda: fo.exponential_decay(1.0, 10, 0.5, -3), "transition_begin .* got -3"),
-    (lambda: fo.exponential_decay(1.0, 10, 0.5, end_value=NAN), "end_value must be a finite number"),
-    (lambda: fo.cosine_decay_schedule(1.0, 0), "decay_steps must be a whole number of updates, at least 1; got 0"),
+    (
+        lambda: fo.exponential_decay(1.0, 10, 0.5, end_value=NAN),
+        "end_value must be a finite number",
+    ),
+    (
+        lambda: fo.cosine_decay_schedule(1.0, 0),
+        "decay_steps must be a whole number of updates, at least 1; got 0",
+    ),
     (lambda: fo.cosine_decay_schedule(NAN, 10), "init_value must be a finite number"),
     (lambda: fo.cosine_decay_schedule(1.0, 10, alpha=INF), "alpha must be a finite number"),
     (lambda: fo.cosine_decay_schedule(1.0, 10, exponent=0.0), "exponent must be greater than 0"),
-    (lambda: fo.join_schedules([], []), "one boundary fewer than schedules; got 0 schedules and 0 boundaries"),
-    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, []), "got 2 schedules and 0 boundaries"),
+    (
+        lambda: fo.join_schedules([], []),
+        "one boundary fewer than schedules; got 0 schedules and 0 boundaries",
+    ),
+    (
+        lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, []),
+        "got 2 schedules and 0 boundaries",
+    ),
     (
         lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 3, [5, 5]),
         "boundaries must be increasing whole numbers, at least 1; got 5 after 5",
     ),
-    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 3, [8, 5]), "boundaries must be increasing .* got 5 after 8"),
-    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [0]), "boundaries must be .* at least 1; got 0"),
-    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [2.5]), r"boundaries must be .* whole numbers.* got 2\.5"),
+    (
+        lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 3, [8, 5]),
+        "boundaries must be increasing .* got 5 after 8",
+    ),
+    (
+        lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [0]),
+        "boundaries must be .* at least 1; got 0",
+    ),
+    (
+        lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [2.5]),
+        r"boundaries must be .* whole numbers.* got 2\.5",
+    ),
     (lambda: fo.piecewise_constant_schedule(NAN, {10: 0.1}), "init_value must be a finite number"),
-    (lambda: fo.piecewise_constant_schedule(1.0, {10: NAN}), "the scale at 10 must be a finite number"),
-    (lambda: fo.piecewise_constant_schedule(1.0, {0: 0.1}), "boundaries must be .* at least 1; got 0"),
-    (lambda: fo.piecewise_constant_schedule(1.0, {2.5: 0.1}), r"boundaries must be .* whole numbers.* got 2\.5"),
-    (lambda: fo.piecewise_interpolate_schedule("cubic", 1.0, {10: 0.1}), "interpolate_type must be 'linear' or 'cosine'; got 'cubic'"),
-    (lambda: fo.piecewise_interpolate_schedule("linear", 1.0, {-1: 0.1}), "boundaries must be .* at least 1; got -1"),
-    (lambda: fo.piecewise_interpolate_schedule("linear", NAN, {10: 0.1}), "init_value must be a finite number"),
-    (lambda: fo.warmup_constant_schedule(0.0, 1.0, -1), "warmup_steps must be a whole number of updates, at least 0; got -1"),
+    (
+        lambda: fo.piecewise_constant_schedule(1.0, {10: NAN}),
+        "the scale at 10 must be a finite number",
+    ),
+    (
+        lambda: fo.piecewise_constant_schedule(1.0, {0: 0.1}),
+        "boundaries must be .* at least 1; got 0",
+    ),
+    (
+        lambda: fo.piecewise_constant_schedule(1.0, {2.5: 0.1}),
+        r"boundaries must be .* whole numbers.* got 2\.5",
+    ),
+    (
+        lambda: fo.piecewise_interpolate_schedule("cubic", 1.0, {10: 0.1}),
+        "interpolate_type must be 'linear' or 'cosine'; got 'cubic'",
+    ),
+    (
+        lambda: fo.piecewise_interpolate_schedule("linear", 1.0, {-1: 0.1}),
+        "boundaries must be .* at least 1; got -1",
+    ),
+    (
+        lambda: fo.piecewise_interpolate_schedule("linear", NAN, {10: 0.1}),
+        "init_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_constant_schedule(0.0, 1.0, -1),
+        "warmup_steps must be a whole number of updates, at least 0; got -1",
+    ),
     (lambda: fo.warmup_constant_schedule(NAN, 1.0, 10), "init_value must be a finite number"),
     (lambda: fo.warmup_constant_schedule(0.0, NAN, 10), "peak_value must be a finite number"),
     (
         lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 10),
         "decay_steps counts the warmup too, .* greater than warmup_steps; got 10 and 10",
     ),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 5), "greater than warmup_steps; got 5 and 10"),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 5),
+        "greater than warmup_steps; got 5 and 10",
+    ),
     (lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, -1, 10), "warmup_steps .* got -1"),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 57.5), r"decay_steps must be a whole number of updates.* got 57\.5"),
-    (lambda: fo.warmup_cosine_decay_schedule(NAN, 1.0, 10, 50), "init_value must be a finite number"),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, NAN, 10, 50), "peak_value must be a finite number"),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, 0.0, 10, 50), "peak_value must be greater than 0"),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, NAN), "end_value must be a finite number"),
-    (lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, exponent=-1.0), "exponent must be greater than 0"),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 57.5),
+        r"decay_steps must be a whole number of updates.* got 57\.5",
+    ),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(NAN, 1.0, 10, 50),
+        "init_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, NAN, 10, 50),
+        "peak_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 0.0, 10, 50),
+        "peak_value must be greater than 0",
+    ),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, NAN),
+        "end_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, exponent=-1.0),
+        "exponent must be greater than 0",
+    ),
     (lambda: fo.warmup_exponential_decay_schedule(0.0, 1.0, -2, 5, 0.5), "warmup_steps .* got -2"),
     (lambda: fo.warmup_exponential_decay_schedule(0.0, 1.0, 2, 0, 0.5), NO_STEPS),
-    (lambda: fo.warmup_exponential_decay_schedule(NAN, 1.0, 2, 5, 0.5), "init_value must be a finite number"),
-    (lambda: fo.warmup_exponential_decay_schedule(0.0, NAN, 2, 5, 0.5), "peak_value must be a finite number"),
+    (
+        lambda: fo.warmup_exponential_decay_schedule(NAN, 1.0, 2, 5, 0.5),
+        "init_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_exponential_decay_schedule(0.0, NAN, 2, 5, 0.5),
+        "peak_value must be a finite number",
+    ),
     (lambda: fo.linear_onecycle_schedule(0, 1.0), NO_STEPS),
     (lambda: fo.linear_onecycle_schedule(100, NAN), "peak_value must be a finite number"),
-    (lambda: fo.linear_onecycle_schedule(100, 1.0, pct_start=1.5), r"pct_start must be between 0 and 1; got 1\.5"),
-    (lambda: fo.linear_onecycle_schedule(100, 1.0, pct_final=NAN), "pct_final must be between 0 and 1"),
-    (lambda: fo.linear_onecycle_schedule(100, 1.0, pct_start=0.9, pct_final=0.5), "boundaries must be increasing .* got 50 after 90"),
+    (
+        lambda: fo.linear_onecycle_schedule(100, 1.0, pct_start=1.5),
+        r"pct_start must be between 0 and 1; got 1\.5",
+    ),
+    (
+        lambda: fo.linear_onecycle_schedule(100, 1.0, pct_final=NAN),
+        "pct_final must be between 0 and 1",
+    ),
+    (
+        lambda: fo.linear_onecycle_schedule(100, 1.0, pct_start=0.9, pct_final=0.5),
+        "boundaries must be increasing .* got 50 after 90",
+    ),
     (lambda: fo.linear_onecycle_schedule(2, 1.0), "boundaries must be increasing .* got 0"),
-    (lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=0.0), "div_factor must be greater than 0"),
+    (
+        lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=0.0),
+        "div_factor must be greater than 0",
+    ),
     (lambda: fo.cosine_onecycle_schedule(-1, 1.0), "transition_steps .* got -1"),
     (lambda: fo.cosine_onecycle_schedule(100, NAN), "peak_value must be a finite number"),
-    (lambda: fo.cosine_onecycle_schedule(100, 1.0, pct_start=0.0), r"pct_start must be between 0 and 1; got 0\.0"),
-    (lambda: fo.cosine_onecycle_schedule(100, 1.0, final_div_factor=NAN), "final_div_factor must be a finite number"),
+    (
+        lambda: fo.cosine_onecycle_schedule(100, 1.0, pct_start=0.0),
+        r"pct_start must be between 0 and 1; got 0\.0",
+    ),
+    (
+        lambda: fo.cosine_onecycle_schedule(100, 1.0, final_div_factor=NAN),
+        "final_div_factor must be a finite number",
+    ),
     (lambda: fo.cosine_onecycle_schedule(2, 1.0), "boundaries must be increasing .* got 0"),
     (lambda: fo.sgdr_schedule([]), "at least one cycle"),
-    (lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "decay_steps": 1}]), "decay_steps counts the warmup too"),
-    (lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": NAN}]), "peak_value must be a finite number"),
+    (
+        lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "decay_steps": 1}]),
+        "decay_steps counts the warmup too",
+    ),
+    (
+        lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": NAN}]),
+        "peak_value must be a finite number",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("make", "match"), ERRORS, ids=[f"{i}-{re.sub('[^a-z_]+', ' ', match)[:24].strip()}" for i, (_, match) in enumerate(ERRORS)]
+    ("make", "match"),
+    ERRORS,
+    ids=[
+        f"{i}-{re.sub('[^a-z_]+', ' ', match)[:24].strip()}" for i, (_, match) in enumerate(ERRORS)
+    ],
 )
 def test_refused_when_made(make: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -24,7 +24,9 @@ def with_sums(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
         "signs": lambda g, other: (g * other > 0).to(g.dtype).sum(),
         "n": lambda g: g.numel(),
     }
-    return fo.leafwise(_rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, sums=sums)
+    return fo.leafwise(
+        _rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, sums=sums
+    )
 
 
 def _prepare(count, *, other):
@@ -41,18 +43,32 @@ def with_the_whole_tensor(weight: float | Tensor = 0.5) -> fo.GradientTransforma
         signs = (g * other > 0).to(g.dtype).sum()
         return _rule(g, p, mean, weight * (g**2).sum(), (p * mean).sum(), signs, g.numel(), t)
 
-    return fo.leafwise(rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, kind="tensorwise")
+    return fo.leafwise(
+        rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, kind="tensorwise"
+    )
 
 
-SHAPES = {"matrix": (5, 7), "long": (9001,), "one": (1,), "scalar": (), "empty": (0, 3), "thin": (6, 1)}
+SHAPES = {
+    "matrix": (5, 7),
+    "long": (9001,),
+    "one": (1,),
+    "scalar": (),
+    "empty": (0, 3),
+    "thin": (6, 1),
+}
 
 
 def drawn(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in SHAPES.items()
+    }
 
 
-def steps(tx: fo.GradientTransformation, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
+def steps(
+    tx: fo.GradientTransformation, dtype: torch.dtype = torch.float64
+) -> list[dict[str, Tensor]]:
     ps = drawn(0, dtype)
     state, seen = tx.init(ps), []
     for i in range(3):
@@ -76,7 +92,9 @@ def test_complex_tensors_are_pairs_of_reals() -> None:
 
 
 def test_mapped_and_differentiated() -> None:
-    ps, gs, other = ({n: x for n, x in drawn(i).items() if x.dim() == 2 and x.numel()} for i in (0, 1, 2))
+    ps, gs, other = (
+        {n: x for n, x in drawn(i).items() if x.dim() == 2 and x.numel()} for i in (0, 1, 2)
+    )
 
     def after(make, weight: Tensor, scale: Tensor) -> Tensor:
         tx = make(weight)
@@ -86,7 +104,9 @@ def test_mapped_and_differentiated() -> None:
     weights, scales = torch.tensor([0.5, 2.0, 0.1]).double(), torch.tensor([1.0, 0.3, 3.0]).double()
     for of in (after, grad(after, argnums=1), grad(after, argnums=2)):
         mapped = vmap(lambda w, s, of=of: of(with_sums, w, s))(weights, scales)
-        expected = torch.stack([of(with_the_whole_tensor, w, s) for w, s in zip(weights, scales, strict=True)])
+        expected = torch.stack(
+            [of(with_the_whole_tensor, w, s) for w, s in zip(weights, scales, strict=True)]
+        )
         torch.testing.assert_close(mapped, expected)
         assert expected.abs().min() > 1e-3
 
@@ -96,7 +116,11 @@ def test_compiled(backend: str) -> None:
     """In one pass with what stands before and after, and as one program for all tensors that are no scalars."""
     PROGRAMS.clear()
     tx = fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.scale_by_learning_rate(0.1))
-    step, ps, mine = CompiledStep(tx, True, backend=backend), drawn(0, torch.float32), drawn(0, torch.float32)
+    step, ps, mine = (
+        CompiledStep(tx, True, backend=backend),
+        drawn(0, torch.float32),
+        drawn(0, torch.float32),
+    )
     state, ours = tx.init(ps), tx.init(mine)
     for i in range(3):
         gs, other = drawn(i + 1, torch.float32), drawn(i + 10, torch.float32)
@@ -119,7 +143,9 @@ def test_compiled_sums_over_a_master_copy(dtype: torch.dtype) -> None:
         updates, state = tx.update(gs, state, ps, other=other)
         ps = fo.apply_updates(ps, updates)
         mine, ours = step(mine, gs, ours, other=other)
-        torch.testing.assert_close(fo.get(ours, "mean"), fo.get(state, "mean"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            fo.get(ours, "mean"), fo.get(state, "mean"), rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-6)
     assert len(step.segments) == 1
 
@@ -130,7 +156,9 @@ def test_compiled_sums_over_a_master_copy(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_a_compiled_sum_of_many_numbers_is_exact() -> None:
     """A float32 sum, number after number, would stop growing at 2^24 a lane and be off by 1e-4 long before."""
-    tx = fo.leafwise(lambda g, total: torch.zeros_like(g) + total, sums={"total": lambda g: g.sum()})
+    tx = fo.leafwise(
+        lambda g, total: torch.zeros_like(g) + total, sums={"total": lambda g: g.sum()}
+    )
     g = torch.rand(3_000_001, generator=torch.Generator().manual_seed(0))
     ps, _ = CompiledStep(tx, True)([torch.zeros_like(g)], [g], tx.init([g]))
     exact = g.double().sum()
@@ -190,9 +218,15 @@ def test_factors_that_wait_for_another_sum() -> None:
         fo.leafwise(norm, sums=of_norm),
         fo.leafwise(guarded, sums={"most": lambda g: g.abs().sum()}),
         fo.leafwise(norm, sums=of_norm),
-        fo.leafwise(of_old, slots={"held": torch.ones_like}, sums={"hh": lambda held: held.square().sum()}),
+        fo.leafwise(
+            of_old, slots={"held": torch.ones_like}, sums={"hh": lambda held: held.square().sum()}
+        ),
         fo.leafwise(norm, sums=of_norm),
-        fo.leafwise(of_new, slots={"velocity": torch.ones_like}, sums={"vv": lambda velocity: velocity.square().sum()}),
+        fo.leafwise(
+            of_new,
+            slots={"velocity": torch.ones_like},
+            sums={"vv": lambda velocity: velocity.square().sum()},
+        ),
         fo.leafwise(norm, sums=of_norm),
     )
     ps = drawn(0, torch.float32)
@@ -208,7 +242,9 @@ def test_factors_that_wait_for_another_sum() -> None:
         mine, ours = step(mine, gs, ours)
         torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
         for slot in ("held", "velocity"):
-            torch.testing.assert_close(fo.get(ours, slot), fo.get(state, slot), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                fo.get(ours, slot), fo.get(state, slot), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_which_factors_are_taken_out() -> None:
@@ -219,7 +255,13 @@ def test_which_factors_are_taken_out() -> None:
 
     def together(g, p, known):
         number = 1 / g.sum()
-        return torch.stack([(torch.where(p > 0, g * number, 0.0) ** 2).sum(), (g * known).sum(), (p * number).sum()]), p.copy_(g)
+        return torch.stack(
+            [
+                (torch.where(p > 0, g * number, 0.0) ** 2).sum(),
+                (g * known).sum(),
+                (p * number).sum(),
+            ]
+        ), p.copy_(g)
 
     def alone(graph: torch.fx.Graph) -> list[bool]:
         """Of each sum over a vector, whether it needs no other."""

@@ -25,16 +25,27 @@ def _train(tx: fo.GradientTransformation, ps: dict, gradients: list) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @cases
-def test_derivatives_at_zero_gradients_are_finite(row: Row, variant: dict, dtype: torch.dtype) -> None:
+def test_derivatives_at_zero_gradients_are_finite(
+    row: Row, variant: dict, dtype: torch.dtype
+) -> None:
     """Three steps with gradients that are exactly zero, and whose derivative is not: g = stiffness (p - where p is)."""
-    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyper.items() if name not in variant}
+    hyper = {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in row.hyper.items()
+        if name not in variant
+    }
     if "eps" in hyper:
         hyper["eps"] = torch.tensor(1e-8, dtype=torch.float64)  # the row's own is large
     start = params(dtype)
-    rest = _train(row.build(variant, **hyper), start, [lambda ps: tree.map(torch.zeros_like, ps)] * 3)
+    rest = _train(
+        row.build(variant, **hyper), start, [lambda ps: tree.map(torch.zeros_like, ps)] * 3
+    )
 
     def end(hyper: dict, shift: Tensor, stiffness: Tensor) -> Tensor:
-        pulls = [lambda ps, there=there: tree.map(lambda p, q: stiffness * (p - q), ps, there) for there in rest[:3]]
+        pulls = [
+            lambda ps, there=there: tree.map(lambda p, q: stiffness * (p - q), ps, there)
+            for there in rest[:3]
+        ]
         after = _train(row.build(variant, **hyper), tree.map(lambda p: p + shift, start), pulls)[-1]
         return torch.cat([p.flatten() for p in tree.leaves(after)])
 
@@ -54,7 +65,9 @@ def test_adams_derivative_at_a_zero_gradient_is_the_true_one() -> None:
         p = torch.zeros((), dtype=torch.float64)
         zero = torch.zeros((), dtype=torch.float64)
         exact = grad(lambda g, tx=tx, p=p: tx.update(g, tx.init(p))[0])(zero)
-        torch.testing.assert_close(exact, torch.tensor(1 / eps, dtype=torch.float64), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            exact, torch.tensor(1 / eps, dtype=torch.float64), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("name", ["sign", "scale_by_lion", "sign_sgd"])
@@ -62,7 +75,10 @@ def test_what_is_not_smooth_has_the_derivative_zero(name: str) -> None:
     row = next(row for row in ROWS if row.name == name)
     assert not row.smooth
     tx, p = row.build(), torch.tensor([0.3, -2.0])
-    assert torch.equal(jacrev(lambda g: tx.update(g, tx.init(p), p)[0])(torch.tensor([0.5, -1.0])), torch.zeros(2, 2))
+    assert torch.equal(
+        jacrev(lambda g: tx.update(g, tx.init(p), p)[0])(torch.tensor([0.5, -1.0])),
+        torch.zeros(2, 2),
+    )
 
 
 def test_checkpointed_steps_give_the_same_hypergradient_and_keep_less() -> None:

@@ -14,7 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from registry import ROWS
-from strategies import DTYPES, Block, Layer, Pair, assert_same_bits, bounded, grads_like, params_like, plans, trees
+from strategies import (
+    DTYPES,
+    Block,
+    Layer,
+    Pair,
+    assert_same_bits,
+    bounded,
+    grads_like,
+    params_like,
+    plans,
+    trees,
+)
 from torch import Tensor, ones, tensor, zeros
 
 import functorch_opt as fo
@@ -39,9 +50,15 @@ EXAMPLES = {  # name: (tree, paths of its leaves)
     "dataclass": (Layer(t(2), None, name="head"), ["kernel", "bias"]),
     "global-dataclass": (Block([t(2)]), ["layers/0"]),
     "deque": (deque([t(2), t()]), ["0", "1"]),
-    "state": (tree.StageState({"count": tensor(0)}, {"mu": {"w": t(2)}}), ["shared/count", "slots/mu/w"]),
+    "state": (
+        tree.StageState({"count": tensor(0)}, {"mu": {"w": t(2)}}),
+        ["shared/count", "slots/mu/w"],
+    ),
     "nested": (
-        {"encoder": [Layer(t(2, 3), Pair(t(1), None)), ()], "head": OrderedDict(z={"x": t()}, a=(t(0), {}))},
+        {
+            "encoder": [Layer(t(2, 3), Pair(t(1), None)), ()],
+            "head": OrderedDict(z={"x": t()}, a=(t(0), {})),
+        },
         ["encoder/0/kernel", "encoder/0/bias/w", "encoder/0/bias/b", "head/z/x", "head/a/0"],
     ),
     "empty-dict": ({}, []),
@@ -101,18 +118,26 @@ def test_map_hands_over_none_leaves_of_the_first_tree_and_gives_those_of_the_oth
 
 
 def test_map_names_the_trees_in_its_error() -> None:
-    with pytest.raises(ValueError, match=r"^params and grads differ in structure: at 'b' params has"):
+    with pytest.raises(
+        ValueError, match=r"^params and grads differ in structure: at 'b' params has"
+    ):
         tree.map(torch.add, {"a": t(), "b": t()}, {"a": t()}, names=("params", "grads"))
 
 
 def test_map_leaves_sees_none_too() -> None:
-    assert tree.map_leaves(repr, {"a": None, "b": [True, "x"]}) == {"a": "None", "b": ["True", "'x'"]}
+    assert tree.map_leaves(repr, {"a": None, "b": [True, "x"]}) == {
+        "a": "None",
+        "b": ["True", "'x'"],
+    }
 
 
 @examples
 def test_match_with_itself(example: Any, paths: list[str]) -> None:
     leaves, spec = tree.flatten(example)
-    assert all(a is b for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True))
+    assert all(
+        a is b
+        for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True)
+    )
 
 
 def test_match_goes_by_key_not_by_order() -> None:
@@ -124,13 +149,32 @@ def test_match_goes_by_key_not_by_order() -> None:
             assert [x is w for x in matched] == [path == "w" for path in tree.paths(reference)]
 
 
-@pytest.mark.parametrize("same", ["dict", "ordered", "list", "tuple", "namedtuple", "dataclass", "global-dataclass", "nested", "state"])
+@pytest.mark.parametrize(
+    "same",
+    [
+        "dict",
+        "ordered",
+        "list",
+        "tuple",
+        "namedtuple",
+        "dataclass",
+        "global-dataclass",
+        "nested",
+        "state",
+    ],
+)
 def test_match_refuses_every_other_structure(same: str) -> None:
     reference = EXAMPLES[same][0]
     spec = tree.flatten(reference)[1]
     for name, (other, _) in EXAMPLES.items():
-        if name != same and {name, same} != {"dict", "ordered"} and not (same == "namedtuple" and name.startswith(same)):
-            with pytest.raises(ValueError, match=r"^one and two differ in structure: at .* one has .* and two has "):
+        if (
+            name != same
+            and {name, same} != {"dict", "ordered"}
+            and not (same == "namedtuple" and name.startswith(same))
+        ):
+            with pytest.raises(
+                ValueError, match=r"^one and two differ in structure: at .* one has .* and two has "
+            ):
                 tree.match(reference, spec, other, names=("one", "two"))
 
 
@@ -166,10 +210,17 @@ def test_broadcast() -> None:
     assert tree.broadcast(True, below, names=names) == [True] * 3
     assert tree.broadcast({"a": 1, "z": 2}, below, names=names) == [1, 1, 2]
     assert tree.broadcast({"a": {"b": 1, "w": 2}, "z": (3, [])}, below, names=names) == [1, 2, 3]
-    assert tree.broadcast(OrderedDict(z=2, a={"w": 3, "b": None}), below, names=names) == [None, 3, 2]
+    assert tree.broadcast(OrderedDict(z=2, a={"w": 3, "b": None}), below, names=names) == [
+        None,
+        3,
+        2,
+    ]
     assert tree.broadcast("x", t(), names=names) == ["x"]
     assert tree.broadcast("x", {}, names=names) == []
-    with pytest.raises(ValueError, match=r"^mask and params differ in structure: at 'a' mask has nothing and params has dict"):
+    with pytest.raises(
+        ValueError,
+        match=r"^mask and params differ in structure: at 'a' mask has nothing and params has dict",
+    ):
         tree.broadcast({"z": 1}, below, names=names)
 
 
@@ -178,20 +229,32 @@ def test_broadcast() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm(dtype: torch.dtype) -> None:
-    example = {"a": (3 * ones(1)).to(dtype), "b": [(4 * ones(())).to(dtype), None, zeros(0, dtype=dtype)]}
+    example = {
+        "a": (3 * ones(1)).to(dtype),
+        "b": [(4 * ones(())).to(dtype), None, zeros(0, dtype=dtype)],
+    }
     if dtype.is_complex:
         example["b"][0] = example["b"][0] * 1j
     norm = tree.norm(example)
-    assert norm.dtype == (torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
+    assert norm.dtype == (
+        torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    )
     assert norm.shape == ()
     assert norm.item() == 5.0
 
 
 def test_norm_is_computed_in_float32_at_least() -> None:
-    assert tree.norm([torch.full((400,), 300.0, dtype=torch.float16)]).item() == 6000.0  # the squares overflow in float16
-    small = torch.full((4096,), 2.0**-7, dtype=torch.bfloat16)  # the sum of squares stops growing in bfloat16
+    assert (
+        tree.norm([torch.full((400,), 300.0, dtype=torch.float16)]).item() == 6000.0
+    )  # the squares overflow in float16
+    small = torch.full(
+        (4096,), 2.0**-7, dtype=torch.bfloat16
+    )  # the sum of squares stops growing in bfloat16
     assert tree.norm([small, small]).item() == pytest.approx(math.sqrt(2 * 4096) / 128, rel=1e-6)
-    assert tree.norm([ones(2), ones(2, dtype=torch.float64), ones(1, dtype=torch.bfloat16)]).dtype == torch.float64
+    assert (
+        tree.norm([ones(2), ones(2, dtype=torch.float64), ones(1, dtype=torch.bfloat16)]).dtype
+        == torch.float64
+    )
 
 
 @pytest.mark.parametrize("example", [{}, None, [None], {"a": ()}, [zeros(0)]], ids=str)
@@ -201,7 +264,10 @@ def test_norm_of_nothing(example: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_the_norm_at_zero_is_zero(dtype: torch.dtype) -> None:
-    example = [zeros(3, dtype=dtype, requires_grad=True), zeros((), dtype=dtype, requires_grad=True)]
+    example = [
+        zeros(3, dtype=dtype, requires_grad=True),
+        zeros((), dtype=dtype, requires_grad=True),
+    ]
     tree.norm(example).backward()
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in example)
     half = [zeros(2, dtype=dtype, requires_grad=True), ones(2, dtype=dtype).requires_grad_()]
@@ -220,16 +286,26 @@ def test_functional_gradient_of_the_norm_at_zero_is_zero() -> None:
 def test_zeros_like(dtype: torch.dtype) -> None:
     x = ones(2, 3).to(dtype).mT
     z = tree.zeros_like(x)
-    assert z.dtype == {torch.bfloat16: torch.float32, torch.float16: torch.float32}.get(dtype, dtype)
+    assert z.dtype == {torch.bfloat16: torch.float32, torch.float16: torch.float32}.get(
+        dtype, dtype
+    )
     assert z.shape == x.shape
     assert not z.any()
-    assert tree.zeros_like(x, torch.complex128 if dtype.is_complex else torch.bfloat16).dtype in (torch.complex128, torch.bfloat16)
+    assert tree.zeros_like(x, torch.complex128 if dtype.is_complex else torch.bfloat16).dtype in (
+        torch.complex128,
+        torch.bfloat16,
+    )
 
 
 def test_cast() -> None:
     example = Pair({"w": t(2), "n": tensor(3)}, [None, t().to(torch.complex64), t().double()])
     half = tree.cast(example, torch.bfloat16)
-    assert [x.dtype for x in tree.leaves(half)] == [torch.int64, torch.bfloat16, torch.complex64, torch.bfloat16]
+    assert [x.dtype for x in tree.leaves(half)] == [
+        torch.int64,
+        torch.bfloat16,
+        torch.complex64,
+        torch.bfloat16,
+    ]
     assert half.b[0] is None
     assert tree.cast(example, None) is example
 
@@ -260,7 +336,10 @@ def test_every_path_that_get_offers_can_be_given() -> None:
 
 
 def test_get_from_inside_groups_and_injected_hyperparameters() -> None:
-    tx = fo.partition({"head": fo.inject_hyperparams(fo.sgd)(0.1, momentum=0.9), "rest": fo.adam(0.1)}, {"enc": "rest", "head": "head"})
+    tx = fo.partition(
+        {"head": fo.inject_hyperparams(fo.sgd)(0.1, momentum=0.9), "rest": fo.adam(0.1)},
+        {"enc": "rest", "head": "head"},
+    )
     state = tx.init(PARAMS)
     assert fo.get(state, "learning_rate").item() == 0.1
     assert fo.get(state, "mu").keys() == {"enc/kernel", "enc/bias"}
@@ -294,7 +373,9 @@ def test_describe_says_what_each_model_has_of_its_own() -> None:
     assert "5 x (4,)" in fo.describe(x, in_dims=-1)
     with pytest.raises(ValueError, match=r"'shared/count' has shape \(\).*vmap\(tx.init\)"):
         fo.describe(tx.init(params), in_dims=0)
-    with pytest.raises(ValueError, match=r"'1' has shape \(5, 4\): 5 models along dimension 0, where others have 4"):
+    with pytest.raises(
+        ValueError, match=r"'1' has shape \(5, 4\): 5 models along dimension 0, where others have 4"
+    ):
         fo.describe((x, x.T), in_dims=(0, 0))
 
 
@@ -304,11 +385,15 @@ def test_describe_says_what_each_model_has_of_its_own() -> None:
 @examples
 def test_state_dict_and_back(example: Any, paths: list[str]) -> None:
     flat = fo.state_dict(example)
-    assert list(flat) == [path for path, leaf in zip(paths, tree.flatten(example)[0], strict=True) if leaf is not None]
+    assert list(flat) == [
+        path for path, leaf in zip(paths, tree.flatten(example)[0], strict=True) if leaf is not None
+    ]
     assert all(a is b for a, b in zip(flat.values(), tree.leaves(example), strict=True))
     again = fo.load_state_dict(tree.map(torch.zeros_like, example), flat)
     assert_same_bits(again, example)
-    assert not {x.data_ptr() for x in tree.leaves(again) if x.numel()} & {x.data_ptr() for x in flat.values()}
+    assert not {x.data_ptr() for x in tree.leaves(again) if x.numel()} & {
+        x.data_ptr() for x in flat.values()
+    }
 
 
 def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() -> None:
@@ -330,7 +415,9 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
         fo.masked(fo.adam(0.1), {"b": True, "w": False, "z": True}),
         fo.masked(fo.adam(0.1), lambda path, p: path != "w", otherwise="zero"),
         fo.partition({"a": fo.adam(0.1), "b": fo.sgd(0.3)}, {"b": "a", "w": "b", "z": "a"}),
-        fo.partition({"b": fo.adam(0.1), "w": fo.sgd(0.3), "z": fo.trace(0.5)}, lambda path, p: path),
+        fo.partition(
+            {"b": fo.adam(0.1), "w": fo.sgd(0.3), "z": fo.trace(0.5)}, lambda path, p: path
+        ),
         fo.chain(fo.clip_by_global_norm(0.5), fo.inject_hyperparams(fo.rmsprop)(0.1)),
     ],
     ids=["adamw", "mask", "predicate", "partition", "labels", "inject"],
@@ -360,9 +447,14 @@ def test_functions_on_drawn_trees(plan: Any) -> None:
     assert len(tree.paths(example)) == len(set(tree.unique_paths(example))) == len(leaves)
     assert_same_bits(tree.unflatten(spec, leaves), example)
     assert_same_bits(tree.map(lambda x, y: y, example, params_like(plan)), example)
-    assert all(a is b for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True))
+    assert all(
+        a is b
+        for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True)
+    )
     assert tree.broadcast(True, example, names=("a", "b")) == [True] * len(leaves)
-    assert tree.broadcast(tree.map_leaves(lambda x: 7, example), example, names=("a", "b")) == [7] * len(leaves)
+    assert tree.broadcast(tree.map_leaves(lambda x: 7, example), example, names=("a", "b")) == [
+        7
+    ] * len(leaves)
     assert_same_bits(fo.load_state_dict(example, fo.state_dict(example)), example)
     size = sum(x.numel() * x.element_size() for x in tree.leaves(example))
     assert fo.describe(example).splitlines()[-1].split() == ["total", f"{size:,}", "B"]
@@ -385,10 +477,14 @@ def test_two_drawn_trees_fit_or_the_error_tells_where_not(one: Any, two: Any) ->
     try:
         updated = fo.apply_updates(a, b)
     except ValueError as error:
-        assert "differ in structure: at " in str(error) or "nothing is broadcast or cut off" in str(error)  # noqa: PT017
+        assert "differ in structure: at " in str(error) or "nothing is broadcast or cut off" in str(
+            error
+        )
     else:
         assert tree.paths(updated) == tree.paths(a)
-        for x, y in zip(tree.flatten(a)[0], tree.match(a, tree.flatten(a)[1], b, names=("a", "b")), strict=True):
+        for x, y in zip(
+            tree.flatten(a)[0], tree.match(a, tree.flatten(a)[1], b, names=("a", "b")), strict=True
+        ):
             assert y is None or x.shape == y.shape
 
 
@@ -434,7 +530,10 @@ def test_laws_on_drawn_trees(plan: Any, case: tuple[Any, dict]) -> None:
         before = copy.deepcopy(inputs)
         updates, new = tx.update(*inputs)
         assert_same_bits(tx.update(*inputs), (updates, new))
-        assert_same_bits(tx.update(gs, fo.load_state_dict(tx.init(ps), through_a_file(state)), ps), (updates, new))
+        assert_same_bits(
+            tx.update(gs, fo.load_state_dict(tx.init(ps), through_a_file(state)), ps),
+            (updates, new),
+        )
         assert_same_bits(inputs, before)
 
         moved = fo.apply_updates(ps, updates)
@@ -496,4 +595,6 @@ def test_state_keeps_its_containers_when_gradients_come_in_others() -> None:
     tx = fo.adam(0.1)
     _, state = tx.update(grads, tx.init(params), params)
     assert type(fo.get(state, "mu")) is dict
-    torch.testing.assert_close(fo.get(state, "mu"), {"w": torch.full((2,), 0.2), "b": torch.full((3,), 0.3)})
+    torch.testing.assert_close(
+        fo.get(state, "mu"), {"w": torch.full((2,), 0.2), "b": torch.full((3,), 0.3)}
+    )

@@ -12,16 +12,27 @@ SHAPES = {"conv": (2, 3, 1, 2), "bias": (2,), "scalar": (), "empty": (0, 2), "ma
 
 
 SHAPES_OF = {
-    "Adafactor": {"conv": (2, 3, 4, 2), "bias": (2,), "scalar": (), "row": (1, 5), "matrix": (4, 3)},
+    "Adafactor": {
+        "conv": (2, 3, 4, 2),
+        "bias": (2,),
+        "scalar": (),
+        "row": (1, 5),
+        "matrix": (4, 3),
+    },
     "Muon": {"tall": (4, 3), "wide": (3, 4), "square": (5, 5), "row": (1, 6), "large": (20, 30)},
 }
 """Where a class does not take every shape. torch's Adafactor divides by the size of a tensor, and so has no empty ones."""
 
 
-def make_params(dtype: torch.dtype = torch.float64, seed: int = 0, of: str = "") -> list[nn.Parameter]:
+def make_params(
+    dtype: torch.dtype = torch.float64, seed: int = 0, of: str = ""
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES_OF.get(of, SHAPES).values()
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
 
 
 def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
@@ -33,7 +44,11 @@ def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = 
 
 
 def train(
-    opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, start: int = 0, missing_at: dict[int, tuple[int, ...]] | None = None
+    opt: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    steps: int,
+    start: int = 0,
+    missing_at: dict[int, tuple[int, ...]] | None = None,
 ) -> list[Tensor]:
     for step in range(start, start + steps):
         set_grads(params, step, (missing_at or {}).get(step, ()))
@@ -41,7 +56,11 @@ def train(
     return [p.detach().clone() for p in params]
 
 
-TORCH_NAMED = [name for name, cls in vars(fo.optim).items() if isinstance(cls, type) and issubclass(cls, fo.optim.Optimizer)]
+TORCH_NAMED = [
+    name
+    for name, cls in vars(fo.optim).items()
+    if isinstance(cls, type) and issubclass(cls, fo.optim.Optimizer)
+]
 TORCH_NAMED.remove("Optimizer")
 """Our classes with torch's names. LBFGS and SparseAdam are torch's own."""
 
@@ -52,12 +71,18 @@ FREEZE = {2: (0, 1, 2, 3, 4), 4: (1,), 5: (1,), 6: (1, 2)}
 
 def torchs(name: str, params: list, **options) -> torch.optim.Optimizer:
     """torch's class, as a loop over the parameters."""
-    return getattr(torch.optim, name)(params, **options, **({} if name == "Muon" else {"foreach": False}))
+    return getattr(torch.optim, name)(
+        params, **options, **({} if name == "Muon" else {"foreach": False})
+    )
 
 
 def model_and_loss() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(32, 4), torch.randn(32, 1)
+    return (
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        torch.randn(32, 4),
+        torch.randn(32, 1),
+    )
 
 
 SCHEDULERS = {
@@ -74,6 +99,10 @@ SCHEDULERS = {
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=24),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], [4]),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
 }

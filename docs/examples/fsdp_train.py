@@ -35,18 +35,25 @@ class Block(nn.Module):
         self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(
+            scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         return x + self.mlp(self.norm_2(x))
 
 
 class Transformer(nn.Module):
     def __init__(self, width: int = 128, heads: int = 4, depth: int = 2) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(len(CHARACTERS), width), nn.Embedding(CONTEXT, width)
+        self.token, self.position = (
+            nn.Embedding(len(CHARACTERS), width),
+            nn.Embedding(CONTEXT, width),
+        )
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CHARACTERS))
 
@@ -59,7 +66,9 @@ class Transformer(nn.Module):
 
 def batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """This rank's rows of the batch of this step. The whole batch is the same for any number of ranks."""
-    starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(step))
+    starts = torch.randint(
+        len(text) - CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(step)
+    )
     mine = starts.chunk(dist.get_world_size())[dist.get_rank()]
     windows = torch.stack([text[i : i + CONTEXT + 1] for i in mine])
     return windows[:, :-1], windows[:, 1:]
@@ -84,8 +93,12 @@ def resume(model: nn.Module, opt: torch.optim.Optimizer, folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints and lines")
-    parser.add_argument("--folder", type=Path, default=None, help="of checkpoints; by default none are written")
+    parser.add_argument(
+        "--every", type=int, default=100, help="steps between checkpoints and lines"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="of checkpoints; by default none are written"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the step of the optimizer")
     args = parser.parse_args()
 
@@ -109,7 +122,9 @@ def main() -> None:
         fo.clip_by_global_norm(1.0),  # the norm of the whole gradient, not of this rank's part
         fo.adamw(schedule, weight_decay=0.1, mask=lambda name, p: p.ndim > 1),
     )
-    opt = fo.optim.Optimizer(model.named_parameters(), tx, compile=args.compile)  # after fully_shard, which replaces the parameters
+    opt = fo.optim.Optimizer(
+        model.named_parameters(), tx, compile=args.compile
+    )  # after fully_shard, which replaces the parameters
     start = resume(model, opt, args.folder) if args.folder else 0
     if rank == 0:
         print(f"ranks: {world}, device: {kind}, from step {start}", flush=True)

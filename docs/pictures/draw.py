@@ -21,7 +21,10 @@ HERE = Path(__file__).parent
 def learning_rates() -> Figure:
     """`fo.sweep` on the digits: 32 learning rates, two momenta, three seeds."""
     digits = load_digits()
-    x, y = torch.tensor(digits.images / 16, dtype=torch.float32).flatten(1), torch.tensor(digits.target)
+    x, y = (
+        torch.tensor(digits.images / 16, dtype=torch.float32).flatten(1),
+        torch.tensor(digits.target),
+    )
     result = fo.sweep(
         lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
         (x[:1437], y[:1437]),
@@ -50,9 +53,13 @@ def model_per_image() -> Figure:
     start = {name: p.detach() for name, p in net.named_parameters()}
     tx = fo.adam(0.01)
 
-    def step(params: dict[str, Tensor], state: dict, image: Tensor) -> tuple[dict[str, Tensor], dict, Tensor]:
+    def step(
+        params: dict[str, Tensor], state: dict, image: Tensor
+    ) -> tuple[dict[str, Tensor], dict, Tensor]:
         def loss(params: dict[str, Tensor]) -> Tensor:
-            return ((functional_call(net, params, pixels).squeeze(-1) - image.flatten()) ** 2).mean()
+            return (
+                (functional_call(net, params, pixels).squeeze(-1) - image.flatten()) ** 2
+            ).mean()
 
         grads, value = grad_and_value(loss)(params)
         updates, state = tx.update(grads, state, params)
@@ -62,11 +69,16 @@ def model_per_image() -> Figure:
     state, values, drawn = vmap(tx.init)(params), [], {}
     for k in range(1001):
         if k in (0, 30, 200, 1000):
-            drawn[k] = vmap(lambda p: functional_call(net, p, fine))(params).detach().view(10, 32, 32)
+            drawn[k] = (
+                vmap(lambda p: functional_call(net, p, fine))(params).detach().view(10, 32, 32)
+            )
         params, state, value = vmap(step)(params, state, images)
         values.append(value.mean())
     figure = Figure(figsize=(9, 4.9), layout="constrained")
-    rows = {"the image, 8 x 8": images, **{f"{k} steps" if k else "the start": picture for k, picture in drawn.items()}}
+    rows = {
+        "the image, 8 x 8": images,
+        **{f"{k} steps" if k else "the start": picture for k, picture in drawn.items()},
+    }
     for axes, (title, pictures) in zip(figure.subplots(5, 10), rows.items(), strict=True):
         for ax, picture in zip(axes, pictures, strict=True):
             ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
@@ -124,7 +136,14 @@ def posterior() -> Figure:
     density = torch.exp(-energy(x))
     figure = Figure(figsize=(7, 3), layout="constrained")
     ax = figure.subplots()
-    ax.hist(vmap(chain)(keys), bins=90, range=(-2.3, 2.3), density=True, color="0.8", label="the ends of 20,000 chains")
+    ax.hist(
+        vmap(chain)(keys),
+        bins=90,
+        range=(-2.3, 2.3),
+        density=True,
+        color="0.8",
+        label="the ends of 20,000 chains",
+    )
     ax.plot(x, density / torch.trapezoid(density, x), label="exp(-U), normalized")
     ax.set(xlabel="x", yticks=[])
     ax.legend(frameon=False)
@@ -138,8 +157,12 @@ def ensemble() -> Figure:
     net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
     rates = torch.logspace(-4, 0, 64)
 
-    def step(params: dict[str, Tensor], state: dict, rate: Tensor) -> tuple[dict[str, Tensor], dict, Tensor]:
-        gradients, value = grad_and_value(lambda p: ((functional_call(net, p, x) - torch.sin(3 * x)) ** 2).mean())(params)
+    def step(
+        params: dict[str, Tensor], state: dict, rate: Tensor
+    ) -> tuple[dict[str, Tensor], dict, Tensor]:
+        gradients, value = grad_and_value(
+            lambda p: ((functional_call(net, p, x) - torch.sin(3 * x)) ** 2).mean()
+        )(params)
         updates, state = fo.adam(rate).update(gradients, state, params)
         return fo.apply_updates(params, updates), state, value
 

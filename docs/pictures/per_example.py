@@ -22,7 +22,9 @@ def digits() -> tuple[Tensor, Tensor]:
     """1,797 digits of 8x8, in an order that is always the same."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
+    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[
+        order
+    ]
 
 
 def model() -> nn.Module:
@@ -65,21 +67,36 @@ def private_run(sigma: float, steps: int, every: int) -> list[tuple[float, float
     state = tx.init(params)
     for step in range(1, steps + 1):
         chosen = fo.poisson_sample(fo.random.fold_in(sampling, step), 1400, BATCH)
-        updates, state = tx.update(clipped_grads(params, x[train][chosen], y[train][chosen]), state, params)
+        updates, state = tx.update(
+            clipped_grads(params, x[train][chosen], y[train][chosen]), state, params
+        )
         params = fo.apply_updates(params, updates)
         if step % every == 0:
             right = functional_call(net, params, x[test]).argmax(1) == y[test]
-            found.append((fo.privacy_spent(sigma, BATCH / 1400, step, DELTA), float(right.float().mean())))
+            found.append(
+                (fo.privacy_spent(sigma, BATCH / 1400, step, DELTA), float(right.float().mean()))
+            )
     return found
 
 
-def draw(path: Path, steps: int = 200, every: int = 25, sigmas: tuple[float, ...] = (8.0, 4.0, 2.0)) -> Path:
+def draw(
+    path: Path, steps: int = 200, every: int = 25, sigmas: tuple[float, ...] = (8.0, 4.0, 2.0)
+) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for norms, label, colour in zip(norms_by_label(steps), ("right label", "wrong label"), (SKY, ORANGE), strict=True):
-        left.hist(norms.clamp(min=1e-3).log10(), bins=40, density=True, alpha=0.8, color=colour, label=label)
+    for norms, label, colour in zip(
+        norms_by_label(steps), ("right label", "wrong label"), (SKY, ORANGE), strict=True
+    ):
+        left.hist(
+            norms.clamp(min=1e-3).log10(),
+            bins=40,
+            density=True,
+            alpha=0.8,
+            color=colour,
+            label=label,
+        )
     left.set_xlabel("log10 of the norm of an example's gradient")
     left.set_yticks([])
     left.set_title("Wrong labels stand out", loc="left", fontsize=10)

@@ -50,13 +50,17 @@ class Chain(GradientTransformation):
                 "Use what its own init or update returned."
             )
 
-    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+    def _update(
+        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
         self.check_state(state)
         new: dict[str, PyTree] = {}
         for names in self.passes:
             stages: list[Any] = [self.stages[name] for name in names]
             if len(stages) > 1:
-                updates, states = update_in_one_pass(stages, updates, [state[name] for name in names], params, extra)
+                updates, states = update_in_one_pass(
+                    stages, updates, [state[name] for name in names], params, extra
+                )
                 new |= dict(zip(names, states, strict=True))
             else:
                 mine = {e: extra[e] for e in stages[0].extra_args if e in extra}

@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from functorch_opt._core.structure import Path, PyTree, flatten, flatten_tensors, paths, shorten, unflatten, unique_paths
+from functorch_opt._core.structure import (
+    Path,
+    PyTree,
+    flatten,
+    flatten_tensors,
+    paths,
+    shorten,
+    unflatten,
+    unique_paths,
+)
 
 __all__ = ["load_state_dict", "state_dict"]
 
@@ -32,7 +41,9 @@ def state_dict(state: PyTree) -> dict[Path, Tensor]:
         ['scale_by_adam/shared/count', 'scale_by_adam/slots/mu/w', 'scale_by_adam/slots/nu/w']
     """
     here, _ = flatten_tensors(state, "state")
-    return {path: leaf for path, leaf in zip(unique_paths(state), here, strict=True) if leaf is not None}
+    return {
+        path: leaf for path, leaf in zip(unique_paths(state), here, strict=True) if leaf is not None
+    }
 
 
 class Fit(NamedTuple):
@@ -53,7 +64,11 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         moved = [f"{there} as {here}" for here, there in self.moved.items()]
-        parts = {"missing": self.missing, "not expected": self.unexpected, "under another name": moved}
+        parts = {
+            "missing": self.missing,
+            "not expected": self.unexpected,
+            "under another name": moved,
+        }
         listed = "; ".join(f"{what} {shorten(names, 20)}" for what, names in parts.items() if names)
         return f"This state dict does not fit exactly: {listed}."
 
@@ -69,7 +84,10 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
     here, there = list(dict.fromkeys(here)), list(dict.fromkeys(there))
     known, given = set(here), set(there)
     source = {name: name for name in here if name in given}
-    missing, unexpected = [name for name in here if name not in given], [name for name in there if name not in known]
+    missing, unexpected = (
+        [name for name in here if name not in given],
+        [name for name in there if name not in known],
+    )
     partners: dict[Path, list[Path]] = {}
     ends: dict[Path, list[Path]] = {}
     for name in missing:
@@ -80,9 +98,17 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
         for other in [*ends.get(name, ()), *(end for end in _ends(name) if end in whole)]:
             partners.setdefault(name, []).append(other)
             partners.setdefault(other, []).append(name)
-    source |= {name: partners[name][0] for name in missing if len(partners.get(name, ())) == 1 == len(partners[partners[name][0]])}
+    source |= {
+        name: partners[name][0]
+        for name in missing
+        if len(partners.get(name, ())) == 1 == len(partners[partners[name][0]])
+    }
     taken = set(source.values())
-    return Fit(source, [name for name in missing if name not in source], [name for name in unexpected if name not in taken])
+    return Fit(
+        source,
+        [name for name in missing if name not in source],
+        [name for name in unexpected if name not in taken],
+    )
 
 
 def _ends(name: Path) -> list[Path]:
@@ -117,7 +143,9 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = 
     """
     here, spec = flatten(state)
     if not isinstance(saved, Mapping):
-        raise TypeError(f"a state dict is a dict from path to tensor, as state_dict gives; got {type(saved).__name__}.")
+        raise TypeError(
+            f"a state dict is a dict from path to tensor, as state_dict gives; got {type(saved).__name__}."
+        )
     wanted = {path: leaf for path, leaf in zip(paths(state), here, strict=True) if leaf is not None}
     found = fit(wanted, saved)
     if strict and not found.exact:
@@ -129,7 +157,9 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = 
         value, leaf = saved[there], wanted[path]
         if not isinstance(value, Tensor):
             given = f"{type(value).__name__} {value!r}"
-            raise TypeError(f"{there!r} is {given} in the state dict; it must be a tensor, as state_dict gives.")
+            raise TypeError(
+                f"{there!r} is {given} in the state dict; it must be a tensor, as state_dict gives."
+            )
         if value.shape != leaf.shape:
             raise ValueError(
                 f"{there!r} has shape {tuple(value.shape)} in the state dict and {tuple(leaf.shape)} here. "
@@ -138,4 +168,10 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = 
         new[path] = value.to(leaf.device, copy=True)
     if found.missing or found.unexpected:
         warnings.warn(f"{found} {LEFT_OVER}", stacklevel=2)
-    return unflatten(spec, [None if leaf is None else new[path] for path, leaf in zip(paths(state), here, strict=True)])
+    return unflatten(
+        spec,
+        [
+            None if leaf is None else new[path]
+            for path, leaf in zip(paths(state), here, strict=True)
+        ],
+    )

@@ -37,26 +37,48 @@ def _by_group(
 
     for label, tx in transforms.items():
         if not isinstance(tx, GradientTransformation):
-            raise TypeError(f"{label!r} must be a transformation, e.g. scale_by_adam(); got {type(tx).__name__} {tx!r}.")
+            raise TypeError(
+                f"{label!r} must be a transformation, e.g. scale_by_adam(); got {type(tx).__name__} {tx!r}."
+            )
 
     def assign(updates: PyTree, params: PyTree | None) -> tuple[list[Path], list[Any], list[Any]]:
         """The path, parameter and label of every leaf. Decided by the params where they are given: so it is the same at every step."""
         us, spec = tree.flatten_tensors(updates, "updates")
         paths = tree.paths(updates)
-        ps = us if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+        ps = (
+            us if params is None else tree.match(updates, spec, params, names=("updates", "params"))
+        )
         if not callable(labels):
             given = tree.broadcast(labels, updates, names=(name, "params"))
-            return paths, ps, [_NO_LEAF if params is not None and p is None else read(label) for label, p in zip(given, ps, strict=True)]
+            return (
+                paths,
+                ps,
+                [
+                    _NO_LEAF if params is not None and p is None else read(label)
+                    for label, p in zip(given, ps, strict=True)
+                ],
+            )
         if params is None and any(leaf is None for leaf in ps):
             missing = next(path for path, leaf in zip(paths, ps, strict=True) if leaf is None)
             raise ValueError(
                 f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params)."
             )
-        return paths, ps, [_NO_LEAF if p is None else read(labels(path, p)) for path, p in zip(paths, ps, strict=True)]
+        return (
+            paths,
+            ps,
+            [
+                _NO_LEAF if p is None else read(labels(path, p))
+                for path, p in zip(paths, ps, strict=True)
+            ],
+        )
 
     def check(paths: list[Path], assigned: list[Any]) -> None:
         known = list(transforms)
-        unknown = {repr(label): path for path, label in zip(paths, assigned, strict=True) if label is not _NO_LEAF and label not in known}
+        unknown = {
+            repr(label): path
+            for path, label in zip(paths, assigned, strict=True)
+            if label is not _NO_LEAF and label not in known
+        }
         if unknown and otherwise == "error":
             raise ValueError(
                 f"{name} gives {', '.join(f'{label} (at {path!r})' for label, path in unknown.items())}; "
@@ -70,7 +92,9 @@ def _by_group(
         parts = {label: _part(paths, leaves, assigned, label) for label in transforms}
         return {label: transforms[label].init(part) for label, part in parts.items() if part}
 
-    def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+    def update(
+        updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
         paths, ps, assigned = assign(updates, params)
         check(paths, assigned)
         us, spec = tree.flatten(updates)
@@ -82,7 +106,9 @@ def _by_group(
                 continue
             if not isinstance(state, dict) or label not in state:
                 held = list(state) if isinstance(state, dict) else type(state).__name__
-                raise ValueError(f"this state has no part for {label!r}; it has {held}. Use what its own init or update returned.")
+                raise ValueError(
+                    f"this state has no part for {label!r}; it has {held}. Use what its own init or update returned."
+                )
             part_params = None if params is None else _part(paths, ps, assigned, label)
             mine = {e: extra[e] for e in tx.extra_args if e in extra}
             with part_of_tree([number[path] for path in tree.paths(part)]):
@@ -90,15 +116,25 @@ def _by_group(
             changed.update(part)
         if otherwise == "zero":
             us = [None if u is None else torch.zeros_like(u) for u in us]
-        return tree.unflatten(spec, [changed.get(path, u) for path, u in zip(paths, us, strict=True)]), new_state
+        return tree.unflatten(
+            spec, [changed.get(path, u) for path, u in zip(paths, us, strict=True)]
+        ), new_state
 
     declared: dict[str, bool] = {}
     for tx in transforms.values():
         declared |= {e: required or declared.get(e, False) for e, required in tx.extra_args.items()}
 
-    def rebuilt(f: Callable[[GradientTransformation], GradientTransformation]) -> GradientTransformation:
+    def rebuilt(
+        f: Callable[[GradientTransformation], GradientTransformation],
+    ) -> GradientTransformation:
         rest = {"rest": f(identity())} if otherwise == "pass" else {}
-        return _by_group({**{label: f(tx) for label, tx in transforms.items()}, **rest}, labels, name, otherwise, read)
+        return _by_group(
+            {**{label: f(tx) for label, tx in transforms.items()}, **rest},
+            labels,
+            name,
+            otherwise,
+            read,
+        )
 
     groups = GradientTransformation(init, update, extra_args=declared)
     groups.last, groups.rebuilt = any(tx.last for tx in transforms.values()), rebuilt
@@ -106,11 +142,17 @@ def _by_group(
 
 
 def _part(paths: list[Path], leaves: list[Any], assigned: list[Any], label: Any) -> dict[Path, Any]:
-    return {path: leaf for path, leaf, mine in zip(paths, leaves, assigned, strict=True) if mine == label}
+    return {
+        path: leaf
+        for path, leaf, mine in zip(paths, leaves, assigned, strict=True)
+        if mine == label
+    }
 
 
 @transformation
-def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pass", "zero"] = "pass") -> GradientTransformation:
+def masked(
+    inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pass", "zero"] = "pass"
+) -> GradientTransformation:
     """Apply `inner` to the chosen leaves only.
 
     `inner` sees them as a flat dict from path to leaf, and its state has no entry for the others.
@@ -137,7 +179,9 @@ def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pa
 
     def label(value: Any) -> str:
         if not isinstance(value, bool):
-            raise TypeError(f"a mask must hold True and False; got {type(value).__name__} {value!r}.")
+            raise TypeError(
+                f"a mask must hold True and False; got {type(value).__name__} {value!r}."
+            )
         return "inner" if value else "rest"
 
     if not callable(mask):
@@ -146,7 +190,9 @@ def masked(inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pa
 
 
 @transformation
-def partition(transforms: Mapping[str, GradientTransformation], param_labels: LabelsOrFn) -> GradientTransformation:
+def partition(
+    transforms: Mapping[str, GradientTransformation], param_labels: LabelsOrFn
+) -> GradientTransformation:
     """Apply to each leaf the transformation of its label.
 
     Each transformation sees its leaves as a flat dict from path to leaf, so a norm is that of the group, and no state has holes.
@@ -170,5 +216,7 @@ def partition(transforms: Mapping[str, GradientTransformation], param_labels: La
         {'w': tensor([-1.]), 'b': tensor([-0.1000])}
     """
     if not isinstance(transforms, Mapping):
-        raise TypeError(f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}.")
+        raise TypeError(
+            f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}."
+        )
     return _by_group(dict(transforms), param_labels, "labels", "error")

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.transformation import Expression, GradientTransformation, Scalar, ScalarOrSchedule
+from functorch_opt._core.transformation import (
+    Expression,
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+)
 from functorch_opt.tree import PyTree
 
 __all__ = ["inject_hyperparams"]
@@ -19,9 +24,15 @@ __all__ = ["inject_hyperparams"]
 class _Injected(Expression):
     """A factory whose transformations keep their hyperparameters in the state."""
 
-    def __init__(self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]) -> None:
+    def __init__(
+        self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]
+    ) -> None:
         self.factory, self.static_args = factory, static_args
-        self.call = (inject_hyperparams, (factory,), {"static_args": static_args} if static_args else {})
+        self.call = (
+            inject_hyperparams,
+            (factory,),
+            {"static_args": static_args} if static_args else {},
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
         numbers, fixed = hyperparameters(self.factory, args, kwargs, self.static_args)
@@ -30,14 +41,26 @@ class _Injected(Expression):
         def init(params: PyTree) -> dict[str, PyTree]:
             device = tree.leaves(params)[0].device
             count = tree.zero_count(params)
-            values = {name: value(count) if callable(value) else value for name, value in numbers.items()}
+            values = {
+                name: value(count) if callable(value) else value for name, value in numbers.items()
+            }
             values = {name: _as_tensor(value, device) for name, value in values.items()}
             counter = {"count": count} if schedules else {}
-            return {"hyperparams": values, "inner": self.factory(**fixed, **values).init(params), **counter}
+            return {
+                "hyperparams": values,
+                "inner": self.factory(**fixed, **values).init(params),
+                **counter,
+            }
 
-        def update(updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+        def update(
+            updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        ) -> tuple[PyTree, dict[str, PyTree]]:
             expected = {"hyperparams", "inner", *(["count"] if schedules else [])}
-            hyperparams = state["hyperparams"] if isinstance(state, dict) and state.keys() == expected else None
+            hyperparams = (
+                state["hyperparams"]
+                if isinstance(state, dict) and state.keys() == expected
+                else None
+            )
             if not isinstance(hyperparams, dict) or hyperparams.keys() != numbers.keys():
                 held = list(state) if isinstance(state, dict) else type(state).__name__
                 raise ValueError(
@@ -47,14 +70,21 @@ class _Injected(Expression):
             values, counter = dict(state["hyperparams"]), {}
             if schedules:
                 count = state["count"]
-                values |= {name: _as_tensor(schedule(count), count.device) for name, schedule in schedules.items()}
+                values |= {
+                    name: _as_tensor(schedule(count), count.device)
+                    for name, schedule in schedules.items()
+                }
                 counter = {"count": count + 1}
-            updates, inner = self.factory(**fixed, **values).update(updates, state["inner"], params, **extra)
+            updates, inner = self.factory(**fixed, **values).update(
+                updates, state["inner"], params, **extra
+            )
             return updates, {"hyperparams": values, "inner": inner, **counter}
 
         inner = self.factory(*args, **kwargs)
         if not isinstance(inner, GradientTransformation):
-            raise TypeError(f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}.")
+            raise TypeError(
+                f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}."
+            )
         tx = GradientTransformation(init, update, extra_args=inner.extra_args)
         tx.last = inner.last
         tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
@@ -63,7 +93,9 @@ class _Injected(Expression):
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
+        return (
+            value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
+        )
     return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
 
 
@@ -109,7 +141,10 @@ def inject_hyperparams(
 
 
 def hyperparameters(
-    factory: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], static_args: tuple[str, ...] = ()
+    factory: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    static_args: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of a call of `factory`, defaults included, in two dicts: the hyperparameters (numbers and schedules), and the rest."""
     signature = inspect.signature(factory)
@@ -117,17 +152,28 @@ def hyperparameters(
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
-        raise TypeError(f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}.") from None
+        raise TypeError(
+            f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}."
+        ) from None
     bound.apply_defaults()
     numbers: dict[str, Any] = {}
     fixed: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         parameter = signature.parameters[name]
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise TypeError(f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them.")
-        annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(parameter.annotation)
+        if parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+            parameter.POSITIONAL_ONLY,
+        ):
+            raise TypeError(
+                f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them."
+            )
+        annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(
+            parameter.annotation
+        )
         number = isinstance(value, float | Tensor) or (
-            annotated and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
+            annotated
+            and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
         )
         (numbers if number and name not in static_args else fixed)[name] = value
     return numbers, fixed

@@ -53,11 +53,19 @@ def part_of_tree(indices: list[int]) -> Iterator[None]:
 
 
 def of_this_part(value: Any) -> Any:
-    return value[_PARTS.stack[-1]] if _PARTS.stack and isinstance(value, Tensor) and value.dim() == 1 else value
+    return (
+        value[_PARTS.stack[-1]]
+        if _PARTS.stack and isinstance(value, Tensor) and value.dim() == 1
+        else value
+    )
 
 
 def check_entries(name: str, value: Any, updates: PyTree) -> None:
-    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != (n := len(tree.flatten(updates)[0])):
+    if (
+        isinstance(value, Tensor)
+        and value.dim() == 1
+        and value.shape[0] != (n := len(tree.flatten(updates)[0]))
+    ):
         raise ValueError(
             f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; "
             "to train with many values at once, vmap over it."
@@ -68,7 +76,9 @@ class Misfit(Exception):
     """What is wrong with a tensor, said by somebody who does not know where it is."""
 
 
-def uniform_dtype(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None]) -> torch.dtype | None:
+def uniform_dtype(
+    g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None]
+) -> torch.dtype | None:
     """Of ordinary real tensors that are all of one dtype, which rules compute in: that dtype. Nothing is wrong with such an update."""
     dtype = g.dtype
     if type(g) is not Tensor or type(p) not in tree.PLAIN or dtype not in _PLAIN:
@@ -86,8 +96,16 @@ _PLAIN = (torch.float32, torch.float64)
 
 def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
-    plain = type(g) is Tensor and type(p) in tree.PLAIN and all(type(slot) is Tensor for slot in slots)
-    if plain and p.dtype is g.dtype and g.dtype.is_floating_point and g.shape == p.shape and g.layout is torch.strided:  # type: ignore[union-attr]
+    plain = (
+        type(g) is Tensor and type(p) in tree.PLAIN and all(type(slot) is Tensor for slot in slots)
+    )
+    if (
+        plain
+        and p.dtype is g.dtype
+        and g.dtype.is_floating_point
+        and g.shape == p.shape
+        and g.layout is torch.strided
+    ):  # type: ignore[union-attr]
         return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
@@ -117,8 +135,14 @@ class PerLeaf:
         for name, value in now.items():
             if isinstance(value, Each):
                 self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
-            elif not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.dim() > 1):
-                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else outline(value)
+            elif not isinstance(value, (int, float, Tensor)) or (
+                isinstance(value, Tensor) and value.dim() > 1
+            ):
+                given = (
+                    f"a tensor of shape {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else outline(value)
+                )
                 wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree of tensors)"
                 raise TypeError(f"{name} is {given}; what a rule may read is {wanted}.")
             elif isinstance(value, Tensor) and value.dim() == 1:
@@ -137,7 +161,9 @@ class PerLeaf:
         if dtype not in self.cast:
             real = _REAL.get(dtype, dtype)
             rows = {
-                name: [_to(x, real) for x in row] if isinstance(row, list) else list(_to(row, real).unbind())
+                name: [_to(x, real) for x in row]
+                if isinstance(row, list)
+                else list(_to(row, real).unbind())
                 for name, row in self.rows.items()
             }
             self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows

@@ -18,7 +18,11 @@ from functorch_opt.tree import PyTree, StageState
 
 
 def update_in_one_pass(
-    stages: Sequence[Any], updates: PyTree, states: Sequence[StageState], params: PyTree | None, extra: Mapping[str, Any]
+    stages: Sequence[Any],
+    updates: PyTree,
+    states: Sequence[StageState],
+    params: PyTree | None,
+    extra: Mapping[str, Any],
 ) -> tuple[PyTree, list[StageState]]:
     """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
 
@@ -31,8 +35,14 @@ def update_in_one_pass(
         updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
         updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
         return updates, first + rest
-    ps = [None] * len(gs) if params is None else tree.match(updates, spec, params, names=("updates", "params"))
-    running = [_Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)]
+    ps = (
+        [None] * len(gs)
+        if params is None
+        else tree.match(updates, spec, params, names=("updates", "params"))
+    )
+    running = [
+        _Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)
+    ]
     columns = [column for stage in running for column in stage.old.values()]
     dtypes: list[torch.dtype | None] = []
     for g, p, *slots in zip(gs, gs if params is None else ps, *columns, strict=True):
@@ -41,7 +51,11 @@ def update_in_one_pass(
             _refuse(running, updates, gs, gs if params is None else ps)
     for stage in running:
         stage.prepare(updates, spec, gs, ps, params, extra)
-    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in {*dtypes} if dtype is not None}
+    arguments = {
+        dtype: [stage.arguments(dtype, ps) for stage in running]
+        for dtype in {*dtypes}
+        if dtype is not None
+    }
     new_columns = [column for stage in running for column in stage.new.values()]
     us: list[Any] = []
     stage = running[0]
@@ -58,19 +72,28 @@ def update_in_one_pass(
                     column.append(x)
             us.append(u)
     except Misfit as misfit:
-        raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}") from misfit.__cause__
+        raise ValueError(
+            f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}"
+        ) from misfit.__cause__
     return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
 
 
 class _Stage:
     """A stage in the middle of an update: the leaves of its slots, old and new, and what its rule may read."""
 
-    def __init__(self, tx: Any, state: StageState, updates: PyTree, spec: Any, params: PyTree | None) -> None:
+    def __init__(
+        self, tx: Any, state: StageState, updates: PyTree, spec: Any, params: PyTree | None
+    ) -> None:
         tx.check_state(state)
         if params is None and tx.reads_params:
-            raise ValueError(f"{tx.name} reads the parameters: call update(updates, state, params).")
+            raise ValueError(
+                f"{tx.name} reads the parameters: call update(updates, state, params)."
+            )
         self.tx, self.state = tx, state
-        self.old = {name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}")) for name, slot in state.slots.items()}
+        self.old = {
+            name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}"))
+            for name, slot in state.slots.items()
+        }
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
         self.reads_p = "p" in tx.reads
         self.behind_g = [name for name in tx.reads if name != "g"]
@@ -82,13 +105,23 @@ class _Stage:
         values |= self.tx.sums_of(values)
         return self.tx.rule(*[values[name] for name in self.tx.rule_reads])
 
-    def prepare(self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], params: PyTree | None, extra: Mapping[str, Any]) -> None:
+    def prepare(
+        self,
+        updates: PyTree,
+        spec: Any,
+        gs: list[Any],
+        ps: list[Any],
+        params: PyTree | None,
+        extra: Mapping[str, Any],
+    ) -> None:
         tx = self.tx
         mine = {name: extra[name] for name in tx.extra_args if name in extra}
         now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
         missing = [name for name in tx.reads if name not in ("g", "p", *self.old, *now)]
         if missing:
-            raise TypeError(f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return.")
+            raise TypeError(
+                f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return."
+            )
         names = tx.reads
         if tx.sums and any(map(tree.is_sharded, gs)):
             now |= tx.sums_of_parts(updates, spec, gs, ps, self.old, now)
@@ -99,7 +132,10 @@ class _Stage:
         """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""
         fixed, rows = self.per_leaf.of(dtype)
         of_leaves = {"p": ps, **self.old, **rows}
-        columns = [of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps) for name in self.behind_g]
+        columns = [
+            of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps)
+            for name in self.behind_g
+        ]
         return list(zip(*columns, strict=True)) if columns else [()] * len(ps)
 
     def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
@@ -114,11 +150,16 @@ class _Stage:
         return u
 
     def next_state(self, spec: Any) -> StageState:
-        slots = {name: tree.like(self.state.slots[name], tree.unflatten(spec, column)) for name, column in self.new.items()}
+        slots = {
+            name: tree.like(self.state.slots[name], tree.unflatten(spec, column))
+            for name, column in self.new.items()
+        }
         return StageState(self.shared, slots)
 
 
-def _quickly(stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: int, g: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+def _quickly(
+    stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: int, g: Tensor
+) -> tuple[Tensor, list[Tensor]] | None:
     """The update that the rules make of `g`, and the new slots; None if anything is unusual, and has to be looked at more closely.
 
     For tensors of one dtype, without a word on what may be wrong: small tensors take longer to be talked about than to be computed.
@@ -129,7 +170,12 @@ def _quickly(stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: in
         for stage, rows in zip(stages, arguments, strict=True):
             result = stage.rule(u, *rows[i])
             if stage.old:
-                if not (type(result) is tuple and len(result) == 2 and type(result[1]) is dict and result[1].keys() == stage.old.keys()):
+                if not (
+                    type(result) is tuple
+                    and len(result) == 2
+                    and type(result[1]) is dict
+                    and result[1].keys() == stage.old.keys()
+                ):
                     return None
                 result, new = result
                 for name, column in stage.old.items():
@@ -149,6 +195,10 @@ def _refuse(running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]
     """Say which update is wrong, and for which stage."""
     for stage in running:
         for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            if g is not None and (wrong := wrong_update(g, p, [column[i] for column in stage.old.values()])):
-                raise ValueError(f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}")
+            if g is not None and (
+                wrong := wrong_update(g, p, [column[i] for column in stage.old.values()])
+            ):
+                raise ValueError(
+                    f"{stage.tx.name}: the update at {tree.paths(updates)[i]!r} {wrong}"
+                )
     raise AssertionError("an update was found wrong that is not")

@@ -28,7 +28,9 @@ def zero_count(params: PyTree) -> Tensor:
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
         return p.new_zeros((), dtype=torch.int64)
-    return torch.zeros((), dtype=torch.int64, device=p.device)  # beside sharded tensors: an ordinary one
+    return torch.zeros(
+        (), dtype=torch.int64, device=p.device
+    )  # beside sharded tensors: an ordinary one
 
 
 def as_real(count: Tensor) -> Tensor:
@@ -48,9 +50,13 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
     """
-    if dtype is not None and (dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)):
+    if dtype is not None and (
+        dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)
+    ):
         wanted = "complex" if x.is_complex() else "floating"
-        raise TypeError(f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None.")
+        raise TypeError(
+            f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None."
+        )
     return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
 
 
@@ -75,12 +81,21 @@ def norm(tree: PyTree) -> Tensor:
     of_parts = {i for _, indices in groups for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
     # Those of other ranks are gathered and not summed, so that no square can overflow.
-    return _norm_of(plain + [_norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()]) for like, indices in groups])
+    return _norm_of(
+        plain
+        + [
+            _norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()])
+            for like, indices in groups
+        ]
+    )
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
     """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
-    products = [torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real for x, y in zip(leaves(tree), leaves(other), strict=True)]
+    products = [
+        torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
+        for x, y in zip(leaves(tree), leaves(other), strict=True)
+    ]
     return stack(products).sum() if products else torch.zeros(())
 
 

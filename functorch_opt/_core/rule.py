@@ -21,9 +21,24 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.leaf import Each, Misfit, PerLeaf, check_entries, enter, of_this_part, outline, working_dtype
+from functorch_opt._core.leaf import (
+    Each,
+    Misfit,
+    PerLeaf,
+    check_entries,
+    enter,
+    of_this_part,
+    outline,
+    working_dtype,
+)
 from functorch_opt._core.leafwise import update_in_one_pass
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, enclosing_name, keyword_only, positional
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    enclosing_name,
+    keyword_only,
+    positional,
+)
 from functorch_opt.tree import PyTree, StageState
 
 __all__ = ["leafwise"]
@@ -45,7 +60,14 @@ class Leafwise(GradientTransformation):
         sums: Mapping[str, Callable[..., Any]],
         kind: Kind,
     ) -> None:
-        self.rule, self.prepare, self.slots, self.shared, self.hyper, self.kind = rule, prepare, slots, shared, hyper, kind
+        self.rule, self.prepare, self.slots, self.shared, self.hyper, self.kind = (
+            rule,
+            prepare,
+            slots,
+            shared,
+            hyper,
+            kind,
+        )
         self.sums = sums
         if kind not in ("elementwise", "tensorwise"):
             whole = "What looks at the whole tree is a GradientTransformation(init, update)."
@@ -57,7 +79,16 @@ class Leafwise(GradientTransformation):
             )
         self.rule_reads = positional(rule)
         self.sum_reads = {name: positional(of) for name, of in sums.items()}
-        self.reads = tuple(dict.fromkeys([n for reads in (self.rule_reads, *self.sum_reads.values()) for n in reads if n not in sums]))
+        self.reads = tuple(
+            dict.fromkeys(
+                [
+                    n
+                    for reads in (self.rule_reads, *self.sum_reads.values())
+                    for n in reads
+                    if n not in sums
+                ]
+            )
+        )
         self.prepare_reads = positional(prepare) if prepare else ()
         self.extra_args = keyword_only(prepare) if prepare else {}
         if keyword_only(rule):
@@ -65,7 +96,9 @@ class Leafwise(GradientTransformation):
             raise TypeError(
                 f"{self.name}: rule takes {names} after '*'. Let prepare take it there, and return it for rule to read by name."
             )
-        self.counts = "count" in (*self.rule_reads, *self.prepare_reads) or any(callable(h) for h in hyper.values())
+        self.counts = "count" in (*self.rule_reads, *self.prepare_reads) or any(
+            callable(h) for h in hyper.values()
+        )
         known = ["count", *slots, *hyper, *shared, *sums]
         if len(known) != len(set(known)) or {"g", "p", "updates", "params"} & set(known):
             raise TypeError(
@@ -76,16 +109,23 @@ class Leafwise(GradientTransformation):
         for reader, reads, allowed in (
             ("prepare", self.prepare_reads, {"updates", "params", "count", *hyper, *shared}),
             ("rule", () if prepare else self.rule_reads, of_leaf),
-            *((f"sum {name}", () if prepare else reads, of_leaf - sums.keys()) for name, reads in self.sum_reads.items()),
+            *(
+                (f"sum {name}", () if prepare else reads, of_leaf - sums.keys())
+                for name, reads in self.sum_reads.items()
+            ),
         ):
             unknown = [name for name in reads if name not in allowed]
             if unknown:
-                raise TypeError(f"{self.name}: {reader} reads {', '.join(unknown)}, which is not among {', '.join(sorted(allowed))}.")
+                raise TypeError(
+                    f"{self.name}: {reader} reads {', '.join(unknown)}, which is not among {', '.join(sorted(allowed))}."
+                )
 
     @property
     def reads_params(self) -> bool:
         """Whether ``update`` needs params: the rule reads ``p``, or ``prepare`` reads ``params`` without a default."""
-        required = self.prepare_reads[: len(self.prepare_reads) - len(getattr(self.prepare, "__defaults__", None) or ())]
+        required = self.prepare_reads[
+            : len(self.prepare_reads) - len(getattr(self.prepare, "__defaults__", None) or ())
+        ]
         return "p" in self.reads or "params" in required
 
     def _init(self, params: PyTree) -> StageState:
@@ -104,12 +144,18 @@ class Leafwise(GradientTransformation):
             tree.flatten_tensors(slot, f"{self.name}'s slot {name}")
         return StageState(shared, slots)
 
-    def _update(self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any) -> tuple[PyTree, StageState]:
+    def _update(
+        self, updates: PyTree, state: StageState, params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, StageState]:
         updates, (new,) = update_in_one_pass([self], updates, [state], params, extra)
         return updates, new
 
     def scalars(
-        self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: dict[str, Any]
+        self,
+        updates: PyTree,
+        shared: dict[str, Tensor],
+        params: PyTree | None,
+        extra: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything a rule may read beside ``g``, ``p`` and slots, by name; and the next shared values. Once a step."""
         now: dict[str, Any] = dict(shared)
@@ -117,17 +163,31 @@ class Leafwise(GradientTransformation):
             now["count"] = of_this_part(shared["count"])
         for name, value in self.hyper.items():
             now[name] = value(now["count"]) if callable(value) else of_this_part(value)
-            if not isinstance(now[name], (int, float, Tensor)) or (isinstance(now[name], Tensor) and now[name].dim() > 1):
-                shape = f"a tensor of shape {tuple(now[name].shape)}" if isinstance(now[name], Tensor) else None
+            if not isinstance(now[name], (int, float, Tensor)) or (
+                isinstance(now[name], Tensor) and now[name].dim() > 1
+            ):
+                shape = (
+                    f"a tensor of shape {tuple(now[name].shape)}"
+                    if isinstance(now[name], Tensor)
+                    else None
+                )
                 given = shape or f"{type(now[name]).__name__} {now[name]!r}"
-                raise TypeError(f"{self.name}: the schedule {name} returned {given}; it must return a number or a 0-dim tensor.")
+                raise TypeError(
+                    f"{self.name}: the schedule {name} returned {given}; it must return a number or a 0-dim tensor."
+                )
             check_entries(name, now[name], updates)
         shared = dict(shared)
         if self.prepare is not None:
             known = {**now, "updates": updates, "params": params}
             result = self.prepare(*(known[name] for name in self.prepare_reads), **extra)
-            result, changed = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-            if not isinstance(result, dict) or not isinstance(changed, dict) or changed.keys() - self.shared.keys():
+            result, changed = (
+                result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            )
+            if (
+                not isinstance(result, dict)
+                or not isinstance(changed, dict)
+                or changed.keys() - self.shared.keys()
+            ):
                 given = outline(result) if changed == {} else outline((result, changed))
                 raise TypeError(
                     f"{self.name}: prepare must return {{name: value}} for the rule, or ({{name: value}}, {{shared: new value}}) "
@@ -140,7 +200,12 @@ class Leafwise(GradientTransformation):
         return now, shared
 
     def apply(
-        self, g: Tensor, p: Tensor | None, slots: dict[str, Tensor], now: dict[str, Any], dtype: torch.dtype
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        slots: dict[str, Tensor],
+        now: dict[str, Any],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rule on one tensor, computed in `dtype`; slots come back in the dtype they were stored in.
 
@@ -158,18 +223,32 @@ class Leafwise(GradientTransformation):
                 values |= self.sums_of(values)
             result = self.rule(*[values[name] for name in self.rule_reads])
         except RuntimeError as error:
-            others = [name for name, slot in slots.items() if slot.shape != g.shape or slot.is_complex() != dtype.is_complex]
+            others = [
+                name
+                for name, slot in slots.items()
+                if slot.shape != g.shape or slot.is_complex() != dtype.is_complex
+            ]
             if others:
-                held = ", ".join(f"{name}, {slots[name].dtype} of shape {tuple(slots[name].shape)}" for name in others)
+                held = ", ".join(
+                    f"{name}, {slots[name].dtype} of shape {tuple(slots[name].shape)}"
+                    for name in others
+                )
                 raise Misfit(
                     f"is {g.dtype} of shape {tuple(g.shape)}, and the state has {held}. Is the state that of other params?"
                 ) from error
             raise
         if not slots:
             return self._leave(result, g, "the update", g, pairs), {}
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) and result[1].keys() == slots.keys()):
+        if not (
+            isinstance(result, tuple)
+            and len(result) == 2
+            and isinstance(result[1], dict)
+            and result[1].keys() == slots.keys()
+        ):
             wanted = f"(update, {{slot: new value}}) with the slots {sorted(slots)}"
-            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {outline(result)}.")
+            raise TypeError(
+                f"{self.name}: rule must return {wanted}; it returned {outline(result)}."
+            )
         u, new = result
         kept = {}
         for name, old in slots.items():
@@ -179,13 +258,19 @@ class Leafwise(GradientTransformation):
 
     def _entered(self, values: dict[str, Any], dtype: torch.dtype, pairs: bool) -> dict[str, Any]:
         """What rule and sums read, as they compute with it."""
-        if not pairs and all(not isinstance(x := values[name], Tensor) or x.dtype == dtype for name in self.reads):
+        if not pairs and all(
+            not isinstance(x := values[name], Tensor) or x.dtype == dtype for name in self.reads
+        ):
             return {}
         return {name: enter(values[name], dtype, pairs) for name in self.reads}
 
     def sums_of(self, values: dict[str, Any]) -> dict[str, Any]:
         """The sums over this tensor, those that are not known."""
-        sums = {name: self.sums[name](*[values[n] for n in reads]) for name, reads in self.sum_reads.items() if name not in values}
+        sums = {
+            name: self.sums[name](*[values[n] for n in reads])
+            for name, reads in self.sum_reads.items()
+            if name not in values
+        }
         for name, x in sums.items():
             if isinstance(x, Tensor) and x.dim():
                 raise TypeError(
@@ -194,7 +279,13 @@ class Leafwise(GradientTransformation):
         return sums
 
     def sums_of_parts(
-        self, updates: PyTree, spec: Any, gs: list[Any], ps: list[Any], slots: dict[str, list[Any]], now: dict[str, Any]
+        self,
+        updates: PyTree,
+        spec: Any,
+        gs: list[Any],
+        ps: list[Any],
+        slots: dict[str, list[Any]],
+        now: dict[str, Any],
     ) -> dict[str, Each]:
         """The sums over sharded tensors: each rank's over its parts, and those added up in one message for all tensors."""
         per_leaf = PerLeaf(updates, spec, {name: now[name] for name in self.reads if name in now})
@@ -205,12 +296,22 @@ class Leafwise(GradientTransformation):
                 continue
             held = {name: column[i] for name, column in slots.items()}
             dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
-            values = {name: tree.part_of(x, g) for name, x in {**per_leaf.at(i, dtype), **held, "g": g, "p": p}.items()}
+            values = {
+                name: tree.part_of(x, g)
+                for name, x in {**per_leaf.at(i, dtype), **held, "g": g, "p": p}.items()
+            }
             sums = self.sums_of(values | self._entered(values, dtype, dtype.is_complex))
-            rows.append({name: torch.as_tensor(x, device=values["g"].device) for name, x in sums.items()})
-        whole = tree.sum_over_ranks([row[name] for name in self.sums for row in rows], gs * len(self.sums))
+            rows.append(
+                {name: torch.as_tensor(x, device=values["g"].device) for name, x in sums.items()}
+            )
+        whole = tree.sum_over_ranks(
+            [row[name] for name in self.sums for row in rows], gs * len(self.sums)
+        )
         n = len(gs)
-        return {name: Each(tree.unflatten(spec, whole[k * n : (k + 1) * n])) for k, name in enumerate(self.sums)}
+        return {
+            name: Each(tree.unflatten(spec, whole[k * n : (k + 1) * n]))
+            for k, name in enumerate(self.sums)
+        }
 
     def _leave(self, x: Any, like: Tensor, name: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked: a rule that broadcasts has met a state of other params, or is wrong."""
@@ -218,7 +319,9 @@ class Leafwise(GradientTransformation):
             return x
         name = name if like is g else f"slot {name}"
         if not isinstance(x, Tensor):
-            raise TypeError(f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor.")
+            raise TypeError(
+                f"{self.name}: rule returned {type(x).__name__} {x!r} as {name}; it must be a tensor."
+            )
         if pairs and like.is_complex():
             x = torch.view_as_complex(x.contiguous())
         if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
@@ -230,8 +333,16 @@ class Leafwise(GradientTransformation):
 
     def check_state(self, state: Any) -> None:
         expected = {*self.shared, *(["count"] if self.counts else [])}
-        if not isinstance(state, StageState) or state.shared.keys() != expected or state.slots.keys() != self.slots.keys():
-            held = [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
+        if (
+            not isinstance(state, StageState)
+            or state.shared.keys() != expected
+            or state.slots.keys() != self.slots.keys()
+        ):
+            held = (
+                [*state.shared, *state.slots]
+                if isinstance(state, StageState)
+                else type(state).__name__
+            )
             raise ValueError(
                 f"this is not a state of {self.name}, which keeps {[*sorted(expected), *self.slots]}: it holds {held}. "
                 "Use the state that its own init or update returned."
@@ -284,7 +395,9 @@ def leafwise(
         [tensor([1.9000, 1.9000])]
     """
     for name, value in (hyper or {}).items():
-        if isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
+        if isinstance(value, bool) or not (
+            isinstance(value, (int, float, Tensor)) or callable(value)
+        ):
             raise TypeError(
                 f"{name} must be a number, a 0-dim tensor or a schedule (a function of the count); got {type(value).__name__} {value!r}."
             )
@@ -294,8 +407,12 @@ def leafwise(
             )
     for name, make in (slots or {}).items():
         if not callable(make):
-            raise TypeError(f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {outline(make)}.")
+            raise TypeError(
+                f"slot {name} must be a function of its parameter, e.g. torch.zeros_like; got {outline(make)}."
+            )
     for name, first in (shared or {}).items():
         if not isinstance(first, Tensor):
-            raise TypeError(f"shared {name} must be a tensor; got {type(first).__name__} {first!r}.")
+            raise TypeError(
+                f"shared {name} must be a tensor; got {type(first).__name__} {first!r}."
+            )
     return Leafwise(rule, prepare, slots or {}, shared or {}, hyper or {}, sums or {}, kind)

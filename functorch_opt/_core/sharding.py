@@ -16,7 +16,9 @@ def is_sharded(x: Any) -> bool:
     """Whether `x` is a DTensor: a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them."""
     if type(x) in PLAIN:
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there are none, and importing it takes a second
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # where nobody has imported it there are none, and importing it takes a second
     return module is not None and isinstance(x, module.DTensor)
 
 
@@ -32,14 +34,23 @@ def part_of(x: Any, like: Any = None) -> Any:
         return whole(x)
     x = x if is_sharded(x) else cut(x, like)
     placements = _settled(like)
-    return (x if list(x.placements) == placements else x.redistribute(placements=placements)).to_local()
+    return (
+        x if list(x.placements) == placements else x.redistribute(placements=placements)
+    ).to_local()
 
 
 def join(part: Tensor, like: Any) -> Tensor:
     """The inverse of `part_of`: the sharded tensor, laid out as `like`, of which this rank has `part`."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(part, like.device_mesh, _settled(like), run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        _settled(like),
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
@@ -47,25 +58,43 @@ def cut(x: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(placements=_settled(like))
+    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(
+        placements=_settled(like)
+    )
 
 
 def on_shards(
-    apply: Callable[..., Any], in_parts: bool, g: Any, p: Any, slots: dict[str, Any], now: dict[str, Any], *rest: Any
+    apply: Callable[..., Any],
+    in_parts: bool,
+    g: Any,
+    p: Any,
+    slots: dict[str, Any],
+    now: dict[str, Any],
+    *rest: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """``apply(g, p, slots, now, *rest) -> (update, slots)`` on this rank's parts of sharded tensors, or on gathered wholes."""
     like = g if p is None else p
 
     def enter(x: Any) -> Any:
         x = part_of(x, like) if in_parts else whole(x)
-        return _gradient_summed(x, like) if in_parts and isinstance(x, Tensor) and not x.dim() and x.requires_grad else x
+        return (
+            _gradient_summed(x, like)
+            if in_parts and isinstance(x, Tensor) and not x.dim() and x.requires_grad
+            else x
+        )
 
     def leave(x: Any, old: Any) -> Any:
         if in_parts and old.shape == like.shape:
             return join(x, like)
         return cut(x, old) if is_sharded(old) else x
 
-    u, new = apply(enter(g), enter(p), {n: enter(x) for n, x in slots.items()}, {n: enter(x) for n, x in now.items()}, *rest)
+    u, new = apply(
+        enter(g),
+        enter(p),
+        {n: enter(x) for n, x in slots.items()},
+        {n: enter(x) for n, x in now.items()},
+        *rest,
+    )
     return leave(u, g), {name: leave(new[name], old) for name, old in slots.items()}
 
 
@@ -75,13 +104,18 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
 
     everywhere = [Replicate()] * like.device_mesh.ndim
     terms = [placement if placement.is_replicate() else Partial() for placement in _settled(like)]
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(grad_placements=terms)
+    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(
+        grad_placements=terms
+    )
 
 
 def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
     """What is wrong where some of these tensors are sharded and others are not; None if nothing is."""
     given = is_sharded(g)
-    for name, x in (("its parameter", p), *(("the state there", slot) for slot in slots if slot.dim() and slot.shape == g.shape)):
+    for name, x in (
+        ("its parameter", p),
+        *(("the state there", slot) for slot in slots if slot.dim() and slot.shape == g.shape),
+    ):
         if is_sharded(x) != given:
             kinds = ("a DTensor", "an ordinary tensor")
             return f"is {kinds[not given]} and {name} {kinds[given]}. Shard the parameters first; then init, and take gradients."
@@ -110,7 +144,10 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
-    placements = [Replicate() if placement.is_replicate() else Shard(dim) for dim, placement in enumerate(_settled(like))]
+    placements = [
+        Replicate() if placement.is_replicate() else Shard(dim)
+        for dim, placement in enumerate(_settled(like))
+    ]
     row = stack(mine).reshape([1] * mesh.ndim + [len(mine)])
     return DTensor.from_local(row, mesh, placements, run_check=False).full_tensor()
 
@@ -118,7 +155,9 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
 def refuse_sharded(name: str, leaves: list[Any]) -> None:
     """Raise TypeError if a leaf is sharded; for what mixes the elements of all leaves, and is not written for ranks."""
     if any(is_sharded(x) for x in leaves):
-        raise TypeError(f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. Give it x.full_tensor().")
+        raise TypeError(
+            f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. Give it x.full_tensor()."
+        )
 
 
 def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
@@ -126,7 +165,9 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)
-        for i, whole in zip(indices, of_all.sum(tuple(range(like.device_mesh.ndim))).unbind(), strict=True):
+        for i, whole in zip(
+            indices, of_all.sum(tuple(range(like.device_mesh.ndim))).unbind(), strict=True
+        ):
             values[i] = whole
     return values
 

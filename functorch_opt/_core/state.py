@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functorch_opt._core.sharding import part_of
-from functorch_opt._core.structure import Path, PyTree, broadcast, flatten_tensors, is_namedtuple, paths
+from functorch_opt._core.structure import (
+    Path,
+    PyTree,
+    broadcast,
+    flatten_tensors,
+    is_namedtuple,
+    paths,
+)
 
 __all__ = ["StageState", "describe", "get"]
 
@@ -52,8 +59,12 @@ def get(state: PyTree, name: str) -> Any:
     if len(hits) == 1:
         return known[hits[0]]
     if hits:
-        raise KeyError(f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths.")
-    raise KeyError(f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}.")
+        raise KeyError(
+            f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths."
+        )
+    raise KeyError(
+        f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}."
+    )
 
 
 def _reprs(names: Any) -> list[str]:
@@ -113,7 +124,11 @@ def describe(tree: PyTree, in_dims: PyTree = None) -> str:
     rows = []
     total, models = 0, None
     here = flatten_tensors(tree, "the tree")[0]
-    dims = [None] * len(here) if in_dims is None else broadcast(in_dims, tree, names=("in_dims", "the tree"))
+    dims = (
+        [None] * len(here)
+        if in_dims is None
+        else broadcast(in_dims, tree, names=("in_dims", "the tree"))
+    )
     for path, leaf, dim in zip(paths(tree), here, dims, strict=True):
         if leaf is not None:
             size = part_of(leaf).nbytes
@@ -123,11 +138,17 @@ def describe(tree: PyTree, in_dims: PyTree = None) -> str:
                 models = _models(path, leaf, dim, models)
                 leaf = leaf.movedim(dim, 0)
                 same = bool((leaf == leaf[:1]).all())
-                shape, owner = f"{models} x {tuple(leaf.shape[1:])}", f"all {models} equal" if same else "each its own"
+                shape, owner = (
+                    f"{models} x {tuple(leaf.shape[1:])}",
+                    f"all {models} equal" if same else "each its own",
+                )
             rows.append((path, shape, str(leaf.dtype).removeprefix("torch."), f"{size:,} B", owner))
     rows.append(("total", "", "", f"{total:,} B", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in rows]
+    lines = [
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e}"
+        for a, b, c, d, e in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

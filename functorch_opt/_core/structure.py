@@ -34,9 +34,13 @@ def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optre
         if not (leaf is None or isinstance(leaf, Tensor)):
             path = paths(tree)[i]
             if path:
-                raise TypeError(f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None.")
+                raise TypeError(
+                    f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None."
+                )
             given = f"{type(leaf).__name__} {leaf!r}"
-            raise TypeError(f"{name} must be a tree of tensors, e.g. dict(model.named_parameters()) or a list; got {given}.")
+            raise TypeError(
+                f"{name} must be a tree of tensors, e.g. dict(model.named_parameters()) or a list; got {given}."
+            )
     return here, spec
 
 
@@ -50,7 +54,9 @@ def leaves(tree: PyTree) -> list[Any]:
     return [leaf for leaf in flatten(tree)[0] if leaf is not None]
 
 
-def match(reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
+def match(
+    reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tuple[str, str]
+) -> list[Any]:
     """The leaves of `tree`, which must have the structure `spec` of `reference`; `names` are what the error calls the two."""
     try:
         matched = spec.flatten_up_to(tree)
@@ -73,8 +79,13 @@ def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ..
     """Apply `f` to every leaf of `tree` that is not ``None``, together with the leaves of `rest` at the same place."""
     first, spec = flatten(tree)
     names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
-    columns = [match(tree, spec, other, names=(names[0], name)) for other, name in zip(rest, names[1:], strict=True)]
-    return unflatten(spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)])
+    columns = [
+        match(tree, spec, other, names=(names[0], name))
+        for other, name in zip(rest, names[1:], strict=True)
+    ]
+    return unflatten(
+        spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)]
+    )
 
 
 def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
@@ -125,23 +136,29 @@ def unique_paths(tree: PyTree) -> list[Path]:
 _ABSENT = object()
 
 
-def _difference(upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False) -> str:
+def _difference(
+    upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False
+) -> str:
     """What to tell somebody whose trees `upper` and `lower` differ in structure: the first place where they do."""
     entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
     place = f"at {_path(entries)!r}" if entries else "at the root"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
-    return (
-        f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
-    )
+    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
 
 
-def _first_difference(upper: PyTree, lower: PyTree, prefix: bool) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
+def _first_difference(
+    upper: PyTree, lower: PyTree, prefix: bool
+) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
     """Where `lower` does not go on as `upper` does, and what the two have there. Below a leaf of a `prefix` anything may come."""
     above, below = _children(upper), _children(lower)
     if above is None and (prefix or below is None):
         return None
-    if above is None or below is None or not (type(upper) is type(lower) or (isinstance(upper, dict) and isinstance(lower, dict))):
+    if (
+        above is None
+        or below is None
+        or not (type(upper) is type(lower) or (isinstance(upper, dict) and isinstance(lower, dict)))
+    ):
         return (), upper, lower
     for entry in {**above, **below}:
         if entry not in above or entry not in below:

@@ -48,7 +48,10 @@ class Expression:
         if self.call is None:
             return object.__repr__(self)
         function, args, kwargs = self.call
-        written = [*map(_written, args), *(f"{name}={_written(value)}" for name, value in kwargs.items())]
+        written = [
+            *map(_written, args),
+            *(f"{name}={_written(value)}" for name, value in kwargs.items()),
+        ]
         return f"{_written(function)}({', '.join(written)})"
 
     def __reduce__(self) -> Any:
@@ -115,7 +118,12 @@ class GradientTransformation(Expression):
     """
 
     last: bool = False
-    rebuilt: Callable[[Callable[[GradientTransformation], GradientTransformation]], GradientTransformation] | None = None
+    rebuilt: (
+        Callable[
+            [Callable[[GradientTransformation], GradientTransformation]], GradientTransformation
+        ]
+        | None
+    ) = None
     """Of what holds transformations and is no chain: the same with a function applied to each of them."""
 
     def __init__(
@@ -138,10 +146,14 @@ class GradientTransformation(Expression):
         """
         leaves, _ = tree.flatten_tensors(params, "params")
         if all(leaf is None for leaf in leaves):
-            raise ValueError("params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?")
+            raise ValueError(
+                "params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?"
+            )
         return self._init(params)
 
-    def update(self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         """The transformed updates and the next state; nothing given is changed.
 
         Args:
@@ -162,8 +174,12 @@ class GradientTransformation(Expression):
         undeclared = [name for name in extra if name not in self.extra_args]
         if undeclared:
             declared = ", ".join(sorted(self.extra_args)) or "none"
-            raise TypeError(f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}.")
-        missing = [name for name, required in self.extra_args.items() if required and name not in extra]
+            raise TypeError(
+                f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}."
+            )
+        missing = [
+            name for name, required in self.extra_args.items() if required and name not in extra
+        ]
         if missing:
             raise TypeError(
                 f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)})."
@@ -213,7 +229,9 @@ def _rank(x: Tensor) -> int:
 def positional(f: Any) -> tuple[str, ...]:
     code = _code(f)
     if code.co_flags & (0x04 | 0x08):
-        raise TypeError(f"{f.__qualname__} takes *args or **kwargs; its arguments must be named, for their names say what it reads.")
+        raise TypeError(
+            f"{f.__qualname__} takes *args or **kwargs; its arguments must be named, for their names say what it reads."
+        )
     return tuple(code.co_varnames[: code.co_argcount])
 
 
@@ -229,19 +247,25 @@ def keyword_only(f: Any) -> dict[str, bool]:
         return {}
     try:
         defaults = f.__kwdefaults__ or {}
-    except AttributeError:  # a function that is made inside compiled code: Dynamo does not know its defaults
+    except (
+        AttributeError
+    ):  # a function that is made inside compiled code: Dynamo does not know its defaults
         defaults = {}
     return {name: name not in defaults for name in names}
 
 
 def _code(f: Any) -> Any:
     if not hasattr(f, "__code__"):
-        raise TypeError(f"{f!r} must be a plain function: the names of its arguments say what it reads.")
+        raise TypeError(
+            f"{f!r} must be a plain function: the names of its arguments say what it reads."
+        )
     return f.__code__
 
 
 def enclosing_name(f: Any) -> str:
-    name: str = getattr(_code(f), "co_qualname", None) or f.__qualname__  # Python 3.10 has the latter only, Dynamo of torch 2.11 the former
+    name: str = (
+        getattr(_code(f), "co_qualname", None) or f.__qualname__
+    )  # Python 3.10 has the latter only, Dynamo of torch 2.11 the former
     return name.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
 
 
@@ -254,8 +278,14 @@ def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -
     Tensors and schedules are not looked into.
     """
     for name, value in hyper.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not (low <= value < high and (value > low or not above)):
-            raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}); got {value}.")
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and not (low <= value < high and (value > low or not above))
+        ):
+            raise ValueError(
+                f"{name} must be in {'(' if above else '['}{low}, {high}); got {value}."
+            )
 
 
 # ---- the simplest transformations -----------------------------------------------------------------------------------------
@@ -270,7 +300,9 @@ def identity() -> GradientTransformation:
         >>> fo.identity()
         identity()
     """
-    return GradientTransformation(lambda params: (), lambda updates, state, params: (updates, state))
+    return GradientTransformation(
+        lambda params: (), lambda updates, state, params: (updates, state)
+    )
 
 
 @transformation
@@ -286,4 +318,6 @@ def stateless(f: Callable[[PyTree, PyTree | None], PyTree]) -> GradientTransform
         >>> tx.update({"w": torch.tensor(1.0), "b": torch.tensor(2.0)}, ())[0]
         {'w': tensor(2.), 'b': tensor(4.)}
     """
-    return GradientTransformation(lambda params: (), lambda updates, state, params: (f(updates, params), state))
+    return GradientTransformation(
+        lambda params: (), lambda updates, state, params: (f(updates, params), state)
+    )

@@ -54,20 +54,54 @@ class Body:
     have in common. Updates are added to the parameters, or written `into` a row: over a value that has been read, or behind the others.
     """
 
-    def __init__(self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], into: int | None) -> None:
+    def __init__(
+        self, stages: list[Leafwise | Enter | Leave], now: list[dict[str, Any]], into: int | None
+    ) -> None:
         self.stages = stages
         self.whole = any(stage.kind == "tensorwise" for stage in stages)
-        self.fixed = [{name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now]
-        self.shared = [[name for name, v in of.items() if isinstance(v, Tensor) and v.dim() == 0] for of in now]
-        self.rows = [[name for name, v in of.items() if isinstance(v, Each) or (isinstance(v, Tensor) and v.dim() == 1)] for of in now]
-        self.scalars = [of[name] for of, names in zip(now, self.shared, strict=True) for name in names]
+        self.fixed = [
+            {name: v for name, v in of.items() if not isinstance(v, (Tensor, Each))} for of in now
+        ]
+        self.shared = [
+            [name for name, v in of.items() if isinstance(v, Tensor) and v.dim() == 0] for of in now
+        ]
+        self.rows = [
+            [
+                name
+                for name, v in of.items()
+                if isinstance(v, Each) or (isinstance(v, Tensor) and v.dim() == 1)
+            ]
+            for of in now
+        ]
+        self.scalars = [
+            of[name] for of, names in zip(now, self.shared, strict=True) for name in names
+        ]
         n_rows, n_slots = sum(map(len, self.rows)), sum(len(stage.slots) for stage in stages)
         self.width = 2 + n_slots + n_rows + (into == n_rows)
         self.place = None if into is None else 2 + n_slots + into
         fixed = tuple([tuple(of.items()) for of in self.fixed])
-        what = tuple([(_meaning(stage.rule), stage.kind, tuple(stage.slots), _meanings(stage)) for stage in stages])
-        numbers = tuple([(name, v.dtype, v.dim(), v.device) for of in now for name, v in of.items() if isinstance(v, Tensor)])
-        self.key = what, into, fixed, numbers, tuple(map(tuple, self.shared)), tuple(map(tuple, self.rows))
+        what = tuple(
+            [
+                (_meaning(stage.rule), stage.kind, tuple(stage.slots), _meanings(stage))
+                for stage in stages
+            ]
+        )
+        numbers = tuple(
+            [
+                (name, v.dtype, v.dim(), v.device)
+                for of in now
+                for name, v in of.items()
+                if isinstance(v, Tensor)
+            ]
+        )
+        self.key = (
+            what,
+            into,
+            fixed,
+            numbers,
+            tuple(map(tuple, self.shared)),
+            tuple(map(tuple, self.rows)),
+        )
 
     def __call__(self, args: list[Tensor]) -> None:
         end = len(args) - len(self.scalars)
@@ -79,7 +113,9 @@ class Body:
         place = None if self.place is None else args[self.place]
         entries = left[sum(len(stage.slots) for stage in self.stages) :]
         seen, held = p, p
-        for stage, fixed, shared, row in zip(self.stages, self.fixed, self.shared, self.rows, strict=True):
+        for stage, fixed, shared, row in zip(
+            self.stages, self.fixed, self.shared, self.rows, strict=True
+        ):
             mine = {name: left.pop(0) for name in stage.slots}
             if isinstance(stage, Enter):
                 held = mine["held"]
@@ -89,8 +125,18 @@ class Body:
                 held.copy_(new_held)
                 seen = p
             else:
-                now = {**fixed, **{name: scalars.pop(0) for name in shared}, **{name: entries.pop(0) for name in row}}
-                u, new = stage.apply(u, seen, mine, now, working_dtype(u, seen if "p" in stage.reads else None, *mine.values()))
+                now = {
+                    **fixed,
+                    **{name: scalars.pop(0) for name in shared},
+                    **{name: entries.pop(0) for name in row},
+                }
+                u, new = stage.apply(
+                    u,
+                    seen,
+                    mine,
+                    now,
+                    working_dtype(u, seen if "p" in stage.reads else None, *mine.values()),
+                )
                 for name, slot in mine.items():
                     slot.copy_(new[name])
         if place is None:
@@ -116,14 +162,23 @@ class _Part:
             columns = [[column[i] for i in self.indices] for column in columns]
         kernel = getattr(self.program, "kernel", None)
         if kernel is not None and self.size == 1:
-            arguments, last = self.program.arguments, (*scalars, *[torch.empty(n, dtype=dtype) for n, dtype in self.scratch])
+            arguments, last = (
+                self.program.arguments,
+                (*scalars, *[torch.empty(n, dtype=dtype) for n, dtype in self.scratch]),
+            )
             for leaf, sizes in zip(zip(*columns, strict=True), self.sizes, strict=True):
                 kernel(*arguments((*leaf, *last, *sizes)))
             return
-        leaves = [[x if whole or not x.dim() else x.view(-1) for x in leaf] for leaf in zip(*columns, strict=True)]
+        leaves = [
+            [x if whole or not x.dim() else x.view(-1) for x in leaf]
+            for leaf in zip(*columns, strict=True)
+        ]
         for k in range(0, len(leaves), self.size):
             block = leaves[k : k + self.size]
-            block += [[x.new_empty(2 if x.dim() else ()) for x in block[0]] for _ in range(self.size - len(block))]
+            block += [
+                [x.new_empty(2 if x.dim() else ()) for x in block[0]]
+                for _ in range(self.size - len(block))
+            ]
             self.program([*joined.from_iterable(block), *scalars])
 
 
@@ -144,7 +199,11 @@ class Segment:
                 continue
             if wrong := wrong_update(u, p, others[:n_slots]):
                 raise ValueError(f"compiled_step: the update at {tree.paths(params)[i]!r} {wrong}")
-            if type(p) in (Tensor, torch.nn.Parameter) and p.numel() and (first := seen.setdefault(p.data_ptr(), i)) != i:
+            if (
+                type(p) in (Tensor, torch.nn.Parameter)
+                and p.numel()
+                and (first := seen.setdefault(p.data_ptr(), i)) != i
+            ):
                 paths = tree.paths(params)
                 raise ValueError(
                     f"the parameters at {paths[first]!r} and {paths[i]!r} share memory, so an update in place would move both. "
@@ -157,8 +216,14 @@ class Segment:
         number = {i: k for k, i in enumerate(self.compiled)}
         mine = self._mine(columns)
         # What may have any strides is copied if it must be; what is written to lies as it must.
-        self.copies = [c for c in range(len(columns)) if (c == 0 or c >= 2 + n_slots) and not all(x.is_contiguous() for x in mine[c])]
-        flat = [[x.reshape(-1) if x.dim() and not body.whole else x for x in column] for column in mine]
+        self.copies = [
+            c
+            for c in range(len(columns))
+            if (c == 0 or c >= 2 + n_slots) and not all(x.is_contiguous() for x in mine[c])
+        ]
+        flat = [
+            [x.reshape(-1) if x.dim() and not body.whole else x for x in column] for column in mine
+        ]
         for sort, indices in sorts.items():
             of_program: dict[int, _Part] = {}
             for i in indices:
@@ -177,31 +242,47 @@ class Segment:
         shapes: list[Any] = [[*checked[k].shape] for k in self.once]
         strides: list[Any] = [[*checked[k].stride()] for k in self.once]
         guards = torch._C._dynamo.guards.TensorGuards
-        self.guards = guards(*[checked[k] for k in self.once], dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+        self.guards = guards(
+            *[checked[k] for k in self.once],
+            dynamic_dims_sizes=shapes,
+            dynamic_dims_strides=strides,
+        )
 
     def _sort(self, leaf: tuple[Any, ...], in_place: int) -> Any:
         """What compiled code depends on beside sizes; None if these tensors must not meet it."""
         p: Any = leaf[1]
         if tree.is_sharded(p) and not self.body.whole:
             if not all(
-                x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh if tree.is_sharded(x) else not x.dim()
+                x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh
+                if tree.is_sharded(x)
+                else not x.dim()
                 for x in leaf
             ):
                 return None
             leaf = tuple(map(_local, leaf))
             p = leaf[1]
-        if p.numel() < 2 or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_complex() for x in leaf):
+        if p.numel() < 2 or any(
+            type(x) not in (Tensor, torch.nn.Parameter) or x.is_complex() for x in leaf
+        ):
             return None
-        if not all(x.is_contiguous() and (p.device.type == "cpu" or x.data_ptr() % 16 == 0) for x in leaf[1:in_place]):
+        if not all(
+            x.is_contiguous() and (p.device.type == "cpu" or x.data_ptr() % 16 == 0)
+            for x in leaf[1:in_place]
+        ):
             return None
-        if not all(x.device == p.device and (self.body.whole or not x.dim() or x.shape == p.shape) for x in leaf):
+        if not all(
+            x.device == p.device and (self.body.whole or not x.dim() or x.shape == p.shape)
+            for x in leaf
+        ):
             return None
         written = {x.data_ptr() for x in leaf[1:in_place]}
         if any(x.data_ptr() in written for x in (leaf[0], *leaf[in_place:])):
             return None  # a gradient that is the parameter itself
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
         whole = self.body.whole
-        shapes = tuple([tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim()) for x in leaf])
+        shapes = tuple(
+            [tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim()) for x in leaf]
+        )
         return p.device, threads, shapes, tuple([x.dtype for x in leaf])
 
     def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
@@ -241,8 +322,13 @@ class Segment:
             if wrong := wrong_update(columns[0][i], columns[1][i]):
                 raise ValueError(f"compiled_step: the update of leaf {i} {wrong}")
         if self.compiled:
-            torch.autograd.graph.increment_version(mine[1])  # so that autograd sees that parameters have changed
-            mine = [[x.contiguous() for x in column] if c in self.copies else column for c, column in enumerate(mine)]
+            torch.autograd.graph.increment_version(
+                mine[1]
+            )  # so that autograd sees that parameters have changed
+            mine = [
+                [x.contiguous() for x in column] if c in self.copies else column
+                for c, column in enumerate(mine)
+            ]
             narrowed = _narrowed(scalars)
             for part in self.parts:
                 part.run(mine, narrowed if part.narrow else scalars, self.body.whole)
@@ -254,13 +340,17 @@ class Segment:
         """Whether these are of the kind that the code was made for; in Python this would cost more than small tensors do."""
         if any(tensors[k] is not tensors[place] for k, place in self.again):
             return False
-        return bool(self.guards.check(*([tensors[k] for k in self.once] if self.again else tensors)))
+        return bool(
+            self.guards.check(*([tensors[k] for k in self.once] if self.again else tensors))
+        )
 
     def _eagerly(self, i: int, leaf: list[Any], scalars: list[Tensor]) -> None:
         try:
             self.body([*leaf, *scalars])
         except Misfit as misfit:
-            raise ValueError(f"compiled_step: the update of leaf {i} {misfit}") from misfit.__cause__
+            raise ValueError(
+                f"compiled_step: the update of leaf {i} {misfit}"
+            ) from misfit.__cause__
 
 
 class _Uncompiled:
@@ -302,7 +392,11 @@ PROGRAMS: dict[Any, list[Any]] = {}
 
 
 def _meanings(stage: Leafwise | Enter | Leave) -> Any:
-    return tuple([(name, _meaning(of)) for name, of in stage.sums.items()]) if isinstance(stage, Leafwise) else ()
+    return (
+        tuple([(name, _meaning(of)) for name, of in stage.sums.items()])
+        if isinstance(stage, Leafwise)
+        else ()
+    )
 
 
 def _meaning(value: Any) -> Any:
@@ -310,7 +404,11 @@ def _meaning(value: Any) -> Any:
     if isinstance(value, FunctionType):
         cells = tuple([_meaning(cell.cell_contents) for cell in value.__closure__ or ()])
         return value.__code__, cells, value.__defaults__
-    return value if isinstance(value, (bool, int, float, str, torch.dtype, type(None))) else _ByIdentity(value)
+    return (
+        value
+        if isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
+        else _ByIdentity(value)
+    )
 
 
 class _ByIdentity:

@@ -79,7 +79,9 @@ class CompiledStep:
         return f"compiled_step({self.tx!r}{'' if self.donate else ', donate=False'})"
 
     @torch.no_grad()
-    def __call__(self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+    def __call__(
+        self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         self.tx.check_extra(extra)
         if torch.compiler.is_compiling():
             return self._traced(params, grads, state, extra)
@@ -95,7 +97,9 @@ class CompiledStep:
         run.finish()
         return params, self.returned
 
-    def _traced(self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any]) -> tuple[PyTree, PyTree]:
+    def _traced(
+        self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, PyTree]:
         """The step as operations of a graph that somebody else compiles."""
         updates, new = self.tx.update(grads, state, params, **extra)
         moved = apply_updates(params, updates)
@@ -107,11 +111,17 @@ class CompiledStep:
         """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
         stages = [each.stage for each in pending]
         body = Body(stages, [stage.now for stage in pending], into)
-        where = tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]), into
+        where = (
+            tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]),
+            into,
+        )
         if self.constants.setdefault(where, body.fixed) != body.fixed:
             self.constants[where] = None
             now = [
-                {name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for name, v in stage.now.items()}
+                {
+                    name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
+                    for name, v in stage.now.items()
+                }
                 for stage in pending
             ]
             body = Body(stages, now, into)
@@ -120,24 +130,38 @@ class CompiledStep:
 
 def _like(u: Tensor) -> Tensor:
     """Where to write the update that becomes of `u`."""
-    return torch.empty_like(u, dtype=tree.at_least_float32(u.dtype), memory_format=torch.contiguous_format)
+    return torch.empty_like(
+        u, dtype=tree.at_least_float32(u.dtype), memory_format=torch.contiguous_format
+    )
 
 
 def _can_hold(x: Any, u: Any) -> bool:
     """Whether the update that becomes of `u` can be written over `x`."""
-    return u is None or (x.dtype is tree.at_least_float32(u.dtype) and x.shape == u.shape and x.is_contiguous())
+    return u is None or (
+        x.dtype is tree.at_least_float32(u.dtype) and x.shape == u.shape and x.is_contiguous()
+    )
 
 
 def _donated(old: PyTree, new: PyTree) -> PyTree:
     """`new`, its slots written into the tensors of `old`."""
     if isinstance(old, StageState):
-        return StageState(new.shared, {name: tree.map(Tensor.copy_, slot, new.slots[name]) for name, slot in old.slots.items()})
+        return StageState(
+            new.shared,
+            {
+                name: tree.map(Tensor.copy_, slot, new.slots[name])
+                for name, slot in old.slots.items()
+            },
+        )
     return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
 
 
 def _rules(tx: GradientTransformation) -> list[Any]:
     """The stages of `tx`, those of chains in it too."""
-    return [rule for stage in tx.stages.values() for rule in _rules(stage)] if isinstance(tx, Chain) else [tx]
+    return (
+        [rule for stage in tx.stages.values() for rule in _rules(stage)]
+        if isinstance(tx, Chain)
+        else [tx]
+    )
 
 
 def _in_one_pass(tx: GradientTransformation, sharded: bool) -> bool:
@@ -146,14 +170,18 @@ def _in_one_pass(tx: GradientTransformation, sharded: bool) -> bool:
     Sums over `sharded` parameters end a pass, which is too late for a master copy.
     """
     rules = _rules(tx)
-    if not rules or not all(isinstance(rule, Leafwise) and "params" not in rule.prepare_reads for rule in rules):
+    if not rules or not all(
+        isinstance(rule, Leafwise) and "params" not in rule.prepare_reads for rule in rules
+    ):
         return False
     if sharded and any(rule.sums for rule in rules):
         return False
     return not any("updates" in rule.prepare_reads for rule in rules[1:])
 
 
-def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:
+def _check_slots(
+    tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any
+) -> None:
     """That a state which comes from elsewhere fits, before anything is written."""
     if isinstance(tx, Chain):
         tx.check_state(state)
@@ -162,16 +190,35 @@ def _check_slots(tx: GradientTransformation, state: PyTree, params: PyTree, ps: 
     elif isinstance(tx, MasterWeights):
         tx.check_state(state)
         _check_slots(tx.inner, state["inner"], params, ps, spec)
-        _check_shapes(tx.name, "master", torch.clone, state["weights"].slots["master"], params, ps, spec)
+        _check_shapes(
+            tx.name, "master", torch.clone, state["weights"].slots["master"], params, ps, spec
+        )
     elif isinstance(tx, Leafwise):
         tx.check_state(state)
         for name, slot in state.slots.items():
             _check_shapes(tx.name, name, tx.slots[name], slot, params, ps, spec)
 
 
-def _check_shapes(stage: str, name: str, first: Callable[..., Any], slot: PyTree, params: PyTree, ps: list[Any], spec: Any) -> None:
-    for i, (x, p) in enumerate(zip(tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True)):
-        if x is not None and p is not None and x.shape != p.shape and x.shape != first(p.to("meta")).shape:
+def _check_shapes(
+    stage: str,
+    name: str,
+    first: Callable[..., Any],
+    slot: PyTree,
+    params: PyTree,
+    ps: list[Any],
+    spec: Any,
+) -> None:
+    for i, (x, p) in enumerate(
+        zip(
+            tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True
+        )
+    ):
+        if (
+            x is not None
+            and p is not None
+            and x.shape != p.shape
+            and x.shape != first(p.to("meta")).shape
+        ):
             raise ValueError(
                 f"{stage}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
                 f"its parameter {tuple(p.shape)}. Is the state that of other params?"
@@ -204,21 +251,30 @@ class _Run:
         extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
         if not isinstance(tx, Leafwise):
             self.flush()
-            updates, new = tx.update(tree.unflatten(self.spec, self.us), state, self.params, **extra)
+            updates, new = tx.update(
+                tree.unflatten(self.spec, self.us), state, self.params, **extra
+            )
             self.us = tree.match(self.params, self.spec, updates, names=("params", "updates"))
             return new
         tx.check_state(state)
-        if "updates" in tx.prepare_reads and self.pending and not isinstance(self.pending[-1].stage, Enter):
+        if (
+            "updates" in tx.prepare_reads
+            and self.pending
+            and not isinstance(self.pending[-1].stage, Enter)
+        ):
             self.flush()
         updates = tree.unflatten(self.spec, self.us)
         now, shared = tx.scalars(updates, state.shared, self.params, extra)
         columns = {
-            name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}")) for name, slot in state.slots.items()
+            name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}"))
+            for name, slot in state.slots.items()
         }
         now = {name: now[name] for name in tx.reads if name in now}
         if tx.sums and self.sharded:
             self.flush()
-            now |= tx.sums_of_parts(tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now)
+            now |= tx.sums_of_parts(
+                tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now
+            )
         self.pending.append(_Pending(tx, columns, now))
         return StageState(shared, state.slots)
 
@@ -227,7 +283,12 @@ class _Run:
         tx.check_state(state)
         if "updates" in _rules(tx.inner)[0].prepare_reads:
             self.flush()
-        master = tree.match(self.params, self.spec, state["weights"].slots["master"], names=("params", "the state's master"))
+        master = tree.match(
+            self.params,
+            self.spec,
+            state["weights"].slots["master"],
+            names=("params", "the state's master"),
+        )
         self.pending.append(_Pending(Enter(tx.enter), {"held": master}, {}))
         inner = self.stage(tx.inner, state["inner"])
         self.pending.append(_Pending(Leave(tx.leave), {}, {}))
@@ -237,11 +298,20 @@ class _Run:
         """Apply the pending rules to the updates."""
         if self.pending:
             rows = self._rows()
-            into = next((k for k, (row, own) in enumerate(rows) if own and all(map(_can_hold, row, self.us))), len(rows))
+            into = next(
+                (
+                    k
+                    for k, (row, own) in enumerate(rows)
+                    if own and all(map(_can_hold, row, self.us))
+                ),
+                len(rows),
+            )
             if into == len(rows):
                 rows.append(([None if u is None else _like(u) for u in self.us], True))
             self._apply(rows, into)
-            self.us = [None if u is None else x for u, x in zip(self.us, rows[into][0], strict=True)]
+            self.us = [
+                None if u is None else x for u, x in zip(self.us, rows[into][0], strict=True)
+            ]
 
     def finish(self) -> None:
         """Apply the pending rules, and add the updates to the params."""
@@ -257,7 +327,12 @@ class _Run:
         rows = []
         for name, value in [of for stage in self.pending for of in stage.now.items()]:
             if isinstance(value, Each):
-                rows.append((tree.match(self.params, self.spec, value.tree, names=("params", name)), value.own))
+                rows.append(
+                    (
+                        tree.match(self.params, self.spec, value.tree, names=("params", name)),
+                        value.own,
+                    )
+                )
             elif isinstance(value, Tensor) and value.dim() == 1:
                 rows.append((list(value.unbind()), False))
         return rows
@@ -270,7 +345,9 @@ class _Run:
         columns = [self.us, self.ps, *slots, *[row for row, _ in rows]]
         segment = self.step.segments.get(body.key)
         if segment is None or not segment.run(columns, body.scalars):
-            segment = self.step.segments[body.key] = Segment(self.step.backend, body, self.params, columns)
+            segment = self.step.segments[body.key] = Segment(
+                self.step.backend, body, self.params, columns
+            )
             if not segment.run(columns, body.scalars):
                 raise RuntimeError(
                     "compiled_step does not know the tensors again that it was made for: a defect. Use update and apply_updates."

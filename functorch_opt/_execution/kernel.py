@@ -20,11 +20,26 @@ from torch.fx import Node
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
-_COMBINE = {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None, "combo_kernel_max_num_nodes": 1000}
+_COMBINE = {
+    "combo_kernels": True,
+    "combo_kernel_peak_memory_pct_threshold": None,
+    "combo_kernel_max_num_nodes": 1000,
+}
 _COMBINE |= {"combo_kernel_max_num_args": 4000}
 """What makes of a block of tensors one launch on a GPU."""
 
-_NAMES = {"clear", "size", "empty_strided_cpu", "torch", "float16", "bfloat16", "float32", "float64", "int64", "bool"}
+_NAMES = {
+    "clear",
+    "size",
+    "empty_strided_cpu",
+    "torch",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "int64",
+    "bool",
+}
 """What generated code that does nothing but call a kernel may name beside it."""
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)
 
@@ -50,7 +65,9 @@ class Program:
         arguments: picks the arguments of `kernel` from the tuple of all tensors, those of `scratch`, and `sizes`.
     """
 
-    def __init__(self, f: Callable[[list[Any]], None], examples: list[Tensor], threads: int, backend: Any) -> None:
+    def __init__(
+        self, f: Callable[[list[Any]], None], examples: list[Tensor], threads: int, backend: Any
+    ) -> None:
         from torch.fx.experimental import _config
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -61,11 +78,17 @@ class Program:
         symbols: Any = _config
         table: Any = None
         if backend == "inductor":
-            from torch._inductor.decomposition import select_decomp_table  # importing it takes seconds
+            from torch._inductor.decomposition import (
+                select_decomp_table,
+            )  # importing it takes seconds
 
             table = select_decomp_table()
-        with symbols.patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
-            graph = make_fx(lambda *args: f([*args]), decomposition_table=table, tracing_mode="symbolic")(*examples)
+        with symbols.patch(
+            use_duck_shape=False
+        ):  # two sizes that happen to be equal are two symbols
+            graph = make_fx(
+                lambda *args: f([*args]), decomposition_table=table, tracing_mode="symbolic"
+            )(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         self.env = inputs[0].fake_mode.shape_env
         if backend == "inductor":
@@ -75,7 +98,9 @@ class Program:
             self._run = lambda args: run(*args)
         self.guards = self.env.produce_guards_expression(inputs)
 
-    def _inductor(self, graph: Any, inputs: list[Any], examples: list[Tensor], threads: int) -> Callable[[list[Any]], Any]:
+    def _inductor(
+        self, graph: Any, inputs: list[Any], examples: list[Tensor], threads: int
+    ) -> Callable[[list[Any]], Any]:
         from torch._guards import TracingContext, tracing
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
@@ -94,7 +119,12 @@ class Program:
             "emulate_precision_casts": True,
             **({} if on_cpu else {k: v for k, v in _COMBINE.items() if hasattr(config, k)}),
         }
-        with config.patch(options), tracing(TracingContext(mode)), V.set_fake_mode(mode), warnings.catch_warnings():
+        with (
+            config.patch(options),
+            tracing(TracingContext(mode)),
+            V.set_fake_mode(mode),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # torch's, about itself
             compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
         if on_cpu:
@@ -110,12 +140,22 @@ class Program:
         if len(kernels) != 1 or set(function.__code__.co_names) - {*kernels, *_NAMES}:
             return
         # It is called once with tensors of sizes that tell which is which, and the kernel replaced by one that looks at them.
-        dims = {size.node.expr: (i, d) for i, x in enumerate(inputs) for d, size in enumerate(x.shape) if isinstance(size, torch.SymInt)}
+        dims = {
+            size.node.expr: (i, d)
+            for i, x in enumerate(inputs)
+            for d, size in enumerate(x.shape)
+            if isinstance(size, torch.SymInt)
+        }
         telling = dict(zip(dims, _PRIMES, strict=False))
         if len(telling) < len(dims) or not all(of.is_symbol for of in dims):
             return
-        shapes = [[telling[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape] for x in inputs]
-        samples = [torch.empty(shape, dtype=x.dtype) for shape, x in zip(shapes, inputs, strict=True)]
+        shapes = [
+            [telling[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape]
+            for x in inputs
+        ]
+        samples = [
+            torch.empty(shape, dtype=x.dtype) for shape, x in zip(shapes, inputs, strict=True)
+        ]
         calls: list[tuple[Any, ...]] = []
         kernel = names[kernels[0]]
         names[kernels[0]] = lambda *args: calls.append(args)
@@ -125,13 +165,24 @@ class Program:
             names[kernels[0]] = kernel
         if len(calls) != 1:
             return
-        buffers = list({id(x): x for x in calls[0] if isinstance(x, Tensor) and not any(x is s for s in samples)}.values())
+        buffers = list(
+            {
+                id(x): x
+                for x in calls[0]
+                if isinstance(x, Tensor) and not any(x is s for s in samples)
+            }.values()
+        )
         place = {id(x): i for i, x in enumerate(samples + buffers)}
         of_size = {n: i for i, n in enumerate(telling.values())}
-        order = [of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x)) for x in calls[0]]
+        order = [
+            of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
+            for x in calls[0]
+        ]
         if None not in order:
             self.kernel, self.arguments, self.dims = kernel, itemgetter(*order), list(dims.values())
-            self.buffers = [([of_size[n] for n in x.shape if n in of_size], x.dtype) for x in buffers]
+            self.buffers = [
+                ([of_size[n] for n in x.shape if n in of_size], x.dtype) for x in buffers
+            ]
 
     def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
         """The sizes that the kernel depends on."""
@@ -139,7 +190,10 @@ class Program:
 
     def scratch(self, sizes: list[tuple[int, ...]]) -> list[tuple[int, torch.dtype]]:
         """The memory that the kernel needs to write what it reads again: how much is enough for tensors of any of these `sizes`."""
-        return [(max(prod([of[i] for i in which]) for of in sizes), dtype) for which, dtype in self.buffers]
+        return [
+            (max(prod([of[i] for i in which]) for of in sizes), dtype)
+            for which, dtype in self.buffers
+        ]
 
     def fits(self, args: list[Tensor]) -> bool:
         """Whether what was taken for granted about sizes holds for these."""
@@ -160,12 +214,19 @@ def _take_sums(graph: Any) -> None:
     late: set[Any] = set()
     written = {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
     for node in list(graph.nodes):
-        if node.target is aten.sum.default and not node.kwargs and node.args[0].meta["val"].dtype is torch.float32:
+        if (
+            node.target is aten.sum.default
+            and not node.kwargs
+            and node.args[0].meta["val"].dtype is torch.float32
+        ):
             with graph.inserting_before(node):
                 factor, x = _factored(graph, node.args[0], late, written)
                 total = _total(graph, x)
                 if factor is not None:  # a sum of zeros is 0, whatever the factor
-                    is_zero, product = _call(graph, aten.eq.Scalar, total, 0), _call(graph, aten.mul.Tensor, total, factor)
+                    is_zero, product = (
+                        _call(graph, aten.eq.Scalar, total, 0),
+                        _call(graph, aten.mul.Tensor, total, factor),
+                    )
                     total = _call(graph, aten.where.self, is_zero, total, product)
                 total = _call(graph, _convert, total, torch.float32)
             node.replace_all_uses_with(total)
@@ -194,12 +255,21 @@ def _factored(graph: Any, x: Any, late: set[Any], written: set[Any]) -> tuple[An
                 more, rest = _factored(graph, other, late, written)
                 if stays(rest):
                     factor = _call(graph, _convert, number, torch.float64)
-                    return factor if more is None else _call(graph, aten.mul.Tensor, factor, more), rest
+                    return factor if more is None else _call(
+                        graph, aten.mul.Tensor, factor, more
+                    ), rest
     elif x.target is aten.pow.Tensor_Scalar and x.args[1] == 2:
         root, rest = _factored(graph, x.args[0], late, written)
         if root is not None:
-            return _call(graph, aten.mul.Tensor, root, root), _call(graph, aten.pow.Tensor_Scalar, rest, 2)
-    elif x.target is aten.where.self and x.args[2].target is aten.scalar_tensor.default and x.args[2].args[0] == 0 and stays(x.args[0]):
+            return _call(graph, aten.mul.Tensor, root, root), _call(
+                graph, aten.pow.Tensor_Scalar, rest, 2
+            )
+    elif (
+        x.target is aten.where.self
+        and x.args[2].target is aten.scalar_tensor.default
+        and x.args[2].args[0] == 0
+        and stays(x.args[0])
+    ):
         factor, rest = _factored(graph, x.args[1], late, written)
         if factor is not None:
             return factor, _call(graph, aten.where.self, x.args[0], rest, x.args[2])
@@ -209,7 +279,9 @@ def _factored(graph: Any, x: Any, late: set[Any], written: set[Any]) -> tuple[An
 def _call(graph: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     """A new node of `graph`, with the value that it stands for."""
     node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*[x.meta["val"] if isinstance(x, Node) else x for x in args], **kwargs)
+    node.meta["val"] = target(
+        *[x.meta["val"] if isinstance(x, Node) else x for x in args], **kwargs
+    )
     return node
 
 
@@ -217,9 +289,17 @@ def _store_what_many_read(graph: Any) -> None:
     """Store each number that meets a tensor, and each row that meets a matrix: else it is worked out again for every vector of elements."""
     for node in list(graph.nodes):
         x = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(x, Tensor) or getattr(node.target, "is_view", False):
+        if (
+            node.op != "call_function"
+            or not isinstance(x, Tensor)
+            or getattr(node.target, "is_view", False)
+        ):
             continue
-        readers = [user for user in node.users if isinstance(y := user.meta.get("val"), Tensor) and _is_repeated(x, y)]
+        readers = [
+            user
+            for user in node.users
+            if isinstance(y := user.meta.get("val"), Tensor) and _is_repeated(x, y)
+        ]
         if readers:
             with graph.inserting_after(node):
                 place = graph.call_function(aten.empty_like.default, (node,))
@@ -232,8 +312,12 @@ def _store_what_many_read(graph: Any) -> None:
 
 def _is_repeated(x: Tensor, y: Tensor) -> bool:
     """Whether an element of `x` makes many of `y`, by the rules of broadcasting."""
-    return x.dim() < y.dim() or any(_is_one(n) and not _is_one(m) for n, m in zip(x.shape, y.shape, strict=False))
+    return x.dim() < y.dim() or any(
+        _is_one(n) and not _is_one(m) for n, m in zip(x.shape, y.shape, strict=False)
+    )
 
 
 def _is_one(n: Any) -> bool:
-    return isinstance(n, int) and n == 1  # a symbol may be 1 too, but whoever traced with it has not said so
+    return (
+        isinstance(n, int) and n == 1
+    )  # a symbol may be 1 too, but whoever traced with it has not said so

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.chain import chain
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, identity, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    identity,
+    transformation,
+)
 from functorch_opt.line_search.line import check_state, value_dtype
 from functorch_opt.line_search.searches import scale_by_zoom_linesearch
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
@@ -30,7 +35,9 @@ __all__ = ["lbfgs", "scale_by_lbfgs"]
 _SLOTS = ("params", "updates", "diff_params_memory", "diff_updates_memory")
 
 
-def _inverse_hessian_times(g: list[Tensor], S: list[Tensor], Y: list[Tensor], scaled: bool) -> list[Tensor]:
+def _inverse_hessian_times(
+    g: list[Tensor], S: list[Tensor], Y: list[Tensor], scaled: bool
+) -> list[Tensor]:
     """``H g``; S and Y have one matrix for each leaf, with a row of zeros for a pair that is not there."""
 
     def gram(A: list[Tensor], B: list[Tensor]) -> Tensor:
@@ -52,7 +59,9 @@ def _inverse_hessian_times(g: list[Tensor], S: list[Tensor], Y: list[Tensor], sc
 
 
 @transformation
-def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> GradientTransformation:
+def scale_by_lbfgs(
+    memory_size: int = 10, scale_init_precond: bool = True
+) -> GradientTransformation:
     """``u = H g``, see the formulas at the top of `functorch_opt.algorithms.lbfgs`; follow it with a line search, as `lbfgs` does.
 
     A pair with ``s'y <= eps |s| |y|`` is left out, so that H stays positive definite and ``-u`` a descent direction (optax keeps all but
@@ -84,26 +93,43 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         slots = {name: tree.map(make, params) for name, make in zip(_SLOTS, makes, strict=True)}
         return StageState({"count": tree.zero_count(params)}, slots)
 
-    def update(updates: PyTree, state: StageState, params: PyTree | None) -> tuple[PyTree, StageState]:
+    def update(
+        updates: PyTree, state: StageState, params: PyTree | None
+    ) -> tuple[PyTree, StageState]:
         check_state("scale_by_lbfgs", state, ("count",), _SLOTS)
         if params is None:
-            raise ValueError("scale_by_lbfgs reads the parameters: call update(updates, state, params).")
+            raise ValueError(
+                "scale_by_lbfgs reads the parameters: call update(updates, state, params)."
+            )
         flat, spec = tree.flatten_tensors(updates, "updates")
         leaves: list[Any] = flat
         tree.refuse_sharded("scale_by_lbfgs", flat)
         ps = tree.match(updates, spec, params, names=("updates", "params"))
-        old = {name: tree.match(updates, spec, state.slots[name], names=("updates", f"the state's {name}")) for name in _SLOTS}
+        old = {
+            name: tree.match(
+                updates, spec, state.slots[name], names=("updates", f"the state's {name}")
+            )
+            for name in _SLOTS
+        }
         for path, u, p, before in zip(tree.paths(updates), leaves, ps, old["updates"], strict=True):
-            if u is not None and (p is None or before is None or not u.shape == p.shape == before.shape):
+            if u is not None and (
+                p is None or before is None or not u.shape == p.shape == before.shape
+            ):
                 shapes = [None if x is None else tuple(x.shape) for x in (u, p, before)]
-                raise ValueError(f"scale_by_lbfgs: at {path!r} the update, the parameter and the state have the shapes {shapes}.")
+                raise ValueError(
+                    f"scale_by_lbfgs: at {path!r} the update, the parameter and the state have the shapes {shapes}."
+                )
         here = [i for i, u in enumerate(leaves) if u is not None]
         if not here:
             return updates, StageState({"count": state.shared["count"] + 1}, state.slots)
         dtype = value_dtype([old["updates"][i] for i in here])
 
         def real(x: Tensor, rows: bool = False) -> Tensor:
-            return (torch.view_as_real(x) if x.is_complex() else x).to(dtype).reshape(memory_size if rows else -1, *([-1] if rows else []))
+            return (
+                (torch.view_as_real(x) if x.is_complex() else x)
+                .to(dtype)
+                .reshape(memory_size if rows else -1, *([-1] if rows else []))
+            )
 
         g = [real(leaves[i]) for i in here]
         s = [real(ps[i]) - real(old["params"][i]) for i in here]
@@ -117,19 +143,35 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         new = {name: list(column) for name, column in old.items()}
         S, Y = [], []
         for i, p in enumerate(ps):
-            for name, now, before in (("diff_params_memory", p, "params"), ("diff_updates_memory", leaves[i], "updates")):
+            for name, now, before in (
+                ("diff_params_memory", p, "params"),
+                ("diff_updates_memory", leaves[i], "updates"),
+            ):
                 if new[name][i] is not None:
-                    difference = torch.zeros_like(old[before][i]) if leaves[i] is None else now - old[before][i]
+                    difference = (
+                        torch.zeros_like(old[before][i])
+                        if leaves[i] is None
+                        else now - old[before][i]
+                    )
                     new[name][i] = remember(new[name][i], difference)
             if leaves[i] is not None:
-                new["params"][i], new["updates"][i] = (x.to(old["params"][i].dtype, copy=True) for x in (p, leaves[i]))
+                new["params"][i], new["updates"][i] = (
+                    x.to(old["params"][i].dtype, copy=True) for x in (p, leaves[i])
+                )
                 S.append(real(new["diff_params_memory"][i], rows=True))
                 Y.append(real(new["diff_updates_memory"][i], rows=True))
         us: list[Any] = [None] * len(leaves)
         for i, u in zip(here, _inverse_hessian_times(g, S, Y, scale_init_precond), strict=True):
             like = old["updates"][i]
-            us[i] = (torch.view_as_complex(u.reshape(*like.shape, 2)) if like.is_complex() else u.reshape(like.shape)).to(like.dtype)
-        slots = {name: tree.like(state.slots[name], tree.unflatten(spec, column)) for name, column in new.items()}
+            us[i] = (
+                torch.view_as_complex(u.reshape(*like.shape, 2))
+                if like.is_complex()
+                else u.reshape(like.shape)
+            ).to(like.dtype)
+        slots = {
+            name: tree.like(state.slots[name], tree.unflatten(spec, column))
+            for name, column in new.items()
+        }
         return tree.unflatten(spec, us), StageState({"count": state.shared["count"] + 1}, slots)
 
     return GradientTransformation(init, update)
@@ -171,4 +213,8 @@ def lbfgs(
         tensor([1., 1.], dtype=torch.float64)
     """
     sized = scale(-1.0) if learning_rate is None else scale_by_learning_rate(learning_rate)
-    return chain(scale_by_lbfgs(memory_size, scale_init_precond), sized, identity() if linesearch is None else linesearch)
+    return chain(
+        scale_by_lbfgs(memory_size, scale_init_precond),
+        sized,
+        identity() if linesearch is None else linesearch,
+    )

@@ -47,11 +47,23 @@ def where(flag: Tensor, new: PyTree, old: PyTree) -> PyTree:
 class Line:
     """``phi(a) = f(params + a updates)``. Parameters without update stay where they are, and f is not differentiated for them."""
 
-    def __init__(self, name: str, updates: PyTree, params: PyTree | None, value: Any, grad: PyTree, value_fn: Callable[[PyTree], Any]):
+    def __init__(
+        self,
+        name: str,
+        updates: PyTree,
+        params: PyTree | None,
+        value: Any,
+        grad: PyTree,
+        value_fn: Callable[[PyTree], Any],
+    ):
         if params is None:
-            raise ValueError(f"{name} reads the parameters: call update(updates, state, params, value=..., grad=..., value_fn=...).")
+            raise ValueError(
+                f"{name} reads the parameters: call update(updates, state, params, value=..., grad=..., value_fn=...)."
+            )
         if not callable(value_fn):
-            raise TypeError(f"{name}: value_fn must be a function of the params that returns the value; got {type(value_fn).__name__}.")
+            raise TypeError(
+                f"{name}: value_fn must be a function of the params that returns the value; got {type(value_fn).__name__}."
+            )
         self.name, self.params, self.value_fn = name, params, value_fn
         us, spec = tree.flatten_tensors(updates, "updates")
         tree.refuse_sharded(name, us)
@@ -60,7 +72,9 @@ class Line:
         for path, u, p, g in zip(tree.paths(updates), us, self.ps, gs, strict=True):
             if u is not None and (p is None or g is None or not u.shape == p.shape == g.shape):
                 shapes = [None if x is None else tuple(x.shape) for x in (u, p, g)]
-                raise ValueError(f"{name}: at {path!r} the update, the parameter and grad have the shapes {shapes}; they must be equal.")
+                raise ValueError(
+                    f"{name}: at {path!r} the update, the parameter and grad have the shapes {shapes}; they must be equal."
+                )
         self.moved = [i for i, u in enumerate(us) if u is not None]
         self.us: list[Any] = [us[i] for i in self.moved]
         self.gs: list[Any] = [gs[i] for i in self.moved]
@@ -71,7 +85,9 @@ class Line:
     def _checked(self, value: Any) -> Tensor:
         value = torch.as_tensor(value)
         if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{self.name}: the value must be one real number; got {value.dtype} of shape {tuple(value.shape)}.")
+            raise ValueError(
+                f"{self.name}: the value must be one real number; got {value.dtype} of shape {tuple(value.shape)}."
+            )
         return value.reshape(()).to(self.dtype)
 
     def _at(self, moved: list[Tensor]) -> Tensor:
@@ -81,7 +97,10 @@ class Line:
         return self._checked(self.value_fn(tree.unflatten(tree.flatten(self.params)[1], ps)))
 
     def _point(self, size: Tensor) -> list[Tensor]:
-        return [(self.ps[i] + size.to(u.real.dtype) * u).to(self.ps[i].dtype) for i, u in zip(self.moved, self.us, strict=True)]
+        return [
+            (self.ps[i] + size.to(u.real.dtype) * u).to(self.ps[i].dtype)
+            for i, u in zip(self.moved, self.us, strict=True)
+        ]
 
     def value_at(self, size: Tensor) -> Tensor:
         return self._at(self._point(size))
@@ -91,12 +110,21 @@ class Line:
         gs, value = grad_and_value(self._at)(self._point(size))
         return value, tree.dot(gs, self.us).to(self.dtype), list(gs)
 
-    def finish(self, updates: PyTree, size: Tensor, gs: list[Tensor] | None, state: StageState, shared: dict[str, Tensor]) -> Any:
+    def finish(
+        self,
+        updates: PyTree,
+        size: Tensor,
+        gs: list[Tensor] | None,
+        state: StageState,
+        shared: dict[str, Tensor],
+    ) -> Any:
         """The scaled updates and the next state; `gs` are kept as the slot ``grad``."""
         leaves, spec = tree.flatten(updates)
         slots = {}
         if gs is not None:
-            kept = tree.match(updates, spec, state.slots["grad"], names=("updates", "the state's grad"))
+            kept = tree.match(
+                updates, spec, state.slots["grad"], names=("updates", "the state's grad")
+            )
             for i, g in zip(self.moved, gs, strict=True):
                 kept[i] = g.to(kept[i].dtype)
             slots["grad"] = tree.like(state.slots["grad"], tree.unflatten(spec, kept))
@@ -119,14 +147,24 @@ def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
     def number(value: float) -> Tensor:
         return p.new_zeros((), dtype=dtype) + value
 
-    shared = {"learning_rate": number(1.0), "value": number(float("inf")), "num_linesearch_steps": tree.zero_count(params)}
+    shared = {
+        "learning_rate": number(1.0),
+        "value": number(float("inf")),
+        "num_linesearch_steps": tree.zero_count(params),
+    }
     shared |= {name: number(float("inf")) for name in errors}
     return StageState(shared, {"grad": tree.map(tree.zeros_like, params)} if store_grad else {})
 
 
 def check_state(name: str, state: Any, shared: tuple[str, ...], slots: tuple[str, ...]) -> None:
-    if not isinstance(state, StageState) or state.shared.keys() != set(shared) or state.slots.keys() != set(slots):
-        held = [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
+    if (
+        not isinstance(state, StageState)
+        or state.shared.keys() != set(shared)
+        or state.slots.keys() != set(slots)
+    ):
+        held = (
+            [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
+        )
         raise ValueError(
             f"this is not a state of {name}, which keeps {[*shared, *slots]}: it holds {held}. "
             "Use the state that its own init or update returned."

@@ -21,11 +21,20 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from functorch_opt import tree
-from functorch_opt._core.transformation import GradientTransformation, Scalar, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    check_range,
+    transformation,
+)
 from functorch_opt.line_search.line import Line, any_of, check_state, first_state, where
 from functorch_opt.tree import PyTree, StageState
 
-__all__ = ["scale_by_backtracking_linesearch", "scale_by_zoom_linesearch", "value_and_grad_from_state"]
+__all__ = [
+    "scale_by_backtracking_linesearch",
+    "scale_by_zoom_linesearch",
+    "value_and_grad_from_state",
+]
 
 
 def _violation(x: Tensor) -> Tensor:
@@ -35,7 +44,9 @@ def _violation(x: Tensor) -> Tensor:
 
 def _check_steps(name: str, steps: Any) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or greater: it bounds the loop; got {steps!r}.")
+        raise ValueError(
+            f"{name} must be a whole number, 1 or greater: it bounds the loop; got {steps!r}."
+        )
 
 
 # ---- backtracking ----------------------------------------------------------------------------------------------------------
@@ -96,7 +107,15 @@ def scale_by_backtracking_linesearch(
     def init(params: PyTree) -> StageState:
         return first_state(params, store_grad, "decrease_error")
 
-    def update(updates: PyTree, state: StageState, params: PyTree | None, *, value: Any, grad: PyTree, value_fn: Any) -> Any:
+    def update(
+        updates: PyTree,
+        state: StageState,
+        params: PyTree | None,
+        *,
+        value: Any,
+        grad: PyTree,
+        value_fn: Any,
+    ) -> Any:
         check_state(name, state, kept, ("grad",) if store_grad else ())
         line = Line(name, updates, params, value, grad, value_fn)
 
@@ -115,7 +134,9 @@ def scale_by_backtracking_linesearch(
             if not any_of(searching):
                 break
             smaller = (decrease_factor * size).to(size.dtype)
-            size, new, error, steps = where(searching, (smaller, *attempt(smaller), steps + 1), (size, new, error, steps))
+            size, new, error, steps = where(
+                searching, (smaller, *attempt(smaller), steps + 1), (size, new, error, steps)
+            )
         size = torch.where(error.isinf(), 0.0, size)
         gs = line.at(size)[2] if store_grad else None
         shared = dict(zip(kept, (size, new, steps, error.to(size.dtype)), strict=True))
@@ -159,14 +180,19 @@ def _between(low: _Trial, high: _Trial, third: _Trial) -> Tensor:
     b, c = high.size - low.size, third.size - low.size
     rise_b, rise_c = high.value - low.value - low.slope * b, third.value - low.value - low.slope * c
     scale = (b * c) ** 2 * (b - c)
-    cube, square = _ratio(c**2 * rise_b - b**2 * rise_c, scale), _ratio(b**3 * rise_c - c**3 * rise_b, scale)
+    cube, square = (
+        _ratio(c**2 * rise_b - b**2 * rise_c, scale),
+        _ratio(b**3 * rise_c - c**3 * rise_b, scale),
+    )
     under = square**2 - 3 * cube * low.slope
     cubic = low.size + _ratio(torch.where(under > 0, under, 1.0).sqrt() - square, 3 * cube)
     parabola = low.size - _ratio(low.slope * b**2, 2 * rise_b)
 
     def inside(x: Tensor, margin: float) -> Tensor:
         edge = margin * b.abs()
-        return (x > torch.minimum(low.size, high.size) + edge) & (x < torch.maximum(low.size, high.size) - edge)
+        return (x > torch.minimum(low.size, high.size) + edge) & (
+            x < torch.maximum(low.size, high.size) - edge
+        )
 
     middle = torch.where(inside(parabola, 0.1), parabola, (low.size + high.size) / 2)
     return torch.where(inside(cubic, 0.2) & (under >= 0), cubic, middle)
@@ -223,11 +249,16 @@ def scale_by_zoom_linesearch(
     check_range(1, float("inf"), above=True, increase_factor=increase_factor)
     if isinstance(curv_rtol, (int, float)) and not curv_rtol > 0:
         raise ValueError(f"curv_rtol must be greater than 0; got {curv_rtol}.")
-    for argument, given in (("max_learning_rate", max_learning_rate), ("approx_dec_rtol", approx_dec_rtol)):
+    for argument, given in (
+        ("max_learning_rate", max_learning_rate),
+        ("approx_dec_rtol", approx_dec_rtol),
+    ):
         if given is not None:
             check_range(0, float("inf"), above=argument == "max_learning_rate", **{argument: given})
     if initial_guess_strategy not in ("keep", "one"):
-        raise ValueError(f"initial_guess_strategy must be 'keep' or 'one'; got {initial_guess_strategy!r}.")
+        raise ValueError(
+            f"initial_guess_strategy must be 'keep' or 'one'; got {initial_guess_strategy!r}."
+        )
     name = "scale_by_zoom_linesearch"
     kept = ("learning_rate", "value", "num_linesearch_steps", "decrease_error", "curvature_error")
 
@@ -235,7 +266,12 @@ def scale_by_zoom_linesearch(
         decrease = trial.value - line.value - slope_rtol * trial.size * line.slope
         if approx_dec_rtol is not None:
             by_slope = trial.slope - (2 * slope_rtol - 1) * line.slope
-            decrease = torch.minimum(torch.maximum(by_slope, trial.value - line.value - approx_dec_rtol * line.value.abs()), decrease)
+            decrease = torch.minimum(
+                torch.maximum(
+                    by_slope, trial.value - line.value - approx_dec_rtol * line.value.abs()
+                ),
+                decrease,
+            )
         return _violation(decrease), _violation(trial.slope.abs() - curv_rtol * line.slope.abs())
 
     def step(now: _Search, line: Line, guess: Tensor) -> _Search:
@@ -263,8 +299,14 @@ def scale_by_zoom_linesearch(
         low, high_end = where(now.found, shrunk, bracket)
 
         enough = (decrease_error <= tol) & (~now.found | (value < now.safe_value))
-        safe_size, safe_value, safe_grads = where(enough, (size, value, gs), (now.safe_size, now.safe_value, now.safe_grads))
-        tiny = now.found & ((now.high.size - now.low.size).abs() <= stepsize_precision) & (safe_size > 0)
+        safe_size, safe_value, safe_grads = where(
+            enough, (size, value, gs), (now.safe_size, now.safe_value, now.safe_grads)
+        )
+        tiny = (
+            now.found
+            & ((now.high.size - now.low.size).abs() <= stepsize_precision)
+            & (safe_size > 0)
+        )
         done = good | (~now.found & at_most & ~found)
         failed = ~done & (tiny | (now.steps + 1 >= max_linesearch_steps))
         fall_back = failed & ((safe_size > 0) | decrease_error.isinf())
@@ -288,7 +330,15 @@ def scale_by_zoom_linesearch(
     def init(params: PyTree) -> StageState:
         return first_state(params, True, "decrease_error", "curvature_error")
 
-    def update(updates: PyTree, state: StageState, params: PyTree | None, *, value: Any, grad: PyTree, value_fn: Any) -> Any:
+    def update(
+        updates: PyTree,
+        state: StageState,
+        params: PyTree | None,
+        *,
+        value: Any,
+        grad: PyTree,
+        value_fn: Any,
+    ) -> Any:
         check_state(name, state, kept, ("grad",))
         line = Line(name, updates, params, value, grad, value_fn)
         zero = torch.zeros_like(line.slope)
@@ -299,12 +349,22 @@ def scale_by_zoom_linesearch(
             zero, line.value, line.gs, infinite, infinite,
         )  # fmt: skip
         last = state.shared["learning_rate"].to(line.dtype)
-        guess = torch.ones_like(zero) if initial_guess_strategy == "one" else torch.where(last > 0, last, 1.0)
+        guess = (
+            torch.ones_like(zero)
+            if initial_guess_strategy == "one"
+            else torch.where(last > 0, last, 1.0)
+        )
         for _ in range(max_linesearch_steps):
             if not any_of(search.searching):
                 break
             search = where(search.searching, step(search, line, guess), search)
-        found = (search.last.size, search.last.value, search.steps, search.decrease_error, search.curvature_error)
+        found = (
+            search.last.size,
+            search.last.value,
+            search.steps,
+            search.decrease_error,
+            search.curvature_error,
+        )
         shared = {key: x.to(state.shared[key].dtype) for key, x in zip(kept, found, strict=True)}
         return line.finish(updates, search.last.size, search.grads, state, shared)
 
@@ -314,7 +374,9 @@ def scale_by_zoom_linesearch(
 # ---- what a search has already worked out ------------------------------------------------------------------------------------
 
 
-def value_and_grad_from_state(value_fn: Callable[[PyTree], Tensor]) -> Callable[..., tuple[Tensor, PyTree]]:
+def value_and_grad_from_state(
+    value_fn: Callable[[PyTree], Tensor],
+) -> Callable[..., tuple[Tensor, PyTree]]:
     """Value and gradient at the params, from the state of a line search that has worked them out; computed where it has not.
 
     A line search ends with the value and the gradient at the new params. Where the function is the same at every step, taking them from
@@ -348,6 +410,8 @@ def value_and_grad_from_state(value_fn: Callable[[PyTree], Tensor]) -> Callable[
         if not any_of(unknown):
             return value, grad
         gs, fresh = grad_and_value(value_fn)(params)
-        return torch.where(unknown, fresh.to(value.dtype), value), tree.map(lambda g, old: torch.where(unknown, g, old), gs, grad)
+        return torch.where(unknown, fresh.to(value.dtype), value), tree.map(
+            lambda g, old: torch.where(unknown, g, old), gs, grad
+        )
 
     return value_and_grad

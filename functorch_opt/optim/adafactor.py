@@ -46,7 +46,9 @@ def scale_by_factored_rms(beta2_decay, eps1) -> GradientTransformation:
         smallest = _smallest(eps1, g)
         row_var = torch.lerp(row_var, (g * g).mean(dim=-1, keepdim=True), weight)  # [..., n, 1]
         col_var = torch.lerp(col_var, (g * g).mean(dim=-2, keepdim=True), weight)  # [..., 1, m]
-        v = row_var * col_var / row_var.mean(dim=-2, keepdim=True).clamp(min=smallest)  # [..., n, m]
+        v = (
+            row_var * col_var / row_var.mean(dim=-2, keepdim=True).clamp(min=smallest)
+        )  # [..., n, m]
         return _by_root(g, v, smallest), {"row_var": row_var, "col_var": col_var}
 
     def row(p):
@@ -56,7 +58,9 @@ def scale_by_factored_rms(beta2_decay, eps1) -> GradientTransformation:
         return p.new_zeros((*p.shape[:-2], 1, p.shape[-1]), dtype=tree.at_least_float32(p.dtype))
 
     slots = {"row_var": row, "col_var": col}
-    return leafwise(rule, _weight, slots=slots, hyper={"beta2_decay": beta2_decay}, kind="tensorwise")
+    return leafwise(
+        rule, _weight, slots=slots, hyper={"beta2_decay": beta2_decay}, kind="tensorwise"
+    )
 
 
 @transformation
@@ -65,7 +69,9 @@ def scale_by_full_rms(beta2_decay, eps1) -> GradientTransformation:
         variance = torch.lerp(variance, g * g, weight)
         return _by_root(g, variance, _smallest(eps1, g)), {"variance": variance}
 
-    return leafwise(rule, _weight, slots={"variance": tree.zeros_like}, hyper={"beta2_decay": beta2_decay})
+    return leafwise(
+        rule, _weight, slots={"variance": tree.zeros_like}, hyper={"beta2_decay": beta2_decay}
+    )
 
 
 @transformation
@@ -77,8 +83,14 @@ def step_by_adafactor(lr, eps2, d, weight_decay) -> GradientTransformation:
         size = rho * (pp / n).sqrt().clamp(min=eps2) / ((gg / n).sqrt() / d).clamp(min=1)
         return -size * g - decay * p
 
-    sums = {"gg": lambda g: g.square().sum(), "pp": lambda p: p.square().sum(), "n": lambda g: g.numel()}
-    return leafwise(rule, prepare, hyper={"lr": lr, "d": d, "weight_decay": weight_decay}, sums=sums)
+    sums = {
+        "gg": lambda g: g.square().sum(),
+        "pp": lambda p: p.square().sum(),
+        "n": lambda g: g.numel(),
+    }
+    return leafwise(
+        rule, prepare, hyper={"lr": lr, "d": d, "weight_decay": weight_decay}, sums=sums
+    )
 
 
 class Adafactor(TorchNamed):
@@ -141,20 +153,38 @@ class Adafactor(TorchNamed):
         maximize: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {"lr": lr, "beta2_decay": beta2_decay, "eps": tuple(eps), "d": d, "weight_decay": weight_decay, "maximize": maximize}
+        options = {
+            "lr": lr,
+            "beta2_decay": beta2_decay,
+            "eps": tuple(eps),
+            "d": d,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
         self._begin(params, options, foreach=foreach, compile=compile)
 
-    def _chain(self, lr: Any, beta2_decay: Any, eps: Any, d: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, beta2_decay: Any, eps: Any, d: Any, weight_decay: Any, maximize: bool
+    ) -> GradientTransformation:
         eps1, eps2 = eps
-        for what, value, low in (("epsilon1", eps1, 0), ("epsilon2", eps2, 0), ("Clipping threshold d", d, 1)):
+        for what, value, low in (
+            ("epsilon1", eps1, 0),
+            ("epsilon2", eps2, 0),
+            ("Clipping threshold d", d, 1),
+        ):
             if isinstance(value, (int, float)) and not value >= low:
                 raise ValueError(f"{what} should be >= {low} but is {value}.")
         if not isinstance(beta2_decay, Tensor) and not beta2_decay <= 0:
             raise ValueError(f"beta2_decay should be <= 0 but is {beta2_decay}.")
-        roots = {"matrix": scale_by_factored_rms(beta2_decay, eps1), "vector": scale_by_full_rms(beta2_decay, eps1)}
+        roots = {
+            "matrix": scale_by_factored_rms(beta2_decay, eps1),
+            "vector": scale_by_full_rms(beta2_decay, eps1),
+        }
         root = partition(roots, lambda path, p: "matrix" if p.ndim > 1 else "vector")
         return parts(ascend(maximize), root, step_by_adafactor(lr, eps2, d, weight_decay))
 
     def _check_parameter(self, p: Tensor) -> None:
         if p.is_complex():
-            raise RuntimeError(f"Adafactor does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}.")
+            raise RuntimeError(
+                f"Adafactor does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}."
+            )

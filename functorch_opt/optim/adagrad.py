@@ -10,7 +10,12 @@ from torch import Tensor
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, l2, parts
-from functorch_opt.optimizers.adagrad import scale_by_adadelta, scale_by_rms, scale_by_rss, scale_by_stddev
+from functorch_opt.optimizers.adagrad import (
+    scale_by_adadelta,
+    scale_by_rms,
+    scale_by_rss,
+    scale_by_stddev,
+)
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
@@ -75,14 +80,32 @@ class RMSprop(TorchNamed):
             "centered": centered,
             "maximize": maximize,
         }
-        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable, compile=compile)
+        self._begin(
+            params,
+            options,
+            capturable=capturable,
+            foreach=foreach,
+            differentiable=differentiable,
+            compile=compile,
+        )
 
     def _chain(
-        self, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: bool, maximize: bool
+        self,
+        lr: Any,
+        alpha: Any,
+        eps: Any,
+        weight_decay: Any,
+        momentum: Any,
+        centered: bool,
+        maximize: bool,
     ) -> GradientTransformation:
         root = (scale_by_stddev if centered else scale_by_rms)(alpha, eps, eps_in_sqrt=False)
-        momentum_stage = None if not isinstance(momentum, Tensor) and momentum == 0 else trace(momentum)
-        return parts(ascend(maximize), l2(weight_decay), root, momentum_stage, scale_by_learning_rate(lr))
+        momentum_stage = (
+            None if not isinstance(momentum, Tensor) and momentum == 0 else trace(momentum)
+        )
+        return parts(
+            ascend(maximize), l2(weight_decay), root, momentum_stage, scale_by_learning_rate(lr)
+        )
 
 
 class Adagrad(TorchNamed):
@@ -135,10 +158,23 @@ class Adagrad(TorchNamed):
             "eps": eps,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused, compile=compile)
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            compile=compile,
+        )
 
     def _chain(
-        self, lr: Any, lr_decay: Any, weight_decay: Any, initial_accumulator_value: float, eps: Any, maximize: bool
+        self,
+        lr: Any,
+        lr_decay: Any,
+        weight_decay: Any,
+        initial_accumulator_value: float,
+        eps: Any,
+        maximize: bool,
     ) -> GradientTransformation:
         root = scale_by_rss(initial_accumulator_value, eps, eps_in_sqrt=False)
         step = leafwise(
@@ -198,8 +234,28 @@ class Adadelta(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
+        options = {
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            compile=compile,
+        )
 
-    def _chain(self, lr: Any, rho: Any, eps: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
-        return parts(ascend(maximize), l2(weight_decay), scale_by_adadelta(rho, eps), scale_by_learning_rate(lr))
+    def _chain(
+        self, lr: Any, rho: Any, eps: Any, weight_decay: Any, maximize: bool
+    ) -> GradientTransformation:
+        return parts(
+            ascend(maximize),
+            l2(weight_decay),
+            scale_by_adadelta(rho, eps),
+            scale_by_learning_rate(lr),
+        )

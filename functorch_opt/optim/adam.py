@@ -47,7 +47,11 @@ class Adam(TorchNamed):
         ['exp_avg', 'exp_avg_sq', 'step']
     """
 
-    _names: ClassVar = {"scale_by_adam/mu": "exp_avg", "scale_by_adam/nu": "exp_avg_sq", "scale_by_adam/nu_max": "max_exp_avg_sq"}
+    _names: ClassVar = {
+        "scale_by_adam/mu": "exp_avg",
+        "scale_by_adam/nu": "exp_avg_sq",
+        "scale_by_adam/nu_max": "max_exp_avg_sq",
+    }
     _structural: ClassVar = ("weight_decay",)
 
     def __init__(
@@ -76,10 +80,25 @@ class Adam(TorchNamed):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused, compile=compile)
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            compile=compile,
+        )
 
     def _chain(
-        self, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: bool, maximize: bool, decoupled_weight_decay: bool
+        self,
+        lr: Any,
+        betas: Any,
+        eps: Any,
+        weight_decay: Any,
+        amsgrad: bool,
+        maximize: bool,
+        decoupled_weight_decay: bool,
     ) -> GradientTransformation:
         decay = l2(weight_decay)
         b1, b2 = betas
@@ -191,9 +210,29 @@ class Adamax(TorchNamed):
         capturable: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable, compile=compile)
+        options = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            differentiable=differentiable,
+            capturable=capturable,
+            compile=compile,
+        )
 
-    def _chain(self, lr: Any, betas: Any, eps: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, betas: Any, eps: Any, weight_decay: Any, maximize: bool
+    ) -> GradientTransformation:
         b1, b2 = betas
-        return parts(ascend(maximize), l2(weight_decay), scale_by_adamax(b1, b2, eps), scale_by_learning_rate(lr))
+        return parts(
+            ascend(maximize),
+            l2(weight_decay),
+            scale_by_adamax(b1, b2, eps),
+            scale_by_learning_rate(lr),
+        )

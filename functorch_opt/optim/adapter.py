@@ -98,9 +98,19 @@ class Optimizer(torch.optim.Optimizer):
             tx(**hyper)  # what it does not like about its arguments, it says now
             numbers, others = hyperparameters(tx, (), hyper)
         else:
-            raise TypeError(f"tx must be a transformation or a function that returns one; got {type(tx).__name__} {tx!r}.")
-        plain = {name: value for name, value in others.items() if isinstance(value, (bool, int, str, torch.dtype, type(None)))}
-        fixed = {name: value for name, value in (others | numbers).items() if name not in plain and callable(value)}
+            raise TypeError(
+                f"tx must be a transformation or a function that returns one; got {type(tx).__name__} {tx!r}."
+            )
+        plain = {
+            name: value
+            for name, value in others.items()
+            if isinstance(value, (bool, int, str, torch.dtype, type(None)))
+        }
+        fixed = {
+            name: value
+            for name, value in (others | numbers).items()
+            if name not in plain and callable(value)
+        }
         numbers = {name: value for name, value in numbers.items() if name not in fixed}
         fixed |= {name: value for name, value in others.items() if name not in plain}
         has_lr = "learning_rate" in numbers
@@ -108,7 +118,9 @@ class Optimizer(torch.optim.Optimizer):
         self._recipe: tuple[Any, dict[str, Any], bool] = (tx, fixed, has_lr)
         self._setup(params, {"lr": lr, **numbers, **plain}, ("lr", *numbers), compile)
 
-    def _setup(self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str], compile: bool) -> None:
+    def _setup(
+        self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str], compile: bool
+    ) -> None:
         """What every constructor ends with; `numbers` names the options that are hyperparameters."""
         self._compile = compile
         self._numbers = frozenset(numbers)
@@ -122,7 +134,9 @@ class Optimizer(torch.optim.Optimizer):
         lr = options.pop("lr")
         if has_lr:
             return tx(**fixed, **options, learning_rate=lr)
-        ready: GradientTransformation = tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
+        ready: GradientTransformation = (
+            tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
+        )
         scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
         return scaled if isinstance(scaled, Chain) else chain(scaled)
 
@@ -182,7 +196,9 @@ class Optimizer(torch.optim.Optimizer):
                 a line search, which a closure cannot be.
         """
         if self._evaluating:
-            raise RuntimeError("the parameters hold their averages: step after leaving eval_params().")
+            raise RuntimeError(
+                "the parameters hold their averages: step after leaving eval_params()."
+            )
         self._called["step"] = True
         loss = None
         if closure is not None:
@@ -227,7 +243,9 @@ class Optimizer(torch.optim.Optimizer):
     def _initialized(self) -> bool:
         for fixed, groups in self._buckets():
             plan = self._plans.get(fixed)
-            if any(p.grad is not None for group in groups for p in group["params"]) and not (plan and plan.serves(groups, self.state)):
+            if any(p.grad is not None for group in groups for p in group["params"]) and not (
+                plan and plan.serves(groups, self.state)
+            ):
                 return False
         return True
 
@@ -250,7 +268,9 @@ class Optimizer(torch.optim.Optimizer):
         After an error, that of a hook too, the optimizer is as it was before.
         """
         if self._evaluating:
-            raise RuntimeError("the parameters hold their averages: load after leaving eval_params().")
+            raise RuntimeError(
+                "the parameters hold their averages: load after leaving eval_params()."
+            )
         if not isinstance(state_dict, Mapping):
             check_form(state_dict)
         before = self.state, self.param_groups
@@ -269,15 +289,18 @@ class Optimizer(torch.optim.Optimizer):
             if strict and not found[0].exact:
                 raise KeyError(str(found[0]))
 
-        handles = [self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(fill, prepend=True)]
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
-            if (
-                not found
-            ):  # a wrapper that lends its class from this one, as Lightning's, runs other hooks afterwards than it has registered
+            if not found:  # a wrapper that lends its class from this one, as Lightning's, runs other hooks afterwards than it has registered
                 fill(self)
             if found[0].missing or found[0].unexpected:
-                warnings.warn(f"{found[0]} {LEFT_OVER} With strict=True this is an error.", stacklevel=2)
+                warnings.warn(
+                    f"{found[0]} {LEFT_OVER} With strict=True this is an error.", stacklevel=2
+                )
         except BaseException:
             self.__setstate__({"state": before[0], "param_groups": before[1]})
             raise
@@ -291,20 +314,33 @@ class Optimizer(torch.optim.Optimizer):
             try:
                 self._check_group(group)
             except Exception as error:  # noqa: PERF203
-                raise ValueError(f"group {k} of this state dict has options that do not fit: {error}") from error
+                raise ValueError(
+                    f"group {k} of this state dict has options that do not fit: {error}"
+                ) from error
         expected: dict[Tensor, dict[str, Expected]] = {}
         for fixed, groups in self._buckets():
             params = [p for group in groups for p in group["params"]]
             if params:
                 try:
-                    expected |= zip(params, expectations(self._plan(fixed, groups), params), strict=True)
+                    expected |= zip(
+                        params, expectations(self._plan(fixed, groups), params), strict=True
+                    )
                 except Exception as error:
-                    raise ValueError(f"the options of this state dict make no optimizer of these parameters: {error}") from error
+                    raise ValueError(
+                        f"the options of this state dict make no optimizer of these parameters: {error}"
+                    ) from error
         params = [p for group in self.param_groups for p in group["params"]]
-        other = {key: value for key, value in given["state"].items() if not isinstance(value, Mapping)}  # a hook's own, as in torch
-        given = {**given, "state": {key: entry for key, entry in given["state"].items() if key not in other}}
+        other = {
+            key: value for key, value in given["state"].items() if not isinstance(value, Mapping)
+        }  # a hook's own, as in torch
+        given = {
+            **given,
+            "state": {key: entry for key, entry in given["state"].items() if key not in other},
+        }
         entries, found = fitted(given, params, [expected[p] for p in params], self._uncounted)
-        self.state = defaultdict(dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other)
+        self.state = defaultdict(
+            dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other
+        )
         self._plans = {}
         return found
 
@@ -333,7 +369,10 @@ class Optimizer(torch.optim.Optimizer):
             >>> w.item()
             6.0
         """
-        plans = [(self._plan(fixed, groups), [p for g in groups for p in g["params"]]) for fixed, groups in self._buckets()]
+        plans = [
+            (self._plan(fixed, groups), [p for g in groups for p in g["params"]])
+            for fixed, groups in self._buckets()
+        ]
         outside = self._evaluating
         with held(averages(plans, self.state)):
             self._evaluating = True
@@ -343,7 +382,11 @@ class Optimizer(torch.optim.Optimizer):
                 self._evaluating = outside
 
     def __getstate__(self) -> dict[str, Any]:
-        private: dict[str, Any] = {name: vars(self)[name] for name in ("_recipe", "_numbers", "_compile") if name in vars(self)}
+        private: dict[str, Any] = {
+            name: vars(self)[name]
+            for name in ("_recipe", "_numbers", "_compile")
+            if name in vars(self)
+        }
         return {**super().__getstate__(), **private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -379,7 +422,11 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in group.items():
                 if isinstance(value, list) and name in self.defaults:
                     group[name] = tuple(value)
-            fixed = tuple((name, group[name]) for name in self._options() if not self._varies(name, group[name]))
+            fixed = tuple(
+                (name, group[name])
+                for name in self._options()
+                if not self._varies(name, group[name])
+            )
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
 
@@ -388,13 +435,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _varies(self, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a zero leaves out a stage."""
-        return name in self._numbers and (name not in self._structural or isinstance(value, Tensor) or value != 0)
+        return name in self._numbers and (
+            name not in self._structural or isinstance(value, Tensor) or value != 0
+        )
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or plan.layout != layout(groups):
             varying = [name for name in self._options() if name not in dict(fixed)]
-            plan = self._plans[fixed] = Plan(self._maker(fixed), varying, groups, self._names, self._compile)
+            plan = self._plans[fixed] = Plan(
+                self._maker(fixed), varying, groups, self._names, self._compile
+            )
         return plan
 
     def _maker(self, fixed: tuple[Any, ...]) -> Make:

@@ -29,7 +29,11 @@ def step_by_asgd(lr, lambd, alpha, t0) -> GradientTransformation:
 
     def prepare(count, lr, lambd, alpha, t0):
         t = tree.as_real(count + 1)
-        return {"first": count == 0, "eta_next": lr / (1 + lambd * lr * t) ** alpha, "mu_next": 1 / (t - t0).clamp(min=1)}
+        return {
+            "first": count == 0,
+            "eta_next": lr / (1 + lambd * lr * t) ** alpha,
+            "mu_next": 1 / (t - t0).clamp(min=1),
+        }
 
     def rule(g, p, eta, mu, ax, lr, lambd, first, eta_next, mu_next):
         eta = torch.where(first, lr, eta)
@@ -37,7 +41,9 @@ def step_by_asgd(lr, lambd, alpha, t0) -> GradientTransformation:
         return u, {"eta": eta_next, "mu": mu_next, "ax": torch.lerp(ax, p + u, mu)}
 
     slots = {"eta": scalar_slot(0.0), "mu": scalar_slot(1.0), "ax": tree.zeros_like}
-    return leafwise(rule, prepare, slots=slots, hyper={"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0})
+    return leafwise(
+        rule, prepare, slots=slots, hyper={"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0}
+    )
 
 
 class ASGD(TorchNamed):
@@ -100,8 +106,24 @@ class ASGD(TorchNamed):
         *,
         compile: bool = False,
     ) -> None:
-        options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay, "maximize": maximize}
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, capturable=capturable, compile=compile)
+        options = {
+            "lr": lr,
+            "lambd": lambd,
+            "alpha": alpha,
+            "t0": t0,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            differentiable=differentiable,
+            capturable=capturable,
+            compile=compile,
+        )
 
-    def _chain(self, lr: Any, lambd: Any, alpha: Any, t0: Any, weight_decay: Any, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, lambd: Any, alpha: Any, t0: Any, weight_decay: Any, maximize: bool
+    ) -> GradientTransformation:
         return parts(ascend(maximize), l2(weight_decay), step_by_asgd(lr, lambd, alpha, t0))

@@ -27,7 +27,9 @@ class Expected(NamedTuple):
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
     first = tree.state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
-    keys: list[dict[str, Expected]] = [{key: Expected("count", torch.zeros(())) for key in plan.counts} for _ in params]
+    keys: list[dict[str, Expected]] = [
+        {key: Expected("count", torch.zeros(())) for key in plan.counts} for _ in params
+    ]
     for place in plan.flat:
         if place and place.kind != "count":
             keys[place.i][place.key] = Expected(place.kind, first[place.path])
@@ -38,17 +40,29 @@ def check_form(given: Any) -> None:
     """Raise TypeError or ValueError for what is no state dict of an optimizer."""
     if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
         held = list(given) if isinstance(given, Mapping) else type(given).__name__
-        raise TypeError(f"a state dict of an optimizer is a dict with 'state' and 'param_groups'; got {held}.")
+        raise TypeError(
+            f"a state dict of an optimizer is a dict with 'state' and 'param_groups'; got {held}."
+        )
     state, groups = given["state"], given["param_groups"]
-    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) or isinstance(key, str) for key, entry in state.items()):
-        raise TypeError("'state' must be a dict from the number of a parameter to the dict of its tensors.")
+    if not isinstance(state, Mapping) or not all(
+        isinstance(entry, Mapping) or isinstance(key, str) for key, entry in state.items()
+    ):
+        raise TypeError(
+            "'state' must be a dict from the number of a parameter to the dict of its tensors."
+        )
     if not isinstance(groups, (list, tuple)) or not all(
         isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups
     ):
-        raise TypeError("'param_groups' must be a list of dicts with the numbers of their parameters under 'params'.")
+        raise TypeError(
+            "'param_groups' must be a list of dicts with the numbers of their parameters under 'params'."
+        )
     numbers = _numbers(given)
-    if not all(isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(f"every parameter needs a number of its own in 'param_groups'; got {[list(group['params']) for group in groups]}.")
+    if not all(isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) < len(
+        numbers
+    ):
+        raise ValueError(
+            f"every parameter needs a number of its own in 'param_groups'; got {[list(group['params']) for group in groups]}."
+        )
 
 
 def _numbers(given: Mapping[str, Any]) -> list[Any]:
@@ -56,7 +70,10 @@ def _numbers(given: Mapping[str, Any]) -> list[Any]:
 
 
 def fitted(
-    given: Mapping[str, Any], params: list[Tensor], expected: list[dict[str, Expected]], optional: Collection[str]
+    given: Mapping[str, Any],
+    params: list[Tensor],
+    expected: list[dict[str, Expected]],
+    optional: Collection[str],
 ) -> tuple[list[dict[str, Tensor]], tree.Fit]:
     """The entries of ``state[p]``, copied from a state dict, and how well its names fitted; those in `optional` may be missing.
 
@@ -65,8 +82,13 @@ def fitted(
         ValueError: a shape that differs; a count that is no whole number from 0.
     """
     numbers = _numbers(given)
-    saved = [{key: value for key, value in given["state"].get(number, {}).items() if value is not None} for number in numbers]
-    names = tree.fit([key for keys in expected for key in keys], [key for entry in saved for key in entry])
+    saved = [
+        {key: value for key, value in given["state"].get(number, {}).items() if value is not None}
+        for number in numbers
+    ]
+    names = tree.fit(
+        [key for keys in expected for key in keys], [key for entry in saved for key in entry]
+    )
     entries: list[dict[str, Tensor]] = []
     source: dict[str, str] = {}
     missing: dict[str, list[Any]] = {}
@@ -74,19 +96,30 @@ def fitted(
     begun = 0
     for number, p, keys, entry in zip(numbers, params, expected, saved, strict=True):
         mine = {key: names.source[key] for key in keys if names.source.get(key) in entry}
-        entries.append({key: _checked(entry[there], keys[key], p, f"{there!r} of parameter {number}", key) for key, there in mine.items()})
+        entries.append(
+            {
+                key: _checked(entry[there], keys[key], p, f"{there!r} of parameter {number}", key)
+                for key, there in mine.items()
+            }
+        )
         source |= mine
         # A parameter that never had a gradient has no state of its own.
         has_state = any(keys[key].kind != "joint" for key in mine) or len(mine) < len(entry)
         begun += has_state
         for key in keys:
-            if key not in mine and key not in optional and (has_state or (keys[key].kind == "joint" and any(saved))):
+            if (
+                key not in mine
+                and key not in optional
+                and (has_state or (keys[key].kind == "joint" and any(saved)))
+            ):
                 missing.setdefault(key, []).append(number)
         unexpected |= dict.fromkeys(str(there) for there in entry if there not in mine.values())
     strays = [f"all of parameter {number!r}" for number in given["state"] if number not in numbers]
     joint = {key for keys in expected for key, what in keys.items() if what.kind == "joint"}
     told = [
-        name if name in joint or len(those) == begun else f"{name} (of parameter {', '.join(map(str, those))})"
+        name
+        if name in joint or len(those) == begun
+        else f"{name} (of parameter {', '.join(map(str, those))})"
         for name, those in missing.items()
     ]
     return entries, tree.Fit(source, told, [*unexpected, *strays])
@@ -97,11 +130,19 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
         raise TypeError(f"{name} is a meta tensor: there is no value in it.")
     if expected.kind == "count":
-        number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided else value
+        number = (
+            value.item()
+            if isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
+            else value
+        )
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name} must be a number or a 0-dim tensor: how many steps were made; got {_told(value)}.")
+            raise TypeError(
+                f"{name} must be a number or a 0-dim tensor: how many steps were made; got {_told(value)}."
+            )
         if not (math.isfinite(number) and number >= 0 and number == int(number)):
-            raise ValueError(f"{name} must be a whole number from 0: how many steps were made; got {number}.")
+            raise ValueError(
+                f"{name} must be a whole number from 0: how many steps were made; got {number}."
+            )
         if isinstance(value, Tensor):
             return value.detach().to("cpu", copy=True)
         return torch.tensor(float(number)) if key == "step" else torch.tensor(int(number))
@@ -109,9 +150,13 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got {_told(value)}.")
     if value.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, and here it is {tuple(like.shape)}. Is it the state of other parameters?")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, and here it is {tuple(like.shape)}. Is it the state of other parameters?"
+        )
     if _kind(value) != _kind(like):
-        raise TypeError(f"{name} is {value.dtype}, and here it is {like.dtype}, which cannot be made of it.")
+        raise TypeError(
+            f"{name} is {value.dtype}, and here it is {like.dtype}, which cannot be made of it."
+        )
     return value.detach().to(p.device, copy=True)
 
 
@@ -121,4 +166,8 @@ def _kind(x: Tensor) -> Any:
 
 
 def _told(value: Any) -> str:
-    return f"a {value.layout} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+    return (
+        f"a {value.layout} tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{type(value).__name__} {value!r}"
+    )

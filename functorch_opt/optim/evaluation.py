@@ -13,7 +13,9 @@ from functorch_opt.optim.plan import Plan
 from functorch_opt.transforms.averaging import AVERAGED
 
 
-def averages(plans: Iterable[tuple[Plan, list[Tensor]]], state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
+def averages(
+    plans: Iterable[tuple[Plan, list[Tensor]]], state: Mapping[Tensor, dict[str, Any]]
+) -> dict[Tensor, Tensor]:
     """``{parameter: its average}`` for those that have made a step."""
     keys: dict[Tensor, str] = {}
     for plan, params in plans:
@@ -21,10 +23,14 @@ def averages(plans: Iterable[tuple[Plan, list[Tensor]]], state: Mapping[Tensor, 
             if place and place.kind == "slot" and place.key.rpartition("/")[2] == AVERAGED:
                 if params[place.i] in keys:
                     both = f"{keys[params[place.i]]!r} and {place.key!r}"
-                    raise ValueError(f"two stages average the parameter {plan.paths[place.i]!r}: read {both} in opt.state[p].")
+                    raise ValueError(
+                        f"two stages average the parameter {plan.paths[place.i]!r}: read {both} in opt.state[p]."
+                    )
                 keys[params[place.i]] = place.key
     if not keys:
-        raise ValueError("nothing in this optimizer averages the parameters: put params_ema(decay) last in the chain.")
+        raise ValueError(
+            "nothing in this optimizer averages the parameters: put params_ema(decay) last in the chain."
+        )
     return {p: state[p][key] for p, key in keys.items() if key in state.get(p, ())}
 
 

@@ -46,14 +46,18 @@ def _ratio(adjust_lr_fn, n, m):
 
 
 @transformation
-def scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn) -> GradientTransformation:
+def scale_by_muon(
+    momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
+) -> GradientTransformation:
     if len(ns_coefficients) != 3:
         raise ValueError(f"ns_coefficients must be three numbers; got {ns_coefficients!r}.")
     if not 0 <= ns_steps < 100:
         raise ValueError(f"ns_steps must be in [0, 100); got {ns_steps}.")
     if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
         known = "None, 'original' or 'match_rms_adamw'"
-        raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must be {known}.")
+        raise ValueError(
+            f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must be {known}."
+        )
 
     def prepare(momentum):
         return {"weight": 1 - momentum}
@@ -64,7 +68,13 @@ def scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_
         x = orthogonal(b, ns_coefficients, eps, ns_steps).to(g.dtype)
         return x * _ratio(adjust_lr_fn, *g.shape), {"momentum_buffer": momentum_buffer}
 
-    return leafwise(rule, prepare, slots={"momentum_buffer": tree.zeros_like}, hyper={"momentum": momentum}, kind="tensorwise")
+    return leafwise(
+        rule,
+        prepare,
+        slots={"momentum_buffer": tree.zeros_like},
+        hyper={"momentum": momentum},
+        kind="tensorwise",
+    )
 
 
 class Muon(TorchNamed):
@@ -153,6 +163,10 @@ class Muon(TorchNamed):
     def _check_parameter(self, p: Tensor) -> None:
         cure = "Give the rest to another optimizer, e.g. AdamW."
         if p.is_complex():
-            raise RuntimeError(f"Muon does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}. {cure}")
+            raise RuntimeError(
+                f"Muon does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}. {cure}"
+            )
         if p.ndim != 2:
-            raise ValueError(f"Muon only supports 2D parameters; one has shape {tuple(p.shape)}. {cure}")
+            raise ValueError(
+                f"Muon only supports 2D parameters; one has shape {tuple(p.shape)}. {cure}"
+            )

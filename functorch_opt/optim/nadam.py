@@ -38,8 +38,17 @@ def scale_by_nadam(b1, b2, eps, momentum_decay) -> GradientTransformation:
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "mu_product": mu_product}
         return m / ((exp_avg_sq / c2).sqrt() + eps), new
 
-    slots = {"exp_avg": tree.zeros_like, "exp_avg_sq": tree.zeros_like, "mu_product": scalar_slot(1.0)}
-    return leafwise(rule, prepare, slots=slots, hyper={"b1": b1, "b2": b2, "eps": eps, "momentum_decay": momentum_decay})
+    slots = {
+        "exp_avg": tree.zeros_like,
+        "exp_avg_sq": tree.zeros_like,
+        "mu_product": scalar_slot(1.0),
+    }
+    return leafwise(
+        rule,
+        prepare,
+        slots=slots,
+        hyper={"b1": b1, "b2": b2, "eps": eps, "momentum_decay": momentum_decay},
+    )
 
 
 class NAdam(TorchNamed):
@@ -78,7 +87,9 @@ class NAdam(TorchNamed):
         ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']
     """
 
-    _names: ClassVar = {f"scale_by_nadam/{name}": name for name in ("exp_avg", "exp_avg_sq", "mu_product")}
+    _names: ClassVar = {
+        f"scale_by_nadam/{name}": name for name in ("exp_avg", "exp_avg_sq", "mu_product")
+    }
     _structural: ClassVar = ("weight_decay",)
 
     def __init__(
@@ -106,10 +117,24 @@ class NAdam(TorchNamed):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            compile=compile,
+        )
 
     def _chain(
-        self, lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any, decoupled_weight_decay: bool, maximize: bool
+        self,
+        lr: Any,
+        betas: Any,
+        eps: Any,
+        weight_decay: Any,
+        momentum_decay: Any,
+        decoupled_weight_decay: bool,
+        maximize: bool,
     ) -> GradientTransformation:
         b1, b2 = betas
         nadam, decay = scale_by_nadam(b1, b2, eps, momentum_decay), l2(weight_decay)

@@ -16,9 +16,13 @@ def check_number(name: str, value: Any) -> None:
         for part in value:
             check_number(name, part)
     elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}.")
+        raise TypeError(
+            f"{name} must be a number or a 1-element tensor; got {type(value).__name__} {value!r}."
+        )
     elif isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        raise ValueError(f"Tensor {name} must be 1-element and real; got {value.dtype} of shape {tuple(value.shape)}.")
+        raise ValueError(
+            f"Tensor {name} must be 1-element and real; got {value.dtype} of shape {tuple(value.shape)}."
+        )
 
 
 def check_like(name: str, value: Any, default: Any) -> None:
@@ -27,10 +31,18 @@ def check_like(name: str, value: Any, default: Any) -> None:
         for part in value:
             check_like(name, part, None if part is None else 0.0)
         return
-    wanted: Any = (bool, int, float, str, tuple, torch.dtype, type(None)) if default is None else type(default)
+    wanted: Any = (
+        (bool, int, float, str, tuple, torch.dtype, type(None))
+        if default is None
+        else type(default)
+    )
     number = wanted in (int, float)
-    if not isinstance(value, (int, float) if number else wanted) or (isinstance(value, bool) and number):
-        raise TypeError(f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}.")
+    if not isinstance(value, (int, float) if number else wanted) or (
+        isinstance(value, bool) and number
+    ):
+        raise TypeError(
+            f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}."
+        )
 
 
 FLAGS = ("foreach", "fused", "capturable", "differentiable")

@@ -17,7 +17,9 @@ from functorch_opt._execution.compiled import compiled_step
 from functorch_opt.tree import PyTree, StageState
 
 
-def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _foreach(
+    many: Callable[..., Any], one: Callable[..., Any], pairs: list[tuple[Tensor, Tensor]]
+) -> None:
     """``one(a, b)`` for all pairs, in one call where torch's foreach takes them (it refuses DTensors beside plain ones).
 
     In a graph one by one, but by foreach (torch 2.13): together, Inductor loses a write of amsgrad; and of a plain write to a 0-dim float64
@@ -50,18 +52,32 @@ def _places(state: PyTree, path: str, index: dict[str, int]) -> PyTree:
         return f"{path}/{name}" if path else str(name)
 
     if isinstance(state, StageState):
-        shared = {name: _Place("count" if name == "count" else "joint", under(name), under(f"shared/{name}")) for name in state.shared}
+        shared = {
+            name: _Place(
+                "count" if name == "count" else "joint", under(name), under(f"shared/{name}")
+            )
+            for name in state.shared
+        }
         slots = {}
         for name, slot in state.slots.items():
             spec = tree.flatten(slot)[1]
             slots[name] = tree.unflatten(
-                spec, [_Place("slot", under(name), under(f"slots/{name}/{leaf}"), index[leaf]) for leaf in tree.paths(slot)]
+                spec,
+                [
+                    _Place("slot", under(name), under(f"slots/{name}/{leaf}"), index[leaf])
+                    for leaf in tree.paths(slot)
+                ],
             )
         return StageState(shared, slots)  # type: ignore[arg-type]
     if isinstance(state, dict):
         return {name: _places(child, under(name), index) for name, child in state.items()}
     if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_places(child, under(name), index) for name, child in zip(state._fields, state, strict=True)))
+        return type(state)(
+            *(
+                _places(child, under(name), index)
+                for name, child in zip(state._fields, state, strict=True)
+            )
+        )
     if isinstance(state, (list, tuple)):
         return type(state)(_places(child, under(i), index) for i, child in enumerate(state))
     return None if state is None else _Place("joint", path, path)
@@ -128,7 +144,9 @@ class Plan:
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
         if rename:  # torch's classes have one count, called step; any other chain's counts keep their stage's name, which outlives a change
             rename = {**dict.fromkeys(counts[:1], "step"), **rename}
-        self.places = tree.map(lambda place: replace(place, key=rename.get(place.key, place.key)), places)
+        self.places = tree.map(
+            lambda place: replace(place, key=rename.get(place.key, place.key)), places
+        )
         self.flat, self.spec = tree.flatten(self.places)
         self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
         kinds = [place and place.kind for place in self.flat]
@@ -156,11 +174,24 @@ class Plan:
         if self.layout != layout(groups):
             return False
         params = [p for group in groups for p in group["params"]]
-        slots = [key in state.get(params[i], _NOTHING) for i, key in self.where if params[i].grad is not None]
-        return all(slots) and all(key in state.get(p, _NOTHING) for p in params if p.grad is not None for key in self.counts)
+        slots = [
+            key in state.get(params[i], _NOTHING)
+            for i, key in self.where
+            if params[i].grad is not None
+        ]
+        return all(slots) and all(
+            key in state.get(p, _NOTHING)
+            for p in params
+            if p.grad is not None
+            for key in self.counts
+        )
 
     def compute(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], make: Make, loss: Any = None
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        make: Make,
+        loss: Any = None,
     ) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called. `loss` is what a closure returned."""
         dynamo = torch.compiler.is_compiling()
@@ -175,7 +206,9 @@ class Plan:
         moved = [i for i, g in enumerate(gradients) if g is not None]
         entries = [state.get(p, _NOTHING) for p in params]
         kept, counts = self._held(entries, moved)
-        began = any(x is None for of in (kept, *counts.values()) for x in of) and self._lacks(entries, gradients, moved)
+        began = any(x is None for of in (kept, *counts.values()) for x in of) and self._lacks(
+            entries, gradients, moved
+        )
         if began:  # the first step of some parameter
             entries = [dict(entry) for entry in entries]
             self._complete(entries, params, moved)
@@ -205,36 +238,55 @@ class Plan:
             result = self._run_compiled(params, grads, old, extra) if in_place else new
             # Compiled stages have written their slots, and return the same objects. Stages that ran eagerly return new ones.
             changed = _differences(self.numbered, old, result)
-            copies = [(flat[k], x) for k, x in changed if self.flat[k].kind != "count" and x is not None]
+            copies = [
+                (flat[k], x) for k, x in changed if self.flat[k].kind != "count" and x is not None
+            ]
             _foreach(torch._foreach_copy_, Tensor.copy_, copies)
             for key in self.counts:
-                self._increment(key, counts[key], [state[params[i]] for i in moved] if len(moved) == len(params) else None, in_place)
+                self._increment(
+                    key,
+                    counts[key],
+                    [state[params[i]] for i in moved] if len(moved) == len(params) else None,
+                    in_place,
+                )
 
         return write
 
-    def _held(self, entries: list[dict[str, Any]], moved: list[int]) -> tuple[list[Any], dict[str, list[Any]]]:
+    def _held(
+        self, entries: list[dict[str, Any]], moved: list[int]
+    ) -> tuple[list[Any], dict[str, list[Any]]]:
         """What the parameters keep, in the order of `where`, and the counts of those that have a gradient; None where there is nothing."""
-        return [entries[i].get(key) for i, key in self.where], {key: [entries[i].get(key) for i in moved] for key in self.counts}
+        return [entries[i].get(key) for i, key in self.where], {
+            key: [entries[i].get(key) for i in moved] for key in self.counts
+        }
 
     def _lacks(self, entries: list[dict[str, Any]], gradients: list[Any], moved: list[int]) -> bool:
         """Whether a value has to be made: of a parameter that has a gradient, or one that all share."""
         if any(key not in entries[i] for key in self.counts for i in moved):
             return True
-        absent = [k for k, (i, key) in zip(self.kept, self.where, strict=True) if key not in entries[i]]
-        return any(self.flat[k].kind == "joint" or gradients[self.flat[k].i] is not None for k in absent)
+        absent = [
+            k for k, (i, key) in zip(self.kept, self.where, strict=True) if key not in entries[i]
+        ]
+        return any(
+            self.flat[k].kind == "joint" or gradients[self.flat[k].i] is not None for k in absent
+        )
 
     def _write_numbers(self, groups: list[dict[str, Any]]) -> None:
         """Write the hyperparameters where the transformation reads them."""
         for name, target in self.numbers.items():
             values = [group[name] for group in groups]
-            if values == self.written.get(name) and not any(isinstance(value, Tensor) for value in values):
+            if values == self.written.get(name) and not any(
+                isinstance(value, Tensor) for value in values
+            ):
                 continue
             if isinstance(target, tuple):
                 for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
                     _write_number(part, of_groups, groups)
             else:
                 _write_number(target, values, groups)
-            plain = all(isinstance(value, (int, float)) for value in values)  # a tensor may be changed without our seeing it
+            plain = all(
+                isinstance(value, (int, float)) for value in values
+            )  # a tensor may be changed without our seeing it
             self.written[name] = values if plain else []
 
     def _read_numbers(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,7 +296,9 @@ class Plan:
             values = [group[name] for group in groups]
             if isinstance(target, tuple):
                 pairs = zip(target, zip(*values, strict=True), strict=True)
-                numbers[name] = tuple([_read_number(part, of_groups, groups) for part, of_groups in pairs])
+                numbers[name] = tuple(
+                    [_read_number(part, of_groups, groups) for part, of_groups in pairs]
+                )
             else:
                 numbers[name] = _read_number(target, values, groups)
         return numbers
@@ -257,22 +311,32 @@ class Plan:
                 counts = [count.cpu() for count in counts]
             of_moved = torch.stack(counts)
         of_moved = of_moved.to(self.device, torch.int64, copy=True)
-        if not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()) and bool((of_moved == of_moved[0]).all()):
+        if not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()) and bool(
+            (of_moved == of_moved[0]).all()
+        ):
             return of_moved[0]
-        return of_moved.new_zeros(n).index_copy(0, torch.tensor(moved, device=self.device), of_moved)
+        return of_moved.new_zeros(n).index_copy(
+            0, torch.tensor(moved, device=self.device), of_moved
+        )
 
     def _together(self, key: str, counts: list[Tensor]) -> Tensor | None:
         """The tensor whose elements these counts are, if they are all of it."""
         together, views = self.tallies.get(key, (None, ()))
         return together if len(views) == len(counts) and all(map(is_, views, counts)) else None
 
-    def _increment(self, key: str, counts: list[Tensor], entries: list[dict[str, Any]] | None, in_place: bool) -> None:
+    def _increment(
+        self, key: str, counts: list[Tensor], entries: list[dict[str, Any]] | None, in_place: bool
+    ) -> None:
         """Add one to these counts. `in_place`, those of all parameters become elements of one tensor: then it is one operation."""
         if (together := self._together(key, counts)) is not None:
             together.add_(1)
             return
         torch._foreach_add_(counts, 1)
-        if entries and in_place and len({(type(count), count.dtype, count.device) for count in counts}) == 1:
+        if (
+            entries
+            and in_place
+            and len({(type(count), count.dtype, count.device) for count in counts}) == 1
+        ):
             together = torch.stack(counts)
             self.tallies[key] = together, together.unbind()
             for entry, count in zip(entries, self.tallies[key][1], strict=True):
@@ -283,40 +347,61 @@ class Plan:
         reads = self.tx.extra_args
         if not reads:
             return {}
-        given = {"grad": grads, **({} if loss is None else {"value": torch.as_tensor(loss).detach()})}
+        given = {
+            "grad": grads,
+            **({} if loss is None else {"value": torch.as_tensor(loss).detach()}),
+        }
         for name, required in reads.items():
             if required and name not in given:
                 closure = "Give step a closure that returns the loss."
                 functional = "A closure cannot provide it: call update(updates, state, params, ...) of the transformation itself."
-                raise TypeError(f"{self.tx!r} reads {name}. {closure if name == 'value' else functional}")
+                raise TypeError(
+                    f"{self.tx!r} reads {name}. {closure if name == 'value' else functional}"
+                )
         return {name: value for name, value in given.items() if name in reads}
 
-    def _run_compiled(self, params: list[Tensor], grads: PyTree, old: PyTree, extra: dict[str, Any]) -> PyTree:
+    def _run_compiled(
+        self, params: list[Tensor], grads: PyTree, old: PyTree, extra: dict[str, Any]
+    ) -> PyTree:
         """The new state; parameters and slots are written in place."""
         assert self.compiled is not None
         self.compiled.returned = old if self.checked else None
         self.checked = True
         return self.compiled(self._tree(params), grads, old, **extra)[1]
 
-    def _complete(self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]) -> None:
+    def _complete(
+        self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]
+    ) -> None:
         """Give first values to parameters that have a gradient and no state yet, and to shared values that nobody has."""
         has_grad = set(moved)
         absent = [
             place
             for place in self.flat
-            if place and (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad)) and place.key not in entries[place.i]
+            if place
+            and (place.kind == "joint" or (place.kind == "slot" and place.i in has_grad))
+            and place.key not in entries[place.i]
         ]
         for i in moved:
             # A checkpoint of torch's SGD has no step: where there is state, this is not the first one.
             started = len(entries[i]) > 0
             for key in self.counts:
                 if key not in entries[i]:
-                    entries[i][key] = torch.tensor(int(started and key == "step"), dtype=_step_dtype() if key == "step" else torch.int64)
+                    entries[i][key] = torch.tensor(
+                        int(started and key == "step"),
+                        dtype=_step_dtype() if key == "step" else torch.int64,
+                    )
         if absent:
             everything = any(place.kind == "joint" for place in absent)
             wanted = {place.i for place in absent}
             first = tree.state_dict(
-                self.tx.init(self._tree([p.detach() if everything or i in wanted else None for i, p in enumerate(params)]))
+                self.tx.init(
+                    self._tree(
+                        [
+                            p.detach() if everything or i in wanted else None
+                            for i, p in enumerate(params)
+                        ]
+                    )
+                )
             )
             for place in absent:
                 entries[place.i][place.key] = first[place.path]
@@ -334,7 +419,11 @@ def _write_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, 
     """Write a hyperparameter where the transformation reads it: one number, or with several groups one for each parameter."""
     values = list(values)
     if len(groups) > 1:
-        of_params = [float(value) for value, group in zip(values, groups, strict=True) for _ in group["params"]]
+        of_params = [
+            float(value)
+            for value, group in zip(values, groups, strict=True)
+            for _ in group["params"]
+        ]
         target.copy_(torch.tensor(of_params, dtype=target.dtype))
     elif isinstance(values[0], Tensor):
         target.copy_(values[0].reshape(()))
@@ -345,10 +434,15 @@ def _write_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, 
 def _read_number(target: Tensor, values: Iterable[Any], groups: list[dict[str, Any]]) -> Tensor:
     """As `_write_number`, in a new tensor. A float is multiplied in, for so it can change without compiling again."""
     one = torch.ones((), dtype=target.dtype, device=target.device)
-    numbers = [value.to(target).reshape(()) if isinstance(value, Tensor) else one * value for value in values]
+    numbers = [
+        value.to(target).reshape(()) if isinstance(value, Tensor) else one * value
+        for value in values
+    ]
     if len(groups) == 1:
         return numbers[0]
-    return torch.stack([number for number, group in zip(numbers, groups, strict=True) for _ in group["params"]])
+    return torch.stack(
+        [number for number, group in zip(numbers, groups, strict=True) for _ in group["params"]]
+    )
 
 
 def layout(groups: list[dict[str, Any]]) -> list[Any]:

@@ -36,7 +36,13 @@ def scale_by_radam(b1, b2, eps) -> GradientTransformation:
         trusted = rho > 5
         r_squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
         r = torch.where(trusted, r_squared, 1.0).sqrt()  # elsewhere r_squared may be negative
-        return {"trusted": trusted, "rl": r * c2.sqrt(), "w1": 1 - b1, "w2": 1 - b2, "c1": 1 - b1**t}
+        return {
+            "trusted": trusted,
+            "rl": r * c2.sqrt(),
+            "w1": 1 - b1,
+            "w2": 1 - b2,
+            "c1": 1 - b1**t,
+        }
 
     def rule(g, exp_avg, exp_avg_sq, w1, w2, c1, eps, trusted, rl):
         exp_avg = torch.lerp(exp_avg, g, w1)
@@ -108,10 +114,23 @@ class RAdam(TorchNamed):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, capturable=capturable, differentiable=differentiable, compile=compile)
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            compile=compile,
+        )
 
     def _chain(
-        self, lr: Any, betas: Any, eps: Any, weight_decay: Any, decoupled_weight_decay: bool, maximize: bool
+        self,
+        lr: Any,
+        betas: Any,
+        eps: Any,
+        weight_decay: Any,
+        decoupled_weight_decay: bool,
+        maximize: bool,
     ) -> GradientTransformation:
         b1, b2 = betas
         radam, decay = scale_by_radam(b1, b2, eps), l2(weight_decay)

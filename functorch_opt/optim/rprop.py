@@ -34,12 +34,22 @@ def step_by_rprop(lr, etas, step_sizes) -> GradientTransformation:
     def rule(g, prev, step_size, first, lr, etaminus, etaplus, smallest, largest):
         step_size = torch.where(first, lr, step_size)
         same, changed = g * prev > 0, g * prev < 0
-        step_size = torch.where(same, step_size * etaplus, torch.where(changed, step_size * etaminus, step_size)).clamp(smallest, largest)
+        step_size = torch.where(
+            same, step_size * etaplus, torch.where(changed, step_size * etaminus, step_size)
+        ).clamp(smallest, largest)
         g = torch.where(changed, 0.0, g)
         return -g.sign() * step_size, {"prev": g, "step_size": step_size}
 
-    hyper = {"lr": lr, "etaminus": etaminus, "etaplus": etaplus, "smallest": smallest, "largest": largest}
-    return leafwise(rule, prepare, slots={"prev": tree.zeros_like, "step_size": tree.zeros_like}, hyper=hyper)
+    hyper = {
+        "lr": lr,
+        "etaminus": etaminus,
+        "etaplus": etaplus,
+        "smallest": smallest,
+        "largest": largest,
+    }
+    return leafwise(
+        rule, prepare, slots={"prev": tree.zeros_like, "step_size": tree.zeros_like}, hyper=hyper
+    )
 
 
 class Rprop(TorchNamed):
@@ -92,11 +102,29 @@ class Rprop(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {"lr": lr, "etas": tuple(etas), "step_sizes": tuple(step_sizes), "maximize": maximize}
-        self._begin(params, options, capturable=capturable, foreach=foreach, differentiable=differentiable, compile=compile)
+        options = {
+            "lr": lr,
+            "etas": tuple(etas),
+            "step_sizes": tuple(step_sizes),
+            "maximize": maximize,
+        }
+        self._begin(
+            params,
+            options,
+            capturable=capturable,
+            foreach=foreach,
+            differentiable=differentiable,
+            compile=compile,
+        )
 
     def _chain(self, lr: Any, etas: Any, step_sizes: Any, maximize: bool) -> GradientTransformation:
         etaminus, etaplus = etas
-        if not (isinstance(etaminus, Tensor) or isinstance(etaplus, Tensor) or 0 < etaminus < 1 < etaplus < float("inf")):
-            raise ValueError(f"Invalid eta values: {etaminus}, {etaplus}. The first must be in (0, 1), the second greater than 1.")
+        if not (
+            isinstance(etaminus, Tensor)
+            or isinstance(etaplus, Tensor)
+            or 0 < etaminus < 1 < etaplus < float("inf")
+        ):
+            raise ValueError(
+                f"Invalid eta values: {etaminus}, {etaplus}. The first must be in (0, 1), the second greater than 1."
+            )
         return parts(ascend(maximize), step_by_rprop(lr, etas, step_sizes))

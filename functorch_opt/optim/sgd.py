@@ -74,11 +74,28 @@ class SGD(TorchNamed):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        self._begin(params, options, foreach=foreach, differentiable=differentiable, fused=fused, compile=compile)
+        self._begin(
+            params,
+            options,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            compile=compile,
+        )
 
-    def _chain(self, lr: Any, momentum: Any, dampening: Any, weight_decay: Any, nesterov: bool, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self,
+        lr: Any,
+        momentum: Any,
+        dampening: Any,
+        weight_decay: Any,
+        nesterov: bool,
+        maximize: bool,
+    ) -> GradientTransformation:
         still = not isinstance(momentum, Tensor) and momentum == 0
         if nesterov and still:
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening; got momentum 0.")
+            raise ValueError(
+                "Nesterov momentum requires a momentum and zero dampening; got momentum 0."
+            )
         momentum_stage = None if still else trace(momentum, nesterov, dampening=dampening)
         return parts(ascend(maximize), l2(weight_decay), momentum_stage, scale_by_learning_rate(lr))

@@ -45,7 +45,13 @@ class TorchNamed(Optimizer):
     _ranges: ClassVar[dict[str, Range]] = RANGES
 
     def _begin(
-        self, params: Iterable[Any], options: dict[str, Any], *, differentiable: bool = False, compile: bool = False, **flags: Any
+        self,
+        params: Iterable[Any],
+        options: dict[str, Any],
+        *,
+        differentiable: bool = False,
+        compile: bool = False,
+        **flags: Any,
     ) -> None:
         """Take torch's arguments: `options` say what is computed, `flags` how."""
         if differentiable:
@@ -53,8 +59,14 @@ class TorchNamed(Optimizer):
                 f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: "
                 "tx.update and apply_updates."
             )
-        self._check(options)  # as in torch, an argument outside its range is an error before any parameter is looked at
-        numbers = [name for name, value in options.items() if name not in self._fixed and not isinstance(value, bool)]
+        self._check(
+            options
+        )  # as in torch, an argument outside its range is an error before any parameter is looked at
+        numbers = [
+            name
+            for name, value in options.items()
+            if name not in self._fixed and not isinstance(value, bool)
+        ]
         self._setup(params, {**options, **flags}, numbers, compile)
 
     def _check(self, options: dict[str, Any]) -> None:
@@ -63,7 +75,9 @@ class TorchNamed(Optimizer):
             for i, number in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
                 if isinstance(number, (int, float)) and not low <= number < high:
                     place = f" at index {i}" if isinstance(value, (tuple, list)) else ""
-                    raise ValueError(f"Invalid {what}{place}: {number}. It must be in [{low}, {high}).")
+                    raise ValueError(
+                        f"Invalid {what}{place}: {number}. It must be in [{low}, {high})."
+                    )
         super()._check(options)
 
     def _check_parameter(self, p: Tensor) -> None:
@@ -88,7 +102,11 @@ def ascend(maximize: bool) -> GradientTransformation | None:
 
 
 def l2(weight_decay: Number) -> GradientTransformation | None:
-    return None if isinstance(weight_decay, (int, float)) and weight_decay == 0 else add_decayed_weights(weight_decay)
+    return (
+        None
+        if isinstance(weight_decay, (int, float)) and weight_decay == 0
+        else add_decayed_weights(weight_decay)
+    )
 
 
 def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:

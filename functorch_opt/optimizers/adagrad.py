@@ -13,21 +13,40 @@ from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["adadelta", "adagrad", "rmsprop", "scale_by_adadelta", "scale_by_rms", "scale_by_rss", "scale_by_stddev"]
+__all__ = [
+    "adadelta",
+    "adagrad",
+    "rmsprop",
+    "scale_by_adadelta",
+    "scale_by_rms",
+    "scale_by_rss",
+    "scale_by_stddev",
+]
 
 
 def _constant_like(value):
     """Slots that start at `value`: in a complex tensor, both of its parts."""
-    return lambda p: torch.full_like(tree.zeros_like(p), complex(value, value) if p.is_complex() else value)
+    return lambda p: torch.full_like(
+        tree.zeros_like(p), complex(value, value) if p.is_complex() else value
+    )
 
 
 def _by_root(g, square, eps, eps_in_sqrt):
-    return g * (square + (eps + tree.TINY)).rsqrt() if eps_in_sqrt else g / ((square + tree.TINY).sqrt() + eps)
+    return (
+        g * (square + (eps + tree.TINY)).rsqrt()
+        if eps_in_sqrt
+        else g / ((square + tree.TINY).sqrt() + eps)
+    )
 
 
 def _weights(bias_correction):
@@ -75,7 +94,9 @@ def scale_by_rms(
         return _by_root(g, nu * correction, eps, eps_in_sqrt), {"nu": nu}
 
     slots = {"nu": _constant_like(initial_scale)}
-    return leafwise(rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps})
+    return leafwise(
+        rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps}
+    )
 
 
 @transformation
@@ -103,16 +124,23 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)  # at the first step it is 0, and rounding may be below
+        variance = (nu * correction - (mu * correction) ** 2).clamp(
+            min=0
+        )  # at the first step it is 0, and rounding may be below
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
-    return leafwise(rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps})
+    return leafwise(
+        rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps}
+    )
 
 
 @transformation
 def scale_by_rss(
-    initial_accumulator_value: float = 0.1, eps: ScalarOrSchedule = 1e-7, *, eps_in_sqrt: bool = True
+    initial_accumulator_value: float = 0.1,
+    eps: ScalarOrSchedule = 1e-7,
+    *,
+    eps_in_sqrt: bool = True,
 ) -> GradientTransformation:
     """``sum = sum + g^2``; ``u = g / sqrt(sum + eps)``, which is 0 where the sum is 0.
 
@@ -135,11 +163,15 @@ def scale_by_rss(
         sum = sum + g * g
         return _by_root(g, sum, eps, eps_in_sqrt), {"sum": sum}
 
-    return leafwise(rule, slots={"sum": _constant_like(initial_accumulator_value)}, hyper={"eps": eps})
+    return leafwise(
+        rule, slots={"sum": _constant_like(initial_accumulator_value)}, hyper={"eps": eps}
+    )
 
 
 @transformation
-def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6) -> GradientTransformation:
+def scale_by_adadelta(
+    rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6
+) -> GradientTransformation:
     """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``: ``e_g`` is the running mean of ``g^2``, ``e_x`` that of ``u^2``.
 
     Args:
@@ -164,7 +196,12 @@ def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6)
         u = g * (e_x + eps).sqrt() / (e_g + eps).sqrt()
         return u, {"e_g": e_g, "e_x": torch.lerp(e_x, u * u, weight)}
 
-    return leafwise(rule, prepare, slots={"e_g": tree.zeros_like, "e_x": tree.zeros_like}, hyper={"rho": rho, "eps": eps})
+    return leafwise(
+        rule,
+        prepare,
+        slots={"e_g": tree.zeros_like, "e_x": tree.zeros_like},
+        hyper={"rho": rho, "eps": eps},
+    )
 
 
 # ---- ready-made ------------------------------------------------------------------------------------------------------
@@ -198,7 +235,9 @@ def rmsprop(
         >>> fo.rmsprop(0.01, centered=True)
         rmsprop(0.01, centered=True)
     """
-    root = (scale_by_stddev if centered else scale_by_rms)(decay, eps, initial_scale, eps_in_sqrt, bias_correction)
+    root = (scale_by_stddev if centered else scale_by_rms)(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction
+    )
     check_range(0, float("inf"), momentum=momentum)
     step = scale_by_learning_rate(learning_rate)
     return chain(root, step) if momentum is None else chain(root, step, trace(momentum, nesterov))
@@ -206,7 +245,9 @@ def rmsprop(
 
 @transformation
 def adagrad(
-    learning_rate: ScalarOrSchedule, initial_accumulator_value: float = 0.1, eps: ScalarOrSchedule = 1e-7
+    learning_rate: ScalarOrSchedule,
+    initial_accumulator_value: float = 0.1,
+    eps: ScalarOrSchedule = 1e-7,
 ) -> GradientTransformation:
     """Adagrad: `scale_by_rss`, then the learning rate.
 
@@ -221,7 +262,9 @@ def adagrad(
         >>> fo.adagrad(0.1)
         adagrad(0.1)
     """
-    return chain(scale_by_rss(initial_accumulator_value, eps), scale_by_learning_rate(learning_rate))
+    return chain(
+        scale_by_rss(initial_accumulator_value, eps), scale_by_learning_rate(learning_rate)
+    )
 
 
 @transformation
@@ -247,4 +290,8 @@ def adadelta(
         >>> fo.adadelta(1.0)
         adadelta(1.0)
     """
-    return chain(add_decayed_weights(weight_decay, weight_decay_mask), scale_by_adadelta(rho, eps), scale_by_learning_rate(learning_rate))
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        scale_by_adadelta(rho, eps),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -21,7 +21,12 @@ from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
@@ -82,13 +87,17 @@ def scale_by_adam(
             "w2": 1 - b2,
             "c2": 1 / rest if optax_max else 1.0,
             "ahead": unit / (1 - b1 ** (t + 1)) if nesterov else 1.0,
-            "inside": tree.TINY if no_root else (eps_root if optax_max else eps_root * rest) + tree.TINY,
+            "inside": tree.TINY
+            if no_root
+            else (eps_root if optax_max else eps_root * rest) + tree.TINY,
             "factor": unit if optax_max else unit / rest.sqrt(),
             "outside": eps * unit,
         }
 
     def direction(g, mu, square, w1, ahead, inside, factor, outside):
-        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(outside, (square + inside).sqrt(), factor)
+        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(
+            outside, (square + inside).sqrt(), factor
+        )
 
     def rule(g, mu, nu, w1, w2, ahead, inside, factor, outside):
         mu = torch.lerp(mu, g, w1)
@@ -99,16 +108,26 @@ def scale_by_adam(
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
         nu_max = torch.maximum(nu_max, nu * c2 if optax_max else nu)
-        return direction(g, mu, nu_max, w1, ahead, inside, factor, outside), {"mu": mu, "nu": nu, "nu_max": nu_max}
+        return direction(g, mu, nu_max, w1, ahead, inside, factor, outside), {
+            "mu": mu,
+            "nu": nu,
+            "nu_max": nu_max,
+        }
 
     second = partial(tree.zeros_like, dtype=nu_dtype)
-    slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second, **({"nu_max": second} if amsgrad else {})}
+    slots = {
+        "mu": partial(tree.zeros_like, dtype=mu_dtype),
+        "nu": second,
+        **({"nu_max": second} if amsgrad else {}),
+    }
     hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     return leafwise(rule_with_max if amsgrad else rule, prepare, slots=slots, hyper=hyper)
 
 
 @transformation
-def scale_by_adamax(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8) -> GradientTransformation:
+def scale_by_adamax(
+    b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8
+) -> GradientTransformation:
     """``u = mu_hat / nu`` with the decaying maximum ``nu = max(b2 nu, |g| + eps)``; only ``mu`` needs correction.
 
     Args:
@@ -168,7 +187,10 @@ def adam(
         >>> fo.apply_updates(params, updates)
         {'w': tensor(0.9000)}
     """
-    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov), scale_by_learning_rate(learning_rate))
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        scale_by_learning_rate(learning_rate),
+    )
 
 
 @transformation
@@ -210,7 +232,10 @@ def amsgrad(
         >>> fo.amsgrad(0.1)
         amsgrad(0.1)
     """
-    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=True), scale_by_learning_rate(learning_rate))
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=True),
+        scale_by_learning_rate(learning_rate),
+    )
 
 
 @transformation
@@ -251,7 +276,10 @@ def adamw(
 
 @transformation
 def adamax(
-    learning_rate: ScalarOrSchedule, b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
 ) -> GradientTransformation:
     """Adam with a decaying maximum in place of the second moment: `scale_by_adamax`, then the learning rate.
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import MaskOrFn, masked
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.optimizers.adam import scale_by_adam
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
@@ -22,7 +28,9 @@ __all__ = ["lamb", "lars", "scale_by_trust_ratio"]
 
 
 @transformation
-def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0) -> GradientTransformation:
+def scale_by_trust_ratio(
+    min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
+) -> GradientTransformation:
     """``u -> u * trust_coefficient |p| / (|u| + eps)``, with the 2-norms of each tensor. Where one of them is 0, u passes.
 
     Args:
@@ -46,11 +54,15 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
     def rule(g, pp, gg, min_norm, trust_coefficient, eps):
         p_norm, g_norm = torch.clamp(_root(pp), min=min_norm), torch.clamp(_root(gg), min=min_norm)
         either_is_zero = (p_norm == 0) | (g_norm == 0)
-        divisor = torch.where(either_is_zero, 1.0, g_norm + eps)  # never 0: the derivative of what is not chosen would be NaN
+        divisor = torch.where(
+            either_is_zero, 1.0, g_norm + eps
+        )  # never 0: the derivative of what is not chosen would be NaN
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
-    return leafwise(rule, hyper=hyper, sums={"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()})
+    return leafwise(
+        rule, hyper=hyper, sums={"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
+    )
 
 
 def _root(square: Tensor) -> Tensor:
@@ -128,7 +140,9 @@ def lars(
     """
     return chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
-        masked(scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask),
+        masked(
+            scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask
+        ),
         scale_by_learning_rate(learning_rate),
         trace(momentum, nesterov),
     )

@@ -10,14 +10,21 @@ from torch import Tensor
 from functorch_opt import random
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.transforms.noise import sized
 
 __all__ = ["sgld"]
 
 
 @transformation
-def sgld(learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *, key: Tensor | int) -> GradientTransformation:
+def sgld(
+    learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *, key: Tensor | int
+) -> GradientTransformation:
     """Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
 
     If g is the gradient of an energy U (to sample a posterior: of the negative logarithm of prior times likelihood of *all* data, so that a
@@ -49,7 +56,10 @@ def sgld(learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *
 
     def prepare(count, key, learning_rate, temperature, updates, params=None):
         sigma = (2 * learning_rate * temperature) ** 0.5
-        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("sgld", updates, params), count), own=True)}
+        return {
+            "sigma": sigma,
+            "noise": Each(random.normal_like(key, sized("sgld", updates, params), count), own=True),
+        }
 
     def rule(g, noise, learning_rate, sigma):
         return sigma * noise - learning_rate * g

@@ -13,7 +13,12 @@ from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
@@ -21,7 +26,9 @@ __all__ = ["lion", "scale_by_lion"]
 
 
 @transformation
-def scale_by_lion(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dtype: torch.dtype | None = None) -> GradientTransformation:
+def scale_by_lion(
+    b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dtype: torch.dtype | None = None
+) -> GradientTransformation:
     """``u = sign((1 - b1) g + b1 mu)``; then ``mu = b2 mu + (1 - b2) g``.
 
     Args:
@@ -43,7 +50,12 @@ def scale_by_lion(b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dt
     def rule(g, mu, w1, w2):
         return torch.sign(torch.lerp(mu, g, w1)), {"mu": torch.lerp(mu, g, w2)}
 
-    return leafwise(rule, prepare, slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)}, hyper={"b1": b1, "b2": b2})
+    return leafwise(
+        rule,
+        prepare,
+        slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)},
+        hyper={"b1": b1, "b2": b2},
+    )
 
 
 @transformation
@@ -68,4 +80,8 @@ def lion(
         >>> fo.lion(1e-4, weight_decay=0.1)
         lion(0.0001, weight_decay=0.1)
     """
-    return chain(scale_by_lion(b1, b2, mu_dtype), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
+    return chain(
+        scale_by_lion(b1, b2, mu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )

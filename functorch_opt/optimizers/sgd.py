@@ -16,7 +16,13 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate, sign
@@ -50,12 +56,20 @@ def sgd(
     """
     check_range(0, float("inf"), momentum=momentum)
     step = scale_by_learning_rate(learning_rate)
-    return chain(step) if momentum is None else chain(trace(momentum, nesterov, accumulator_dtype), step)
+    return (
+        chain(step)
+        if momentum is None
+        else chain(trace(momentum, nesterov, accumulator_dtype), step)
+    )
 
 
 @transformation
 def noisy_sgd(
-    learning_rate: ScalarOrSchedule, eta: ScalarOrSchedule = 0.01, gamma: ScalarOrSchedule = 0.55, *, key: Tensor | int
+    learning_rate: ScalarOrSchedule,
+    eta: ScalarOrSchedule = 0.01,
+    gamma: ScalarOrSchedule = 0.55,
+    *,
+    key: Tensor | int,
 ) -> GradientTransformation:
     """Gradient descent with Gaussian noise on the gradient: `add_noise`, then the learning rate.
 
@@ -91,7 +105,10 @@ def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
 
 @transformation
 def scale_by_polyak(
-    f_min: Scalar = 0.0, max_learning_rate: Scalar = 1.0, eps: Scalar = 0.0, variant: Literal["sps", "sps+"] = "sps"
+    f_min: Scalar = 0.0,
+    max_learning_rate: Scalar = 1.0,
+    eps: Scalar = 0.0,
+    variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
     """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``, and 0 where ``|u|^2 + eps`` is 0.
 

@@ -63,22 +63,34 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     check_weights(weights, n)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
-    tree.broadcast(l2_norm_clip, grads, names=("l2_norm_clip", "grads"))  # an error here shows the bounds, below their numbers
-    part = tree.broadcast(tree.unflatten(bounds_spec, list(range(len(bounds)))), grads, names=("l2_norm_clip", "grads"))
+    tree.broadcast(
+        l2_norm_clip, grads, names=("l2_norm_clip", "grads")
+    )  # an error here shows the bounds, below their numbers
+    part = tree.broadcast(
+        tree.unflatten(bounds_spec, list(range(len(bounds)))),
+        grads,
+        names=("l2_norm_clip", "grads"),
+    )
     norms, factors = [], []
     for k, bound in enumerate(bounds):
-        norm = _norms([g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights)
+        norm = _norms(
+            [g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights
+        )
         factor = 1 / torch.clamp(norm / bound, min=1)
         norms.append(norm)
         factors.append(factor if weights is None else factor * weights)
-    total = [None if g is None else _weighted_sum(factors[k], g) for g, k in zip(gs, part, strict=True)]
+    total = [
+        None if g is None else _weighted_sum(factors[k], g) for g, k in zip(gs, part, strict=True)
+    ]
     return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
 
 
 def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
     """The norm of each of `n` examples, over all tensors together."""
     rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
-    each = [torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows] or [torch.zeros(n)]
+    each = [
+        torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows
+    ] or [torch.zeros(n)]
     norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norm if weights is None else norm * weights.abs()
 
@@ -91,16 +103,26 @@ def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
 def examples(batch: PyTree, name: str) -> int:
     """How many examples there are: the size of the first axis, which all leaves must share."""
     leaves, _ = tree.flatten_tensors(batch, name)
-    sizes = {path: tuple(x.shape[:1]) for path, x in zip(tree.paths(batch), leaves, strict=True) if x is not None}
+    sizes = {
+        path: tuple(x.shape[:1])
+        for path, x in zip(tree.paths(batch), leaves, strict=True)
+        if x is not None
+    }
     if len(set(sizes.values())) != 1 or () in sizes.values():
-        shown = ", ".join(f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items())
-        raise ValueError(f"every tensor of {name} must have the same number of examples, its first axis; got {shown or 'no tensor'}.")
+        shown = ", ".join(
+            f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items()
+        )
+        raise ValueError(
+            f"every tensor of {name} must have the same number of examples, its first axis; got {shown or 'no tensor'}."
+        )
     return next(iter(sizes.values()))[0]
 
 
 def check_weights(weights: Tensor | None, n: int) -> None:
     if weights is not None and weights.shape != (n,):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; there are {n} examples: it must be ({n},).")
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}; there are {n} examples: it must be ({n},)."
+        )
 
 
 def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
@@ -108,8 +130,16 @@ def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
     for path, bound in zip(tree.paths(l2_norm_clip), bounds, strict=True):
         name = f"l2_norm_clip{f' at {path!r}' if path else ''}"
         if isinstance(bound, bool) or not isinstance(bound, (int, float, Tensor)):
-            raise TypeError(f"{name} must be a number or a 0-dim tensor; got {type(bound).__name__} {bound!r}.")
-        if not isinstance(bound, Tensor) and not (0 < bound < math.inf or (bound == math.inf and not finite)):
-            raise ValueError(f"{name} must be greater than 0{' and finite' if finite else ''}; got {bound}.")
+            raise TypeError(
+                f"{name} must be a number or a 0-dim tensor; got {type(bound).__name__} {bound!r}."
+            )
+        if not isinstance(bound, Tensor) and not (
+            0 < bound < math.inf or (bound == math.inf and not finite)
+        ):
+            raise ValueError(
+                f"{name} must be greater than 0{' and finite' if finite else ''}; got {bound}."
+            )
     if not bounds:
-        raise ValueError("l2_norm_clip is an empty tree: give one number for all parameters, or one for each part.")
+        raise ValueError(
+            "l2_norm_clip is an empty tree: give one number for all parameters, or one for each part."
+        )

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
-from functorch_opt.privacy.aggregate import ClippedSum, Norms, check_bounds, check_weights, clip_and_sum, examples
+from functorch_opt.privacy.aggregate import (
+    ClippedSum,
+    Norms,
+    check_bounds,
+    check_weights,
+    clip_and_sum,
+    examples,
+)
 from functorch_opt.tree import PyTree
 
 __all__ = ["clipped_grad_sum", "per_example_grads"]
@@ -23,7 +30,9 @@ Loss = Callable[..., Tensor]
 Randomness = Literal["error", "different", "same"]
 
 
-def per_example_grads(loss: Loss, chunk_size: int | None = None, randomness: Randomness = "error") -> Callable[..., PyTree]:
+def per_example_grads(
+    loss: Loss, chunk_size: int | None = None, randomness: Randomness = "error"
+) -> Callable[..., PyTree]:
     """A function that gives the gradient of every example, where ``grad(loss)`` gives that of a batch.
 
     If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what this gives; if it is their mean, the
@@ -53,7 +62,10 @@ def per_example_grads(loss: Loss, chunk_size: int | None = None, randomness: Ran
     _check_chunk_size(chunk_size)
 
     def grads(params: PyTree, *batch: PyTree) -> PyTree:
-        chunks = [_of_chunk(loss, params, chunk, randomness)[0] for chunk, _ in _chunks(batch, None, chunk_size)]
+        chunks = [
+            _of_chunk(loss, params, chunk, randomness)[0]
+            for chunk, _ in _chunks(batch, None, chunk_size)
+        ]
         return chunks[0] if len(chunks) == 1 else tree.map(lambda *gs: torch.cat(gs), *chunks)
 
     return grads
@@ -90,7 +102,9 @@ def clipped_grad_sum(
     _check_chunk_size(chunk_size)
     check_bounds(l2_norm_clip, finite=False)
 
-    def of_chunk(params: PyTree, chunk: tuple[PyTree, ...], weights: Tensor | None) -> tuple[ClippedSum, Tensor]:
+    def of_chunk(
+        params: PyTree, chunk: tuple[PyTree, ...], weights: Tensor | None
+    ) -> tuple[ClippedSum, Tensor]:
         grads, values = _of_chunk(loss, params, chunk, randomness)
         return clip_and_sum(grads, l2_norm_clip, weights), values
 
@@ -98,11 +112,15 @@ def clipped_grad_sum(
         total: Any = None
         norms, values = [], []
         for chunk, w in _chunks(batch, weights, chunk_size):
-            part, losses = of_chunk(params, chunk, w)  # a call of its own, so that its gradients are gone before the next
+            part, losses = of_chunk(
+                params, chunk, w
+            )  # a call of its own, so that its gradients are gone before the next
             total = part.sum if total is None else tree.map(torch.add, total, part.sum)
             norms.append(part.norms)
             values.append(losses)
-        return ClippedSum(total, tree.map(lambda *ns: torch.cat(ns), *norms), l2_norm_clip, torch.cat(values))
+        return ClippedSum(
+            total, tree.map(lambda *ns: torch.cat(ns), *norms), l2_norm_clip, torch.cat(values)
+        )
 
     return clipped
 
@@ -116,20 +134,30 @@ def _chunks(
     size = n if chunk_size is None else min(chunk_size, n)
     for begin in range(0, n, size) if n else [0]:
         chunk = slice(begin, begin + size)
-        yield tree.map(lambda x, chunk=chunk: x[chunk], batch), None if weights is None else weights[chunk]
+        yield (
+            tree.map(lambda x, chunk=chunk: x[chunk], batch),
+            None if weights is None else weights[chunk],
+        )
 
 
-def _of_chunk(loss: Loss, params: PyTree, batch: tuple[PyTree, ...], randomness: Randomness) -> tuple[PyTree, Tensor]:
+def _of_chunk(
+    loss: Loss, params: PyTree, batch: tuple[PyTree, ...], randomness: Randomness
+) -> tuple[PyTree, Tensor]:
     ps, spec = tree.flatten_tensors(params, "params")
     xs, batch_spec = tree.flatten_tensors(batch, "batch")
 
     def value(present: dict[int, Tensor], example: dict[int, Tensor]) -> Tensor:
         one = [example[i].unsqueeze(0) if i in example else None for i in range(len(xs))]
-        return loss(tree.unflatten(spec, [present.get(i) for i in range(len(ps))]), *tree.unflatten(batch_spec, one))
+        return loss(
+            tree.unflatten(spec, [present.get(i) for i in range(len(ps))]),
+            *tree.unflatten(batch_spec, one),
+        )
 
     present, stacked = _present(ps), _present(xs)
     if examples(batch, "batch"):
-        found, values = vmap(grad_and_value(value), in_dims=(None, 0), randomness=randomness)(present, stacked)
+        found, values = vmap(grad_and_value(value), in_dims=(None, 0), randomness=randomness)(
+            present, stacked
+        )
     else:  # what vmap makes of no examples depends on the operations
         found = {i: p.new_zeros(0, *p.shape) for i, p in present.items()}
         values = tree.leaves(params)[0].new_zeros(0)
@@ -141,5 +169,9 @@ def _present(leaves: list[Tensor | None]) -> dict[int, Tensor]:
 
 
 def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a whole number, 1 or greater, or None for all at once; got {chunk_size!r}.")
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(
+            f"chunk_size must be a whole number, 1 or greater, or None for all at once; got {chunk_size!r}."
+        )

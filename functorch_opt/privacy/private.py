@@ -15,7 +15,12 @@ from torch import Tensor
 
 from functorch_opt import random, tree
 from functorch_opt._core.chain import chain
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.optimizers.adam import scale_by_adam
 from functorch_opt.privacy.aggregate import ClippedSum, Norms, check_bounds, clip_and_sum
 from functorch_opt.transforms.momentum import trace
@@ -23,7 +28,13 @@ from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate
 from functorch_opt.tree import PyTree
 
-__all__ = ["differentially_private_aggregate", "dp_adam", "dp_sgd", "poisson_sample", "privacy_spent"]
+__all__ = [
+    "differentially_private_aggregate",
+    "dp_adam",
+    "dp_sgd",
+    "poisson_sample",
+    "privacy_spent",
+]
 
 
 # ---- the transformation ------------------------------------------------------------------------------------------------
@@ -31,7 +42,11 @@ __all__ = ["differentially_private_aggregate", "dp_adam", "dp_sgd", "poisson_sam
 
 @transformation
 def differentially_private_aggregate(
-    l2_norm_clip: Norms, noise_multiplier: ScalarOrSchedule, key: Tensor | int, *, expected_batch_size: float | None = None
+    l2_norm_clip: Norms,
+    noise_multiplier: ScalarOrSchedule,
+    key: Tensor | int,
+    *,
+    expected_batch_size: float | None = None,
 ) -> GradientTransformation:
     """Clip each example, sum, add noise, average: ``(sum_i clip(g_i) + sigma C z) / B``. The first stage of a chain.
 
@@ -68,14 +83,24 @@ def differentially_private_aggregate(
     noise = add_noise(_square(noise_multiplier, sensitivity), gamma=0.0, key=key)
 
     def update(updates, state, params=None):
-        clipped = updates if isinstance(updates, ClippedSum) else clip_and_sum(_with_examples(updates, params), l2_norm_clip)
+        clipped = (
+            updates
+            if isinstance(updates, ClippedSum)
+            else clip_and_sum(_with_examples(updates, params), l2_norm_clip)
+        )
         if _differ(clipped.l2_norm_clip, l2_norm_clip):
             raise ValueError(
                 f"the sum was clipped to l2_norm_clip={clipped.l2_norm_clip!r}, and the noise is for {l2_norm_clip!r}. Give both the same."
             )
-        size = tree.leaves(clipped.norms)[0].shape[0] if expected_batch_size is None else expected_batch_size
+        size = (
+            tree.leaves(clipped.norms)[0].shape[0]
+            if expected_batch_size is None
+            else expected_batch_size
+        )
         if expected_batch_size is None and not size:
-            raise ValueError("there is no example to average over. Give expected_batch_size: the update of an empty batch is noise alone.")
+            raise ValueError(
+                "there is no example to average over. Give expected_batch_size: the update of an empty batch is noise alone."
+            )
         total, state = noise.update(clipped.sum, state, params)
         return tree.map(lambda g: g / size, total), state
 
@@ -85,7 +110,9 @@ def differentially_private_aggregate(
 def _norm_of(bounds: list[Any]) -> float | Tensor:
     """``sqrt(sum_k C_k^2)``: by how much one example can move the sum."""
     if any(isinstance(bound, Tensor) for bound in bounds):
-        return torch.linalg.vector_norm(torch.stack([torch.as_tensor(bound, dtype=torch.float64) for bound in bounds]))
+        return torch.linalg.vector_norm(
+            torch.stack([torch.as_tensor(bound, dtype=torch.float64) for bound in bounds])
+        )
     return math.hypot(*bounds)
 
 
@@ -99,13 +126,22 @@ def _square(noise_multiplier: ScalarOrSchedule, sensitivity: float | Tensor) -> 
 def _differ(a: Norms, b: Norms) -> bool:
     """Whether they are different numbers; a tensor is not looked into."""
     (xs, x_spec), (ys, y_spec) = tree.flatten(a), tree.flatten(b)
-    return x_spec != y_spec or any(x != y for x, y in zip(xs, ys, strict=True) if not (isinstance(x, Tensor) or isinstance(y, Tensor)))
+    return x_spec != y_spec or any(
+        x != y
+        for x, y in zip(xs, ys, strict=True)
+        if not (isinstance(x, Tensor) or isinstance(y, Tensor))
+    )
 
 
 def _with_examples(updates: PyTree, params: PyTree | None) -> PyTree:
     if params is not None:
         gs, spec = tree.flatten_tensors(updates, "updates")
-        for path, g, p in zip(tree.paths(updates), gs, tree.match(updates, spec, params, names=("updates", "params")), strict=True):
+        for path, g, p in zip(
+            tree.paths(updates),
+            gs,
+            tree.match(updates, spec, params, names=("updates", "params")),
+            strict=True,
+        ):
             if g is not None and p is not None and g.shape[1:] != p.shape:
                 raise ValueError(
                     f"the update at {path!r} has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. "
@@ -150,9 +186,15 @@ def dp_sgd(
         tensor([-0.0995, -0.0091])
     """
     check_range(0, math.inf, momentum=momentum)
-    private = differentially_private_aggregate(l2_norm_clip, noise_multiplier, key, expected_batch_size=expected_batch_size)
+    private = differentially_private_aggregate(
+        l2_norm_clip, noise_multiplier, key, expected_batch_size=expected_batch_size
+    )
     step = scale_by_learning_rate(learning_rate)
-    return chain(private, step) if momentum is None else chain(private, trace(momentum, nesterov), step)
+    return (
+        chain(private, step)
+        if momentum is None
+        else chain(private, trace(momentum, nesterov), step)
+    )
 
 
 @transformation
@@ -189,7 +231,9 @@ def dp_adam(
         >>> fo.dp_adam(1e-3, l2_norm_clip=1.0, noise_multiplier=1.1, key=0)
         dp_adam(0.001, l2_norm_clip=1.0, noise_multiplier=1.1, key=0)
     """
-    private = differentially_private_aggregate(l2_norm_clip, noise_multiplier, key, expected_batch_size=expected_batch_size)
+    private = differentially_private_aggregate(
+        l2_norm_clip, noise_multiplier, key, expected_batch_size=expected_batch_size
+    )
     return chain(private, scale_by_adam(b1, b2, eps), scale_by_learning_rate(learning_rate))
 
 
@@ -220,9 +264,13 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
         tensor([4, 8])
     """
     if not 0 <= expected_batch_size <= size:
-        raise ValueError(f"expected_batch_size must be from 0 to size, which is {size}; got {expected_batch_size}.")
+        raise ValueError(
+            f"expected_batch_size must be from 0 to size, which is {size}; got {expected_batch_size}."
+        )
     words = random.fold_in(key, torch.arange(size))[:, 0]
-    uniform = ((words >> 11) + 2**52).double() * 2.0**-53  # in [0, 1): with probability 0 none is below, with 1 all are
+    uniform = (
+        (words >> 11) + 2**52
+    ).double() * 2.0**-53  # in [0, 1): with probability 0 none is below, with 1 all are
     return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
 
 
@@ -259,6 +307,11 @@ def privacy_spent(noise_multiplier: float, sampling_rate: float, steps: int, del
         import dp_accounting
         from dp_accounting import pld
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('privacy_spent needs dp-accounting: pip install "functorch_opt[privacy]"', name=error.name) from error
-    step = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+        raise ModuleNotFoundError(
+            'privacy_spent needs dp-accounting: pip install "functorch_opt[privacy]"',
+            name=error.name,
+        ) from error
+    step = dp_accounting.PoissonSampledDpEvent(
+        sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
+    )
     return float(pld.PLDAccountant().compose(step, int(steps)).get_epsilon(delta))

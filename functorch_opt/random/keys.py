@@ -44,7 +44,9 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number; got {type(seed).__name__} {seed!r}.")
     seed %= 2**64
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device
+    )
 
 
 def as_key(key_or_seed: Tensor | int) -> Tensor:
@@ -56,7 +58,11 @@ def as_key(key_or_seed: Tensor | int) -> Tensor:
 
 def _checked(key: Tensor) -> Tensor:
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,):
-        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"{type(key).__name__} {key!r}"
+        given = (
+            f"{key.dtype} of shape {tuple(key.shape)}"
+            if isinstance(key, Tensor)
+            else f"{type(key).__name__} {key!r}"
+        )
         raise TypeError(
             f"key must be an int64 tensor of shape (2,), as random.key(seed) gives; got {given}. "
             "For several models vmap over the keys of random.split(key, n)."
@@ -85,7 +91,11 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
 
 def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
     numbers = torch.as_tensor(value, device=device)
-    if numbers.dtype in (torch.bool, torch.uint64) or numbers.is_floating_point() or numbers.is_complex():
+    if (
+        numbers.dtype in (torch.bool, torch.uint64)
+        or numbers.is_floating_point()
+        or numbers.is_complex()
+    ):
         raise TypeError(f"{name} must be a whole number or an integer tensor; got {value!r}.")
     if isinstance(value, int) and value < 0:
         raise ValueError(f"{name} must be 0 or greater; got {value}.")
@@ -154,19 +164,36 @@ def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None =
     return _tensor(philox.normal, key, shape, part)
 
 
-def _tensor(make: philox.Make, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
+def _tensor(
+    make: philox.Make, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None
+) -> Tensor:
     if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}.")
+        raise TypeError(
+            f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}."
+        )
     device = _checked(key).device
     place = _place(tuple(shape), None if part is None else _region(tuple(shape), part))
     if place.dims:
         return place.take(philox.draw(make, key, place.numbers(0, device)))
-    return place.take(philox.draw(make, key, torch.full((), place.first // 4, dtype=torch.int64, device=device), place.blocks))
+    return place.take(
+        philox.draw(
+            make,
+            key,
+            torch.full((), place.first // 4, dtype=torch.int64, device=device),
+            place.blocks,
+        )
+    )
 
 
 def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
-    if not isinstance(part, tuple) or len(part) != len(shape) or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part):
-        raise TypeError(f"part must be a tuple of slices without step, one for each dimension of {shape}; got {part!r}.")
+    if (
+        not isinstance(part, tuple)
+        or len(part) != len(shape)
+        or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part)
+    ):
+        raise TypeError(
+            f"part must be a tuple of slices without step, one for each dimension of {shape}; got {part!r}."
+        )
     ranges = [range(*s.indices(n)) for s, n in zip(part, shape, strict=True)]
     return tuple([r.start for r in ranges]), tuple([len(r) for r in ranges])
 
@@ -214,19 +241,36 @@ def _tree(make: philox.Make, key: Tensor, values: PyTree, count: Tensor | int) -
     return tree.unflatten(spec, draw_leaves(make, key, leaves, count))
 
 
-def draw_leaves(make: philox.Make, key: Tensor, leaves: list[Tensor | None], count: Tensor | int) -> list[Tensor | None]:
+def draw_leaves(
+    make: philox.Make, key: Tensor, leaves: list[Tensor | None], count: Tensor | int
+) -> list[Tensor | None]:
     """`normal_like` and `uniform_like`, for the leaves of a tree."""
     device = _checked(key).device
     begin = _whole("count", count, device) << _STEP_BITS
     places = [_nothing if leaf is None else _place_of(leaf) for leaf in leaves]
-    begins = [0, *accumulate([0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex())) for leaf in leaves])]
+    begins = [
+        0,
+        *accumulate(
+            [
+                0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex()))
+                for leaf in leaves
+            ]
+        ),
+    ]
     if begin.dim() == 0 and not any(map(tree.is_sharded, leaves)):
         drawn = philox.draw(make, key, begin, begins[-1])
     else:
         rows = zip(places, begins[:-1], begin.expand(len(leaves)).unbind(), strict=True)
-        drawn = philox.draw(make, key, torch.cat([place.numbers(base, device) + of_count for place, base, of_count in rows]))
+        drawn = philox.draw(
+            make,
+            key,
+            torch.cat([place.numbers(base, device) + of_count for place, base, of_count in rows]),
+        )
     pieces = drawn.split([place.blocks for place in places])
-    return [None if leaf is None else _finish(place.take(x), leaf) for leaf, place, x in zip(leaves, places, pieces, strict=True)]
+    return [
+        None if leaf is None else _finish(place.take(x), leaf)
+        for leaf, place, x in zip(leaves, places, pieces, strict=True)
+    ]
 
 
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
@@ -276,15 +320,20 @@ class _Place(NamedTuple):
 
     def numbers(self, base: int, device: torch.device) -> Tensor:
         """The blocks to draw, where the stream of the whole begins at block `base`."""
-        return ((self.starts(device) >> 2)[:, None] + torch.arange(base, base + self.width, device=device)).flatten()
+        return (
+            (self.starts(device) >> 2)[:, None]
+            + torch.arange(base, base + self.width, device=device)
+        ).flatten()
 
     def take(self, drawn: Tensor) -> Tensor:
         """The numbers, from these blocks."""
         rows = drawn.reshape(self.runs, 4 * self.width)
         if self.lane is None:
-            return rows.gather(1, (self.starts(rows.device) & 3)[:, None] + torch.arange(self.length, device=rows.device)).reshape(
-                self.shape
-            )
+            return rows.gather(
+                1,
+                (self.starts(rows.device) & 3)[:, None]
+                + torch.arange(self.length, device=rows.device),
+            ).reshape(self.shape)
         return rows[:, self.lane : self.lane + self.length].reshape(self.shape)
 
 
@@ -301,9 +350,16 @@ def _place(shape: tuple[int, ...], region: Region | None = None) -> _Place:
         return _Place(shape, 0, (), math.prod(shape))
     offsets, sizes = region
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    inner = max([d for d in range(len(shape)) if sizes[d] != shape[d]], default=0)  # below it the part has everything
+    inner = max(
+        [d for d in range(len(shape)) if sizes[d] != shape[d]], default=0
+    )  # below it the part has everything
     first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-    return _Place(sizes, first, tuple(zip(sizes[:inner], strides[:inner], strict=True)), math.prod(sizes[inner:]))
+    return _Place(
+        sizes,
+        first,
+        tuple(zip(sizes[:inner], strides[:inner], strict=True)),
+        math.prod(sizes[inner:]),
+    )
 
 
 def _place_of(leaf: Tensor) -> _Place:

@@ -70,12 +70,20 @@ def join(low: Tensor, high: Tensor) -> Tensor:
 
 def bits(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """The words themselves, int32."""
-    return torch.stack([torch.where(w >= 2**31, w - 2**32, w).to(torch.int32) for w in words(key, _numbers(blocks, n))], -1)
+    return torch.stack(
+        [
+            torch.where(w >= 2**31, w - 2**32, w).to(torch.int32)
+            for w in words(key, _numbers(blocks, n))
+        ],
+        -1,
+    )
 
 
 def uniform(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """Multiples of 2**-24 in [0, 1), float32."""
-    return torch.stack([(w & 0xFFFFFF).to(torch.float32) * 2.0**-24 for w in words(key, _numbers(blocks, n))], -1)
+    return torch.stack(
+        [(w & 0xFFFFFF).to(torch.float32) * 2.0**-24 for w in words(key, _numbers(blocks, n))], -1
+    )
 
 
 def normal(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:

@@ -83,12 +83,18 @@ def _own(value: Any) -> Any:
 def _at_least(least: int, **steps: int) -> None:
     for name, value in steps.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of updates, at least {least}; got {value!r}.")
+            raise ValueError(
+                f"{name} must be a whole number of updates, at least {least}; got {value!r}."
+            )
 
 
 def _finite(**values: Scalar | None) -> None:
     for name, value in values.items():
-        if not (value is None or isinstance(value, Tensor) or (isinstance(value, (int, float)) and math.isfinite(value))):
+        if not (
+            value is None
+            or isinstance(value, Tensor)
+            or (isinstance(value, (int, float)) and math.isfinite(value))
+        ):
             raise ValueError(f"{name} must be a finite number or a 0-dim tensor; got {value!r}.")
 
 
@@ -128,7 +134,11 @@ def constant_schedule(value: Scalar) -> Callable[[Tensor], Any]:
 
 @_schedule
 def polynomial_schedule(
-    init_value: Scalar, end_value: Scalar, power: Scalar, transition_steps: int, transition_begin: int = 0
+    init_value: Scalar,
+    end_value: Scalar,
+    power: Scalar,
+    transition_steps: int,
+    transition_begin: int = 0,
 ) -> Callable[[Tensor], Any]:
     """From `init_value` to `end_value` along ``(1 - t/T)^power``: ``end + (init - end) (1 - t/T)^power``, then constant.
 
@@ -160,7 +170,9 @@ def polynomial_schedule(
 
 
 @_schedule
-def linear_schedule(init_value: Scalar, end_value: Scalar, transition_steps: int, transition_begin: int = 0) -> Callable[[Tensor], Any]:
+def linear_schedule(
+    init_value: Scalar, end_value: Scalar, transition_steps: int, transition_begin: int = 0
+) -> Callable[[Tensor], Any]:
     """From `init_value` to `end_value` along a line, then constant.
 
     Args and errors are those of `polynomial_schedule`.
@@ -209,7 +221,9 @@ def exponential_decay(
 
     def value(t: Tensor) -> Any:
         exponent = _since(t, transition_begin).clamp(min=0) / transition_steps
-        decayed = init_value * torch.as_tensor(decay_rate, dtype=t.dtype) ** (exponent.floor() if staircase else exponent)
+        decayed = init_value * torch.as_tensor(decay_rate, dtype=t.dtype) ** (
+            exponent.floor() if staircase else exponent
+        )
         if end_value is None:
             return decayed
         bound = torch.as_tensor(end_value, dtype=t.dtype)
@@ -219,7 +233,9 @@ def exponential_decay(
 
 
 @_schedule
-def cosine_decay_schedule(init_value: Scalar, decay_steps: int, alpha: Scalar = 0.0, exponent: Scalar = 1.0) -> Callable[[Tensor], Any]:
+def cosine_decay_schedule(
+    init_value: Scalar, decay_steps: int, alpha: Scalar = 0.0, exponent: Scalar = 1.0
+) -> Callable[[Tensor], Any]:
     """Half a cosine from `init_value` down to ``alpha * init_value``: ``init ((1 - alpha) ((1 + cos(pi t/T)) / 2)^exponent + alpha)``.
 
     Args:
@@ -256,12 +272,16 @@ def _boundaries(boundaries: Iterable[Any], *, least: int) -> None:
     previous = least - 1
     for boundary in boundaries:
         if isinstance(boundary, bool) or not isinstance(boundary, int) or boundary <= previous:
-            raise ValueError(f"boundaries must be increasing whole numbers, at least {least}; got {boundary!r} after {previous}.")
+            raise ValueError(
+                f"boundaries must be increasing whole numbers, at least {least}; got {boundary!r} after {previous}."
+            )
         previous = boundary
 
 
 @_schedule
-def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Sequence[int]) -> Callable[[Tensor], Any]:
+def join_schedules(
+    schedules: Sequence[Callable[[Tensor], Any]], boundaries: Sequence[int]
+) -> Callable[[Tensor], Any]:
     """The first schedule before the first boundary, the second from there on, and so on; each starts anew at 0.
 
     Args:
@@ -286,8 +306,12 @@ def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Seq
 
     def value(t: Tensor) -> Any:
         result = t
-        for begin, end, schedule in zip([0, *boundaries], [*boundaries, None], schedules, strict=True):
-            piece = schedule(_since(t, begin).clamp(0, end and end - begin))  # beyond its end it might overflow, and 0 * inf is no gradient
+        for begin, end, schedule in zip(
+            [0, *boundaries], [*boundaries, None], schedules, strict=True
+        ):
+            piece = schedule(
+                _since(t, begin).clamp(0, end and end - begin)
+            )  # beyond its end it might overflow, and 0 * inf is no gradient
             result = torch.where(t < begin, result, piece) if begin else piece
         return result
 
@@ -295,7 +319,9 @@ def join_schedules(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Seq
 
 
 @_schedule
-def piecewise_constant_schedule(init_value: Scalar, boundaries_and_scales: Mapping[int, Scalar] | None = None) -> Callable[[Tensor], Any]:
+def piecewise_constant_schedule(
+    init_value: Scalar, boundaries_and_scales: Mapping[int, Scalar] | None = None
+) -> Callable[[Tensor], Any]:
     """`init_value`, multiplied by a scale at each boundary (cumulatively), from that count on.
 
     Args:
@@ -312,7 +338,10 @@ def piecewise_constant_schedule(init_value: Scalar, boundaries_and_scales: Mappi
         [1.0, 0.1, 0.05]
     """
     pieces = dict(sorted((boundaries_and_scales or {}).items()))
-    _finite(init_value=init_value, **{f"the scale at {boundary}": scale for boundary, scale in pieces.items()})
+    _finite(
+        init_value=init_value,
+        **{f"the scale at {boundary}": scale for boundary, scale in pieces.items()},
+    )
     _boundaries(pieces, least=1)
 
     def value(t: Tensor) -> Any:
@@ -326,7 +355,9 @@ def piecewise_constant_schedule(init_value: Scalar, boundaries_and_scales: Mappi
 
 @_schedule
 def piecewise_interpolate_schedule(
-    interpolate_type: Literal["linear", "cosine"], init_value: Scalar, boundaries_and_scales: Mapping[int, Scalar] | None = None
+    interpolate_type: Literal["linear", "cosine"],
+    init_value: Scalar,
+    boundaries_and_scales: Mapping[int, Scalar] | None = None,
 ) -> Callable[[Tensor], Any]:
     """Like `piecewise_constant_schedule`, but going from one value to the next along a line or half a cosine.
 
@@ -344,9 +375,14 @@ def piecewise_interpolate_schedule(
         tensor(0.7500, dtype=torch.float64)
     """
     if interpolate_type not in ("linear", "cosine"):
-        raise ValueError(f"interpolate_type must be 'linear' or 'cosine'; got {interpolate_type!r}.")
+        raise ValueError(
+            f"interpolate_type must be 'linear' or 'cosine'; got {interpolate_type!r}."
+        )
     pieces = dict(sorted((boundaries_and_scales or {}).items()))
-    _finite(init_value=init_value, **{f"the scale at {boundary}": scale for boundary, scale in pieces.items()})
+    _finite(
+        init_value=init_value,
+        **{f"the scale at {boundary}": scale for boundary, scale in pieces.items()},
+    )
     _boundaries(pieces, least=1)
 
     def value(t: Tensor) -> Any:
@@ -367,15 +403,25 @@ def piecewise_interpolate_schedule(
 # ---- ready-made ------------------------------------------------------------------------------------------------------
 
 
-def _after_warmup(init_value: Scalar, peak_value: Scalar, warmup_steps: int, then: Schedule) -> Schedule:
+def _after_warmup(
+    init_value: Scalar, peak_value: Scalar, warmup_steps: int, then: Schedule
+) -> Schedule:
     """A line from `init_value` to `peak_value`, then another schedule. Without warmup steps, that schedule from the start."""
     _at_least(0, warmup_steps=warmup_steps)
     _finite(init_value=init_value, peak_value=peak_value)
-    return then if warmup_steps == 0 else join_schedules([linear_schedule(init_value, peak_value, warmup_steps), then], [warmup_steps])
+    return (
+        then
+        if warmup_steps == 0
+        else join_schedules(
+            [linear_schedule(init_value, peak_value, warmup_steps), then], [warmup_steps]
+        )
+    )
 
 
 @_schedule
-def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_steps: int) -> Callable[[Tensor], Any]:
+def warmup_constant_schedule(
+    init_value: Scalar, peak_value: Scalar, warmup_steps: int
+) -> Callable[[Tensor], Any]:
     """A line from `init_value` to `peak_value` over `warmup_steps` updates, then constant. With 0 steps, `peak_value` from the start.
 
     Example:
@@ -389,7 +435,12 @@ def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_step
 
 @_schedule
 def warmup_cosine_decay_schedule(
-    init_value: Scalar, peak_value: Scalar, warmup_steps: int, decay_steps: int, end_value: Scalar = 0.0, exponent: Scalar = 1.0
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: int,
+    decay_steps: int,
+    end_value: Scalar = 0.0,
+    exponent: Scalar = 1.0,
 ) -> Callable[[Tensor], Any]:
     """A line up to `peak_value`, then `cosine_decay_schedule` down to `end_value`.
 
@@ -418,7 +469,9 @@ def warmup_cosine_decay_schedule(
         raise ValueError(
             f"decay_steps counts the warmup too, so it must be greater than warmup_steps; got {decay_steps} and {warmup_steps}."
         )
-    cosine = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, end_value / peak_value, exponent)
+    cosine = cosine_decay_schedule(
+        peak_value, decay_steps - warmup_steps, end_value / peak_value, exponent
+    )
     return _after_warmup(init_value, peak_value, warmup_steps, cosine)
 
 
@@ -441,7 +494,9 @@ def warmup_exponential_decay_schedule(
         tensor(0.5000, dtype=torch.float64)
     """
     _finite(init_value=init_value, peak_value=peak_value)
-    decay = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
+    decay = exponential_decay(
+        peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value
+    )
     return _after_warmup(init_value, peak_value, warmup_steps, decay)
 
 
@@ -495,7 +550,11 @@ def linear_onecycle_schedule(
 
 @_schedule
 def cosine_onecycle_schedule(
-    transition_steps: int, peak_value: Scalar, pct_start: float = 0.3, div_factor: float = 25.0, final_div_factor: float = 1e4
+    transition_steps: int,
+    peak_value: Scalar,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
 ) -> Callable[[Tensor], Any]:
     """One cycle of half cosines: ``peak/div_factor`` up to `peak_value`, then down to the first value divided by `final_div_factor`.
 
@@ -510,7 +569,10 @@ def cosine_onecycle_schedule(
     _finite(peak_value=peak_value)
     _positive(div_factor=div_factor, final_div_factor=final_div_factor)
     _at_least(1, transition_steps=transition_steps)
-    scales = [(int(pct_start * transition_steps), div_factor), (transition_steps, 1 / (div_factor * final_div_factor))]
+    scales = [
+        (int(pct_start * transition_steps), div_factor),
+        (transition_steps, 1 / (div_factor * final_div_factor)),
+    ]
     _boundaries([count for count, _ in scales], least=1)
     return piecewise_interpolate_schedule("cosine", peak_value / div_factor, dict(scales))
 

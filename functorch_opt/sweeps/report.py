@@ -51,7 +51,9 @@ class Sweep:
         """The index of the best run: of the setting with the lowest loss (the lowest mean, if there are several seeds), the best seed."""
         if not self.means.isfinite().any():
             failed = f"{int(self.diverged.sum())} of {len(self.losses)} runs diverged"
-            raise ValueError(f"there is no best setting: {failed}, at least one of each setting. Try smaller learning rates.")
+            raise ValueError(
+                f"there is no best setting: {failed}, at least one of each setting. Try smaller learning rates."
+            )
         setting = int(self.means.argmin())
         return setting * self.seeds + int(self.losses.view(-1, self.seeds)[setting].argmin())
 
@@ -59,7 +61,12 @@ class Sweep:
     def best(self) -> dict[str, Any]:
         """The best setting, as keywords of the optimizer: ``fo.adamw(**result.best)``."""
         run = self.best_run
-        return {**self.fixed, **{name: column[run].item() for name, column in self.settings.items() if name != "seed"}}
+        return {
+            **self.fixed,
+            **{
+                name: column[run].item() for name, column in self.settings.items() if name != "seed"
+            },
+        }
 
     def params_of(self, run: int | None = None) -> PyTree:
         """The parameters of one run; by default of the best."""
@@ -73,9 +80,13 @@ class Sweep:
             TypeError: the sweep was of a loss function; use `params_of`.
         """
         if self.module_of_runs is None:
-            raise TypeError("this was a sweep of a loss function, which has no module: use params_of(run).")
+            raise TypeError(
+                "this was a sweep of a loss function, which has no module: use params_of(run)."
+            )
         module = copy.deepcopy(self.module_of_runs)
-        module.load_state_dict(self.params_of(run), strict=False)  # what is missing are buffers and frozen parameters
+        module.load_state_dict(
+            self.params_of(run), strict=False
+        )  # what is missing are buffers and frozen parameters
         return module
 
     def _rows(self, most: int) -> tuple[list[str], list[list[str]], str]:
@@ -89,7 +100,16 @@ class Sweep:
         for i in order[:most]:
             row = [f"{self.settings[name][i * n]:.3g}" for name in names] + [f"{means[i]:.4g}"]
             row += [f"{spread[i].min():.4g} to {spread[i].max():.4g}"] if n > 1 else []
-            rows.append([*row, "" if not diverged[i] else "diverged" if n == 1 else f"{diverged[i]} of {n} diverged"])
+            rows.append(
+                [
+                    *row,
+                    ""
+                    if not diverged[i]
+                    else "diverged"
+                    if n == 1
+                    else f"{diverged[i]} of {n} diverged",
+                ]
+            )
         header = [*names, *(["mean loss", f"of {n} seeds"] if n > 1 else ["loss"]), ""]
         left = f"{len(order) - most} more settings; " if len(order) > most else ""
         return header, rows, f"{left}{int(self.diverged.sum())} of {len(self.losses)} runs diverged"
@@ -102,7 +122,10 @@ class Sweep:
         """
         header, body, last = self._rows(rows)
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *body]
+        ]
         return "\n".join([*lines, last])
 
     def __repr__(self) -> str:
@@ -110,7 +133,9 @@ class Sweep:
 
     def __rich__(self) -> Any:
         header, body, last = self._rows(10)
-        grid = viz("rich.table", "this table").Table(box=viz("rich.box", "this table").SIMPLE_HEAD, caption=last, caption_justify="left")
+        grid = viz("rich.table", "this table").Table(
+            box=viz("rich.box", "this table").SIMPLE_HEAD, caption=last, caption_justify="left"
+        )
         for name in header:
             grid.add_column(name, justify="right")
         for row in body:
@@ -134,7 +159,9 @@ def viz(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
-        raise ModuleNotFoundError(f"{what} needs {missing}: pip install 'functorch_opt[viz]'", name=missing) from error
+        raise ModuleNotFoundError(
+            f"{what} needs {missing}: pip install 'functorch_opt[viz]'", name=missing
+        ) from error
 
 
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"
@@ -156,14 +183,37 @@ def _plot(of: Sweep) -> Any:
         lines.setdefault(others, []).append(i)
     for label, settings in lines.items():
         settings.sort(key=lambda i: float(x[i * of.seeds]))
-        left.plot(x[:: of.seeds][settings], _finite(of.means[settings]), "-o", ms=3.5, lw=1, label=label, color=None if label else BLUE)
+        left.plot(
+            x[:: of.seeds][settings],
+            _finite(of.means[settings]),
+            "-o",
+            ms=3.5,
+            lw=1,
+            label=label,
+            color=None if label else BLUE,
+        )
     if of.seeds > 1:
         left.plot(x, _finite(of.losses), ".", ms=3, color=BLACK, alpha=0.5, label="single seeds")
     if of.diverged.any():
         at_the_top = torch.full((int(of.diverged.sum()),), 0.97)
-        left.plot(x[of.diverged], at_the_top, "x", color=BLACK, transform=left.get_xaxis_transform(), label="diverged")
+        left.plot(
+            x[of.diverged],
+            at_the_top,
+            "x",
+            color=BLACK,
+            transform=left.get_xaxis_transform(),
+            label="diverged",
+        )
     if best is not None:
-        left.plot(x[best], of.means[best // of.seeds], "*", ms=16, color=RED, mec=BLACK, label=f"best: {name}={x[best]:.3g}")
+        left.plot(
+            x[best],
+            of.means[best // of.seeds],
+            "*",
+            ms=16,
+            color=RED,
+            mec=BLACK,
+            label=f"best: {name}={x[best]:.3g}",
+        )
     finite = of.losses[of.losses.isfinite()]
     left.set(xlabel=name, ylabel="loss after training", xscale="log" if log else "linear")
     left.set(yscale="log" if len(finite) and finite.min() > 0 else "linear")
@@ -171,12 +221,16 @@ def _plot(of: Sweep) -> Any:
         left.legend(fontsize=8, frameon=False)
 
     window = max(1, of.curves.shape[1] // 50)
-    curves = torch.nn.functional.avg_pool1d(of.curves.unsqueeze(1), window, stride=1).squeeze(1)  # a running mean
+    curves = torch.nn.functional.avg_pool1d(of.curves.unsqueeze(1), window, stride=1).squeeze(
+        1
+    )  # a running mean
     steps = torch.arange(curves.shape[1]) + (window - 1) / 2
     norms = viz("matplotlib.colors", "plot()")
     norm = (norms.LogNorm if log else norms.Normalize)(float(x.min()), float(x.max()))
     colors = viz("matplotlib.cm", "plot()").ScalarMappable(norm, "viridis")
-    shown = torch.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES)).round().long().tolist()
+    shown = (
+        torch.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES)).round().long().tolist()
+    )
     for run in shown:
         right.plot(steps, curves[run], color=colors.to_rgba(float(x[run])), lw=1)
     if best is not None:
@@ -185,7 +239,9 @@ def _plot(of: Sweep) -> Any:
         right.legend(fontsize=8, frameon=False)
     kept = curves[~of.diverged]
     if len(kept) and kept.min() > 0:
-        right.set(yscale="log", ylim=(0.8 * float(kept.min()), 1.2 * float(kept.max())))  # what diverges may leave the picture
+        right.set(
+            yscale="log", ylim=(0.8 * float(kept.min()), 1.2 * float(kept.max()))
+        )  # what diverges may leave the picture
     right.set(xlabel="step", ylabel="training loss")
     figure.colorbar(colors, ax=right, label=name)
     for axes in (left, right):

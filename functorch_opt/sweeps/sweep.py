@@ -106,14 +106,25 @@ def sweep(
     module, loss_fn, start = _problem(model_or_loss, loss, params, seeds)
     device = tree.leaves(start[0])[0].device
 
-    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    settings = [
+        dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+    ]
     for setting in settings:
-        made = optimizer(**fixed, **setting)  # with plain numbers, so that one out of its range is an error now
+        made = optimizer(
+            **fixed, **setting
+        )  # with plain numbers, so that one out of its range is an error now
         if not isinstance(made, GradientTransformation):
-            raise TypeError(f"optimizer must return a transformation, e.g. adam(...); it returned {type(made).__name__} {made!r}.")
+            raise TypeError(
+                f"optimizer must return a transformation, e.g. adam(...); it returned {type(made).__name__} {made!r}."
+            )
     runs = len(settings) * len(seeds)
     of_seed = torch.arange(runs, device=device) % len(seeds)
-    columns = {name: torch.tensor([s[name] for s in settings], dtype=torch.float64).repeat_interleave(len(seeds)) for name in axes}
+    columns = {
+        name: torch.tensor([s[name] for s in settings], dtype=torch.float64).repeat_interleave(
+            len(seeds)
+        )
+        for name in axes
+    }
     hyper = {name: column.to(device, tree.real_dtype(device)) for name, column in columns.items()}
     if "key" in fixed:
         keys = random.fold_in(random.as_key(fixed["key"]), torch.tensor(seeds))
@@ -123,12 +134,16 @@ def sweep(
     def make(hyper: dict[str, Tensor]) -> GradientTransformation:
         return optimizer(**rest, **hyper)
 
-    def one(ps: PyTree, state: PyTree, alive: Tensor, hyper: dict[str, Tensor], batch: Batch) -> tuple[PyTree, PyTree, Tensor, Tensor]:
+    def one(
+        ps: PyTree, state: PyTree, alive: Tensor, hyper: dict[str, Tensor], batch: Batch
+    ) -> tuple[PyTree, PyTree, Tensor, Tensor]:
         """A step of one run, written without a thought of the others."""
         grads, value = grad_and_value(loss_fn)(ps, *batch)
         tx = make(hyper)
         known = {"value": value, "grad": grads, "value_fn": lambda ps: loss_fn(ps, *batch)}
-        updates, state = tx.update(grads, state, ps, **{name: known[name] for name in tx.extra_args if name in known})
+        updates, state = tx.update(
+            grads, state, ps, **{name: known[name] for name in tx.extra_args if name in known}
+        )
         curve = torch.where(alive, value, math.nan)
         alive = alive & torch.isfinite(value) & (value <= bound)
         ps = tree.map(lambda new, old: torch.where(alive, new, old), apply_updates(ps, updates), ps)
@@ -143,7 +158,10 @@ def sweep(
 
     ps = tree.map(lambda *of: torch.stack(of)[of_seed], start[0], *start[1:])
     # Constants come out of vmap with stride 0, and a compiled step would compile again when they no longer are.
-    state = tree.map(lambda x: x.contiguous(), vmap(lambda p, h: make(h).init(p), randomness="different")(ps, hyper))
+    state = tree.map(
+        lambda x: x.contiguous(),
+        vmap(lambda p, h: make(h).init(p), randomness="different")(ps, hyper),
+    )
     alive = torch.ones(runs, dtype=torch.bool, device=device)
     curves = []
     with _seeded(seeds[0]):  # for dropout
@@ -171,22 +189,40 @@ def sweep(
 
 def _seeds(seed: Any) -> list[int]:
     given = seed.tolist() if isinstance(seed, Tensor) else seed
-    seeds = [given] if isinstance(given, int) else list(given) if isinstance(given, (list, tuple, range)) else []
-    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise TypeError(f"seed must be a whole number, 0 or greater, or several different ones, e.g. range(5); got {seed!r}.")
+    seeds = (
+        [given]
+        if isinstance(given, int)
+        else list(given)
+        if isinstance(given, (list, tuple, range))
+        else []
+    )
+    if (
+        not seeds
+        or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise TypeError(
+            f"seed must be a whole number, 0 or greater, or several different ones, e.g. range(5); got {seed!r}."
+        )
     return seeds
 
 
-def _hyperparameters(optimizer: Any, given: Mapping[str, Any]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def _hyperparameters(
+    optimizer: Any, given: Mapping[str, Any]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """The hyperparameters that vary, with their values, and the others."""
     if isinstance(optimizer, GradientTransformation) or not callable(optimizer):
-        raise TypeError(f"optimizer must be a function that makes a transformation, e.g. adamw and not adamw(0.1); got {optimizer!r}.")
+        raise TypeError(
+            f"optimizer must be a function that makes a transformation, e.g. adamw and not adamw(0.1); got {optimizer!r}."
+        )
     signature = inspect.signature(optimizer)
     name = getattr(optimizer, "__name__", "optimizer")
     try:
         signature.bind(**given)
     except TypeError as error:
-        raise TypeError(f"{name}: {error}; its arguments are {list(signature.parameters)}, and sweep was given {list(given)}.") from None
+        raise TypeError(
+            f"{name}: {error}; its arguments are {list(signature.parameters)}, and sweep was given {list(given)}."
+        ) from None
     axes: dict[str, list[float]] = {}
     fixed: dict[str, Any] = {}
     for argument, value in given.items():
@@ -205,7 +241,9 @@ def _values(name: str, value: Any) -> list[float] | None:
         if not shape:
             return None
         if len(shape) > 1 or 0 in shape:
-            raise TypeError(f"{name} has shape {shape}; give its values as a list or 1-dim tensor, one run for each.")
+            raise TypeError(
+                f"{name} has shape {shape}; give its values as a list or 1-dim tensor, one run for each."
+            )
         value = value.tolist()
     if not isinstance(value, (list, tuple, range)):
         return None
@@ -217,7 +255,9 @@ def _values(name: str, value: Any) -> list[float] | None:
     return [float(v) for v in value]
 
 
-def _problem(model_or_loss: Any, loss: Loss | None, params: PyTree | None, seeds: list[int]) -> tuple[nn.Module | None, Loss, list[PyTree]]:
+def _problem(
+    model_or_loss: Any, loss: Loss | None, params: PyTree | None, seeds: list[int]
+) -> tuple[nn.Module | None, Loss, list[PyTree]]:
     """The module, if there is one, the loss as a function of params and batch, and where each seed begins."""
     if params is not None:
         if isinstance(model_or_loss, nn.Module) or not callable(model_or_loss) or loss is not None:
@@ -225,7 +265,12 @@ def _problem(model_or_loss: Any, loss: Loss | None, params: PyTree | None, seeds
                 "params= goes with a function loss(params, *batch) in the first place, and without loss=. "
                 "A module brings its parameters: leave params out and give loss=, e.g. cross_entropy."
             )
-        start = _for_each_seed(params if callable(params) else lambda: params, seeds, varies=callable(params), what="params")
+        start = _for_each_seed(
+            params if callable(params) else lambda: params,
+            seeds,
+            varies=callable(params),
+            what="params",
+        )
         return None, model_or_loss, [tree.map(lambda p: p.detach(), of) for of in start]
     if not callable(loss):
         raise TypeError(
@@ -233,10 +278,17 @@ def _problem(model_or_loss: Any, loss: Loss | None, params: PyTree | None, seeds
             f"a loss function needs params=, where it begins. Got {model_or_loss!r} and loss={loss!r}."
         )
     single = isinstance(model_or_loss, nn.Module)
-    modules = _for_each_seed((lambda: copy.deepcopy(model_or_loss)) if single else model_or_loss, seeds, varies=not single, what="a module")
+    modules = _for_each_seed(
+        (lambda: copy.deepcopy(model_or_loss)) if single else model_or_loss,
+        seeds,
+        varies=not single,
+        what="a module",
+    )
     for made in modules:
         if not isinstance(made, nn.Module):
-            raise TypeError(f"the first argument must be a module or a function that makes one; it made {type(made).__name__} {made!r}.")
+            raise TypeError(
+                f"the first argument must be a module or a function that makes one; it made {type(made).__name__} {made!r}."
+            )
         for name, part in made.named_modules():
             if part.training and getattr(part, "track_running_stats", False):
                 raise TypeError(
@@ -248,10 +300,19 @@ def _problem(model_or_loss: Any, loss: Loss | None, params: PyTree | None, seeds
     def loss_fn(params: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
         return loss(functional_call(module, params, (x,)), *rest)
 
-    return module, loss_fn, [{name: p.detach() for name, p in made.named_parameters() if p.requires_grad} for made in modules]
+    return (
+        module,
+        loss_fn,
+        [
+            {name: p.detach() for name, p in made.named_parameters() if p.requires_grad}
+            for made in modules
+        ],
+    )
 
 
-def _for_each_seed(make: Callable[[], Any], seeds: list[int], *, varies: bool, what: str) -> list[Any]:
+def _for_each_seed(
+    make: Callable[[], Any], seeds: list[int], *, varies: bool, what: str
+) -> list[Any]:
     if len(seeds) > 1 and not varies:
         raise TypeError(
             f"{len(seeds)} seeds need a function without arguments that makes {what}, called once per seed; got {what} made already. "
@@ -276,19 +337,30 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _batches(
-    data: Any, size: int | None, steps: int | None, epochs: int | None, seeds: list[int], of_seed: Tensor
+    data: Any,
+    size: int | None,
+    steps: int | None,
+    epochs: int | None,
+    seeds: list[int],
+    of_seed: Tensor,
 ) -> tuple[Iterator[Batch], int, bool]:
     """The batches, how many there are, and whether they have a first dimension for the runs."""
     if (steps is None) == (epochs is None):
-        raise TypeError(f"say how long to train: either steps= or epochs=; got steps={steps!r} and epochs={epochs!r}.")
+        raise TypeError(
+            f"say how long to train: either steps= or epochs=; got steps={steps!r} and epochs={epochs!r}."
+        )
     for name, value in (("steps", steps), ("epochs", epochs), ("batch_size", size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
     arrays = _batch(data, of_seed.device) if isinstance(data, (tuple, Tensor)) else None
     if arrays is None and not hasattr(data, "__iter__"):
         _batch(data, of_seed.device)
     if arrays is None and size is not None:
-        raise TypeError(f"data is {type(data).__name__}: its batches are made already. Leave out batch_size, or give a tuple of tensors.")
+        raise TypeError(
+            f"data is {type(data).__name__}: its batches are made already. Leave out batch_size, or give a tuple of tensors."
+        )
     if arrays is None:
         length = len(data) if hasattr(data, "__len__") else None
     else:
@@ -300,7 +372,9 @@ def _batches(
         length = 1 if size is None else min(lengths) // size
     if steps is None:
         if not length:
-            raise ValueError(f"data of type {type(data).__name__} does not say how long an epoch is: give steps=, or a list of batches.")
+            raise ValueError(
+                f"data of type {type(data).__name__} does not say how long an epoch is: give steps=, or a list of batches."
+            )
         steps = (epochs or 1) * length
     if arrays is None:
         return itertools.islice(_in_turn(data, of_seed.device), steps), steps, False
@@ -311,7 +385,9 @@ def _batches(
 
 def _batch(batch: Any, device: torch.device) -> Batch:
     if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
-        raise TypeError(f"data must be a tuple of tensors, (x, y), or a list of such tuples; got {type(batch).__name__} {batch!r:.200}.")
+        raise TypeError(
+            f"data must be a tuple of tensors, (x, y), or a list of such tuples; got {type(batch).__name__} {batch!r:.200}."
+        )
     return tuple(x.to(device) for x in batch)
 
 
@@ -324,14 +400,18 @@ def _in_turn(data: Any, device: torch.device) -> Iterator[Batch]:
             made += 1
             yield _batch(batch, device)
         if made == before:
-            raise ValueError(f"data ended after {made} batches, for it can be gone through only once: give a list, or fewer steps.")
+            raise ValueError(
+                f"data ended after {made} batches, for it can be gone through only once: give a list, or fewer steps."
+            )
 
 
 def _shuffled(arrays: Batch, size: int, seeds: list[int], of_seed: Tensor) -> Iterator[Batch]:
     """Minibatches, in a new order each epoch; with several seeds [runs, size, ...]. The remainder of an epoch is left out."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
-        orders = torch.stack([torch.randperm(len(arrays[0]), generator=g) for g in generators]).to(of_seed.device)
+        orders = torch.stack([torch.randperm(len(arrays[0]), generator=g) for g in generators]).to(
+            of_seed.device
+        )
         for rows in orders.split(size, dim=1):  # [seeds, size]
             if rows.shape[1] == size:
                 rows = rows[of_seed] if len(seeds) > 1 else rows[0]
@@ -345,7 +425,9 @@ def _evaluate(loss_fn: Loss, params: PyTree, data: Any, device: torch.device) ->
         for given in [data] if isinstance(data, tuple) else data:
             batch = _batch(given, device)
             n = batch[0].shape[:1].numel() if batch else 1
-            total = total + n * vmap(loss_fn, in_dims=(0, *[None] * len(batch)), randomness="different")(params, *batch)
+            total = total + n * vmap(
+                loss_fn, in_dims=(0, *[None] * len(batch)), randomness="different"
+            )(params, *batch)
             examples += n
     if not examples:
         raise ValueError("validation holds no example.")
@@ -377,7 +459,9 @@ class _Compiled:
             return self.run(*args)
         except Exception as failure:
             error = failure
-        result = self.eager(*args)  # a mistake in the caller's functions shows itself here, as it would without compiling
+        result = self.eager(
+            *args
+        )  # a mistake in the caller's functions shows itself here, as it would without compiling
         self.run = self.eager
         warn_uncompiled("sweep runs eagerly", error, stacklevel=4)
         return result

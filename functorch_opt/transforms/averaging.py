@@ -6,7 +6,12 @@ import torch
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.tree import PyTree
 
 __all__ = ["eval_params", "params_ema"]
@@ -16,7 +21,9 @@ AVERAGED = "averaged"
 
 
 @transformation
-def params_ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
+def params_ema(
+    decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
+) -> GradientTransformation:
     """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` pass as they are.
 
     It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the average out of a state of any depth,
@@ -51,10 +58,14 @@ def params_ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: 
     """
     check_range(0, 1, decay=decay)
     if debias and callable(decay):
-        raise ValueError("a decay that is a schedule cannot be debiased: its powers mean nothing. Give debias=False.")
+        raise ValueError(
+            "a decay that is a schedule cannot be debiased: its powers mean nothing. Give debias=False."
+        )
 
     def prepare(count, decay):
-        return {"weight": (1 - decay) / (1 - decay ** tree.as_real(count + 1)) if debias else 1 - decay}
+        return {
+            "weight": (1 - decay) / (1 - decay ** tree.as_real(count + 1)) if debias else 1 - decay
+        }
 
     def rule(g, p, averaged, weight):
         return g, {AVERAGED: torch.lerp(averaged, p + g, weight)}
@@ -92,17 +103,31 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     found: dict[str, torch.Tensor] = {}
     kept = [value for name, value in tree.entries(state) if name.rpartition("/")[2] == AVERAGED]
     if not kept:
-        raise ValueError("nothing in this state averages the parameters: put params_ema(decay) last in the chain.")
+        raise ValueError(
+            "nothing in this state averages the parameters: put params_ema(decay) last in the chain."
+        )
     for average in kept:
         for path, leaf in zip(tree.paths(average), tree.flatten(average)[0], strict=True):
             if leaf is not None and path in found:
-                raise ValueError(f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...).")
+                raise ValueError(
+                    f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...)."
+                )
             found |= {} if leaf is None else {path: leaf}
     ps, spec = tree.flatten_tensors(params, "params")
     here = dict(zip(tree.paths(params), ps, strict=True))
     for path, average in found.items():
         p = here.get(path)
         if p is None or p.shape != average.shape:
-            there = "there is no such parameter" if p is None else f"its parameter has {tuple(p.shape)}"
-            raise ValueError(f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. Is the state that of other params?")
-    return tree.unflatten(spec, [p if p is None or path not in found else found[path].to(p.dtype) for path, p in here.items()])
+            there = (
+                "there is no such parameter" if p is None else f"its parameter has {tuple(p.shape)}"
+            )
+            raise ValueError(
+                f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. Is the state that of other params?"
+            )
+    return tree.unflatten(
+        spec,
+        [
+            p if p is None or path not in found else found[path].to(p.dtype)
+            for path, p in here.items()
+        ],
+    )

@@ -6,7 +6,12 @@ import torch
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, Scalar, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    check_range,
+    transformation,
+)
 
 __all__ = ["clip", "clip_by_global_norm"]
 
@@ -25,7 +30,9 @@ def clip(max_delta: Scalar) -> GradientTransformation:
         [tensor([-1.0000,  0.5000])]
     """
     check_range(0, float("inf"), max_delta=max_delta)
-    return leafwise(lambda g, max_delta: torch.clamp(g, -max_delta, max_delta), hyper={"max_delta": max_delta})
+    return leafwise(
+        lambda g, max_delta: torch.clamp(g, -max_delta, max_delta), hyper={"max_delta": max_delta}
+    )
 
 
 @transformation

@@ -6,13 +6,20 @@ import torch
 
 from functorch_opt._core.groups import MaskOrFn, masked
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 
 __all__ = ["add_decayed_weights"]
 
 
 @transformation
-def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | None = None) -> GradientTransformation:
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | None = None
+) -> GradientTransformation:
     """``u -> u + weight_decay * p``. What follows in the chain, the learning rate too, multiplies the decay as well.
 
     Args:
@@ -32,7 +39,11 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | N
     """
     check_range(0, float("inf"), weight_decay=weight_decay)
     if isinstance(weight_decay, (int, float)):
-        decay = leafwise(lambda g, p: torch.add(g, p, alpha=weight_decay))  # one pass over memory fewer
+        decay = leafwise(
+            lambda g, p: torch.add(g, p, alpha=weight_decay)
+        )  # one pass over memory fewer
     else:
-        decay = leafwise(lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay})
+        decay = leafwise(
+            lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay}
+        )
     return decay if mask is None else masked(decay, mask)

@@ -9,14 +9,23 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 
 __all__ = ["ema", "trace"]
 
 
 @transformation
 def trace(
-    decay: ScalarOrSchedule, nesterov: bool = False, accumulator_dtype: torch.dtype | None = None, *, dampening: ScalarOrSchedule = 0.0
+    decay: ScalarOrSchedule,
+    nesterov: bool = False,
+    accumulator_dtype: torch.dtype | None = None,
+    *,
+    dampening: ScalarOrSchedule = 0.0,
 ) -> GradientTransformation:
     """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``, where the first ``t`` is ``g`` undampened, as in torch.optim.SGD.
 
@@ -53,7 +62,9 @@ def trace(
         return leafwise(rule, slots=slots, hyper={"decay": decay})
 
     def prepare(count, dampening):
-        return {"fresh": torch.where(count == 0, 1.0, 1.0 - tree.as_real(torch.as_tensor(dampening)))}
+        return {
+            "fresh": torch.where(count == 0, 1.0, 1.0 - tree.as_real(torch.as_tensor(dampening)))
+        }
 
     def damped(g, trace, decay, fresh):
         trace = fresh * g + decay * trace
@@ -63,7 +74,9 @@ def trace(
 
 
 @transformation
-def ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
+def ema(
+    decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
+) -> GradientTransformation:
     """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``, debiased by ``m / (1 - decay^t)``.
 
     Args:
@@ -83,10 +96,18 @@ def ema(decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.d
     check_range(0, 1, decay=decay)
 
     def prepare(count, decay):
-        return {"weight": 1 - decay, "correction": 1 / (1 - decay ** tree.as_real(count + 1)) if debias else 1.0}
+        return {
+            "weight": 1 - decay,
+            "correction": 1 / (1 - decay ** tree.as_real(count + 1)) if debias else 1.0,
+        }
 
     def rule(g, ema, weight, correction):
         ema = torch.lerp(ema, g, weight)
         return ema * correction, {"ema": ema}
 
-    return leafwise(rule, prepare, slots={"ema": partial(tree.zeros_like, dtype=accumulator_dtype)}, hyper={"decay": decay})
+    return leafwise(
+        rule,
+        prepare,
+        slots={"ema": partial(tree.zeros_like, dtype=accumulator_dtype)},
+        hyper={"decay": decay},
+    )

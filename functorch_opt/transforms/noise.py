@@ -7,14 +7,21 @@ from torch import Tensor
 from functorch_opt import random, tree
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, ScalarOrSchedule, check_range, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    transformation,
+)
 from functorch_opt.tree import PyTree
 
 __all__ = ["add_noise"]
 
 
 @transformation
-def add_noise(eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int) -> GradientTransformation:
+def add_noise(
+    eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int
+) -> GradientTransformation:
     """Add Gaussian noise of mean 0 and variance ``eta / (1 + t)^gamma``, where t is 0 at the first update.
 
     The key is kept in the state beside the count; the same key and count give the same noise, eager, compiled, vmapped or sharded, on any
@@ -41,14 +48,26 @@ def add_noise(eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int)
 
     def prepare(count, key, eta, gamma, updates, params=None):
         sigma = (eta / (1 + tree.as_real(count)) ** gamma) ** 0.5
-        return {"sigma": sigma, "noise": Each(random.normal_like(key, sized("add_noise", updates, params), count), own=True)}
+        return {
+            "sigma": sigma,
+            "noise": Each(
+                random.normal_like(key, sized("add_noise", updates, params), count), own=True
+            ),
+        }
 
     shared = {"key": random.as_key(key)}
-    return leafwise(lambda g, noise, sigma: g + sigma * noise, prepare, shared=shared, hyper={"eta": eta, "gamma": gamma})
+    return leafwise(
+        lambda g, noise, sigma: g + sigma * noise,
+        prepare,
+        shared=shared,
+        hyper={"eta": eta, "gamma": gamma},
+    )
 
 
 def sized(name: str, updates: PyTree, params: PyTree | None) -> PyTree:
     """The tree in whose shapes noise is drawn: the params, so that a leaf without gradient does not move the streams of the others."""
     if params is None and any(leaf is None for leaf in tree.flatten(updates)[0]):
-        raise ValueError(f"{name} needs the size of every leaf, and some gradients are None: call update(updates, state, params).")
+        raise ValueError(
+            f"{name} needs the size of every leaf, and some gradients are None: call update(updates, state, params)."
+        )
     return updates if params is None else params

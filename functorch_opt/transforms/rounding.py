@@ -51,16 +51,27 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
 
     def prepare(count, key, params):
         ps, spec = tree.flatten(params)
-        low = [p if p is not None and p.is_floating_point() and p.dtype.itemsize < 4 else None for p in ps]
+        low = [
+            p if p is not None and p.is_floating_point() and p.dtype.itemsize < 4 else None
+            for p in ps
+        ]
         noise = random.draw_leaves(philox.uniform, key, low, count)
-        noise = [torch.zeros_like(p) if z is None and p is not None else z for p, z in zip(ps, noise, strict=True)]
+        noise = [
+            torch.zeros_like(p) if z is None and p is not None else z
+            for p, z in zip(ps, noise, strict=True)
+        ]
         infos = [None if p is None else torch.finfo(p.dtype) for p in low]
-        eps, tiny = (torch.tensor([getattr(info, name, 0.0) for info in infos], device=key.device) for name in ("eps", "tiny"))
+        eps, tiny = (
+            torch.tensor([getattr(info, name, 0.0) for info in infos], device=key.device)
+            for name in ("eps", "tiny")
+        )
         return {"noise": Each(tree.unflatten(spec, noise)), "eps": eps, "tiny": tiny}
 
     def rule(g, p, noise, eps, tiny):
         exact = p + g
-        power = (exact.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most |exact|
+        power = (exact.to(torch.float32).view(torch.int32) & 0x7F800000).view(
+            torch.float32
+        )  # of two, at most |exact|
         spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)
         steps = exact / spacing
         below = torch.floor(steps)

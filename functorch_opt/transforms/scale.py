@@ -5,10 +5,25 @@ from __future__ import annotations
 import torch
 
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, Scalar, ScalarOrSchedule, check_range, identity, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+    check_range,
+    identity,
+    transformation,
+)
 from functorch_opt.schedules.schedules import Schedule
 
-__all__ = ["centralize", "scale", "scale_by_learning_rate", "scale_by_schedule", "set_to_zero", "sign", "zero_nans"]
+__all__ = [
+    "centralize",
+    "scale",
+    "scale_by_learning_rate",
+    "scale_by_schedule",
+    "set_to_zero",
+    "sign",
+    "zero_nans",
+]
 
 
 @transformation
@@ -47,12 +62,16 @@ def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
         [tensor(0.5000)]
     """
     if not callable(step_size_fn):
-        raise TypeError(f"scale_by_schedule takes a function of the count; got {step_size_fn!r}. For a number use scale.")
+        raise TypeError(
+            f"scale_by_schedule takes a function of the count; got {step_size_fn!r}. For a number use scale."
+        )
     return leafwise(lambda g, step_size: g * step_size, hyper={"step_size": step_size_fn})
 
 
 @transformation
-def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None = None, *, flip_sign: bool = True) -> GradientTransformation:
+def scale_by_learning_rate(
+    learning_rate: ScalarOrSchedule | None = None, *, flip_sign: bool = True
+) -> GradientTransformation:
     """``u -> -learning_rate * u``: the stage that turns a direction into a step, usually the last.
 
     Args:
@@ -76,7 +95,9 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None = None, *, fli
     def prepare(learning_rate):
         return {"step_size": sign * learning_rate}
 
-    return leafwise(lambda g, step_size: g * step_size, prepare, hyper={"learning_rate": learning_rate})
+    return leafwise(
+        lambda g, step_size: g * step_size, prepare, hyper={"learning_rate": learning_rate}
+    )
 
 
 @transformation

@@ -24,7 +24,9 @@ class MasterWeights(GradientTransformation):
 
     def __init__(self, inner: GradientTransformation) -> None:
         if not isinstance(inner, GradientTransformation):
-            raise TypeError(f"keep_master_weights takes a transformation, e.g. adamw(1e-3); got {type(inner).__name__} {inner!r}.")
+            raise TypeError(
+                f"keep_master_weights takes a transformation, e.g. adamw(1e-3); got {type(inner).__name__} {inner!r}."
+            )
         self.name, self.extra_args, self.inner = "keep_master_weights", inner.extra_args, inner
         self.rebuilt = lambda f: MasterWeights(f(inner))
 
@@ -43,24 +45,38 @@ class MasterWeights(GradientTransformation):
     def check_state(self, state: Any) -> None:
         if not isinstance(state, dict) or state.keys() != {"inner", "weights"}:
             held = list(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"this is not a state of keep_master_weights, which has inner and weights: it holds {held}.")
+            raise ValueError(
+                f"this is not a state of keep_master_weights, which has inner and weights: it holds {held}."
+            )
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         master = tree.map(lambda p: p.to(tree.at_least_float32(p.dtype), copy=True), params)
         return {"inner": self.inner.init(master), "weights": StageState({}, {"master": master})}
 
-    def _update(self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any) -> tuple[PyTree, dict[str, PyTree]]:
+    def _update(
+        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
         self.check_state(state)
         if params is None:
-            raise ValueError("keep_master_weights reads the parameters: call update(updates, state, params).")
+            raise ValueError(
+                "keep_master_weights reads the parameters: call update(updates, state, params)."
+            )
         kept = state["weights"].slots["master"]
         now = tree.map(self.enter, kept, params, names=("the state's master", "params"))
         updates, inner = self.inner.update(updates, state["inner"], now, **extra)
         us, spec = tree.flatten_tensors(updates, "updates")
-        old, ms, ps = (tree.match(updates, spec, t, names=("updates", "params")) for t in (kept, now, params))
-        pairs = [(None, m) if u is None else self.leave(u, w, p) for u, m, w, p in zip(us, old, ms, ps, strict=True)]
+        old, ms, ps = (
+            tree.match(updates, spec, t, names=("updates", "params")) for t in (kept, now, params)
+        )
+        pairs = [
+            (None, m) if u is None else self.leave(u, w, p)
+            for u, m, w, p in zip(us, old, ms, ps, strict=True)
+        ]
         master = tree.like(kept, tree.unflatten(spec, [m for _, m in pairs]))
-        return tree.unflatten(spec, [u for u, _ in pairs]), {"inner": inner, "weights": StageState({}, {"master": master})}
+        return tree.unflatten(spec, [u for u, _ in pairs]), {
+            "inner": inner,
+            "weights": StageState({}, {"master": master}),
+        }
 
 
 @transformation

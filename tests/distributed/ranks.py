@@ -25,8 +25,12 @@ TIMEOUT = 60
 
 def _serve(rank: int, world: int, port: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0, timeout=timedelta(seconds=TIMEOUT))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    store = dist.TCPStore(
+        "127.0.0.1", port, world, is_master=rank == 0, timeout=timedelta(seconds=TIMEOUT)
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
     jobs.send((None, None))
     while (job := jobs.recv()) is not None:
         function, args = job
@@ -56,7 +60,9 @@ class Ranks:
         spawn, port = mp.get_context("spawn"), _free_port()
         for rank in range(self.world):
             mine, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            process = spawn.Process(
+                target=_serve, args=(rank, self.world, port, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.jobs.append(mine)
@@ -77,7 +83,9 @@ class Ranks:
         try:
             while len(results) < self.world:
                 missing = [rank for rank in range(self.world) if rank not in results]
-                answered = wait([self.jobs[rank] for rank in missing], max(0, deadline - time.monotonic()))
+                answered = wait(
+                    [self.jobs[rank] for rank in missing], max(0, deadline - time.monotonic())
+                )
                 if not answered:
                     raise AssertionError(f"{name}: no answer from ranks {missing} in {timeout} s")
                 for rank in missing:

@@ -16,7 +16,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from registry import ROWS
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -34,7 +39,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.down, self.out = nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 1)
+        self.up, self.norm, self.down, self.out = (
+            nn.Linear(6, 7),
+            nn.LayerNorm(7),
+            nn.Linear(7, 3),
+            nn.Linear(3, 1),
+        )
         self.gain = nn.Parameter(torch.tensor([1.0, 0.5, 2.0]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +67,11 @@ def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def mesh(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=("replicate", "shard")[-max(1, len(shape)) :])
+    return init_device_mesh(
+        "cpu",
+        shape or (dist.get_world_size(),),
+        mesh_dim_names=("replicate", "shard")[-max(1, len(shape)) :],
+    )
 
 
 def shard(net: Net, how: str = "all") -> Net:
@@ -75,14 +89,24 @@ def gathered(net: nn.Module) -> dict[str, Tensor]:
 Optimizers = Callable[[dict[str, nn.Parameter]], list[torch.optim.Optimizer]]
 
 
-def train(net: nn.Module, opts: Iterable[torch.optim.Optimizer], steps: range, mine: slice = slice(None), before_step: Any = None) -> None:
+def train(
+    net: nn.Module,
+    opts: Iterable[torch.optim.Optimizer],
+    steps: range,
+    mine: slice = slice(None),
+    before_step: Any = None,
+) -> None:
     """An ordinary loop. A plain parameter of a partly sharded model gets the mean of the ranks' gradients by hand, as DDP would do it."""
     opts = list(opts)
     for step in steps:
         x, y = batch(step)
         loss(net, x[mine], y[mine]).backward()
         for p in net.parameters():
-            if mine != slice(None) and not isinstance(p, DTensor) and not isinstance(net, DistributedDataParallel):
+            if (
+                mine != slice(None)
+                and not isinstance(p, DTensor)
+                and not isinstance(net, DistributedDataParallel)
+            ):
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
         if before_step:
@@ -107,7 +131,9 @@ def muon(named: dict[str, nn.Parameter], **options: Any) -> list[torch.optim.Opt
 
 
 def generic(make: Callable[..., Any], **hyper: Any) -> Any:
-    return lambda named, **options: [fo.optim.Optimizer(named.items(), make if hyper else make(), **hyper, **options)]
+    return lambda named, **options: [
+        fo.optim.Optimizer(named.items(), make if hyper else make(), **hyper, **options)
+    ]
 
 
 def torchs_adamw(named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -115,11 +141,16 @@ def torchs_adamw(named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
 
 
 OURS: dict[str, Any] = {
-    "AdamW": lambda named, **options: [fo.optim.AdamW(named.values(), lr=0.05, weight_decay=0.1, **options)],
+    "AdamW": lambda named, **options: [
+        fo.optim.AdamW(named.values(), lr=0.05, weight_decay=0.1, **options)
+    ],
     "clip": generic(lambda: fo.chain(fo.clip_by_global_norm(0.05), fo.adamw(0.05))),
     "clip of each group": generic(
         lambda: fo.partition(
-            {"matrix": fo.chain(fo.clip_by_global_norm(0.05), fo.adam(0.05)), "rest": fo.chain(fo.clip_by_global_norm(0.02), fo.sgd(0.1))},
+            {
+                "matrix": fo.chain(fo.clip_by_global_norm(0.05), fo.adam(0.05)),
+                "rest": fo.chain(fo.clip_by_global_norm(0.02), fo.sgd(0.1)),
+            },
             lambda path, p: "matrix" if p.ndim == 2 else "rest",
         )
     ),
@@ -157,17 +188,29 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
             for key, value in opt.state[p].items():
                 where = value.placements if isinstance(value, DTensor) else None
                 own = p.placements if isinstance(p, DTensor) else None
-                placements[key, value.dim() > 0] = placements.get((key, value.dim() > 0), True) and (where == own if value.dim() else None)
+                placements[key, value.dim() > 0] = placements.get(
+                    (key, value.dim() > 0), True
+                ) and (where == own if value.dim() else None)
     return {
         "error": max(float((end[n] - expected[n]).abs().max()) for n in start),
         "moved": min(float((end[n] - start[n]).abs().max()) for n in start),
         "placements": {key: same for (key, shaped), same in placements.items() if shaped},
         "scalars": sorted({key for key, shaped in placements if not shaped}),
-        "steps": sorted({n for opt in opts for p in opt.param_groups[0]["params"] for n in counts(opt.state[p])}),
-        "compiled": sum(
-            len(segment.compiled) for opt in opts for plan in opt._plans.values() if compile for segment in plan.compiled.segments.values()
+        "steps": sorted(
+            {n for opt in opts for p in opt.param_groups[0]["params"] for n in counts(opt.state[p])}
         ),
-        "empty": [n for n, p in net.named_parameters() if isinstance(p, DTensor) and p.to_local().numel() == 0],
+        "compiled": sum(
+            len(segment.compiled)
+            for opt in opts
+            for plan in opt._plans.values()
+            if compile
+            for segment in plan.compiled.segments.values()
+        ),
+        "empty": [
+            n
+            for n, p in net.named_parameters()
+            if isinstance(p, DTensor) and p.to_local().numel() == 0
+        ],
     }
 
 
@@ -177,12 +220,20 @@ def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
     theirs, ours = shard(make_net()), shard(make_net())
 
     def torchs_clip(net: nn.Module) -> None:
-        seen["torchs"].append(float(tree.whole(nn.utils.clip_grad_norm_(net.parameters(), max_norm))))
+        seen["torchs"].append(
+            float(tree.whole(nn.utils.clip_grad_norm_(net.parameters(), max_norm)))
+        )
 
     def our_norm(net: nn.Module) -> None:
         seen["ours"].append(float(tree.norm([p.grad for p in net.parameters()])))
 
-    train(theirs, torchs_adamw(dict(theirs.named_parameters())), range(STEPS), my_rows(rank), torchs_clip)
+    train(
+        theirs,
+        torchs_adamw(dict(theirs.named_parameters())),
+        range(STEPS),
+        my_rows(rank),
+        torchs_clip,
+    )
     tx = fo.chain(fo.clip_by_global_norm(max_norm), fo.adamw(0.05, weight_decay=0.1))
     train(ours, [fo.optim.Optimizer(ours.parameters(), tx)], range(STEPS), my_rows(rank), our_norm)
     a, b = gathered(ours), gathered(theirs)
@@ -195,16 +246,34 @@ def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
 def layouts() -> dict[str, tuple[DeviceMesh, list[Any]]]:
     if dist.get_world_size() == 4:
         grid = mesh(2, 2)
-        return {"rows, columns": (grid, [Shard(0), Shard(1)]), "copies of columns": (grid, [Replicate(), Shard(1)])}
-    return {"rows": (mesh(), [Shard(0)]), "columns": (mesh(), [Shard(1)]), "copies": (mesh(), [Replicate()])}
+        return {
+            "rows, columns": (grid, [Shard(0), Shard(1)]),
+            "copies of columns": (grid, [Replicate(), Shard(1)]),
+        }
+    return {
+        "rows": (mesh(), [Shard(0)]),
+        "columns": (mesh(), [Shard(1)]),
+        "copies": (mesh(), [Replicate()]),
+    }
 
 
-SHAPES = {"conv": (5, 3, 1, 2), "bias": (3,), "matrix": (3, 2), "row": (1, 6), "empty": (0, 2), "scalar": (), "plain": (2, 3)}
+SHAPES = {
+    "conv": (5, 3, 1, 2),
+    "bias": (3,),
+    "matrix": (3, 2),
+    "row": (1, 6),
+    "empty": (0, 2),
+    "scalar": (),
+    "plain": (2, 3),
+}
 
 
 def values(step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in SHAPES.items()
+    }
 
 
 def place(x: Tensor, where: DeviceMesh, placements: list[Any]) -> Tensor:
@@ -233,9 +302,16 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
                 ours, held = tx.update(put(gs), held, mine)
                 assert all(isinstance(u, DTensor) == (n != "plain") for n, u in ours.items())
                 ps, mine = fo.apply_updates(ps, us), fo.apply_updates(mine, ours)
-            whole, expected = tree.state_dict(tree.map(tree.whole, (mine, held))), tree.state_dict((ps, state))
+            whole, expected = (
+                tree.state_dict(tree.map(tree.whole, (mine, held))),
+                tree.state_dict((ps, state)),
+            )
             assert whole.keys() == expected.keys()
-            worst = [float(((whole[k] - x) / (1 + x.abs())).abs().max()) for k, x in expected.items() if x.numel()]
+            worst = [
+                float(((whole[k] - x) / (1 + x.abs())).abs().max())
+                for k, x in expected.items()
+                if x.numel()
+            ]
             errors[f"{i}, {layout}"] = max(worst)
     return errors
 
@@ -279,7 +355,11 @@ def in_a_graph(rank: int) -> tuple[int, float]:
     tx, where, graphs = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1)), mesh(), []
 
     def put(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: x if n == "plain" else place(x, where, [Shard(0)]) for n, x in tensors.items() if x.numel()}
+        return {
+            n: x if n == "plain" else place(x, where, [Shard(0)])
+            for n, x in tensors.items()
+            if x.numel()
+        }
 
     def step(gs: Any, state: Any, ps: Any) -> Any:
         us, state = tx.update(gs, state, ps)
@@ -295,7 +375,9 @@ def in_a_graph(rank: int) -> tuple[int, float]:
     for k in (1, 2, 3, 4):
         ps, state = step(put(values(k)), state, ps)
         mine, ours = compiled(put(values(k)), ours, mine)
-    return len(graphs), max(float((tree.whole(mine[n]) - tree.whole(p)).abs().max()) for n, p in ps.items())
+    return len(graphs), max(
+        float((tree.whole(mine[n]) - tree.whole(p)).abs().max()) for n, p in ps.items()
+    )
 
 
 def misplaced(rank: int) -> list[str]:
@@ -304,7 +386,11 @@ def misplaced(rank: int) -> list[str]:
     plain = {"w": torch.ones(4, 2)}
     sharded = {"w": place(plain["w"], where, [Shard(0)])}
     tx, errors = fo.adam(0.1), []
-    for gs, of, ps in ((plain, sharded, sharded), (sharded, plain, plain), (sharded, plain, sharded)):
+    for gs, of, ps in (
+        (plain, sharded, sharded),
+        (sharded, plain, plain),
+        (sharded, plain, sharded),
+    ):
         for step in (tx.update, lambda gs, state, ps: fo.compiled_step(tx)(ps, gs, state)):
             with pytest.raises(ValueError, match="ordinary tensor") as caught:
                 step(gs, tx.init(of), ps)
@@ -348,13 +434,23 @@ def fresh_state(rank: int, name: str, options: dict[str, bool], sharded: bool) -
 
 def masked_round_trip(rank: int, options: dict[str, bool]) -> dict[str, Any]:
     """A transformation that keeps nothing for most parameters, through torch's strict functions."""
-    tx = fo.masked(fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.05)), lambda path, p: p.ndim == 2, otherwise="zero")
+    tx = fo.masked(
+        fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.05)),
+        lambda path, p: p.ndim == 2,
+        otherwise="zero",
+    )
     nets = [shard(make_net()) for _ in range(2)]
     opts = [fo.optim.Optimizer(net.named_parameters(), tx) for net in nets]
     train(nets[0], opts[:1], range(3), my_rows(rank))
     chosen = StateDictOptions(**options)
     model_state, state = get_state_dict(nets[0], opts[0], options=chosen)
-    set_state_dict(nets[1], opts[1], model_state_dict=copy.deepcopy(model_state), optim_state_dict=copy.deepcopy(state), options=chosen)
+    set_state_dict(
+        nets[1],
+        opts[1],
+        model_state_dict=copy.deepcopy(model_state),
+        optim_state_dict=copy.deepcopy(state),
+        options=chosen,
+    )
     train(nets[0], opts[:1], range(3, 6), my_rows(rank))
     train(nets[1], opts[1:], range(3, 6), my_rows(rank))
     a, b = gathered(nets[0]), gathered(nets[1])
@@ -396,7 +492,9 @@ def functional_save(rank: int, folder: str) -> None:
     ps = {n: place(x, where, [Shard(0)]) for n, x in values(0).items()}
     state = tx.init(ps)
     us, state = tx.update({n: place(x, where, [Shard(0)]) for n, x in values(1).items()}, state, ps)
-    dcp.save({"params": fo.apply_updates(ps, us), "state": fo.state_dict(state)}, checkpoint_id=folder)
+    dcp.save(
+        {"params": fo.apply_updates(ps, us), "state": fo.state_dict(state)}, checkpoint_id=folder
+    )
 
 
 def functional_load(rank: int, folder: str) -> float:
@@ -417,7 +515,9 @@ def functional_load(rank: int, folder: str) -> float:
     saved = {"params": ps, "state": fo.state_dict(tx.init(ps))}
     dcp.load(saved, checkpoint_id=folder)
     ps, _ = step(saved["params"], fo.load_state_dict(tx.init(ps), saved["state"]), 2, put)
-    return max(float((tree.whole(ps[n]) - x).abs().max()) for n, x in expected[0].items() if x.numel())
+    return max(
+        float((tree.whole(ps[n]) - x).abs().max()) for n, x in expected[0].items() if x.numel()
+    )
 
 
 def bytes_of_state(rank: int) -> int:
@@ -442,7 +542,9 @@ def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
     if zero:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opt: Any = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=fo.optim.AdamW, lr=0.05, weight_decay=0.1)
+            opt: Any = ZeroRedundancyOptimizer(
+                net.parameters(), optimizer_class=fo.optim.AdamW, lr=0.05, weight_decay=0.1
+            )
         opts = [opt]
     else:
         opts = OURS[name](dict(net.named_parameters()))
@@ -465,7 +567,9 @@ def zero_checkpoint(rank: int) -> bool:
     wrapped, opt = DistributedDataParallel(net), make(net)
     train(wrapped, [opt], range(3), my_rows(rank))
     opt.consolidate_state_dict(to=0)
-    saved = [copy.deepcopy(opt.state_dict()) if rank == 0 else None]  # as from a file: ZeRO keeps the tensors that it is given
+    saved = [
+        copy.deepcopy(opt.state_dict()) if rank == 0 else None
+    ]  # as from a file: ZeRO keeps the tensors that it is given
     dist.broadcast_object_list(saved, src=0)
     net_2 = copy.deepcopy(net)
     opt_2 = make(net_2)

@@ -17,16 +17,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(ranks: int, *arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "docs/examples/fsdp_train.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "docs/examples/fsdp_train.py",
+    ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
 
 
 def losses(out: str) -> dict[int, float]:
-    return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+)  loss (\S+)$", out, flags=re.MULTILINE)}
+    return {
+        int(step): float(loss)
+        for step, loss in re.findall(r"^step +(\d+)  loss (\S+)$", out, flags=re.MULTILINE)
+    }
 
 
 def test_the_example_trains_saves_and_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ def test_34_a_sharded_run_is_the_run_of_one_process(ranks, name: str, world: int
     everybody = ranks(world).run(scenarios.trajectory, name, how, False)
     for seen in everybody:
         check(seen, name)
-    assert how == "mixed" or world == 2 or any(seen["empty"] for seen in everybody), "on 4 ranks some tensors have no part on some rank"
+    assert how == "mixed" or world == 2 or any(seen["empty"] for seen in everybody), (
+        "on 4 ranks some tensors have no part on some rank"
+    )
 
 
 def check(seen: dict, name: str) -> None:
@@ -30,7 +32,9 @@ def check(seen: dict, name: str) -> None:
     assert seen["error"] < (1e-3 if name == "Muon" else 1e-10)
     assert seen["moved"] > 1e-4
     # Moments lie where their parameter does; Adafactor's factors, which have another shape, on every rank.
-    assert all(same == (key not in ("row_var", "col_var")) for key, same in seen["placements"].items()), seen["placements"]
+    assert all(
+        same == (key not in ("row_var", "col_var")) for key, same in seen["placements"].items()
+    ), seen["placements"]
     assert seen["steps"] == [scenarios.STEPS]
 
 
@@ -38,14 +42,18 @@ def check(seen: dict, name: str) -> None:
 def test_compiled_and_sharded(ranks, name: str) -> None:
     for seen in ranks(2).run(scenarios.trajectory, name, "all", True):
         check(seen, name)
-        assert bool(seen["compiled"]) == (name != "centralize")  # a tensorwise rule, and what follows it, runs eagerly
+        assert bool(seen["compiled"]) == (
+            name != "centralize"
+        )  # a tensorwise rule, and what follows it, runs eagerly
 
 
 @pytest.mark.parametrize("name", ["clip", "lamb", "lamb, master", "Adafactor"])
 def test_compiled_and_partly_sharded(ranks, name: str) -> None:
     for seen in ranks(2).run(scenarios.trajectory, name, "mixed", True):
         check(seen, name)
-        assert bool(seen["compiled"]) == (name != "lamb, master")  # its sums would end a pass in the middle of a master copy's
+        assert bool(seen["compiled"]) == (
+            name != "lamb, master"
+        )  # its sums would end a pass in the middle of a master copy's
 
 
 def test_the_functional_update_can_be_compiled(ranks) -> None:
@@ -86,7 +94,10 @@ def test_derivatives_go_through_sharded_updates(ranks) -> None:
 def test_ordinary_and_sharded_tensors_at_one_place_are_an_error(ranks) -> None:
     for errors in ranks(2).run(scenarios.misplaced):
         assert len(errors) == 6
-        assert all("'w' is a" in error and "DTensor" in error and "ordinary tensor" in error for error in errors), errors
+        assert all(
+            "'w' is a" in error and "DTensor" in error and "ordinary tensor" in error
+            for error in errors
+        ), errors
 
 
 def test_an_error_on_one_rank_fails_the_test(ranks) -> None:

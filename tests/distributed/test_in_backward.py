@@ -21,7 +21,12 @@ def make_net() -> nn.Module:
     """120 parameters in 60 layers, of which no two neighbours have the same sizes."""
     torch.manual_seed(0)
     sizes = [4 + i % 7 for i in range(61)]
-    return nn.Sequential(*[nn.Sequential(nn.Linear(n, m), nn.LayerNorm(m, elementwise_affine=False)) for n, m in pairwise(sizes)])
+    return nn.Sequential(
+        *[
+            nn.Sequential(nn.Linear(n, m), nn.LayerNorm(m, elementwise_affine=False))
+            for n, m in pairwise(sizes)
+        ]
+    )
 
 
 def train(net: nn.Module, opt: torch.optim.Optimizer | None = None) -> list[Tensor]:
@@ -57,7 +62,9 @@ def test_37_an_optimizer_for_each_parameter_is_one_for_all(apply) -> None:
     start = [p.detach().clone() for p in one.parameters()]
     assert len(start) == 120
     apply(many)
-    for before, expected, p in zip(start, train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), train(many), strict=True):
+    for before, expected, p in zip(
+        start, train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), train(many), strict=True
+    ):
         assert torch.equal(p, expected)
         assert not torch.equal(p, before)
 

@@ -14,7 +14,9 @@ options = pytest.mark.parametrize("options", OPTIONS, ids=lambda given: next(ite
 @options
 @pytest.mark.parametrize("sharded", [False, True], ids=["one", "sharded"])
 @pytest.mark.parametrize("name", ["AdamW", "clip", "lamb"])
-def test_33_looking_at_a_fresh_optimizer_leaves_it_unchanged(ranks, name: str, sharded: bool, options: dict) -> None:
+def test_33_looking_at_a_fresh_optimizer_leaves_it_unchanged(
+    ranks, name: str, sharded: bool, options: dict
+) -> None:
     """torch's own counts a step then, and trains differently: pytorch#164929."""
     for seen in ranks(2).run(scenarios.fresh_state, name, options, sharded):
         assert seen["same"] and seen["equal"]
@@ -44,4 +46,6 @@ def test_a_functional_state_saved_on_four_ranks_and_loaded_on_two(ranks, tmp_pat
 def test_state_is_divided_among_ranks(ranks) -> None:
     """Two moments in float32, of 1,024 x 1,024 weights, and a step."""
     for world in (1, 2, 4):
-        assert ranks(world).run(scenarios.bytes_of_state) == [2 * 4 * 1024 * 1024 // world + 4] * world
+        assert (
+            ranks(world).run(scenarios.bytes_of_state) == [2 * 4 * 1024 * 1024 // world + 4] * world
+        )

@@ -20,7 +20,9 @@ import functorch_opt as fo
 from functorch_opt import schedules, tree
 
 jax = pytest.importorskip("jax", reason="comparison with optax needs jax: pip install jax optax")
-optax = pytest.importorskip("optax", reason="comparison with optax needs optax: pip install jax optax")
+optax = pytest.importorskip(
+    "optax", reason="comparison with optax needs optax: pip install jax optax"
+)
 jnp = jax.numpy
 
 jax.config.update("jax_platforms", "cpu")
@@ -55,7 +57,10 @@ def to_jax(x: Any) -> Any:
 def arrays(x: Any) -> dict[str, np.ndarray]:
     """The leaves of a tree of either library, by path."""
     leaves = jax.tree_util.tree_flatten_with_path(x)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
 def run_ours(tx: fo.GradientTransformation, grads: list = GRADS) -> tuple[list, Any, Any]:
@@ -104,7 +109,9 @@ def same(name: str, *expressions: Callable[[Any], Any], **options: Any) -> list[
     return [Case(name, expression, expression, **options) for expression in expressions]
 
 
-def pair(name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **options: Any) -> list[Case]:
+def pair(
+    name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **options: Any
+) -> list[Case]:
     return [Case(name, ours, theirs, **options)]
 
 
@@ -136,12 +143,25 @@ CASES: list[Case] = [
         lambda o: o.add_decayed_weights(),
         lambda o: o.add_decayed_weights(decay(o)),
     ),
-    *same("add_decayed_weights", lambda o: o.add_decayed_weights(0.1, MASK), lambda o: o.add_decayed_weights(decay(o), mask=MASK)),
-    *pair("add_decayed_weights", lambda o: o.add_decayed_weights(0.1, MASKS[0]), lambda o: o.add_decayed_weights(0.1, MASKS[1])),
+    *same(
+        "add_decayed_weights",
+        lambda o: o.add_decayed_weights(0.1, MASK),
+        lambda o: o.add_decayed_weights(decay(o), mask=MASK),
+    ),
+    *pair(
+        "add_decayed_weights",
+        lambda o: o.add_decayed_weights(0.1, MASKS[0]),
+        lambda o: o.add_decayed_weights(0.1, MASKS[1]),
+    ),
     *same("centralize", lambda o: o.centralize()),
     *same(
         "chain",
-        lambda o: o.chain(o.clip_by_global_norm(0.5), o.scale_by_adam(), o.add_decayed_weights(0.1), o.scale_by_learning_rate(warmup(o))),
+        lambda o: o.chain(
+            o.clip_by_global_norm(0.5),
+            o.scale_by_adam(),
+            o.add_decayed_weights(0.1),
+            o.scale_by_learning_rate(warmup(o)),
+        ),
         lambda o: o.chain(o.chain(o.trace(0.9), o.trace(0.5)), o.clip(0.3), o.scale(-0.1)),
     ),
     *same("clip", lambda o: o.clip(0.7), lambda o: o.clip(100.0)),
@@ -153,12 +173,19 @@ CASES: list[Case] = [
         lambda o: o.clip_by_global_norm(1e6),
     ),
     *same("ema", lambda o: o.ema(0.9), lambda o: o.ema(0.9, debias=False), lambda o: o.ema(0.0)),
-    *pair("ema", lambda o: o.ema(0.9, accumulator_dtype=torch.float32), lambda o: o.ema(0.9, accumulator_dtype=jnp.float32), **FLOAT32),
+    *pair(
+        "ema",
+        lambda o: o.ema(0.9, accumulator_dtype=torch.float32),
+        lambda o: o.ema(0.9, accumulator_dtype=jnp.float32),
+        **FLOAT32,
+    ),
     *same("identity", lambda o: o.identity()),
     *same(
         "inject_hyperparams",
         lambda o: o.inject_hyperparams(o.adamw)(learning_rate=0.1, weight_decay=0.1),
-        lambda o: o.inject_hyperparams(o.adamw)(learning_rate=warmup(o), b1=wide(o, o.linear_schedule(0.8, 0.95, 30)), eps=1e-3),
+        lambda o: o.inject_hyperparams(o.adamw)(
+            learning_rate=warmup(o), b1=wide(o, o.linear_schedule(0.8, 0.95, 30)), eps=1e-3
+        ),
         lambda o: o.inject_hyperparams(o.rmsprop)(0.01, centered=True, momentum=0.9, nesterov=True),
         lambda o: o.inject_hyperparams(o.sgd, static_args=("momentum",))(decay(o), 0.9),
     ),
@@ -166,25 +193,47 @@ CASES: list[Case] = [
         "masked",
         lambda o: o.masked(o.chain(o.trace(0.9), o.scale(-0.3)), MASK),
         lambda o: o.masked(o.clip_by_global_norm(0.5), MASK),
-        lambda o: o.chain(o.masked(o.adamw(0.1), MASK), o.masked(o.scale(0.5), {"layer": True, "scales": False})),
+        lambda o: o.chain(
+            o.masked(o.adamw(0.1), MASK), o.masked(o.scale(0.5), {"layer": True, "scales": False})
+        ),
         lambda o: o.masked(o.scale_by_schedule(decay(o)), False),
     ),
-    *pair("masked", lambda o: o.masked(o.adam(0.1), MASKS[0]), lambda o: o.masked(o.adam(0.1), MASKS[1])),
+    *pair(
+        "masked",
+        lambda o: o.masked(o.adam(0.1), MASKS[0]),
+        lambda o: o.masked(o.adam(0.1), MASKS[1]),
+    ),
     *same(
         "partition",
-        lambda o: o.partition({"matrix": o.chain(o.clip_by_global_norm(0.5), o.adam(0.1)), "rest": o.sgd(0.2, 0.9)}, LABELS),
-        lambda o: o.partition({"matrix": o.adamw(warmup(o)), "rest": o.set_to_zero(), "spare": o.lion(0.1)}, LABELS),
-        lambda o: o.chain(o.partition({"a": o.scale_by_adam(), "b": o.identity()}, {"layer": "a", "scales": "b"}), o.scale(-0.1)),
+        lambda o: o.partition(
+            {"matrix": o.chain(o.clip_by_global_norm(0.5), o.adam(0.1)), "rest": o.sgd(0.2, 0.9)},
+            LABELS,
+        ),
+        lambda o: o.partition(
+            {"matrix": o.adamw(warmup(o)), "rest": o.set_to_zero(), "spare": o.lion(0.1)}, LABELS
+        ),
+        lambda o: o.chain(
+            o.partition({"a": o.scale_by_adam(), "b": o.identity()}, {"layer": "a", "scales": "b"}),
+            o.scale(-0.1),
+        ),
     ),
     *pair(
         "partition",
-        lambda o: o.partition({"matrix": o.adam(0.1), "rest": o.sgd(0.2)}, lambda path, p: "matrix" if p.ndim > 1 else "rest"),
         lambda o: o.partition(
-            {"matrix": o.adam(0.1), "rest": o.sgd(0.2)}, lambda ps: jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "rest", ps)
+            {"matrix": o.adam(0.1), "rest": o.sgd(0.2)},
+            lambda path, p: "matrix" if p.ndim > 1 else "rest",
+        ),
+        lambda o: o.partition(
+            {"matrix": o.adam(0.1), "rest": o.sgd(0.2)},
+            lambda ps: jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "rest", ps),
         ),
     ),
     *same("scale", lambda o: o.scale(-0.3), lambda o: o.scale(2)),
-    *same("scale_by_adadelta", lambda o: o.scale_by_adadelta(), lambda o: o.scale_by_adadelta(0.95, 1e-2)),
+    *same(
+        "scale_by_adadelta",
+        lambda o: o.scale_by_adadelta(),
+        lambda o: o.scale_by_adadelta(0.95, 1e-2),
+    ),
     *same(
         "scale_by_adam",
         lambda o: o.scale_by_adam(),
@@ -195,10 +244,21 @@ CASES: list[Case] = [
     ),
     *pair("scale_by_adam", lambda o: o.scale_by_adam(amsgrad=True), lambda o: o.scale_by_amsgrad()),
     *pair(
-        "scale_by_adam", lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, amsgrad=True), lambda o: o.scale_by_amsgrad(0.5, 0.7, 1e-2, 1e-3)
+        "scale_by_adam",
+        lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, amsgrad=True),
+        lambda o: o.scale_by_amsgrad(0.5, 0.7, 1e-2, 1e-3),
     ),
-    *pair("scale_by_adam", lambda o: o.scale_by_adam(mu_dtype=torch.float32), lambda o: o.scale_by_adam(mu_dtype=jnp.float32), **FLOAT32),
-    *same("scale_by_adamax", lambda o: o.scale_by_adamax(), lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2)),
+    *pair(
+        "scale_by_adam",
+        lambda o: o.scale_by_adam(mu_dtype=torch.float32),
+        lambda o: o.scale_by_adam(mu_dtype=jnp.float32),
+        **FLOAT32,
+    ),
+    *same(
+        "scale_by_adamax",
+        lambda o: o.scale_by_adamax(),
+        lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2),
+    ),
     *same(
         "scale_by_learning_rate",
         lambda o: o.scale_by_learning_rate(0.1),
@@ -209,7 +269,11 @@ CASES: list[Case] = [
         lambda o: o.scale_by_learning_rate(),
     ),
     *same("scale_by_lion", lambda o: o.scale_by_lion(), lambda o: o.scale_by_lion(0.5, 0.7)),
-    *pair("scale_by_lion", lambda o: o.scale_by_lion(mu_dtype=torch.float32), lambda o: o.scale_by_lion(mu_dtype=jnp.float32)),
+    *pair(
+        "scale_by_lion",
+        lambda o: o.scale_by_lion(mu_dtype=torch.float32),
+        lambda o: o.scale_by_lion(mu_dtype=jnp.float32),
+    ),
     *same(
         "scale_by_rms",
         lambda o: o.scale_by_rms(),
@@ -218,7 +282,12 @@ CASES: list[Case] = [
         lambda o: o.scale_by_rms(bias_correction=True),
         lambda o: o.scale_by_rms(0.99, 1e-3, 0.5, eps_in_sqrt=False, bias_correction=True),
     ),
-    *same("scale_by_rss", lambda o: o.scale_by_rss(), lambda o: o.scale_by_rss(0.0, 1e-3), lambda o: o.scale_by_rss(2.0)),
+    *same(
+        "scale_by_rss",
+        lambda o: o.scale_by_rss(),
+        lambda o: o.scale_by_rss(0.0, 1e-3),
+        lambda o: o.scale_by_rss(2.0),
+    ),
     *same(
         "scale_by_schedule",
         lambda o: o.scale_by_schedule(decay(o)),
@@ -243,12 +312,24 @@ CASES: list[Case] = [
     *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
     *pair(
         "stateless",
-        lambda o: o.stateless(lambda updates, params: tree.map(lambda u, p: 0.1 * p - u, updates, params)),
-        lambda o: o.stateless(lambda updates, params: jax.tree.map(lambda u, p: 0.1 * p - u, updates, params)),
+        lambda o: o.stateless(
+            lambda updates, params: tree.map(lambda u, p: 0.1 * p - u, updates, params)
+        ),
+        lambda o: o.stateless(
+            lambda updates, params: jax.tree.map(lambda u, p: 0.1 * p - u, updates, params)
+        ),
     ),
-    *same("trace", lambda o: o.trace(0.9), lambda o: o.trace(0.5, nesterov=True), lambda o: o.trace(decay=0.0)),
+    *same(
+        "trace",
+        lambda o: o.trace(0.9),
+        lambda o: o.trace(0.5, nesterov=True),
+        lambda o: o.trace(decay=0.0),
+    ),
     *pair(
-        "trace", lambda o: o.trace(0.9, accumulator_dtype=torch.float32), lambda o: o.trace(0.9, accumulator_dtype=jnp.float32), **FLOAT32
+        "trace",
+        lambda o: o.trace(0.9, accumulator_dtype=torch.float32),
+        lambda o: o.trace(0.9, accumulator_dtype=jnp.float32),
+        **FLOAT32,
     ),
     *same("zero_nans", lambda o: o.zero_nans(), grads=WITH_NANS),
     # optimizers
@@ -267,7 +348,12 @@ CASES: list[Case] = [
         lambda o: o.adam(learning_rate=warmup(o), nesterov=True),
         lambda o: o.adam(0.1, mu_dtype=None),
     ),
-    *pair("adam", lambda o: o.adam(0.1, mu_dtype=torch.float32), lambda o: o.adam(0.1, mu_dtype=jnp.float32), **FLOAT32),
+    *pair(
+        "adam",
+        lambda o: o.adam(0.1, mu_dtype=torch.float32),
+        lambda o: o.adam(0.1, mu_dtype=jnp.float32),
+        **FLOAT32,
+    ),
     *same("adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)),
     *same(
         "adamw",
@@ -276,29 +362,45 @@ CASES: list[Case] = [
         lambda o: o.adamw(0.1, 0.8, 0.95, 1e-3, 1e-4, None, decay(o), None, nesterov=True),
         lambda o: o.adamw(0.1, weight_decay=0.0),
     ),
-    *pair("adamw", lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[0]), lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1])),
-    *same("amsgrad", lambda o: o.amsgrad(0.1), lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *pair(
+        "adamw",
+        lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[0]),
+        lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1]),
+    ),
+    *same(
+        "amsgrad", lambda o: o.amsgrad(0.1), lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4)
+    ),
     *same(
         "lamb",
         lambda o: o.lamb(0.1),
         lambda o: o.lamb(warmup(o), 0.8, 0.95, 1e-3, 1e-4, 0.1, MASK),
         lambda o: o.lamb(0.01, weight_decay=0.1),
     ),
-    *pair("lamb", lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[0]), lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[1])),
+    *pair(
+        "lamb",
+        lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[0]),
+        lambda o: o.lamb(0.1, weight_decay=0.1, mask=MASKS[1]),
+    ),
     *same(
         "lars",
         lambda o: o.lars(1.0),
         lambda o: o.lars(warmup(o), 0.1, MASK, 0.5, 1e-2, MASK, 0.5, True),
         lambda o: o.lars(1.0, weight_decay=0.1, trust_ratio_mask=False, momentum=0.0),
     ),
-    *same("lion", lambda o: o.lion(0.01), lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK)),
+    *same(
+        "lion",
+        lambda o: o.lion(0.01),
+        lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK),
+    ),
     *same("nadam", lambda o: o.nadam(0.1), lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
     *same(
         "rmsprop",
         lambda o: o.rmsprop(0.01),
         lambda o: o.rmsprop(decay(o), 0.99, 1e-3, 0.5, False, momentum=0.9),
         lambda o: o.rmsprop(0.01, centered=True),
-        lambda o: o.rmsprop(0.01, centered=True, momentum=0.9, nesterov=True, eps=1e-2, bias_correction=True),
+        lambda o: o.rmsprop(
+            0.01, centered=True, momentum=0.9, nesterov=True, eps=1e-2, bias_correction=True
+        ),
         lambda o: o.rmsprop(0.01, momentum=0.9, nesterov=True, bias_correction=True),
     ),
     *same(
@@ -320,10 +422,19 @@ CASES: list[Case] = [
 DIVERGENCES = {
     "add_noise": "other random numbers (Philox from a key in the state, not Threefry): only the variance schedule is compared, below",
     "noisy_sgd": "as add_noise",
-    **dict.fromkeys(("differentially_private_aggregate", "dp_adam", "dp_sgd"), "optax has none outside of contrib: see test_private.py"),
+    **dict.fromkeys(
+        ("differentially_private_aggregate", "dp_adam", "dp_sgd"),
+        "optax has none outside of contrib: see test_private.py",
+    ),
     **dict.fromkeys(("keep_master_weights", "params_ema"), "optax has none"),
-    **dict.fromkeys(("lbfgs", "scale_by_lbfgs", "polyak_sgd", "scale_by_polyak"), "see test_optax_line_search.py"),
-    **dict.fromkeys(("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"), "see test_optax_line_search.py"),
+    **dict.fromkeys(
+        ("lbfgs", "scale_by_lbfgs", "polyak_sgd", "scale_by_polyak"),
+        "see test_optax_line_search.py",
+    ),
+    **dict.fromkeys(
+        ("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
+        "see test_optax_line_search.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -379,7 +490,11 @@ def test_equals_optax(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "theirs"),
     [
-        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, lambda: optax.sgd(0.1, 0.9, nesterov=True)),
+        (
+            "SGD",
+            {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+            lambda: optax.sgd(0.1, 0.9, nesterov=True),
+        ),
         ("Adam", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adam(0.1, eps=1e-3)),
         ("AdamW", {"lr": 0.1, "weight_decay": 0.1}, lambda: optax.adamw(0.1, weight_decay=0.1)),
         ("Adamax", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adamax(0.1, eps=1e-3)),
@@ -387,7 +502,9 @@ def test_equals_optax(case: Case) -> None:
         ("RMSprop", {"lr": 0.01, "alpha": 0.9}, lambda: optax.rmsprop(0.01, eps_in_sqrt=False)),
     ],
 )
-def test_50_torchs_names_equal_optax_where_torch_does(name: str, options: dict, theirs: Callable[[], Any]) -> None:
+def test_50_torchs_names_equal_optax_where_torch_does(
+    name: str, options: dict, theirs: Callable[[], Any]
+) -> None:
     ps, spec = tree.flatten(PARAMS)
     params = [torch.nn.Parameter(p.clone()) for p in ps]
     opt = getattr(fo.optim, name)(params, **options)
@@ -404,13 +521,19 @@ def test_the_data_exercises_the_cases() -> None:
     norms = torch.stack([tree.norm(g) for g in GRADS])
     assert (norms < 5).any()
     assert (norms > 5).any()
-    assert all(torch.stack(xs).isnan().any() for xs in zip(*(tree.leaves(g) for g in WITH_NANS), strict=True))
+    assert all(
+        torch.stack(xs).isnan().any()
+        for xs in zip(*(tree.leaves(g) for g in WITH_NANS), strict=True)
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_injected_hyperparameters_read_the_same(index: int) -> None:
     case = [case for case in CASES if case.name == "inject_hyperparams"][index]
-    ours, theirs = run_ours(case.ours(fo))[2]["hyperparams"], run_theirs(case.theirs(optax))[2].hyperparams
+    ours, theirs = (
+        run_ours(case.ours(fo))[2]["hyperparams"],
+        run_theirs(case.theirs(optax))[2].hyperparams,
+    )
     assert_same(ours, theirs)
 
 
@@ -421,7 +544,10 @@ def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) ->
     first = () if name == "add_noise" else (1.0,)
     deviations = []
     for o, run in ((fo, run_ours), (optax, run_theirs)):
-        noise, unit = (arrays(run(getattr(o, name)(*first, eta=e, gamma=g, key=3), ZEROS)[0]) for e, g in ((eta, gamma), (1.0, 0.0)))
+        noise, unit = (
+            arrays(run(getattr(o, name)(*first, eta=e, gamma=g, key=3), ZEROS)[0])
+            for e, g in ((eta, gamma), (1.0, 0.0))
+        )
         deviations.append({path: noise[path] / unit[path] for path in noise})
     assert_same(*deviations)
     at_first, at_last = deviations[0]["0/layer/w"], deviations[0][f"{STEPS - 1}/layer/w"]
@@ -431,7 +557,9 @@ def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) ->
 @pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
 def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
     """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17 draws, within four deviations."""
-    tx = getattr(fo, name)(**({} if name == "add_noise" else {"learning_rate": 1.0}), eta=1.0, gamma=0.0, key=3)
+    tx = getattr(fo, name)(
+        **({} if name == "add_noise" else {"learning_rate": 1.0}), eta=1.0, gamma=0.0, key=3
+    )
     drawn = np.concatenate([x.ravel() for x in arrays(run_ours(tx, ZEROS)[0]).values()])
     assert abs(drawn.mean()) < 4 / drawn.size**0.5
     assert abs((drawn**2).mean() - 1) < 4 * (2 / drawn.size) ** 0.5
@@ -446,13 +574,18 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     ("polynomial_schedule", lambda o: o.polynomial_schedule(0.1, 2.0, 2.5, 60)),
     (
         "polynomial_schedule",
-        lambda o: o.polynomial_schedule(init_value=1.0, end_value=-1.0, power=0.5, transition_steps=40, transition_begin=17),
+        lambda o: o.polynomial_schedule(
+            init_value=1.0, end_value=-1.0, power=0.5, transition_steps=40, transition_begin=17
+        ),
     ),
     ("linear_schedule", lambda o: o.linear_schedule(0.0, 1.0, 70)),
     ("linear_schedule", lambda o: o.linear_schedule(1.0, 0.1, 1, 30)),
     ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3)),
     ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3, 9, True)),
-    ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 0.3, transition_begin=9, end_value=0.2)),
+    (
+        "exponential_decay",
+        lambda o: o.exponential_decay(0.7, 20, 0.3, transition_begin=9, end_value=0.2),
+    ),
     ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.3, end_value=1.1)),
     ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.3, end_value=0.2)),
     ("exponential_decay", lambda o: o.exponential_decay(0.7, 20, 1.0, end_value=0.5)),
@@ -461,27 +594,67 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     ("cosine_decay_schedule", lambda o: o.cosine_decay_schedule(0.4, 33, 0.2, 2.5)),
     (
         "join_schedules",
-        lambda o: o.join_schedules([o.linear_schedule(0.0, 1.0, 9), o.exponential_decay(1.0, 7, 0.5), o.constant_schedule(0.2)], [12, 55]),
+        lambda o: o.join_schedules(
+            [
+                o.linear_schedule(0.0, 1.0, 9),
+                o.exponential_decay(1.0, 7, 0.5),
+                o.constant_schedule(0.2),
+            ],
+            [12, 55],
+        ),
     ),
     ("join_schedules", lambda o: o.join_schedules([o.cosine_decay_schedule(1.0, 50)], [])),
     ("piecewise_constant_schedule", lambda o: o.piecewise_constant_schedule(0.4)),
-    ("piecewise_constant_schedule", lambda o: o.piecewise_constant_schedule(0.4, {50: 0.1, 7: 3.0, 8: 0.5})),
-    ("piecewise_interpolate_schedule", lambda o: o.piecewise_interpolate_schedule("linear", 0.4, {50: 0.1, 7: 3.0, 8: 0.5})),
-    ("piecewise_interpolate_schedule", lambda o: o.piecewise_interpolate_schedule("cosine", 0.4, {50: 0.1, 7: 3.0})),
+    (
+        "piecewise_constant_schedule",
+        lambda o: o.piecewise_constant_schedule(0.4, {50: 0.1, 7: 3.0, 8: 0.5}),
+    ),
+    (
+        "piecewise_interpolate_schedule",
+        lambda o: o.piecewise_interpolate_schedule("linear", 0.4, {50: 0.1, 7: 3.0, 8: 0.5}),
+    ),
+    (
+        "piecewise_interpolate_schedule",
+        lambda o: o.piecewise_interpolate_schedule("cosine", 0.4, {50: 0.1, 7: 3.0}),
+    ),
     ("warmup_constant_schedule", lambda o: o.warmup_constant_schedule(0.1, 0.9, 25)),
     ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.0, 0.9, 10, 90)),
-    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 10, 70, 0.05, 1.5)),
-    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 0, 70, end_value=0.05)),
-    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5)),
-    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5, 5, True, 0.2)),
-    ("warmup_exponential_decay_schedule", lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 0, 20, 0.5)),
+    (
+        "warmup_cosine_decay_schedule",
+        lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 10, 70, 0.05, 1.5),
+    ),
+    (
+        "warmup_cosine_decay_schedule",
+        lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 0, 70, end_value=0.05),
+    ),
+    (
+        "warmup_exponential_decay_schedule",
+        lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5),
+    ),
+    (
+        "warmup_exponential_decay_schedule",
+        lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5, 5, True, 0.2),
+    ),
+    (
+        "warmup_exponential_decay_schedule",
+        lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 0, 20, 0.5),
+    ),
     ("linear_onecycle_schedule", lambda o: o.linear_onecycle_schedule(90, 0.6)),
-    ("linear_onecycle_schedule", lambda o: o.linear_onecycle_schedule(77, 0.6, 0.45, 0.7, 4.0, 10.0)),
+    (
+        "linear_onecycle_schedule",
+        lambda o: o.linear_onecycle_schedule(77, 0.6, 0.45, 0.7, 4.0, 10.0),
+    ),
     ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(90, 0.6)),
     ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(77, 0.6, 0.45, 4.0, 10.0)),
     (
         "sgdr_schedule",
-        lambda o: o.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": 0.5, "warmup_steps": 0}, {**CYCLE, "decay_steps": 20, "end_value": 0.2}]),
+        lambda o: o.sgdr_schedule(
+            [
+                CYCLE,
+                {**CYCLE, "peak_value": 0.5, "warmup_steps": 0},
+                {**CYCLE, "decay_steps": 20, "end_value": 0.2},
+            ]
+        ),
     ),
 ]
 
@@ -491,13 +664,34 @@ REFUSED: list[tuple[str, Callable[[Any], Any]]] = [
     ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 0, 0.9)),
     ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 10, 0.0)),
     ("optax takes it for 0", lambda o: o.linear_schedule(0.5, 1.0, 10, -3)),
-    ("0^0 is 1: optax never leaves the first value", lambda o: o.polynomial_schedule(0.5, 1.0, 0.0, 10)),
-    ("optax decays to a value that is not the end value", lambda o: o.warmup_cosine_decay_schedule(0.1, 0.0, 5, 20, 0.3)),
-    ("optax skips the first schedule", lambda o: o.join_schedules([o.constant_schedule(1.0), o.constant_schedule(2.0)], [0])),
-    ("optax skips the second schedule", lambda o: o.join_schedules([o.constant_schedule(float(i)) for i in range(3)], [5, 5])),
-    ("optax never reaches the last schedule", lambda o: o.join_schedules([o.constant_schedule(1.0)] * 2, [])),
-    ("optax scales from the start: write it into the first value", lambda o: o.piecewise_constant_schedule(1.0, {0: 0.5})),
-    ("in optax the first two pieces are one and the peak is never reached", lambda o: o.linear_onecycle_schedule(3, 1.0)),
+    (
+        "0^0 is 1: optax never leaves the first value",
+        lambda o: o.polynomial_schedule(0.5, 1.0, 0.0, 10),
+    ),
+    (
+        "optax decays to a value that is not the end value",
+        lambda o: o.warmup_cosine_decay_schedule(0.1, 0.0, 5, 20, 0.3),
+    ),
+    (
+        "optax skips the first schedule",
+        lambda o: o.join_schedules([o.constant_schedule(1.0), o.constant_schedule(2.0)], [0]),
+    ),
+    (
+        "optax skips the second schedule",
+        lambda o: o.join_schedules([o.constant_schedule(float(i)) for i in range(3)], [5, 5]),
+    ),
+    (
+        "optax never reaches the last schedule",
+        lambda o: o.join_schedules([o.constant_schedule(1.0)] * 2, []),
+    ),
+    (
+        "optax scales from the start: write it into the first value",
+        lambda o: o.piecewise_constant_schedule(1.0, {0: 0.5}),
+    ),
+    (
+        "in optax the first two pieces are one and the peak is never reached",
+        lambda o: o.linear_onecycle_schedule(3, 1.0),
+    ),
     ("steps are whole numbers", lambda o: o.linear_schedule(0.5, 1.0, 10.0)),
 ]
 """What optax takes and we refuse when it is made, since it cannot be meant."""
@@ -510,13 +704,17 @@ def values_of(make: Callable[[Any], Any], last: int = 120) -> tuple[np.ndarray, 
     )
 
 
-@pytest.mark.parametrize("make", [pytest.param(make, id=f"{name}-{i}") for i, (name, make) in enumerate(SCHEDULES)])
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=f"{name}-{i}") for i, (name, make) in enumerate(SCHEDULES)]
+)
 def test_schedule_equals_optax(make: Callable[[Any], Any]) -> None:
     ours, theirs = values_of(make)
     np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("reason", "make"), REFUSED, ids=[f"{i}-{reason}" for i, (reason, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("reason", "make"), REFUSED, ids=[f"{i}-{reason}" for i, (reason, _) in enumerate(REFUSED)]
+)
 def test_refused_here_and_not_in_optax(reason: str, make: Callable[[Any], Any]) -> None:
     with pytest.raises(ValueError, match=r"must be|one boundary fewer"):
         make(fo)

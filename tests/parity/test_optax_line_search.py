@@ -13,7 +13,9 @@ from torch.func import grad_and_value
 import functorch_opt as fo
 
 jax = pytest.importorskip("jax", reason="comparison with optax needs jax: pip install jax optax")
-optax = pytest.importorskip("optax", reason="comparison with optax needs optax: pip install jax optax")
+optax = pytest.importorskip(
+    "optax", reason="comparison with optax needs optax: pip install jax optax"
+)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
@@ -32,24 +34,56 @@ CASES = {
     "memory": (lambda o: o.lbfgs(memory_size=2), rosenbrock, 20),
     "no scaling": (lambda o: o.lbfgs(scale_init_precond=False), bowl, 10),
     "fixed step": (lambda o: o.lbfgs(0.1, linesearch=None), bowl, 15),
-    "lbfgs, backtracking": (lambda o: o.lbfgs(linesearch=o.scale_by_backtracking_linesearch(20)), bowl, 8),
-    "zoom": (lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15)), rosenbrock, 15),
-    "zoom, strict": (
-        lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(30, curv_rtol=0.1, slope_rtol=0.01, approx_dec_rtol=None)),
+    "lbfgs, backtracking": (
+        lambda o: o.lbfgs(linesearch=o.scale_by_backtracking_linesearch(20)),
         bowl,
         8,
     ),
-    "zoom, bounded": (lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15, max_learning_rate=0.01)), bowl, 10),
-    "zoom, few": (lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(3, curv_rtol=0.01)), bowl, 10),
-    "zoom, one": (lambda o: o.chain(o.sgd(0.1), o.scale_by_zoom_linesearch(15, tol=0.1, initial_guess_strategy="one")), bowl, 10),
-    "backtracking": (lambda o: o.chain(o.sgd(1.0), o.scale_by_backtracking_linesearch(40)), rosenbrock, 15),
+    "zoom": (lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15)), rosenbrock, 15),
+    "zoom, strict": (
+        lambda o: o.chain(
+            o.sgd(1.0),
+            o.scale_by_zoom_linesearch(30, curv_rtol=0.1, slope_rtol=0.01, approx_dec_rtol=None),
+        ),
+        bowl,
+        8,
+    ),
+    "zoom, bounded": (
+        lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15, max_learning_rate=0.01)),
+        bowl,
+        10,
+    ),
+    "zoom, few": (
+        lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(3, curv_rtol=0.01)),
+        bowl,
+        10,
+    ),
+    "zoom, one": (
+        lambda o: o.chain(
+            o.sgd(0.1), o.scale_by_zoom_linesearch(15, tol=0.1, initial_guess_strategy="one")
+        ),
+        bowl,
+        10,
+    ),
+    "backtracking": (
+        lambda o: o.chain(o.sgd(1.0), o.scale_by_backtracking_linesearch(40)),
+        rosenbrock,
+        15,
+    ),
     "backtracking, rising": (
-        lambda o: o.chain(o.sgd(1.0), o.scale_by_backtracking_linesearch(9, 0.1, 0.5, 3.0, 5.0, 0.01, 0.02, store_grad=True)),
+        lambda o: o.chain(
+            o.sgd(1.0),
+            o.scale_by_backtracking_linesearch(9, 0.1, 0.5, 3.0, 5.0, 0.01, 0.02, store_grad=True),
+        ),
         bowl,
         10,
     ),
     "polyak": (lambda o: o.polyak_sgd(0.5, f_min=-5.0, eps=0.1), bowl, 15),
-    "polyak, sps+": (lambda o: o.polyak_sgd(max_learning_rate=10.0, f_min=1.0, variant="sps+"), bowl, 15),
+    "polyak, sps+": (
+        lambda o: o.polyak_sgd(max_learning_rate=10.0, f_min=1.0, variant="sps+"),
+        bowl,
+        15,
+    ),
 }
 """Transformation, function, and steps: few enough that none has converged, where rounding decides."""
 
@@ -66,16 +100,27 @@ def test_the_same_steps(name: str) -> None:
     value_and_grad = jax.jit(jax.value_and_grad(f))
     for step in range(steps):
         g, value = grad_and_value(f)(p)
-        extra = {e: x for e, x in {"value": value, "grad": g, "value_fn": f}.items() if e in tx.extra_args}
+        extra = {
+            e: x
+            for e, x in {"value": value, "grad": g, "value_fn": f}.items()
+            if e in tx.extra_args
+        }
         u, state = tx.update(g, state, p, **extra)
         p = fo.apply_updates(p, u)
         v, h = value_and_grad(q)
         u2, other = update(h, other, q, v)
         q = optax.apply_updates(q, u2)
-        np.testing.assert_allclose(p.numpy(), np.asarray(q), rtol=1e-6, atol=1e-8, err_msg=f"step {step}")
+        np.testing.assert_allclose(
+            p.numpy(), np.asarray(q), rtol=1e-6, atol=1e-8, err_msg=f"step {step}"
+        )
         if "value_fn" in tx.extra_args:
             for key in ("learning_rate", "value"):
-                np.testing.assert_allclose(float(fo.get(state, key)), float(optax.tree.get(other, key)), rtol=1e-6, err_msg=f"step {step}")
+                np.testing.assert_allclose(
+                    float(fo.get(state, key)),
+                    float(optax.tree.get(other, key)),
+                    rtol=1e-6,
+                    err_msg=f"step {step}",
+                )
             info = optax.tree.get(other, "info")
             assert int(fo.get(state, "num_linesearch_steps")) == int(info.num_linesearch_steps)
     assert not np.allclose(p.numpy(), START, atol=1e-2)
