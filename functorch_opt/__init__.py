@@ -3,12 +3,16 @@
 from functorch_opt import optim, random, tree
 from functorch_opt._core.chain import *
 from functorch_opt._core.checkpoint import *
+from functorch_opt._core.gate import *
 from functorch_opt._core.groups import *
 from functorch_opt._core.inject import *
 from functorch_opt._core.leaf import *
+from functorch_opt._core.points import *
 from functorch_opt._core.rule import *
 from functorch_opt._core.state import *
+from functorch_opt._core.sums import *
 from functorch_opt._core.transformation import *
+from functorch_opt._core.wrap import *
 from functorch_opt._execution.compiled import *
 from functorch_opt.line_search.lbfgs import *
 from functorch_opt.line_search.searches import *

@@ -72,7 +72,7 @@ class Chain(GradientTransformation):
         passes: list[list[str]] = []
         goes_on = False
         for name, stage in self.stages.items():
-            if goes_on and isinstance(stage, Leafwise) and "updates" not in stage.prepare_reads:
+            if goes_on and isinstance(stage, Leafwise) and not stage.looks_around:
                 passes[-1].append(name)
             else:
                 passes.append([name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.leaf import part_of_tree
-from functorch_opt._core.transformation import GradientTransformation, identity, transformation
+from functorch_opt._core.rule import identity
+from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.tree import Path, PyTree
 
 __all__ = ["masked", "partition"]
@@ -21,132 +22,173 @@ LabelsOrFn = PyTree | Callable[[Path, Tensor], str]
 
 _NO_LEAF = object()
 """The label of a parameter that is None."""
+Otherwise = Literal["pass", "zero", "error"]
 
 
-def _by_group(
-    transforms: Mapping[str, GradientTransformation],
-    labels: LabelsOrFn | MaskOrFn,
-    name: str,
-    otherwise: Literal["pass", "zero", "error"],
-    read: Callable[[Any], Any] = lambda label: label,
-) -> GradientTransformation:
-    """Give each label's leaves to its transformation as a flat dict from path to leaf: a tree without holes.
+class Groups(GradientTransformation):
+    """A transformation for the leaves of each label.
 
-    Leaves with a label that is not in `transforms` pass, become zero, or are an error. `read` makes a label of what `labels` has.
+    Each sees its leaves as a flat dict from path to leaf: a tree without holes. Leaves with a label
+    that has no transformation pass, become zero, or are an error.
+
+    Args:
+        inside: ``{label: transformation}``.
+        labels: a tree of labels, or a function of path and leaf.
+        what: what errors call the labels.
+        otherwise: what becomes of leaves without a transformation.
+        read: makes a label of what `labels` has.
     """
 
-    for label, tx in transforms.items():
-        if not isinstance(tx, GradientTransformation):
-            raise TypeError(
-                f"{label!r} must be a transformation, e.g. scale_by_adam(); got {type(tx).__name__} {tx!r}."
-            )
-
-    def assign(updates: PyTree, params: PyTree | None) -> tuple[list[Path], list[Any], list[Any]]:
-        """The path, parameter and label of every leaf. Decided by the params where they are given: so it is the same at every step."""
-        us, spec = tree.flatten_tensors(updates, "updates")
-        paths = tree.paths(updates)
-        ps = (
-            us if params is None else tree.match(updates, spec, params, names=("updates", "params"))
-        )
-        if not callable(labels):
-            given = tree.broadcast(labels, updates, names=(name, "params"))
-            return (
-                paths,
-                ps,
-                [
-                    _NO_LEAF if params is not None and p is None else read(label)
-                    for label, p in zip(given, ps, strict=True)
-                ],
-            )
-        if params is None and any(leaf is None for leaf in ps):
-            missing = next(path for path, leaf in zip(paths, ps, strict=True) if leaf is None)
-            raise ValueError(
-                f"{name} is a function of path and leaf, but the gradient at {missing!r} is None: call update(updates, state, params)."
-            )
-        return (
-            paths,
-            ps,
-            [
-                _NO_LEAF if p is None else read(labels(path, p))
-                for path, p in zip(paths, ps, strict=True)
-            ],
-        )
-
-    def check(paths: list[Path], assigned: list[Any]) -> None:
-        known = list(transforms)
-        unknown = {
-            repr(label): path
-            for path, label in zip(paths, assigned, strict=True)
-            if label is not _NO_LEAF and label not in known
-        }
-        if unknown and otherwise == "error":
-            raise ValueError(
-                f"{name} gives {', '.join(f'{label} (at {path!r})' for label, path in unknown.items())}; "
-                f"the transformations are for {known}. Add a transformation or mend the label."
-            )
-
-    def init(params: PyTree) -> dict[str, PyTree]:
-        tree.unique_paths(params)
-        paths, leaves, assigned = assign(params, params)
-        check(paths, assigned)
-        parts = {label: _part(paths, leaves, assigned, label) for label in transforms}
-        return {label: transforms[label].init(part) for label, part in parts.items() if part}
-
-    def update(
-        updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
-    ) -> tuple[PyTree, dict[str, PyTree]]:
-        paths, ps, assigned = assign(updates, params)
-        check(paths, assigned)
-        us, spec = tree.flatten(updates)
-        number = {path: i for i, path in enumerate(paths)}
-        new_state, changed = {}, {}
-        for label, tx in transforms.items():
-            part = _part(paths, us, assigned, label)
-            if not part:
-                continue
-            if not isinstance(state, dict) or label not in state:
-                held = list(state) if isinstance(state, dict) else type(state).__name__
-                raise ValueError(
-                    f"this state has no part for {label!r}; it has {held}. Use what its own init or update returned."
+    def __init__(
+        self,
+        inside: Mapping[str, GradientTransformation],
+        labels: LabelsOrFn | MaskOrFn,
+        what: str,
+        otherwise: Otherwise,
+        read: Callable[[Any], Any] = lambda label: label,
+    ) -> None:
+        for label, tx in inside.items():
+            if not isinstance(tx, GradientTransformation):
+                raise TypeError(
+                    f"{label!r} must be a transformation, e.g. scale_by_adam(); "
+                    f"got {type(tx).__name__} {tx!r}."
                 )
-            part_params = None if params is None else _part(paths, ps, assigned, label)
-            mine = {e: extra[e] for e in tx.extra_args if e in extra}
-            with part_of_tree([number[path] for path in tree.paths(part)]):
-                part, new_state[label] = tx.update(part, state[label], part_params, **mine)
-            changed.update(part)
-        if otherwise == "zero":
+        self.inside, self.labels, self.what = dict(inside), labels, what
+        self.otherwise, self.read = otherwise, read
+        self.name, self.last = "groups", any(tx.last for tx in inside.values())
+        self.extra_args = joined_arguments(inside.values())
+
+    def rebuilt(self, f: Callable[[GradientTransformation], GradientTransformation]) -> Groups:
+        """The same with `f` applied to what is inside, also for the leaves that pass."""
+        rest = {"rest": f(identity())} if self.otherwise == "pass" else {}
+        inside = {**{label: f(tx) for label, tx in self.inside.items()}, **rest}
+        return Groups(inside, self.labels, self.what, self.otherwise, self.read)
+
+    def assigned(self, updates: PyTree, paths: list[Path], ps: list[Any], known: bool) -> list[Any]:
+        """The label of every leaf. The params decide, where they are `known`: then it is the same
+        at every step. Otherwise `ps` are the updates."""
+        if callable(self.labels):
+            if not known and None in ps:
+                missing = paths[ps.index(None)]
+                raise ValueError(
+                    f"{self.what} is a function of path and leaf, but the gradient at {missing!r} "
+                    "is None: call update(updates, state, params)."
+                )
+            found = [
+                None if p is None else self.labels(q, p) for q, p in zip(paths, ps, strict=True)
+            ]
+        else:
+            found = labels_of(self.labels, updates, paths, self.what)
+        absent = [p is None and (known or callable(self.labels)) for p in ps]
+        labels = [
+            _NO_LEAF if gone else self.read(label)
+            for label, gone in zip(found, absent, strict=True)
+        ]
+        self._check(paths, labels)
+        return labels
+
+    def _check(self, paths: list[Path], labels: list[Any]) -> None:
+        known = [*self.inside, _NO_LEAF]
+        unknown = {repr(x): path for x, path in zip(labels, paths, strict=True) if x not in known}
+        if unknown and self.otherwise == "error":
+            given = ", ".join(f"{label} (at {path!r})" for label, path in unknown.items())
+            raise ValueError(
+                f"{self.what} gives {given}; the transformations are for {[*self.inside]}. "
+                "Add a transformation or mend the label."
+            )
+
+    def part_of_state(self, state: Any, label: str) -> PyTree:
+        """The state of one label."""
+        if not isinstance(state, dict) or label not in state:
+            held = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"this state has no part for {label!r}; it has {held}. "
+                "Use what its own init or update returned."
+            )
+        return state[label]
+
+    def _init(self, params: PyTree) -> dict[str, PyTree]:
+        tree.unique_paths(params)
+        leaves, paths = tree.flatten_tensors(params, "params")[0], tree.paths(params)
+        labels = self.assigned(params, paths, leaves, True)
+        state = {}
+        for label, tx in self.inside.items():
+            part = _part(paths, leaves, labels, label)
+            if part:
+                with part_of_tree(_numbers(paths, part)):
+                    state[label] = tx.init(part)
+        return state
+
+    def _update(
+        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        us, spec = tree.flatten_tensors(updates, "updates")
+        paths, known = tree.paths(updates), params is not None
+        names = ("updates", "params")
+        ps = tree.match(updates, spec, params, names=names) if known else us
+        labels = self.assigned(updates, paths, ps, known)
+        new_state, changed = {}, {}
+        for label, tx in self.inside.items():
+            part = _part(paths, us, labels, label)
+            if part:
+                part_params = _part(paths, ps, labels, label) if known else None
+                part_state = self.part_of_state(state, label)
+                mine = {name: extra[name] for name in tx.extra_args if name in extra}
+                with part_of_tree(_numbers(paths, part)):
+                    part, new_state[label] = tx.update(part, part_state, part_params, **mine)
+                changed.update(part)
+        if self.otherwise == "zero":
             us = [None if u is None else torch.zeros_like(u) for u in us]
-        return tree.unflatten(
-            spec, [changed.get(path, u) for path, u in zip(paths, us, strict=True)]
-        ), new_state
+        merged = [changed.get(path, u) for path, u in zip(paths, us, strict=True)]
+        return tree.unflatten(spec, merged), new_state
 
+
+def joined_arguments(transformations: Iterable[GradientTransformation]) -> dict[str, bool]:
+    """The extra arguments that any of these reads; required, where one requires them."""
     declared: dict[str, bool] = {}
-    for tx in transforms.values():
-        declared |= {e: required or declared.get(e, False) for e, required in tx.extra_args.items()}
-
-    def rebuilt(
-        f: Callable[[GradientTransformation], GradientTransformation],
-    ) -> GradientTransformation:
-        rest = {"rest": f(identity())} if otherwise == "pass" else {}
-        return _by_group(
-            {**{label: f(tx) for label, tx in transforms.items()}, **rest},
-            labels,
-            name,
-            otherwise,
-            read,
-        )
-
-    groups = GradientTransformation(init, update, extra_args=declared)
-    groups.last, groups.rebuilt = any(tx.last for tx in transforms.values()), rebuilt
-    return groups
+    for tx in transformations:
+        for name, required in tx.extra_args.items():
+            declared[name] = required or declared.get(name, False)
+    return declared
 
 
-def _part(paths: list[Path], leaves: list[Any], assigned: list[Any], label: Any) -> dict[Path, Any]:
-    return {
-        path: leaf
-        for path, leaf, mine in zip(paths, leaves, assigned, strict=True)
-        if mine == label
-    }
+def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> list[Any]:
+    """For every leaf of `updates` the label at or above it.
+
+    Inside of another group `updates` is a flat dict from path to leaf, where a tree of labels may
+    still be that of the whole params: there a label is found by the path.
+    """
+    try:
+        return tree.broadcast(labels, updates, names=(what, "params"))
+    except ValueError:
+        found = _labels_by_path(labels, paths) if isinstance(updates, dict) else None
+        if found is None:
+            raise
+        return found
+
+
+def _labels_by_path(labels: PyTree, paths: list[Path]) -> list[Any] | None:
+    """For every path the label that `labels` has there or above; None if one of them has none."""
+    known = dict(zip(tree.unique_paths(labels), tree.flatten(labels)[0], strict=True))
+    found = [[place for place in _at_or_above(path) if place in known][:1] for path in paths]
+    return [known[place] for (place,) in found] if all(found) else None
+
+
+def _at_or_above(path: Path) -> list[Path]:
+    """``"a/b/c"`` -> ``["a/b/c", "a/b", "a"]``."""
+    parts = path.split("/")
+    return ["/".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def _part(paths: list[Path], leaves: list[Any], labels: list[Any], label: Any) -> dict[Path, Any]:
+    rows = zip(paths, leaves, labels, strict=True)
+    return {path: leaf for path, leaf, mine in rows if mine == label}
+
+
+def _numbers(paths: list[Path], part: dict[Path, Any]) -> list[int]:
+    """Which leaves of the tree those of a part are."""
+    number = {path: i for i, path in enumerate(paths)}
+    return [number[path] for path in tree.paths(part)]
 
 
 @transformation
@@ -186,7 +228,7 @@ def masked(
 
     if not callable(mask):
         tree.map_leaves(label, mask)  # what is no bool is an error now, not at the first use
-    return _by_group({"inner": inner}, mask, "mask", otherwise, label)
+    return Groups({"inner": inner}, mask, "mask", otherwise, label)
 
 
 @transformation
@@ -219,4 +261,4 @@ def partition(
         raise TypeError(
             f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}."
         )
-    return _by_group(dict(transforms), param_labels, "labels", "error")
+    return Groups(transforms, param_labels, "labels", "error")

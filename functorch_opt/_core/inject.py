@@ -21,81 +21,89 @@ from functorch_opt.tree import PyTree
 __all__ = ["inject_hyperparams"]
 
 
-class _Injected(Expression):
+class Factory(Expression):
     """A factory whose transformations keep their hyperparameters in the state."""
 
     def __init__(
         self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]
     ) -> None:
         self.factory, self.static_args = factory, static_args
-        self.call = (
-            inject_hyperparams,
-            (factory,),
-            {"static_args": static_args} if static_args else {},
-        )
+        given = {"static_args": static_args} if static_args else {}
+        self.call = (inject_hyperparams, (factory,), given)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
+    def __call__(self, *args: Any, **kwargs: Any) -> Injected:
         numbers, fixed = hyperparameters(self.factory, args, kwargs, self.static_args)
-        schedules = {name: value for name, value in numbers.items() if callable(value)}
-
-        def init(params: PyTree) -> dict[str, PyTree]:
-            device = tree.leaves(params)[0].device
-            count = tree.zero_count(params)
-            values = {
-                name: value(count) if callable(value) else value for name, value in numbers.items()
-            }
-            values = {name: _as_tensor(value, device) for name, value in values.items()}
-            counter = {"count": count} if schedules else {}
-            return {
-                "hyperparams": values,
-                "inner": self.factory(**fixed, **values).init(params),
-                **counter,
-            }
-
-        def update(
-            updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
-        ) -> tuple[PyTree, dict[str, PyTree]]:
-            expected = {"hyperparams", "inner", *(["count"] if schedules else [])}
-            hyperparams = (
-                state["hyperparams"]
-                if isinstance(state, dict) and state.keys() == expected
-                else None
-            )
-            if not isinstance(hyperparams, dict) or hyperparams.keys() != numbers.keys():
-                held = list(state) if isinstance(state, dict) else type(state).__name__
-                raise ValueError(
-                    f"this is not a state of {tx!r}, which has {sorted(expected)} with the hyperparams {list(numbers)}: it holds {held}. "
-                    "Use what its own init or update returned."
-                )
-            values, counter = dict(state["hyperparams"]), {}
-            if schedules:
-                count = state["count"]
-                values |= {
-                    name: _as_tensor(schedule(count), count.device)
-                    for name, schedule in schedules.items()
-                }
-                counter = {"count": count + 1}
-            updates, inner = self.factory(**fixed, **values).update(
-                updates, state["inner"], params, **extra
-            )
-            return updates, {"hyperparams": values, "inner": inner, **counter}
-
         inner = self.factory(*args, **kwargs)
         if not isinstance(inner, GradientTransformation):
             raise TypeError(
-                f"{self.factory.__name__} must return a transformation; it returned {type(inner).__name__} {inner!r}."
+                f"{self.factory.__name__} must return a transformation; "
+                f"it returned {type(inner).__name__} {inner!r}."
             )
-        tx = GradientTransformation(init, update, extra_args=inner.extra_args)
-        tx.last = inner.last
-        tx.name, tx.call = self.factory.__name__, (self, args, kwargs)
+        tx = Injected(self.factory, numbers, fixed, inner)
+        tx.call = (self, args, kwargs)
         return tx
+
+
+class Injected(GradientTransformation):
+    """A transformation that is made anew at every step, of the hyperparameters in the state."""
+
+    def __init__(
+        self,
+        factory: Callable[..., GradientTransformation],
+        numbers: dict[str, Any],
+        fixed: dict[str, Any],
+        inner: GradientTransformation,
+    ) -> None:
+        self.factory, self.numbers, self.fixed = factory, numbers, fixed
+        self.schedules = {name: value for name, value in numbers.items() if callable(value)}
+        self.name, self.last, self.extra_args = factory.__name__, inner.last, inner.extra_args
+
+    def _init(self, params: PyTree) -> dict[str, PyTree]:
+        device = tree.leaves(params)[0].device
+        count = tree.zero_count(params)
+        values = {
+            name: _as_tensor(value(count) if callable(value) else value, device)
+            for name, value in self.numbers.items()
+        }
+        counter = {"count": count} if self.schedules else {}
+        return {"hyperparams": values, "inner": self.made(values).init(params), **counter}
+
+    def made(self, values: dict[str, Tensor]) -> GradientTransformation:
+        """The transformation for these values of the hyperparameters."""
+        return self.factory(**self.fixed, **values)
+
+    def next(self, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The hyperparameters of this step, and the next count where there is one."""
+        expected = {"hyperparams", "inner", *(["count"] if self.schedules else [])}
+        fits = isinstance(state, dict) and state.keys() == expected
+        held = state["hyperparams"] if fits else None
+        if not isinstance(held, dict) or held.keys() != self.numbers.keys():
+            there = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"this is not a state of {self!r}, which has {sorted(expected)} with the "
+                f"hyperparams {list(self.numbers)}: it holds {there}. "
+                "Use what its own init or update returned."
+            )
+        if not self.schedules:
+            return dict(held), {}
+        count = state["count"]
+        scheduled = {
+            name: _as_tensor(schedule(count), count.device)
+            for name, schedule in self.schedules.items()
+        }
+        return {**held, **scheduled}, {"count": count + 1}
+
+    def _update(
+        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        values, counter = self.next(state)
+        updates, inner = self.made(values).update(updates, state["inner"], params, **extra)
+        return updates, {"hyperparams": values, "inner": inner, **counter}
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return (
-            value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
-        )
+        return value.clone()  # not detached: that would take a forward-mode derivative away
     return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
 
 
@@ -137,7 +145,7 @@ def inject_hyperparams(
         raise TypeError(
             f"static_args must be a tuple of names among {known}, which are the arguments of {inner_factory.__name__}; got {static_args!r}."
         )
-    return _Injected(inner_factory, static_args)
+    return Factory(inner_factory, static_args)
 
 
 def hyperparameters(

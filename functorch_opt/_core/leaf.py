@@ -126,25 +126,27 @@ def outline(value: Any) -> str:
     return f"({', '.join(map(outline, value))})" if type(value) is tuple else type(value).__name__
 
 
+def check_value(name: str, value: Any) -> None:
+    """Raise TypeError for what a rule cannot read."""
+    if isinstance(value, Each):
+        return
+    large = isinstance(value, Tensor) and value.dim() > 1
+    if large or not isinstance(value, (int, float, Tensor)):
+        given = f"a tensor of shape {tuple(value.shape)}" if large else outline(value)
+        wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree"
+        raise TypeError(f"{name} is {given}; what a rule may read is {wanted} of tensors).")
+
+
 class PerLeaf:
-    """The scalars of a step, cast to the dtype a tensor is computed in: a lookup, done once per dtype."""
+    """The scalars of a step, cast to the dtype a tensor is computed in: once for each dtype."""
 
     def __init__(self, reference: PyTree, spec: Any, now: dict[str, Any]) -> None:
         self.fixed: dict[str, Any] = {}
         self.rows: dict[str, Any] = {}
         for name, value in now.items():
+            check_value(name, value)
             if isinstance(value, Each):
                 self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
-            elif not isinstance(value, (int, float, Tensor)) or (
-                isinstance(value, Tensor) and value.dim() > 1
-            ):
-                given = (
-                    f"a tensor of shape {tuple(value.shape)}"
-                    if isinstance(value, Tensor)
-                    else outline(value)
-                )
-                wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree of tensors)"
-                raise TypeError(f"{name} is {given}; what a rule may read is {wanted}.")
             elif isinstance(value, Tensor) and value.dim() == 1:
                 check_entries(name, value, reference)
                 self.rows[name] = value
@@ -155,6 +157,10 @@ class PerLeaf:
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
         fixed, rows = self.of(dtype)
         return {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+
+    def raw(self, i: int) -> dict[str, Any]:
+        """What the leaf reads, as `prepare` gave it."""
+        return {**self.fixed, **{name: row[i] for name, row in self.rows.items()}}
 
     def of(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         """What all tensors read, and what each has its own of."""

@@ -24,44 +24,58 @@ def update_in_one_pass(
     params: PyTree | None,
     extra: Mapping[str, Any],
 ) -> tuple[PyTree, list[StageState]]:
-    """``update`` of consecutive stages, one leaf after another: it goes through all rules while it is in the cache.
+    """``update`` of consecutive stages, leaf by leaf: each goes through all rules while in the cache.
 
-    Only the first stage may have a ``prepare`` that reads updates. Of sharded tensors only the first may have sums, since the ranks
-    exchange those of all tensors in one message; so there it is several passes.
+    Only the first stage may look at all updates. Of sharded tensors only the first may have sums,
+    since the ranks exchange those of all tensors in one message; so there it is several passes.
     """
     gs, spec = tree.flatten_tensors(updates, "updates")
-    later = next((k for k, tx in enumerate(stages) if k and tx.sums), None)
+    later = next((k for k, tx in enumerate(stages) if k and tx.on_tensor.sums), None)
     if later and any(map(tree.is_sharded, gs)):
         updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
         updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
         return updates, first + rest
-    ps = (
-        [None] * len(gs)
-        if params is None
-        else tree.match(updates, spec, params, names=("updates", "params"))
-    )
-    running = [
-        _Stage(tx, state, updates, spec, params) for tx, state in zip(stages, states, strict=True)
-    ]
-    columns = [column for stage in running for column in stage.old.values()]
-    dtypes: list[torch.dtype | None] = []
-    for g, p, *slots in zip(gs, gs if params is None else ps, *columns, strict=True):
-        dtypes.append(None if g is None else uniform_dtype(g, p, slots))
-        if g is not None and dtypes[-1] is None and wrong_update(g, p, slots):
-            _refuse(running, updates, gs, gs if params is None else ps)
+    names = ("updates", "params")
+    no_params = params is None
+    ps = [None] * len(gs) if no_params else tree.match(updates, spec, params, names=names)
+    states_of = zip(stages, states, strict=True)
+    running = [_Stage(tx, state, updates, spec, params) for tx, state in states_of]
+    dtypes = _uniform_dtypes(running, updates, gs, gs if no_params else ps)
     for stage in running:
         stage.prepare(updates, spec, gs, ps, params, extra)
-    arguments = {
-        dtype: [stage.arguments(dtype, ps) for stage in running]
-        for dtype in {*dtypes}
-        if dtype is not None
-    }
+    us = _leaf_by_leaf(running, updates, gs, ps, dtypes)
+    return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
+
+
+def _uniform_dtypes(
+    running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]
+) -> list[torch.dtype | None]:
+    """The dtype of each leaf whose tensors all have one. A leaf that does not fit is an error."""
+    columns = [column for stage in running for column in stage.old.values()]
+    dtypes: list[torch.dtype | None] = []
+    for g, p, *slots in zip(gs, ps, *columns, strict=True):
+        dtypes.append(None if g is None else uniform_dtype(g, p, slots))
+        if g is not None and dtypes[-1] is None and wrong_update(g, p, slots):
+            _refuse(running, updates, gs, ps)
+    return dtypes
+
+
+def _leaf_by_leaf(
+    running: list[_Stage],
+    updates: PyTree,
+    gs: list[Any],
+    ps: list[Any],
+    dtypes: list[torch.dtype | None],
+) -> list[Any]:
+    """The updates that the rules make of all leaves; the new slots are kept in `running`."""
+    found = {dtype for dtype in dtypes if dtype is not None}
+    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in found}
     new_columns = [column for stage in running for column in stage.new.values()]
     us: list[Any] = []
     stage = running[0]
     try:
         for i, (g, p, dtype) in enumerate(zip(gs, ps, dtypes, strict=True)):
-            done = _quickly(running, arguments[dtype], i, g) if dtype in arguments else None  # type: ignore[arg-type]
+            done = None if dtype is None else _quickly(running, arguments[dtype], i, g)
             if done is None:
                 u = g
                 for stage in running:
@@ -72,14 +86,13 @@ def update_in_one_pass(
                     column.append(x)
             us.append(u)
     except Misfit as misfit:
-        raise ValueError(
-            f"{stage.tx.name}: the update at {tree.paths(updates)[len(us)]!r} {misfit}"
-        ) from misfit.__cause__
-    return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
+        path = tree.paths(updates)[len(us)]
+        raise ValueError(f"{stage.tx.name}: the update at {path!r} {misfit}") from misfit.__cause__
+    return us
 
 
 class _Stage:
-    """A stage in the middle of an update: the leaves of its slots, old and new, and what its rule may read."""
+    """A stage in the middle of an update: its slots, old and new, and what its rule may read."""
 
     def __init__(
         self, tx: Any, state: StageState, updates: PyTree, spec: Any, params: PyTree | None
@@ -95,15 +108,16 @@ class _Stage:
             for name, slot in state.slots.items()
         }
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
-        self.reads_p = "p" in tx.reads
-        self.behind_g = [name for name in tx.reads if name != "g"]
-        self.rule = tx.rule if tx.rule_reads == ("g", *self.behind_g) else self._by_name
+        rule = tx.on_tensor
+        self.reads_p = "p" in rule.reads
+        self.behind_g = [name for name in rule.reads if name != "g"]
+        as_it_is = rule.is_plain and rule.rule_reads == ("g", *self.behind_g)
+        self.rule = rule.rule if as_it_is else self._by_name
 
     def _by_name(self, g: Tensor, *behind_g: Any) -> Any:
-        """The rule, where it needs sums, or does not read ``g`` first."""
+        """The rule, where it needs more than itself, or does not read ``g`` first."""
         values = {"g": g, **dict(zip(self.behind_g, behind_g, strict=True))}
-        values |= self.tx.sums_of(values)
-        return self.tx.rule(*[values[name] for name in self.tx.rule_reads])
+        return self.tx.on_tensor.result(values)
 
     def prepare(
         self,
@@ -114,18 +128,12 @@ class _Stage:
         params: PyTree | None,
         extra: Mapping[str, Any],
     ) -> None:
-        tx = self.tx
-        mine = {name: extra[name] for name in tx.extra_args if name in extra}
-        now, self.shared = tx.scalars(updates, self.state.shared, params, mine)
-        missing = [name for name in tx.reads if name not in ("g", "p", *self.old, *now)]
-        if missing:
-            raise TypeError(
-                f"{tx.name}: rule reads {', '.join(missing)}, which prepare did not return."
-            )
-        names = tx.reads
-        if tx.sums and any(map(tree.is_sharded, gs)):
-            now |= tx.sums_of_parts(updates, spec, gs, ps, self.old, now)
-            names += tuple(tx.sums)
+        tx, names = self.tx, self.tx.on_tensor.reads
+        shared = self.state.shared
+        now, self.shared = tx.scalars(updates, shared, params, extra, gs, ps, self.old)
+        if tx.on_tensor.sums and any(map(tree.is_sharded, gs)):
+            now |= tx.sums_before(updates, spec, gs, ps, self.old, now)
+            names += tuple(tx.on_tensor.sums.functions)
         self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
 
     def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
@@ -144,7 +152,7 @@ class _Stage:
         u = None
         if g is not None:
             dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
-            u, slots = self.tx.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype)
+            u, slots = self.tx.on_tensor.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype)
         for name, value in slots.items():
             self.new[name].append(value)
         return u

@@ -175,3 +175,14 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
 def stack(norms: list[Tensor]) -> Tensor:
     widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
     return torch.stack([n if n.dtype is widest else n.to(widest) for n in norms])
+
+
+def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
+    """As `sum_over_ranks`, for numbers that are each a maximum over this rank's part."""
+    values = list(values)
+    for like, indices in by_layout(leaves):
+        of_all = everybodys([values[i] for i in indices], like)
+        largest = of_all.amax(tuple(range(like.device_mesh.ndim)))
+        for i, x in zip(indices, largest.unbind(), strict=True):
+            values[i] = x
+    return values

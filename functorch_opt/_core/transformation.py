@@ -24,7 +24,6 @@ __all__ = [
     "Scalar",
     "ScalarOrSchedule",
     "apply_updates",
-    "identity",
     "stateless",
     "transformation",
 ]
@@ -118,13 +117,6 @@ class GradientTransformation(Expression):
     """
 
     last: bool = False
-    rebuilt: (
-        Callable[
-            [Callable[[GradientTransformation], GradientTransformation]], GradientTransformation
-        ]
-        | None
-    ) = None
-    """Of what holds transformations and is no chain: the same with a function applied to each of them."""
 
     def __init__(
         self,
@@ -132,10 +124,11 @@ class GradientTransformation(Expression):
         update: Callable[..., tuple[PyTree, PyTree]],
         *,
         extra_args: Mapping[str, bool] | None = None,
+        last: bool = False,
     ) -> None:
         self._init, self._update = init, update
         self.extra_args = dict(keyword_only(update) if extra_args is None else extra_args)
-        self.name = enclosing_name(update)
+        self.name, self.last = enclosing_name(update), last
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first update.
@@ -289,20 +282,6 @@ def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -
 
 
 # ---- the simplest transformations -----------------------------------------------------------------------------------------
-
-
-@transformation
-def identity() -> GradientTransformation:
-    """Updates pass through.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.identity()
-        identity()
-    """
-    return GradientTransformation(
-        lambda params: (), lambda updates, state, params: (updates, state)
-    )
 
 
 @transformation

@@ -1,49 +1,58 @@
-"""The compiled, in-place execution: the rules of a chain as one pass over every tensor, compiled once for all sizes.
+"""The compiled, in-place execution: ``update`` and ``apply_updates`` in one pass over memory.
 
-`compiled_step` does what ``update`` and ``apply_updates`` do, in one pass over memory. The stages of a chain are taken apart into
-``prepare`` and ``rule``. Scalars are worked out first, eagerly, once a step. Then the rules of consecutive stages, composed for one
-tensor, run as one compiled function that writes slots and parameters in place. Sizes are symbols in it, so compile time does not grow
-with the model, and models of the same dtypes share the code. What is not made of rules runs eagerly between, and a ``prepare`` that looks
-at updates in mid-chain begins a new pass.
+A `Walk` takes a transformation apart into what happens to each leaf. Scalars are worked out first,
+eagerly, once a step. Then everything that waits for a leaf runs as one compiled function, which
+writes slots and parameters in place. Sizes are symbols in it, so compile time does not grow with the
+model, and models of the same dtypes share the code. What is no rule runs eagerly between, and what
+looks at all updates in mid-chain begins a new pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+import threading
+import warnings
+from collections import OrderedDict
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.chain import Chain
 from functorch_opt._core.leaf import Each
-from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
-from functorch_opt._execution.blocks import Body, Enter, Leave, Segment
+from functorch_opt._execution.body import Body
+from functorch_opt._execution.segments import PROGRAMS, NeedsConstants, Segment
+from functorch_opt._execution.views import View
+from functorch_opt._execution.walk import Waiting, Walk, apart_from, storage_of
 from functorch_opt.random import philox
 from functorch_opt.tree import PyTree, StageState
-from functorch_opt.wrappers.precision import MasterWeights
 
 __all__ = ["compiled_step"]
 
+MODELS = 8
+"""How many models a step remembers, for which it is used in turn."""
+
 
 def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> CompiledStep:
-    """The step ``params, state = step(params, grads, state)`` of `tx`, compiled: ``update`` and ``apply_updates`` in one pass.
+    """The step ``params, state = step(params, grads, state)`` of `tx`, compiled.
+
+    It does what ``update`` and ``apply_updates`` do, in one pass over memory.
 
     Args:
-        tx: any transformation. The rules of a chain run as one pass over every tensor; stages that are not rules run eagerly between.
-        donate: overwrite the tensors of `params` and of the state's slots and return them, as JAX does with donated arguments. False:
-            they stay as they are, at the price of a copy.
+        tx: any transformation. What is made of rules (`chain`, `masked`, `partition`, wrappers and
+            gates among them) runs as one pass over every tensor; a stage that is not made of rules
+            runs eagerly between, and a warning names it.
+        donate: overwrite the tensors of `params` and of the state's slots and return them, as JAX
+            does with donated arguments. False: they stay as they are, at the price of a copy.
 
     Returns:
-        ``step(params, grads, state, **extra)``, which returns the new params and state. It must not be differentiated or vmapped; for
-        that there is ``update``.
+        ``step(params, grads, state, **extra)``, which returns the new params and state. It must not
+        be differentiated or vmapped; for that there is ``update``.
 
     Raises:
-        ValueError: (by the step) two parameters share memory, so that an update in place would move both; what ``update`` raises.
+        ValueError: (by the step) two parameters share memory, so that an update in place would move
+            both; what ``update`` raises.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -54,26 +63,28 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
     return CompiledStep(tx, donate)
 
 
-# ---- a step ------------------------------------------------------------------------------------------------------------
+class Route(NamedTuple):
+    """Leaves that go through the same entries."""
 
-
-@dataclass
-class _Pending:
-    """A stage whose rule has not run yet: its slots, a column each, and its scalars."""
-
-    stage: Leafwise | Enter | Leave
-    slots: dict[str, list[Any]]
-    now: dict[str, Any]
+    waiting: list[int]
+    """Which of those that wait they go through."""
+    leaves: list[int] | None
+    """Which leaves of the whole tree they are; None: all."""
+    places: list[list[int] | None]
+    """For each entry, where it has these leaves; None: where the leaves are themselves."""
 
 
 class CompiledStep:
-    """What `compiled_step` makes. It keeps which code serves which leaf, and what the tensors were that it was found for."""
+    """What `compiled_step` makes. It keeps which code serves which leaf of which model."""
 
-    def __init__(self, tx: GradientTransformation, donate: bool, backend: str = "inductor") -> None:
+    def __init__(self, tx: GradientTransformation, donate: bool, backend: Any = "inductor") -> None:
         self.tx, self.donate, self.backend = tx, donate, backend
-        self.segments: dict[Any, Segment] = {}
-        self.constants: dict[Any, Any] = {}
-        self.returned: PyTree = None
+        self.segments: dict[Any, list[Segment]] = {}
+        self.views: OrderedDict[Any, View] = OrderedDict()
+        self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
+        self.returned: list[PyTree] = []
+        self.said: set[str] = set()
+        self.lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"compiled_step({self.tx!r}{'' if self.donate else ', donate=False'})"
@@ -84,271 +95,278 @@ class CompiledStep:
     ) -> tuple[PyTree, PyTree]:
         self.tx.check_extra(extra)
         if torch.compiler.is_compiling():
-            return self._traced(params, grads, state, extra)
+            return traced(self.tx, params, grads, state, extra, self.donate)
         if not self.donate:
             params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
+        known = any(state is one for one in self.returned)
+        new = self.run(params, grads, state, extra, known)
+        if self.donate:
+            self.returned = [new, *self.returned[: MODELS - 1]]
+        return params, new
+
+    def run(
+        self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any], known: bool
+    ) -> PyTree:
+        """The new state; parameters and slots are overwritten.
+
+        A state that is not `known`, for it did not come from this step, may share memory with
+        parameters or gradients, or within itself. Such tensors are replaced by copies.
+        """
         ps, spec = tree.flatten_tensors(params, "params")
         us = tree.match(params, spec, grads, names=("params", "grads"))
-        if state is not self.returned:
-            _check_slots(self.tx, state, params, ps, spec)
-        run = _Run(self, params, spec, ps, us, extra)
+        if not known:
+            state = with_memory_of_its_own(state, [*ps, *us])
+        us = apart_from_params(us, ps)
+        flush, aside = partial(self._apply, add=False), self._aside
+        view = self._view(spec, len(ps))
+        walk = Walk(view, ps, us, extra, flush, aside)
         with philox.compiled(self.backend):
-            self.returned = run.stage(self.tx, state)
-        run.finish()
-        return params, self.returned
+            new = walk.look(self.tx, state, view)
+            walk.go()
+            self._apply(walk, add=True)
+        return new()
 
-    def _traced(
-        self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any]
-    ) -> tuple[PyTree, PyTree]:
-        """The step as operations of a graph that somebody else compiles."""
-        updates, new = self.tx.update(grads, state, params, **extra)
-        moved = apply_updates(params, updates)
-        if not self.donate:
-            return moved, new
-        return tree.map(Tensor.copy_, params, moved), _donated(state, new)
+    def _view(self, spec: Any, n: int) -> View:
+        view = self.views.get(spec)
+        if view is None:
+            with self.lock:
+                view = self.views[spec] = View(spec, [*range(n)], True)
+                while len(self.views) > MODELS:
+                    self.views.popitem(last=False)
+        return view
 
-    def body(self, pending: list[_Pending], into: int | None) -> Body:
-        """The rules to run. Numbers are constants of the compiled code; if ``prepare`` gives another one at another step, inputs."""
-        stages = [each.stage for each in pending]
-        body = Body(stages, [stage.now for stage in pending], into)
-        where = (
-            tuple([id(stage) if isinstance(stage, Leafwise) else stage for stage in stages]),
-            into,
-        )
-        if self.constants.setdefault(where, body.fixed) != body.fixed:
-            self.constants[where] = None
-            now = [
-                {
-                    name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
-                    for name, v in stage.now.items()
-                }
-                for stage in pending
-            ]
-            body = Body(stages, now, into)
-        return body
+    # ---- what waits ------------------------------------------------------------------------------
+
+    def _apply(self, walk: Walk, add: bool) -> None:
+        """Apply what waits to the updates; `add` them to the parameters."""
+        waiting, walk.waiting = walk.waiting, []
+        if not waiting and not add:
+            return
+        jobs = [self._job(walk, waiting, route, add) for route in self._routes(walk, waiting)]
+        for segment, columns, _ in jobs:
+            segment.check(columns)
+        for segment, columns, body in jobs:
+            segment.run(columns, body)
+
+    def _job(
+        self, walk: Walk, waiting: list[Waiting], route: Route, add: bool
+    ) -> tuple[Segment, list[list[Any]], Body]:
+        """The code for a route, the leaves that it gets, and their scalars."""
+        mine = [waiting[k] for k in route.waiting]
+        us, ps = _pick(walk.us, route.leaves), _pick(walk.ps, route.leaves)
+        slots: list[list[Any]] = []
+        rows: list[tuple[list[Any], bool]] = []
+        for each, places in zip(mine, route.places, strict=True):
+            slots += [_pick(column, places) for column in each.slots.values()]
+            rows += [(_pick(row, places), own) for row, own in _rows(each, walk)]
+        into = None if add else _place(rows, us)
+        if into is not None:
+            written = rows[into][0]
+            leaves = range(len(us)) if route.leaves is None else route.leaves
+            for i, x, u in zip(leaves, written, us, strict=True):
+                walk.us[i] = None if u is None else x
+        columns = [us, ps, *slots, *[row for row, _ in rows]]
+        segment, body = self._segment(mine, into, columns, walk, route)
+        return segment, columns, body
+
+    def _segment(
+        self,
+        mine: list[Waiting],
+        into: int | None,
+        columns: list[list[Any]],
+        walk: Walk,
+        route: Route,
+    ) -> tuple[Segment, Body]:
+        """What knows these tensors, made if there is no such thing yet."""
+        entries, now = [each.entry for each in mine], [each.now for each in mine]
+        body = Body(entries, now, into, False)
+        if PROGRAMS.wants_inputs(body):
+            body = Body(entries, now, into, True)
+        known = self.segments.get(body.key, ())
+        for segment in known:
+            if segment.knows(columns):
+                return segment, body
+        check_memory(walk)
+        where = _pick(walk.paths, route.leaves)
+        try:
+            segment = Segment(self.backend, body, columns, where)
+        except NeedsConstants:
+            PROGRAMS.constant_only.add(body.base)
+            return self._segment(mine, into, columns, walk, route)
+        with self.lock:
+            self.segments[body.key] = [segment, *known][:MODELS]
+        return segment, body
+
+    def _routes(self, walk: Walk, waiting: list[Waiting]) -> list[Route]:
+        """The leaves, by what they go through. It is the same as long as the views are."""
+        views = [each.view for each in waiting]
+        key = (len(walk.ps), *map(id, views))
+        found = self.routes.get(key)
+        if found is None:
+            found = views, _sorted_by_way(len(walk.ps), views)
+            with self.lock:
+                self.routes[key] = found
+                while len(self.routes) > 8 * MODELS:
+                    self.routes.popitem(last=False)
+        return found[1]
+
+    # ---- what is not made of rules ---------------------------------------------------------------
+
+    def _aside(self, walk: Walk, view: View, tx: GradientTransformation, state: PyTree) -> PyTree:
+        """Run a stage that cannot be taken apart, eagerly."""
+        self._say(tx)
+        extra = {name: walk.extra[name] for name in tx.extra_args if name in walk.extra}
+        updates, new = tx.update(view.tree(walk.us), state, view.tree(walk.ps), **extra)
+        reference, names = view.tree(walk.ps), ("params", "updates")
+        moved = tree.match(reference, view.spec, updates, names=names)
+        columns = [walk.ps, *walk.columns]
+        written = {storage_of(x) for column in columns for x in column if x is not None} - {0}
+        view.write(walk.us, [apart_from(written, u) for u in moved])
+        return tree.map(partial(apart_from, written), new)
+
+    def _say(self, tx: GradientTransformation) -> None:
+        if tx.name not in self.said:
+            self.said.add(tx.name)
+            warnings.warn(
+                f"compiled_step runs {tx.name} eagerly, between the compiled rest: it is not made "
+                "of rules. If it can be, write it with leafwise, wrap or gate.",
+                stacklevel=2,
+            )
+
+
+# ---- sorting -------------------------------------------------------------------------------------
+
+
+def _pick(values: list[Any], indices: list[int] | None) -> list[Any]:
+    return values if indices is None else [values[i] for i in indices]
+
+
+def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
+    """For each leaf which views it is in; leaves that are in the same go together."""
+    where = [{leaf: place for place, leaf in enumerate(view.indices)} for view in views]
+    ways: dict[tuple[int, ...], list[int]] = {}
+    for leaf in range(n):
+        way = tuple([k for k, places in enumerate(where) if leaf in places])
+        ways.setdefault(way, []).append(leaf)
+    routes = []
+    for way, leaves in ways.items():
+        places = [_unless_all([where[k][leaf] for leaf in leaves], len(where[k])) for k in way]
+        routes.append(Route([*way], _unless_all(leaves, n), places))
+    return routes
+
+
+def _unless_all(indices: list[int], n: int) -> list[int] | None:
+    return None if indices == [*range(n)] else indices
+
+
+def _rows(each: Waiting, walk: Walk) -> list[tuple[list[Any], bool]]:
+    """What a leaf has its own of, and whether that is this step's own, to be written over."""
+    rows = []
+    for name, value in each.now.items():
+        if isinstance(value, Each):
+            rows.append((each.view.column(walk.ps, value.tree, name), value.own))
+        elif isinstance(value, Tensor) and value.dim() == 1:
+            rows.append((list(value.unbind()), False))
+    return rows
+
+
+def _place(rows: list[tuple[list[Any], bool]], us: list[Any]) -> int:
+    """Which row updates can be written over; a new one where there is none."""
+    for k, (row, own) in enumerate(rows):
+        if own and all(map(_can_hold, row, us)):
+            return k
+    rows.append(([None if u is None else _like(u) for u in us], True))
+    return len(rows) - 1
 
 
 def _like(u: Tensor) -> Tensor:
     """Where to write the update that becomes of `u`."""
-    return torch.empty_like(
-        u, dtype=tree.at_least_float32(u.dtype), memory_format=torch.contiguous_format
-    )
+    dtype = tree.at_least_float32(u.dtype)
+    return torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _can_hold(x: Any, u: Any) -> bool:
     """Whether the update that becomes of `u` can be written over `x`."""
-    return u is None or (
-        x.dtype is tree.at_least_float32(u.dtype) and x.shape == u.shape and x.is_contiguous()
-    )
+    if u is None:
+        return True
+    dtype = tree.at_least_float32(u.dtype)
+    return x.dtype is dtype and x.shape == u.shape and x.is_contiguous()
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
+    """`state`, with copies of tensors that share memory with `others`, or with one another."""
+    taken = {storage_of(x) for x in others} - {0}
+
+    def own(x: Tensor) -> Tensor:
+        memory = storage_of(x)
+        overlaps = type(x) is Tensor and torch._debug_has_internal_overlap(x) == 1
+        if memory in taken or overlaps:
+            return x.clone(memory_format=torch.contiguous_format)
+        if memory:
+            taken.add(memory)
+        return x
+
+    return tree.map(own, state)
+
+
+def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
+    """The gradients, with copies of those that are a parameter's memory."""
+    pointers = {p.data_ptr() for p in ps if type(p) in tree.PLAIN} - {0}
+    return [
+        u.clone()
+        if type(u) in tree.PLAIN and u.layout is torch.strided and u.data_ptr() in pointers
+        else u
+        for u in us
+    ]
+
+
+def check_memory(walk: Walk) -> None:
+    """Raise ValueError where two parameters share memory."""
+    seen: dict[int, int] = {}
+    for i, p in enumerate(walk.ps):
+        if type(p) in tree.PLAIN and p.numel():
+            first = seen.setdefault(p.data_ptr(), i)
+            if first != i:
+                raise ValueError(
+                    f"the parameters at {walk.paths[first]!r} and {walk.paths[i]!r} share memory, "
+                    "so an update in place would move both. Give it once."
+                )
+
+
+# ---- in a graph ----------------------------------------------------------------------------------
+
+
+def traced(
+    tx: GradientTransformation,
+    params: PyTree,
+    grads: PyTree,
+    state: PyTree,
+    extra: dict[str, Any],
+    donate: bool,
+) -> tuple[PyTree, PyTree]:
+    """The step as operations of a graph that somebody else compiles."""
+    updates, new = tx.update(grads, state, params, **extra)
+    moved = apply_updates(params, updates)
+    if not donate:
+        return moved, new
+    return tree.map(Tensor.copy_, params, moved), _donated(state, new)
 
 
 def _donated(old: PyTree, new: PyTree) -> PyTree:
     """`new`, its slots written into the tensors of `old`."""
     if isinstance(old, StageState):
-        return StageState(
-            new.shared,
-            {
-                name: tree.map(Tensor.copy_, slot, new.slots[name])
-                for name, slot in old.slots.items()
-            },
-        )
+        slots = {n: tree.map(written, slot, new.slots[n]) for n, slot in old.slots.items()}
+        return StageState(new.shared, slots)
     return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
 
 
-def _rules(tx: GradientTransformation) -> list[Any]:
-    """The stages of `tx`, those of chains in it too."""
-    return (
-        [rule for stage in tx.stages.values() for rule in _rules(stage)]
-        if isinstance(tx, Chain)
-        else [tx]
-    )
+def written(target: Tensor, x: Tensor) -> Tensor:
+    """`target`, with the values of `x`, in a graph.
 
-
-def _in_one_pass(tx: GradientTransformation, sharded: bool) -> bool:
-    """Whether `tx` is nothing but rules, of which only the first may look at the whole tree, and that at the updates.
-
-    Sums over `sharded` parameters end a pass, which is too late for a master copy.
+    The compiler takes copies and clones of an argument out, and would read it after it was written.
+    What is multiplied by 1 it computes.
     """
-    rules = _rules(tx)
-    if not rules or not all(
-        isinstance(rule, Leafwise) and "params" not in rule.prepare_reads for rule in rules
-    ):
-        return False
-    if sharded and any(rule.sums for rule in rules):
-        return False
-    return not any("updates" in rule.prepare_reads for rule in rules[1:])
-
-
-def _check_slots(
-    tx: GradientTransformation, state: PyTree, params: PyTree, ps: list[Any], spec: Any
-) -> None:
-    """That a state which comes from elsewhere fits, before anything is written."""
-    if isinstance(tx, Chain):
-        tx.check_state(state)
-        for name, stage in tx.stages.items():
-            _check_slots(stage, state[name], params, ps, spec)
-    elif isinstance(tx, MasterWeights):
-        tx.check_state(state)
-        _check_slots(tx.inner, state["inner"], params, ps, spec)
-        _check_shapes(
-            tx.name, "master", torch.clone, state["weights"].slots["master"], params, ps, spec
-        )
-    elif isinstance(tx, Leafwise):
-        tx.check_state(state)
-        for name, slot in state.slots.items():
-            _check_shapes(tx.name, name, tx.slots[name], slot, params, ps, spec)
-
-
-def _check_shapes(
-    stage: str,
-    name: str,
-    first: Callable[..., Any],
-    slot: PyTree,
-    params: PyTree,
-    ps: list[Any],
-    spec: Any,
-) -> None:
-    for i, (x, p) in enumerate(
-        zip(
-            tree.match(params, spec, slot, names=("params", f"the state's {name}")), ps, strict=True
-        )
-    ):
-        if (
-            x is not None
-            and p is not None
-            and x.shape != p.shape
-            and x.shape != first(p.to("meta")).shape
-        ):
-            raise ValueError(
-                f"{stage}: the state's {name} at {tree.paths(params)[i]!r} has shape {tuple(x.shape)}, "
-                f"its parameter {tuple(p.shape)}. Is the state that of other params?"
-            )
-
-
-@dataclass
-class _Run:
-    """One step. `us` are the updates as far as they are worked out; `pending` the rules that are still to be applied to them."""
-
-    step: CompiledStep
-    params: PyTree
-    spec: Any
-    ps: list[Any]
-    us: list[Any]
-    extra: dict[str, Any]
-    pending: list[_Pending] = field(default_factory=list)
-
-    @cached_property
-    def sharded(self) -> bool:
-        return any(map(tree.is_sharded, self.ps))
-
-    def stage(self, tx: GradientTransformation, state: PyTree) -> PyTree:
-        """Take in one stage; return its next state, whose slots are written when the rules run."""
-        if isinstance(tx, Chain):
-            tx.check_state(state)
-            return {name: self.stage(stage, state[name]) for name, stage in tx.stages.items()}
-        if isinstance(tx, MasterWeights) and _in_one_pass(tx.inner, self.sharded):
-            return self.master_weights(tx, state)
-        extra = {name: self.extra[name] for name in tx.extra_args if name in self.extra}
-        if not isinstance(tx, Leafwise):
-            self.flush()
-            updates, new = tx.update(
-                tree.unflatten(self.spec, self.us), state, self.params, **extra
-            )
-            self.us = tree.match(self.params, self.spec, updates, names=("params", "updates"))
-            return new
-        tx.check_state(state)
-        if (
-            "updates" in tx.prepare_reads
-            and self.pending
-            and not isinstance(self.pending[-1].stage, Enter)
-        ):
-            self.flush()
-        updates = tree.unflatten(self.spec, self.us)
-        now, shared = tx.scalars(updates, state.shared, self.params, extra)
-        columns = {
-            name: tree.match(self.params, self.spec, slot, names=("params", f"the state's {name}"))
-            for name, slot in state.slots.items()
-        }
-        now = {name: now[name] for name in tx.reads if name in now}
-        if tx.sums and self.sharded:
-            self.flush()
-            now |= tx.sums_of_parts(
-                tree.unflatten(self.spec, self.us), self.spec, self.us, self.ps, columns, now
-            )
-        self.pending.append(_Pending(tx, columns, now))
-        return StageState(shared, state.slots)
-
-    def master_weights(self, tx: MasterWeights, state: PyTree) -> PyTree:
-        """Take in `keep_master_weights`, whose rules see the master copy for the parameter."""
-        tx.check_state(state)
-        if "updates" in _rules(tx.inner)[0].prepare_reads:
-            self.flush()
-        master = tree.match(
-            self.params,
-            self.spec,
-            state["weights"].slots["master"],
-            names=("params", "the state's master"),
-        )
-        self.pending.append(_Pending(Enter(tx.enter), {"held": master}, {}))
-        inner = self.stage(tx.inner, state["inner"])
-        self.pending.append(_Pending(Leave(tx.leave), {}, {}))
-        return {"inner": inner, "weights": state["weights"]}
-
-    def flush(self) -> None:
-        """Apply the pending rules to the updates."""
-        if self.pending:
-            rows = self._rows()
-            into = next(
-                (
-                    k
-                    for k, (row, own) in enumerate(rows)
-                    if own and all(map(_can_hold, row, self.us))
-                ),
-                len(rows),
-            )
-            if into == len(rows):
-                rows.append(([None if u is None else _like(u) for u in self.us], True))
-            self._apply(rows, into)
-            self.us = [
-                None if u is None else x for u, x in zip(self.us, rows[into][0], strict=True)
-            ]
-
-    def finish(self) -> None:
-        """Apply the pending rules, and add the updates to the params."""
-        if self.pending:
-            self._apply(self._rows(), None)
-        else:
-            for p, u in zip(self.ps, self.us, strict=True):
-                if u is not None:
-                    p.add_(u)
-
-    def _rows(self) -> list[tuple[list[Any], bool]]:
-        """What pending rules read that every leaf has its own of; and whether that is this step's own, to be written over."""
-        rows = []
-        for name, value in [of for stage in self.pending for of in stage.now.items()]:
-            if isinstance(value, Each):
-                rows.append(
-                    (
-                        tree.match(self.params, self.spec, value.tree, names=("params", name)),
-                        value.own,
-                    )
-                )
-            elif isinstance(value, Tensor) and value.dim() == 1:
-                rows.append((list(value.unbind()), False))
-        return rows
-
-    def _apply(self, rows: list[tuple[list[Any], bool]], into: int | None) -> None:
-        """Run the pending rules for every leaf that has an update."""
-        pending, self.pending = self.pending, []
-        body = self.step.body(pending, into)
-        slots = [column for stage in pending for column in stage.slots.values()]
-        columns = [self.us, self.ps, *slots, *[row for row, _ in rows]]
-        segment = self.step.segments.get(body.key)
-        if segment is None or not segment.run(columns, body.scalars):
-            segment = self.step.segments[body.key] = Segment(
-                self.step.backend, body, self.params, columns
-            )
-            if not segment.run(columns, body.scalars):
-                raise RuntimeError(
-                    "compiled_step does not know the tensors again that it was made for: a defect. Use update and apply_updates."
-                )
+    return target.copy_(x if x.dtype is torch.bool else x * 1)

@@ -12,12 +12,8 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.tree import PyTree
 
-__all__ = ["eval_params", "params_ema"]
-
-AVERAGED = "averaged"
-"""The slot in which a stage keeps parameters to evaluate with."""
+__all__ = ["params_ema"]
 
 
 @transformation
@@ -53,7 +49,7 @@ def params_ema(
         >>> for g in (-3.0, -3.0):
         ...     updates, state = tx.update({"w": torch.tensor(g)}, state, params)
         ...     params = fo.apply_updates(params, updates)
-        >>> params, fo.eval_params(state, params)
+        >>> params, fo.eval_params(tx, state, params)
         ({'w': tensor(6.)}, {'w': tensor(5.)})
     """
     check_range(0, 1, decay=decay)
@@ -68,66 +64,16 @@ def params_ema(
         }
 
     def rule(g, p, averaged, weight):
-        return g, {AVERAGED: torch.lerp(averaged, p + g, weight)}
+        return g, {"averaged": torch.lerp(averaged, p + g, weight)}
 
     def start(p):
         return p.to(accumulator_dtype or tree.at_least_float32(p.dtype), copy=True)
 
-    tx = leafwise(rule, prepare, slots={AVERAGED: start}, hyper={"decay": decay})
-    tx.last = True
-    return tx
-
-
-def eval_params(state: PyTree, params: PyTree) -> PyTree:
-    """The parameters to evaluate with: the averages that a stage keeps in `state`, at any depth.
-
-    Args:
-        state: of a chain with `params_ema`, also inside of `masked`, `partition` and wrappers.
-        params: the current parameters; those that no stage averages are returned as they are.
-
-    Returns:
-        A tree of the structure of `params`, each average rounded to the dtype of its parameter. As kept, it is
-        ``fo.get(state, "averaged")``.
-
-    Raises:
-        ValueError: nothing in `state` averages parameters; two stages average the same one; the state is that of other parameters.
-
-    Example:
-        >>> import torch, functorch_opt as fo
-        >>> tx = fo.masked(fo.params_ema(0.9, debias=False), {"w": True, "b": False})
-        >>> params = {"w": torch.tensor(1.0), "b": torch.tensor(5.0)}
-        >>> _, state = tx.update({"w": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx.init(params), params)
-        >>> fo.eval_params(state, params)
-        {'w': tensor(1.1000), 'b': tensor(5.)}
-    """
-    found: dict[str, torch.Tensor] = {}
-    kept = [value for name, value in tree.entries(state) if name.rpartition("/")[2] == AVERAGED]
-    if not kept:
-        raise ValueError(
-            "nothing in this state averages the parameters: put params_ema(decay) last in the chain."
-        )
-    for average in kept:
-        for path, leaf in zip(tree.paths(average), tree.flatten(average)[0], strict=True):
-            if leaf is not None and path in found:
-                raise ValueError(
-                    f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...)."
-                )
-            found |= {} if leaf is None else {path: leaf}
-    ps, spec = tree.flatten_tensors(params, "params")
-    here = dict(zip(tree.paths(params), ps, strict=True))
-    for path, average in found.items():
-        p = here.get(path)
-        if p is None or p.shape != average.shape:
-            there = (
-                "there is no such parameter" if p is None else f"its parameter has {tuple(p.shape)}"
-            )
-            raise ValueError(
-                f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. Is the state that of other params?"
-            )
-    return tree.unflatten(
-        spec,
-        [
-            p if p is None or path not in found else found[path].to(p.dtype)
-            for path, p in here.items()
-        ],
+    return leafwise(
+        rule,
+        prepare,
+        slots={"averaged": start},
+        hyper={"decay": decay},
+        point=lambda averaged: averaged,
+        last=True,
     )

@@ -1,0 +1,32 @@
+"""Decisions of a step: whether the host knows them, and what is done where it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def known(flag: Any) -> bool | None:
+    """The value of a decision where the host has it; None where it would have to be waited for.
+
+    It is not known in a graph, under vmap, and on a device other than the CPU.
+    """
+    if not isinstance(flag, Tensor):
+        return bool(flag)
+    if torch.compiler.is_compiling() or flag.device.type != "cpu" or flag.dim():
+        return None
+    try:
+        return bool(flag)
+    except RuntimeError:  # vmap and make_fx raise it where a value would be needed
+        return None
+
+
+def chosen(flag: Any, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """`new` where the decision says so, and `old` elsewhere."""
+    if new is None or old is None or new is old:
+        return old if new is None else new
+    if isinstance(flag, bool):
+        return new if flag else old
+    return torch.where(flag, new, old.to(new.dtype) if old.dtype is not new.dtype else old)

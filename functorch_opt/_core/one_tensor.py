@@ -1,0 +1,210 @@
+"""A rule on one tensor: what it reads, in which dtype it computes, and whether it returned what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.decision import chosen, known
+from functorch_opt._core.leaf import Misfit, PerLeaf, enter, outline, working_dtype
+from functorch_opt._core.sums import Sums
+from functorch_opt._core.transformation import positional
+from functorch_opt.tree import PyTree
+
+Kind = Literal["elementwise", "tensorwise"]
+DUE = "_due"
+"""The name of the decision whether the rare work of a rule is done at this step."""
+
+
+class Every(NamedTuple):
+    """Work of a rule that is done on some steps only; see `every`."""
+
+    due: Callable[..., Any]
+    work: Callable[..., Any]
+
+
+class OneTensor:
+    """A rule for one tensor, with the sums over it, and the work that it does on some steps only."""
+
+    def __init__(
+        self,
+        name: str,
+        rule: Callable[..., Any],
+        slots: Mapping[str, Any],
+        sums: Mapping[str, Any],
+        rare: Every | None,
+        kind: Kind,
+    ) -> None:
+        self.name, self.rule, self.slot_names, self.kind = name, rule, tuple(slots), kind
+        self.sums = Sums(name, sums)
+        self.work = rare.work if rare else None
+        self.rule_reads = positional(rule)
+        self.work_reads = positional(rare.work) if rare else ()
+        names = dict.fromkeys((*self.rule_reads, *self.sums.reads, *self.work_reads))
+        due = (DUE,) if rare else ()
+        self.reads = (*due, *[name for name in names if name not in sums])
+        """What has to be there for all three, but for the sums themselves."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but the rule itself."""
+        return self.work is None and not self.sums
+
+    def result(self, values: dict[str, Any]) -> Any:
+        """What the rule returns, after the rare work and the sums that it reads."""
+        if self.work is not None:
+            values = values | self._after_work(values)
+        if self.sums:
+            values = values | self.sums.of(values)
+        return self.rule(*[values[name] for name in self.rule_reads])
+
+    def _after_work(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The slots that the rare work makes, where this is a step at which it is done."""
+        due = known(values[DUE])
+        if due is False:
+            return {}
+        made = self.work(*[values[name] for name in self.work_reads])  # type: ignore[misc]
+        if not isinstance(made, dict) or made.keys() - set(self.slot_names):
+            raise TypeError(
+                f"{self.name}: the work of every must return {{slot: new value}} with slots among "
+                f"{sorted(self.slot_names)}; it returned {outline(made)}."
+            )
+        if due:
+            return made
+        return {name: chosen(values[DUE], x, values[name]) for name, x in made.items()}
+
+    # ---- computed in one dtype -------------------------------------------------------------------
+
+    def apply(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        slots: dict[str, Tensor],
+        now: dict[str, Any],
+        dtype: torch.dtype,
+        exact: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rule on one tensor, computed in `dtype`; slots come back in the dtype they had.
+
+        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim
+        does. Of sharded tensors it takes this rank's parts, where a tensorwise rule takes wholes.
+        Values in `exact` are handed on as they are.
+        """
+        if type(g) is not Tensor and tree.is_sharded(g):
+            p = p if "p" in self.reads else None
+            in_parts = self.kind == "elementwise"
+            return tree.on_shards(self.apply, in_parts, g, p, slots, now, dtype, exact)
+        values = {**now, **slots, "g": g, "p": p}
+        pairs = dtype.is_complex and self.kind == "elementwise"
+        values |= self._entered(values, dtype, pairs)
+        if exact:
+            values |= exact
+        try:
+            result = self.result(values)
+        except RuntimeError as error:
+            self._explain(error, g, slots, dtype)
+            raise
+        if not slots:
+            return self._leave(result, g, "the update", g, pairs), {}
+        self.check_pair(result)
+        u, new = result
+        kept = {}
+        for name, old in slots.items():
+            x = self._leave(new[name], old, f"slot {name}", g, pairs)
+            kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
+        return self._leave(u, g, "the update", g, pairs), kept
+
+    def _entered(self, values: dict[str, Any], dtype: torch.dtype, pairs: bool) -> dict[str, Any]:
+        """What rule and sums read, as they compute with it."""
+        names = [name for name in self.reads if name in values]
+        same = (not isinstance(x := values[name], Tensor) or x.dtype == dtype for name in names)
+        if not pairs and all(same):
+            return {}
+        return {name: enter(values[name], dtype, pairs) for name in names}
+
+    def _explain(
+        self, error: RuntimeError, g: Tensor, slots: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """Raise Misfit where an error of the rule comes from slots that do not fit the update."""
+        others = [
+            f"{name}, {slot.dtype} of shape {tuple(slot.shape)}"
+            for name, slot in slots.items()
+            if slot.shape != g.shape or slot.is_complex() != dtype.is_complex
+        ]
+        if others:
+            raise Misfit(
+                f"is {g.dtype} of shape {tuple(g.shape)}, and the state has {', '.join(others)}. "
+                "Is the state that of other params?"
+            ) from error
+
+    def check_pair(self, result: Any) -> None:
+        """Raise TypeError where a rule with slots did not return an update and all slots."""
+        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        if not pair or result[1].keys() != set(self.slot_names):
+            wanted = f"(update, {{slot: new value}}) with the slots {sorted(self.slot_names)}"
+            given = outline(result)
+            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {given}.")
+
+    def _leave(self, x: Any, like: Tensor, what: str, g: Tensor, pairs: bool) -> Tensor:
+        """What the rule returned for `like`, checked.
+
+        A rule that broadcasts has met a state of other params, or is wrong.
+        """
+        if type(x) is Tensor and x.dtype is like.dtype and x.shape == like.shape and not pairs:
+            return x
+        if not isinstance(x, Tensor):
+            given = f"{type(x).__name__} {x!r} as {what.removeprefix('slot ')}"
+            raise TypeError(f"{self.name}: rule returned {given}; it must be a tensor.")
+        if pairs and like.is_complex():
+            x = torch.view_as_complex(x.contiguous())
+        if x.shape != like.shape or (x.is_complex() and not like.is_complex()):
+            raise Misfit(
+                f"is {g.dtype} of shape {tuple(g.shape)}, and the rule made of {what}, "
+                f"{like.dtype} of shape {tuple(like.shape)}, {x.dtype} of shape {tuple(x.shape)}. "
+                "Is the state that of other params?"
+            )
+        return x
+
+    # ---- sums that are known before the rule -----------------------------------------------------
+
+    def values_of_leaves(
+        self, gs: list[Any], ps: list[Any], slots: dict[str, list[Any]], per_leaf: PerLeaf
+    ) -> list[dict[str, Any] | None]:
+        """For each leaf what functions of it read, of sharded leaves on this rank's part."""
+        rows: list[dict[str, Any] | None] = []
+        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            if g is None:
+                rows.append(None)
+                continue
+            held = {name: column[i] for name, column in slots.items()}
+            dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
+            all_values = {**per_leaf.at(i, dtype), **held, "g": g, "p": p}
+            values = {name: tree.part_of(x, g) for name, x in all_values.items()}
+            rows.append(values | self._entered(values, dtype, dtype.is_complex))
+        return rows
+
+
+def sums_of_leaves(
+    sums: Sums, rows: list[dict[str, Any] | None], gs: list[Any]
+) -> dict[str, list[Any]]:
+    """The sums over each leaf, those over sharded leaves joined over the ranks."""
+    found = []
+    for values in rows:
+        if values is None:
+            found.append(dict.fromkeys(sums.functions))
+            continue
+        of = sums.of(values).items()
+        found.append({name: torch.as_tensor(x, device=values["g"].device) for name, x in of})
+    if any(map(tree.is_sharded, gs)):
+        return sums.joined_over_ranks(found, gs)
+    return {name: [row[name] for row in found] for name in sums.functions}
+
+
+def leaf_values(updates: PyTree, now: Mapping[str, Any], names: tuple[str, ...]) -> PerLeaf:
+    """What functions of one tensor read of the values of a step."""
+    spec = tree.flatten(updates)[1]
+    return PerLeaf(updates, spec, {name: now[name] for name in names if name in now})

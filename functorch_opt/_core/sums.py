@@ -1,0 +1,102 @@
+"""What a rule must know of a whole tensor, or of all tensors: sums, and maxima, over elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.sharding import largest_over_ranks
+from functorch_opt._core.transformation import positional
+
+__all__ = ["largest"]
+
+
+class Largest(NamedTuple):
+    """Marks a function in ``sums`` or ``totals`` whose result is a maximum."""
+
+    of: Callable[..., Any]
+
+
+def largest(of: Callable[..., Any]) -> Largest:
+    """Mark a function in ``sums`` or ``totals`` of a rule: parts are joined by their maximum.
+
+    Args:
+        of: it reads what a rule may, and returns a 0-dim tensor: a maximum over all elements.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.leafwise(
+        ...     lambda g, top: g / top, totals={"top": fo.largest(lambda g: g.abs().amax())}
+        ... )
+        >>> params = [torch.zeros(2), torch.zeros(1)]
+        >>> tx.update([torch.tensor([1.0, -4.0]), torch.tensor([2.0])], tx.init(params))[0]
+        [tensor([ 0.2500, -1.0000]), tensor([0.5000])]
+    """
+    return Largest(of)
+
+
+class Sums:
+    """Functions of one tensor, each with what it reads, and how its results are joined."""
+
+    def __init__(self, name: str, functions: Mapping[str, Any]) -> None:
+        self.name = name
+        self.functions = {
+            key: f.of if isinstance(f, Largest) else f for key, f in functions.items()
+        }
+        self.largest = [isinstance(f, Largest) for f in functions.values()]
+        self.reads_of = {key: positional(f) for key, f in self.functions.items()}
+        self.reads = tuple(dict.fromkeys(n for of in self.reads_of.values() for n in of))
+
+    def __bool__(self) -> bool:
+        return bool(self.functions)
+
+    def of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those over one tensor that `values` does not have yet."""
+        found = {}
+        for key, f in self.functions.items():
+            if key not in values:
+                found[key] = f(*[values[name] for name in self.reads_of[key]])
+                self._check(key, found[key])
+        return found
+
+    def _check(self, key: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim():
+            raise TypeError(
+                f"{self.name}: the sum {key} has shape {tuple(value.shape)}; "
+                "it must be a 0-dim tensor: a sum over all elements."
+            )
+
+    def joined_over_ranks(
+        self, rows: list[dict[str, Any]], leaves: list[Any]
+    ) -> dict[str, list[Any]]:
+        """For each leaf what the ranks have of it together, in one message for each way to join."""
+        whole: dict[str, list[Any]] = {}
+        for maximum, join in ((False, tree.sum_over_ranks), (True, largest_over_ranks)):
+            pairs = zip(self.functions, self.largest, strict=True)
+            names = [key for key, is_largest in pairs if is_largest is maximum]
+            if names:
+                values = join([row[key] for key in names for row in rows], leaves * len(names))
+                columns = [values[k * len(leaves) :][: len(leaves)] for k in range(len(names))]
+                whole |= dict(zip(names, columns, strict=True))
+        return whole
+
+    def over_all(self, columns: Mapping[str, list[Any]]) -> dict[str, Tensor]:
+        """Of the values for each leaf, the total over the leaves."""
+        totals = {}
+        for (key, column), maximum in zip(columns.items(), self._order(columns), strict=True):
+            present = [torch.as_tensor(x) for x in column if x is not None]
+            values = torch.stack([x.to(_wide(x)) for x in present])
+            totals[key] = values.amax() if maximum else values.sum()
+        return totals
+
+    def _order(self, columns: Mapping[str, list[Any]]) -> list[bool]:
+        of = dict(zip(self.functions, self.largest, strict=True))
+        return [of[key] for key in columns]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return tree.real_dtype(x.device) if x.is_floating_point() else x.dtype

@@ -1,0 +1,341 @@
+"""A transformation around another, declared and not written: what it sees, and what becomes of its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.leaf import PerLeaf
+from functorch_opt._core.once import (
+    Once,
+    check_declared,
+    check_names,
+    check_no_keywords,
+    check_reads,
+)
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    positional,
+)
+from functorch_opt.tree import PyTree, StageState
+
+__all__ = ["wrap"]
+
+
+class Wrap(GradientTransformation):
+    """What `wrap` makes. Its parts are attributes, from which every execution is derived."""
+
+    def __init__(
+        self,
+        inner: GradientTransformation,
+        once: Once,
+        slots: Mapping[str, Callable[[Tensor], Tensor]],
+        before: Callable[..., Any] | None,
+        after: Callable[..., Any] | None,
+        point: Callable[..., Tensor] | None,
+        init_with: str | None,
+        last: bool,
+    ) -> None:
+        self.inner, self.once, self.slots, self.point = inner, once, slots, point
+        self.before, self.after, self.init_with = before, after, init_with
+        self.before_reads = positional(before) if before else ()
+        self.after_reads = positional(after) if after else ()
+        self.name, self.last = once.name, last or inner.last
+        self.extra_args = {**once.extra_args, **inner.extra_args}
+
+    @property
+    def changes_g(self) -> bool:
+        """Whether the inner transformation sees another update than comes in."""
+        return "g" in self.before_reads
+
+    @property
+    def changes_p(self) -> bool:
+        """Whether the inner transformation sees other parameters."""
+        return self.before is not None and ("p" in self.before_reads or not self.changes_g)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What `before` and `after` read of the values of a step and of slots."""
+        names = dict.fromkeys((*self.before_reads, *self.after_reads))
+        return tuple(name for name in names if name not in ("u", "g", "p"))
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether ``update`` needs params."""
+        return "p" in (*self.before_reads, *self.after_reads) or self.once.needs_params
+
+    def rebuilt(self, f: Callable[[GradientTransformation], GradientTransformation]) -> Wrap:
+        """The same around what `f` makes of the inner transformation."""
+        return Wrap(
+            f(self.inner),
+            self.once,
+            self.slots,
+            self.before,
+            self.after,
+            self.point,
+            self.init_with,
+            self.last,
+        )
+
+    # ---- one leaf --------------------------------------------------------------------------------
+
+    def seen(self, g: Any, p: Any, values: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The update and the parameter that the inner transformation sees of one leaf."""
+        if self.before is None or (g is None and self.changes_g):
+            return g, p
+        values = {**values, "g": g, "p": p}
+        result = self.before(*[values[name] for name in self.before_reads])
+        if self.changes_g and self.changes_p:
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    f"{self.name}: before reads g and p, and so must return (g, p), what the inner "
+                    f"transformation sees of both; it returned {type(result).__name__}."
+                )
+            return result
+        return (result, p) if self.changes_g else (g, result)
+
+    def left(
+        self, u: Tensor, g: Tensor, p: Any, slots: Mapping[str, Tensor], now: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The update of one leaf, and its new slots."""
+        if self.after is None:
+            return u, dict(slots)
+        values = {**now, **slots, "u": u, "g": g, "p": p}
+        result = self.after(*[values[name] for name in self.after_reads])
+        if not slots:
+            return self._checked(result, g, "the update"), {}
+        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        if not pair or result[1].keys() != slots.keys():
+            raise TypeError(
+                f"{self.name}: after must return (update, {{slot: new value}}) "
+                f"with the slots {sorted(slots)}."
+            )
+        u, new = result
+        kept = {name: self._checked(new[name], old, name) for name, old in slots.items()}
+        kept = {
+            name: x if x.dtype is slots[name].dtype else x.to(slots[name].dtype)
+            for name, x in kept.items()
+        }
+        return self._checked(u, g, "the update"), kept
+
+    def _checked(self, x: Any, like: Tensor, what: str) -> Tensor:
+        if isinstance(x, Tensor) and x.shape == like.shape:
+            return x
+        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{self.name}: after must return a tensor of shape {tuple(like.shape)} for {what}; "
+            f"it returned {given}."
+        )
+
+    def on_parts(self, f: Callable[..., Any], like: Any, *given: Any) -> Any:
+        """``f`` of these tensors and dicts of tensors; of sharded ones on this rank's parts."""
+        if not tree.is_sharded(like):
+            return f(*given)
+
+        def enter(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: enter(of) for name, of in x.items()}
+            return tree.part_of(x, like)
+
+        def leave(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: leave(of) for name, of in x.items()}
+            return tree.join(x, like) if isinstance(x, Tensor) else x
+
+        first, second = f(*map(enter, given))
+        return leave(first), leave(second)
+
+    # ---- whole trees -----------------------------------------------------------------------------
+
+    def check_state(self, state: Any) -> None:
+        fits = isinstance(state, dict) and state.keys() == {"inner", "kept"}
+        kept = state["kept"] if fits else None
+        fits = isinstance(kept, StageState) and kept.slots.keys() == self.slots.keys()
+        if not fits or set(kept.shared) != set(self.once.keys):  # type: ignore[union-attr]
+            held = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"this is not a state of {self.name}, which has inner and kept: it holds {held}. "
+                "Use what its own init or update returned."
+            )
+
+    def _init(self, params: PyTree) -> dict[str, PyTree]:
+        slots = {name: tree.map(make, params) for name, make in self.slots.items()}
+        inner = params if self.init_with is None else slots[self.init_with]
+        kept = StageState(self.once.first(params), slots)
+        return {"inner": self.inner.init(inner), "kept": kept}
+
+    def scalars(
+        self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `before` and `after` may read of this step, and the next shared values."""
+        now = self.once.hypers(shared, updates)
+        mine = {name: extra[name] for name in self.once.extra_args if name in extra}
+        now, new = self.once.prepared(now, shared, {"updates": updates, "params": params}, mine)
+        if missing := [n for n in self.reads if n not in now and n not in self.slots]:
+            names = ", ".join(missing)
+            raise TypeError(f"{self.name} reads {names}, which prepare did not return.")
+        return now, new
+
+    def leaves(
+        self,
+        updates: PyTree,
+        params: PyTree | None,
+        slots: Mapping[str, PyTree],
+        now: Mapping[str, Any],
+    ) -> Leaves:
+        """The leaves of a step, with what is read of each."""
+        gs, spec = tree.flatten_tensors(updates, "updates")
+        return Leaves(self, updates, spec, gs, params, slots, now)
+
+    def _update(
+        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        self.check_state(state)
+        if params is None and self.reads_params:
+            raise ValueError(
+                f"{self.name} reads the parameters: call update(updates, state, params)."
+            )
+        kept = state["kept"]
+        now, shared = self.scalars(updates, kept.shared, params, extra)
+        leaves = self.leaves(updates, params, kept.slots, now)
+        seen, seen_params = leaves.before()
+        mine = {name: extra[name] for name in self.inner.extra_args if name in extra}
+        inner_updates, inner = self.inner.update(seen, state["inner"], seen_params, **mine)
+        names = ("updates", "the inner updates")
+        us = tree.match(updates, leaves.spec, inner_updates, names=names)
+        updates, slots = leaves.after(us)
+        return updates, {"inner": inner, "kept": StageState(shared, slots)}
+
+
+class Leaves:
+    """The leaves of a wrapped update, with what is read of each."""
+
+    def __init__(
+        self,
+        tx: Wrap,
+        updates: PyTree,
+        spec: Any,
+        gs: list[Any],
+        params: PyTree | None,
+        slots: Mapping[str, PyTree],
+        now: Mapping[str, Any],
+    ) -> None:
+        self.tx, self.spec, self.gs, self.slots, self.params = tx, spec, gs, slots, params
+        names = ("updates", "params")
+        no_params = params is None
+        self.ps = [None] * len(gs) if no_params else tree.match(updates, spec, params, names=names)
+        self.columns = {
+            name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}"))
+            for name, slot in slots.items()
+        }
+        per_leaf = PerLeaf(updates, spec, {name: now[name] for name in tx.reads if name in now})
+        self.now = [per_leaf.raw(i) for i in range(len(gs))]
+
+    def before(self) -> tuple[PyTree, PyTree | None]:
+        """The updates and parameters that the inner transformation sees."""
+        tx = self.tx
+        pairs = []
+        for i, (g, p) in enumerate(zip(self.gs, self.ps, strict=True)):
+            slots = {name: column[i] for name, column in self.columns.items()}
+            values = {**self.now[i], **slots}
+            lacks = p is None and "p" in tx.before_reads
+            absent = lacks or any(x is None for x in slots.values())
+            like = g if p is None else p
+            pairs.append((g, p) if absent else tx.on_parts(tx.seen, like, g, p, values))
+        seen = tree.unflatten(self.spec, [g for g, _ in pairs])
+        if self.params is None:
+            return seen, None
+        return seen, tree.unflatten(self.spec, [p for _, p in pairs])
+
+    def after(self, us: list[Any]) -> tuple[PyTree, dict[str, PyTree]]:
+        """The updates, and the new slots."""
+        new_us: list[Any] = []
+        new: dict[str, list[Any]] = {name: [] for name in self.columns}
+        for i, (u, g, p) in enumerate(zip(us, self.gs, self.ps, strict=True)):
+            slots = {name: column[i] for name, column in self.columns.items()}
+            if u is not None and g is not None:
+                given = (u, g, p, slots, self.now[i])
+                u, slots = self.tx.on_parts(self.tx.left, g, *given)
+            new_us.append(u)
+            for name, x in slots.items():
+                new[name].append(x)
+        slots_of = {
+            name: tree.like(self.slots[name], tree.unflatten(self.spec, column))
+            for name, column in new.items()
+        }
+        return tree.unflatten(self.spec, new_us), slots_of
+
+
+def wrap(
+    inner: GradientTransformation,
+    *,
+    slots: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    shared: Mapping[str, Tensor] | None = None,
+    hyper: Mapping[str, ScalarOrSchedule] | None = None,
+    prepare: Callable[..., Any] | None = None,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    point: Callable[..., Tensor] | None = None,
+    init_with: str | None = None,
+    last: bool = False,
+) -> Wrap:
+    """A transformation around another: what `inner` sees of each tensor, and what becomes of its update.
+
+    The functions say by the names of their arguments what they read, as in `leafwise`: ``g`` and
+    ``p``, what comes in; ``u``, the update of `inner`; slots; hyperparameters; shared values; what
+    `prepare` returned. They see tensors in the dtypes that these have. A ``count`` is one of the
+    training, the same for all tensors.
+
+    Args:
+        inner: the transformation inside.
+        slots: ``{name: p -> its first value}``.
+        shared: ``{name: first value}``, tensors.
+        hyper: ``{name: number, 0-dim tensor, or schedule}``.
+        prepare: once a step, as in `leafwise`.
+        before: what `inner` sees of one tensor. It returns ``(g, p)`` where it reads both, the new
+            ``g`` where it reads no ``p``, and the new ``p`` where it reads no ``g``.
+        after: ``u``, or ``(u, {slot: new value})`` if there are slots: what becomes of the update.
+        point: the parameter to evaluate with, a function of ``p``, slots and hyperparameters.
+        init_with: the slot whose first values `inner` is initialized with, in place of the params.
+        last: whether it looks at the new parameters ``p + u``, so that no stage may change the
+            updates after it.
+
+    Returns:
+        A transformation whose state is ``{"inner": state, "kept": StageState(shared, slots)}``.
+
+    Raises:
+        TypeError: `inner` is no transformation; a name that nothing provides.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def twice_as_far(inner):
+        ...     return fo.wrap(inner, after=lambda u: 2 * u)
+        >>> tx = twice_as_far(fo.sgd(0.1))
+        >>> tx.update([torch.ones(1)], tx.init([torch.zeros(1)]))[0]
+        [tensor([-0.2000])]
+    """
+    if not isinstance(inner, GradientTransformation):
+        raise TypeError(
+            f"wrap takes a transformation, e.g. adamw(1e-3); got {type(inner).__name__} {inner!r}."
+        )
+    check_declared(slots, shared, hyper)
+    slots, shared, hyper = slots or {}, shared or {}, hyper or {}
+    reads = {
+        "before": positional(before) if before else (),
+        "after": positional(after) if after else (),
+    }
+    counts = any("count" in names for names in reads.values())
+    once = Once("wrap", prepare, hyper, shared, counts, one_clock=True)
+    check_names("wrap", slots=slots, shared=shared, hyper=hyper)
+    of_step = {"count", *hyper, *shared}
+    check_reads("wrap", "prepare", once.reads, {"updates", "params", *of_step})
+    for what, f, also in (("before", before, {"g", "p"}), ("after", after, {"u", "g", "p"})):
+        if f is not None:
+            check_no_keywords("wrap", what, f)
+            if prepare is None:
+                check_reads("wrap", what, reads[what], {*also, *slots, *of_step})
+    return Wrap(inner, once, slots, before, after, point, init_with, last)

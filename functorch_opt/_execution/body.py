@@ -1,0 +1,235 @@
+"""What becomes of one leaf: the rules of consecutive stages as one pure function, which is compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core.decision import chosen
+from functorch_opt._core.leaf import Each, check_value, working_dtype
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.wrap import Wrap
+from functorch_opt._execution.guards import Meaning
+from functorch_opt.tree import zeros_like
+
+Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
+ACTIVE = "_active"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that happens to a leaf.
+
+    rule    The rule of a stage.
+    enter   From here on, stages see the update and parameter that a wrapper shows them.
+    leave   The wrapper makes of their update its own.
+    zero    The update becomes zero.
+    open    From here on, stages are behind a gate whose decision only the device knows.
+    close   The gate's decision chooses between their update and what it has instead.
+    """
+
+    kind: Kind
+    stage: Any = None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots that it brings."""
+        return tuple(self.stage.slots) if self.kind in ("rule", "enter") else ()
+
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """What user's code it runs."""
+        if self.kind == "rule":
+            rule = self.stage.on_tensor
+            return [rule.rule, *rule.sums.functions.values(), *([rule.work] if rule.work else [])]
+        if self.kind == "enter":
+            return [f for f in (self.stage.before, self.stage.after) if f is not None]
+        return []
+
+    @property
+    def meaning(self) -> Any:
+        """What it computes, as a key."""
+        if not self.functions:
+            otherwise = getattr(self.stage, "otherwise", None)
+            return self.kind, otherwise
+        reads = (
+            self.stage.on_tensor.reads
+            if isinstance(self.stage, Leafwise)
+            else (self.stage.before_reads, self.stage.after_reads)
+        )
+        of_functions = tuple([m.now() for m in meanings(self.stage, self.functions)])
+        return self.kind, of_functions, self.slots, reads, getattr(self.stage, "kind", None)
+
+    @property
+    def unknown(self) -> str | None:
+        """What it reads that nobody can look into."""
+        found = [m.unknown for m in meanings(self.stage, self.functions)] if self.functions else []
+        return next((x for x in found if x), None)
+
+
+def meanings(stage: Any, functions: list[Callable[..., Any]]) -> list[Meaning]:
+    """The meanings of a stage's functions. They are worked out once, and kept with the stage."""
+    kept: list[Meaning] | None = vars(stage).get("_meanings")
+    if kept is None:
+        kept = stage._meanings = [Meaning(f) for f in functions]
+    return kept
+
+
+class Body:
+    """The entries of one kind of leaf: what is compiled, and what runs where that cannot be.
+
+    It is called with a list: for every leaf its update, parameter, slots and rows (values of its
+    own); then the scalars that all leaves have in common. It returns what is to be written, as
+    positions in that list and new values. Updates are added to the parameters, or written `into` a
+    row: over a value that has been read, or behind the others.
+
+    A number is a constant of the compiled code, or, with `as_inputs`, one of its scalars.
+    """
+
+    def __init__(
+        self, entries: list[Entry], now: list[dict[str, Any]], into: int | None, as_inputs: bool
+    ) -> None:
+        self.entries, self.into = entries, into
+        self.whole = any(getattr(entry.stage, "kind", None) == "tensorwise" for entry in entries)
+        self.fixed: list[dict[str, Any]] = []
+        self.exact: list[dict[str, Tensor]] = []
+        self.shared: list[dict[str, Tensor]] = []
+        self.rows: list[list[str]] = []
+        for of in now:
+            self._sort(of, as_inputs)
+        pairs = zip(self.shared, self.exact, strict=True)
+        self.scalars = [x for pair in pairs for of in pair for x in of.values()]
+        n_exact = [x for of in self.exact for x in of.values()]
+        self.kept_wide = {id(x) for x in n_exact}
+        self.n_rows = sum(map(len, self.rows))
+        self.n_slots = sum(len(entry.slots) for entry in entries)
+        self.width = 2 + self.n_slots + self.n_rows + (into == self.n_rows)
+        self.place = None if into is None else 2 + self.n_slots + into
+        tensors = tuple([(n, x.dtype, x.device) for of in self.shared for n, x in of.items()])
+        names = tuple([(*of, *rows) for of, rows in zip(self.shared, self.rows, strict=True)])
+        self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
+        self.numbers = tuple([_written(of) for of in self.fixed])
+        self.key = self.base, self.numbers, tuple([tuple(of) for of in self.exact])
+
+    def _sort(self, now: dict[str, Any], as_inputs: bool) -> None:
+        fixed, exact, shared, rows = {}, {}, {}, []
+        for name, x in now.items():
+            check_value(name, x)
+            if isinstance(x, Each) or (isinstance(x, Tensor) and x.dim()):
+                rows.append(name)
+            elif isinstance(x, Tensor):
+                shared[name] = x
+            elif as_inputs and not isinstance(x, bool):
+                dtype = torch.float64 if isinstance(x, float) else torch.int64
+                exact[name] = torch.tensor(x, dtype=dtype)
+            else:
+                fixed[name] = x
+        self.fixed.append(fixed)
+        self.exact.append(exact)
+        self.shared.append(shared)
+        self.rows.append(rows)
+
+    @property
+    def unknown(self) -> tuple[str, str] | None:
+        """The stage that reads something that nobody can look into, and what that is."""
+        for entry in self.entries:
+            if what := entry.unknown:
+                return entry.stage.name, what
+        return None
+
+    def __call__(self, args: list[Tensor]) -> list[tuple[int, Tensor]]:
+        end = len(args) - len(self.scalars)
+        writes: list[tuple[int, Tensor]] = []
+        for k in range(0, end, self.width):
+            leaf = _Leaf(self, args[k : k + self.width], args[end:])
+            writes += [(k + i, x) for i, x in leaf.writes()]
+        return writes
+
+
+class _Leaf:
+    """One leaf on its way through the entries of a body."""
+
+    def __init__(self, body: Body, args: list[Tensor], scalars: list[Tensor]) -> None:
+        self.body, self.args = body, args
+        self.u, self.p, *rest = args
+        self.slots = iter(enumerate(rest[: body.n_slots], 2))
+        self.rows = iter(rest[body.n_slots :])
+        self.scalars = iter(scalars)
+        self.stack: list[tuple[Any, ...]] = []
+        self.new: list[tuple[int, Tensor]] = []
+
+    def writes(self) -> list[tuple[int, Tensor]]:
+        """What is to be written, as positions among the tensors of this leaf and new values."""
+        seen, incoming = self.p, self.u
+        zero: Tensor | None = None
+        b = self.body
+        for entry, fixed, exact, shared, rows in zip(
+            b.entries, b.fixed, b.exact, b.shared, b.rows, strict=True
+        ):
+            now = {**fixed, **{name: next(self.scalars) for name in shared}}
+            wide = {name: next(self.scalars) for name in exact}
+            now |= {name: next(self.rows) for name in rows}
+            if entry.kind == "zero":
+                self.u = zero = zeros_like(self.u)
+            elif entry.kind == "rule":
+                self._rule(entry.stage, seen, now, wide)
+            elif entry.kind == "enter":
+                seen = self._enter(entry.stage, seen, {**now, **wide})
+            elif entry.kind == "leave":
+                seen = self._leave()
+            elif entry.kind == "open":
+                self.stack.append((self.u, now[ACTIVE]))
+            else:
+                before, active = self.stack.pop()
+                instead = before if entry.stage.otherwise == "pass" else zeros_like(before)
+                self.u = chosen(active, self.u, instead)  # type: ignore[assignment]
+        if b.place is not None:
+            return [*self.new, (b.place, self.u)]
+        if self.u is zero or (not b.entries and incoming is not self.u):
+            return self.new  # nothing moves the parameter
+        return [*self.new, (1, self.p + self.u)]
+
+    def _mine(self, stage: Any) -> dict[str, tuple[int, Tensor]]:
+        return {name: next(self.slots) for name in stage.slots}
+
+    def _rule(self, stage: Leafwise, seen: Tensor, now: dict[str, Any], wide: Any) -> None:
+        mine = self._mine(stage)
+        slots = {name: x for name, (_, x) in mine.items()}
+        active = now.pop(ACTIVE, True)
+        reads_p = "p" in stage.reads
+        dtype = working_dtype(self.u, seen if reads_p else None, *slots.values())
+        self.u, new = stage.on_tensor.apply(self.u, seen, slots, now, dtype, wide)
+        self._keep(mine, new, active)
+
+    def _enter(self, stage: Wrap, seen: Tensor, now: dict[str, Any]) -> Tensor:
+        mine = self._mine(stage)
+        slots = {name: x for name, (_, x) in mine.items()}
+        self.stack.append((stage, self.u, seen, mine, now))
+        self.u, seen = stage.seen(self.u, seen, {**now, **slots})
+        return seen
+
+    def _leave(self) -> Tensor:
+        stage, g, seen, mine, now = self.stack.pop()
+        slots = {name: x for name, (_, x) in mine.items()}
+        self.u, new = stage.left(self.u, g, seen, slots, now)
+        self._keep(mine, new, now.get(ACTIVE, True))
+        return seen  # type: ignore[no-any-return]
+
+    def _keep(self, mine: Any, new: dict[str, Tensor], active: Any) -> None:
+        for name, (place, old) in mine.items():
+            x = chosen(active, new[name], old)
+            self.new.append((place, x))  # type: ignore[arg-type]
+
+
+def _written(fixed: dict[str, Any]) -> Any:
+    """Numbers as a key: 1 is not True, and 0.0 is not -0.0."""
+    return tuple([(name, type(x), repr(x), _sign(x)) for name, x in fixed.items()])
+
+
+def _sign(x: Any) -> float:
+    return math.copysign(1.0, x) if isinstance(x, float) else 0.0

@@ -1,0 +1,357 @@
+"""Which program serves which tensor: the leaves of a model, sorted by what compiled code depends on.
+
+A `Segment` sorts the leaves that go through one `Body` by dtypes, and finds a `Program` for each
+sort; programs are kept for the whole process. torch's guards are left out, for they would cost more
+than a small tensor does. What they would check is checked here, and each tensor that compiled code
+would get wrong (complex, fewer than two elements, memory that is not aligned on a GPU) takes the
+same rules eagerly. Of sharded tensors elementwise rules see the shards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from functools import cached_property
+from itertools import chain as joined
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.leaf import Misfit, wrong_update
+from functorch_opt._execution.body import Body
+from functorch_opt._execution.guards import surroundings
+from functorch_opt._execution.kernel import Program, warn_uncompiled
+from functorch_opt._execution.writes import run_eagerly
+
+BLOCK = {"cpu": 1}
+"""Tensors in a block: on a CPU calling a kernel costs nothing; elsewhere `LAUNCH` share a launch."""
+LAUNCH = 32
+EXAMPLE = 131_072
+"""Elements of the tensors that a block of several is traced on."""
+LARGE = 16_384
+"""Elements from which on it pays to wake other threads."""
+MOST = 32
+"""Programs of the same rules for the same tensors, before one stops making more of them."""
+
+
+class Programs(OrderedDict[Any, list[Any]]):
+    """Compiled code, for all steps of this process: the same rules are compiled once.
+
+    It is bounded, so that code which nobody uses any more is let go. `first` has the numbers that
+    rules were compiled with first; with other numbers they become inputs. Where that cannot be
+    compiled, the rules are in `constant_only`.
+    """
+
+    most = 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: OrderedDict[Any, Any] = OrderedDict()
+        self.constant_only: set[Any] = set()
+        self.made: Counter[Any] = Counter()
+
+    def of(self, key: Any) -> list[Any]:
+        """The programs under `key`, which is now the one that was used last."""
+        found = self.setdefault(key, [])
+        self.move_to_end(key)
+        while len(self) > self.most:
+            self.popitem(last=False)
+        return found
+
+    def wants_inputs(self, body: Body) -> bool:
+        """Whether the numbers of `body` are others than those that its rules were compiled with."""
+        first = self.first.setdefault(body.base, body.numbers)
+        if len(self.first) > 2 * self.most:
+            self.first.popitem(last=False)
+        return first != body.numbers and body.base not in self.constant_only
+
+    def clear(self) -> None:
+        super().clear()
+        self.first.clear()
+        self.constant_only.clear()
+        self.made.clear()
+
+
+PROGRAMS = Programs()
+
+
+class NeedsConstants(Exception):
+    """Rules could not be compiled with their numbers as inputs."""
+
+
+class Uncompiled:
+    """Stands in for a program where there is none."""
+
+    def fits(self, args: list[Tensor]) -> bool:
+        return True
+
+    def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
+        return ()
+
+
+class Part:
+    """Leaves that one program serves, `size` of them at a time; `narrow` if they are computed in float32."""
+
+    def __init__(self, program: Any, size: int, narrow: bool) -> None:
+        self.program, self.size, self.narrow = program, size, narrow
+        self.indices: list[int] = []
+        self.sizes: list[tuple[int, ...]] = []
+
+    @cached_property
+    def scratch(self) -> list[tuple[int, torch.dtype]]:
+        return self.program.scratch(self.sizes)  # type: ignore[no-any-return]
+
+    def run(self, columns: list[list[Tensor]], scalars: list[Tensor], body: Body) -> None:
+        """Apply the body to these leaves."""
+        if len(self.indices) < len(columns[0]):
+            columns = [[column[i] for i in self.indices] for column in columns]
+        if isinstance(self.program, Uncompiled):
+            for leaf in zip(*columns, strict=True):
+                run_eagerly(body, [*leaf, *scalars])
+            return
+        if getattr(self.program, "kernel", None) is not None and self.size == 1:
+            self._run_kernel(columns, scalars)
+            return
+        whole = body.whole
+        leaves = [
+            [x if whole or not x.dim() else x.view(-1) for x in leaf]
+            for leaf in zip(*columns, strict=True)
+        ]
+        for k in range(0, len(leaves), self.size):
+            block = leaves[k : k + self.size]
+            missing = self.size - len(block)
+            block += [[x.new_empty(2 if x.dim() else ()) for x in block[0]] for _ in range(missing)]
+            self.program([*joined.from_iterable(block), *scalars])
+
+    def _run_kernel(self, columns: list[list[Tensor]], scalars: list[Tensor]) -> None:
+        kernel, arguments = self.program.kernel, self.program.arguments
+        last = (*scalars, *[torch.empty(n, dtype=dtype) for n, dtype in self.scratch])
+        for leaf, sizes in zip(zip(*columns, strict=True), self.sizes, strict=True):
+            kernel(*arguments((*leaf, *last, *sizes)))
+
+
+class Segment:
+    """The leaves of a model that go through one body, sorted by the programs that serve them.
+
+    Args:
+        backend: compiles; see `Program`.
+        body: what happens to each leaf.
+        columns: the updates, parameters, slots and rows, a list of leaves for each.
+        where: the path of each leaf, for errors.
+    """
+
+    def __init__(
+        self, backend: Any, body: Body, columns: list[list[Any]], where: list[str]
+    ) -> None:
+        self.body, self.backend = body, backend
+        self.around = surroundings()
+        self.present = [u is not None for u in columns[0]]
+        self.sharded = not body.whole and any(map(tree.is_sharded, columns[1]))
+        sorts = self._sorts(columns, where)
+        self.eager = sorts.pop(None, [])
+        self.where = where
+        self.compiled = [i for indices in sorts.values() for i in indices]
+        mine = self._mine(columns)
+        # What may have any strides is copied if it must be; what is written to lies as it must.
+        free = [0, *range(2 + body.n_slots, len(columns))]
+        self.copies = [c for c in free if not all(x.is_contiguous() for x in mine[c])]
+        self.parts = self._parts(sorts, mine)
+        self._watch(mine)
+
+    def _sorts(self, columns: list[list[Any]], where: list[str]) -> dict[Any, list[int]]:
+        """The leaves that have an update, by what compiled code depends on."""
+        sorts: dict[Any, list[int]] = {}
+        end = 2 + self.body.n_slots
+        for i, leaf in enumerate(zip(*columns, strict=True)):
+            u, p, *others = leaf
+            if u is None:
+                continue
+            if wrong := wrong_update(u, p, others[: self.body.n_slots]):
+                raise ValueError(f"compiled_step: the update at {where[i]!r} {wrong}")
+            sorts.setdefault(self._sort(leaf, end), []).append(i)
+        return sorts
+
+    def _sort(self, leaf: tuple[Any, ...], end: int) -> Any:
+        """What compiled code depends on beside sizes; None if these tensors must not meet it."""
+        p: Any = leaf[1]
+        whole = self.body.whole
+        if tree.is_sharded(p) and not whole:
+            if not all(_laid_out_alike(x, p) for x in leaf):
+                return None
+            leaf = tuple(map(_local, leaf))
+            p = leaf[1]
+        plain = all(type(x) in tree.PLAIN and not x.is_complex() for x in leaf)
+        if p.numel() < 2 or not plain:
+            return None
+        if not all(x.is_contiguous() and _is_aligned(x) for x in leaf[1:end]):
+            return None
+        if not all(
+            x.device == p.device and (whole or not x.dim() or x.shape == p.shape) for x in leaf
+        ):
+            return None
+        written = {x.data_ptr() for x in leaf[1:end]}
+        if any(x.data_ptr() in written for x in (leaf[0], *leaf[end:])):
+            return None  # a gradient that is the parameter itself
+        threads = torch.get_num_threads() if p.numel() >= LARGE else 1
+        shapes = tuple(
+            [tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim()) for x in leaf]
+        )
+        return p.device, threads, shapes, tuple([x.dtype for x in leaf])
+
+    def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
+        """The columns with the entries of compiled leaves only, of sharded ones the shards."""
+        if self.compiled != list(range(len(columns[0]))):
+            columns = [[column[i] for i in self.compiled] for column in columns]
+        return [list(map(_local, column)) for column in columns] if self.sharded else columns
+
+    def _parts(self, sorts: dict[Any, list[int]], mine: list[list[Tensor]]) -> list[Part]:
+        number = {i: k for k, i in enumerate(self.compiled)}
+        whole = self.body.whole
+        flat = [[x.contiguous() if whole else _flat(x) for x in column] for column in mine]
+        parts: list[Part] = []
+        for sort, indices in sorts.items():
+            of_program: dict[int, Part] = {}
+            for i in indices:
+                leaf = [column[number[i]] for column in flat]
+                program, size = self._program(sort, leaf)
+                part = of_program.setdefault(id(program), Part(program, size, _narrow(leaf)))
+                part.indices.append(number[i])
+                part.sizes.append(program.sizes(leaf) if size == 1 else ())
+            parts += of_program.values()
+        return parts
+
+    def _watch(self, mine: list[list[Tensor]]) -> None:
+        """Remember what the tensors are. A tensor may be there twice; the guards want it once."""
+        checked = [x for column in mine for x in column]
+        places: dict[int, int] = {}
+        place_of = [places.setdefault(id(x), k) for k, x in enumerate(checked)]
+        self.once = [*places.values()]
+        self.again = [(k, place) for k, place in enumerate(place_of) if k != place]
+        shapes: list[Any] = [[*checked[k].shape] for k in self.once]
+        strides: list[Any] = [[*checked[k].stride()] for k in self.once]
+        guards = torch._C._dynamo.guards.TensorGuards
+        self.guards = guards(
+            *[checked[k] for k in self.once],
+            dynamic_dims_sizes=shapes,
+            dynamic_dims_strides=strides,
+        )
+
+    def _program(self, sort: Any, leaf: list[Tensor]) -> tuple[Any, int]:
+        """A program for this leaf, and how many leaves it takes at a time."""
+        device, threads = sort[:2]
+        size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
+        programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
+        scalars = self._scalars(_narrow(leaf))
+        for program in programs:
+            if program.fits([*leaf * size, *scalars]):
+                return program, size
+        examples = [x.detach() for x in leaf]
+        if size > 1:  # on a GPU the sizes it sees decide the launch for good
+            shapes = [EXAMPLE if x.dim() else () for _ in range(size) for x in leaf]
+            examples = [x.new_empty(n) for n, x in zip(shapes, leaf * size, strict=True)]
+        program = self._made([*examples, *scalars], threads, sort)
+        programs.append(program)
+        return program, size
+
+    def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
+        family = self.body.base[1:], len(self.body.entries), sort, str(self.backend)
+        family += (tuple([f.__code__ for e in self.body.entries for f in e.functions]),)
+        PROGRAMS.made[family] += 1
+        try:
+            if PROGRAMS.made[family] > MOST:
+                raise TooMany(
+                    f"{MOST} programs were made of these rules, for what they read changes again "
+                    "and again."
+                )
+            return Program(self.body, examples, threads, self.backend)
+        except Exception as error:
+            if any(self.body.exact):
+                raise NeedsConstants from error
+            warn_uncompiled("compiled_step runs eagerly", error)
+            return Uncompiled()
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def knows(self, columns: list[list[Any]]) -> bool:
+        """Whether these leaves are of the kind that it was made for."""
+        if [u is not None for u in columns[0]] != self.present or self.around != surroundings():
+            return False
+        tensors = [x for column in self._mine(columns) for x in column]
+        if not self.compiled:
+            return True
+        if any(tensors[k] is not tensors[place] for k, place in self.again):
+            return False
+        return bool(
+            self.guards.check(*([tensors[k] for k in self.once] if self.again else tensors))
+        )
+
+    def check(self, columns: list[list[Any]]) -> None:
+        """Raise ValueError for a leaf that runs eagerly, and does not fit."""
+        for i in self.eager:
+            if wrong := wrong_update(columns[0][i], columns[1][i]):
+                raise ValueError(f"compiled_step: the update at {self.where[i]!r} {wrong}")
+
+    def run(self, columns: list[list[Any]], body: Body) -> None:
+        """Apply `body`, which has the key that this was made for, to leaves that it knows."""
+        if self.compiled:
+            mine = [*self._mine(columns)]
+            # Autograd must see that parameters have changed.
+            torch.autograd.graph.increment_version(mine[1])
+            for c in self.copies:
+                mine[c] = [x.contiguous() for x in mine[c]]
+            wide, narrow = body.scalars, None
+            for part in self.parts:
+                if part.narrow and narrow is None:
+                    narrow = narrowed(body)
+                part.run(mine, narrow if part.narrow else wide, body)  # type: ignore[arg-type]
+        for i in self.eager:
+            leaf = [column[i] for column in columns]
+            try:
+                run_eagerly(body, [*leaf, *body.scalars])
+            except Misfit as misfit:
+                where = self.where[i]
+                raise ValueError(f"compiled_step: the update at {where!r} {misfit}") from misfit
+
+    def _scalars(self, narrow: bool) -> list[Tensor]:
+        return narrowed(self.body) if narrow else self.body.scalars
+
+
+class TooMany(RuntimeError):
+    """Rules that mean something else at every step are not compiled for ever."""
+
+
+def narrowed(body: Body) -> list[Tensor]:
+    """The scalars, those of float64 in float32. A rule would do this itself, but a kernel would do
+    it again for every vector of every tensor. Numbers that became inputs stay what they were."""
+    wide = [x for x in body.scalars if x.dtype is torch.float64 and id(x) not in body.kept_wide]
+    if not wide or len({x.device for x in wide}) > 1:
+        return body.scalars
+    left = iter(torch.stack(wide).to(torch.float32).unbind())
+    return [
+        next(left) if x.dtype is torch.float64 and id(x) not in body.kept_wide else x
+        for x in body.scalars
+    ]
+
+
+def _narrow(leaf: list[Any]) -> bool:
+    """Whether all rules compute in float32 for this leaf."""
+    return not any(x.dtype in (torch.float64, torch.complex128) for x in leaf)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1) if x.dim() else x
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.device.type == "cpu" or x.data_ptr() % 16 == 0
+
+
+def _laid_out_alike(x: Any, p: Any) -> bool:
+    if not tree.is_sharded(x):
+        return not x.dim()
+    return bool(x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh)
+
+
+def _local(x: Any) -> Any:
+    return x._local_tensor if tree.is_sharded(x) else x

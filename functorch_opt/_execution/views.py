@@ -1,0 +1,80 @@
+"""The leaves that a stage sees: all of them, or those of one group."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from functorch_opt import tree
+from functorch_opt._core.groups import Groups
+from functorch_opt.tree import PyTree
+
+MOST_PARTS = 64
+
+
+class View:
+    """Some leaves of the whole tree, in the containers in which a stage sees them.
+
+    Attributes:
+        indices: which leaves of the whole tree they are.
+        spec: the structure of the tree in which the stage sees them.
+        is_root: whether that is the whole tree itself.
+    """
+
+    def __init__(self, spec: Any, indices: list[int], is_root: bool) -> None:
+        self.spec, self.indices, self.is_root = spec, indices, is_root
+        self.parts: dict[Any, dict[str | None, View]] = {}
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The path of each leaf, which is the same in every view."""
+        return tree.paths(tree.unflatten(self.spec, [None] * len(self.indices)))
+
+    def leaves(self, values: list[Any]) -> list[Any]:
+        """Its entries of `values`, which has one for each leaf of the whole tree."""
+        return values if self.is_root else [values[i] for i in self.indices]
+
+    def tree(self, values: list[Any]) -> PyTree:
+        """Its tree of `values`."""
+        return tree.unflatten(self.spec, self.leaves(values))
+
+    def column(self, ps: list[Any], given: PyTree, name: str) -> list[Any]:
+        """The leaves of a tree that must have its structure."""
+        try:
+            found = self.spec.flatten_up_to(given)
+        except (ValueError, TypeError):
+            found = tree.match(self.tree(ps), self.spec, given, names=("params", name))
+        return found  # type: ignore[no-any-return]
+
+    def write(self, values: list[Any], column: list[Any]) -> None:
+        """Put its leaves back into `values`."""
+        for i, x in zip(self.indices, column, strict=True):
+            values[i] = x
+
+    def of_groups(self, groups: Groups, ps: list[Any]) -> dict[str | None, View]:
+        """The view of each label; None has the leaves that no transformation is for."""
+        mine = self.leaves(ps)
+        reference = None if callable(groups.labels) else self.tree(ps)
+        labels = groups.assigned(reference, self.paths, mine, True)
+        key = id(groups), tuple(labels)
+        if key not in self.parts:
+            if len(self.parts) >= MOST_PARTS:
+                self.parts.clear()
+            self.parts[key] = self._divided(groups, labels)
+        return self.parts[key]
+
+    def _divided(self, groups: Groups, labels: list[Any]) -> dict[str | None, View]:
+        views: dict[str | None, View] = {}
+        rest = [k for k, label in enumerate(labels) if label not in groups.inside]
+        for label in groups.inside:
+            mine = {
+                path: i
+                for path, i, of in zip(self.paths, self.indices, labels, strict=True)
+                if of == label
+            }
+            if mine:
+                indices, spec = tree.flatten(mine)
+                views[label] = View(spec, indices, False)
+        if rest:
+            views[None] = View(None, [self.indices[k] for k in rest], False)
+        return views

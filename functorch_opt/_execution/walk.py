@@ -1,0 +1,377 @@
+"""From a declaration to what is to be done with each leaf.
+
+`Walk.look` goes through a transformation once, before anything is written: it lists what is to be
+done, in order, and works out every schedule, decision and `prepare` that can be worked out by then.
+`Walk.go` does it: rules wait in a line until something has to see the updates, and then they run,
+all that wait for a leaf as one body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.decision import chosen
+from functorch_opt._core.gate import Gate
+from functorch_opt._core.groups import Groups
+from functorch_opt._core.inject import Injected
+from functorch_opt._core.leaf import part_of_tree
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._core.wrap import Wrap
+from functorch_opt._execution.body import ACTIVE, Entry
+from functorch_opt._execution.views import View
+from functorch_opt._execution.writes import run_eagerly
+from functorch_opt.tree import PyTree, StageState
+
+NewState = Callable[[], PyTree]
+
+
+@dataclass
+class Waiting:
+    """An entry that waits to be applied to the leaves of a view: its slots and its values."""
+
+    entry: Entry
+    view: View
+    slots: dict[str, list[Any]] = field(default_factory=dict)
+    now: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Door:
+    """A gate on the way: whether it is open, once that is known."""
+
+    active: Any = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Walk:
+    """One step of a transformation: `us` are the updates as far as they are worked out.
+
+    Args:
+        root: all leaves.
+        ps: the parameters, as the stages see them.
+        us: the updates.
+        extra: extra arguments of the step.
+        flush: applies what waits to the updates.
+        aside: runs a stage that cannot be taken apart, and says so.
+    """
+
+    def __init__(
+        self,
+        root: View,
+        ps: list[Any],
+        us: list[Any],
+        extra: dict[str, Any],
+        flush: Callable[[Walk], None],
+        aside: Callable[[Walk, View, GradientTransformation, PyTree], PyTree],
+    ) -> None:
+        self.ps, self.us, self.extra, self.flush, self.aside = ps, us, extra, flush, aside
+        self.root = root
+        self.waiting: list[Waiting] = []
+        self.todo: list[tuple[list[Door], Callable[[], None]]] = []
+        self.doors: list[Door] = []
+        self.columns: list[list[Any]] = []
+        self.settled = True
+        self.sharded = any(map(tree.is_sharded, ps))
+        self.on_host = all(p is None or p.device.type == "cpu" for p in ps)
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every leaf."""
+        return self.root.paths
+
+    # ---- before anything is written --------------------------------------------------------------
+
+    def look(self, tx: GradientTransformation, state: PyTree, view: View) -> NewState:
+        """List what `tx` does. The function that is returned gives the new state afterwards."""
+        if isinstance(tx, Chain):
+            tx.check_state(state)
+            stages = tx.stages.items()
+            new = {name: self.look(stage, state[name], view) for name, stage in stages}
+            return lambda: {name: of() for name, of in new.items()}
+        if isinstance(tx, Leafwise):
+            return self._rule(tx, state, view)
+        if isinstance(tx, Groups):
+            return self._groups(tx, state, view)
+        if isinstance(tx, Injected):
+            values, counter = tx.next(state)
+            inner = self.look(made_once(tx, values), state["inner"], view)
+            return lambda: {"hyperparams": values, "inner": inner(), **counter}
+        if isinstance(tx, Gate) and (self.on_host or _fits_inside(tx.inner, True, False, False)):
+            return self._gate(tx, state, view)
+        if isinstance(tx, Wrap):
+            return self._wrap(tx, state, view)
+        return self._other(tx, state, view)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        self.todo.append(([*self.doors], action))
+
+    def _columns(self, slots: dict[str, PyTree], view: View) -> dict[str, list[Any]]:
+        columns = {
+            name: view.column(self.ps, slot, f"the state's {name}") for name, slot in slots.items()
+        }
+        self.columns += columns.values()
+        return columns
+
+    def inside(self, view: View) -> Any:
+        """Where values have one entry for each leaf, a stage takes those of its leaves."""
+        return nullcontext() if view.is_root else part_of_tree(view.indices)
+
+    def _rule(self, tx: Leafwise, state: PyTree, view: View) -> NewState:
+        tx.check_state(state)
+        columns = self._columns(state.slots, view)
+        found: list[Any] = []
+        looks = tx.looks_around
+        first = self.settled
+        self.settled = False
+
+        def scalars() -> None:
+            us, ps = view.leaves(self.us), view.leaves(self.ps)
+            trees = [view.tree(self.us) if looks else None, None]
+            if "params" in tx.once.reads:
+                trees[1] = view.tree(self.ps)
+            with self.inside(view):
+                given = (trees[0], state.shared, trees[1], self.extra, us, ps, columns)
+                found.append(tx.scalars(*given))
+
+        def act() -> None:
+            if looks and self._moves():
+                self.flush(self)
+            if not found:
+                scalars()
+            now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
+            if tx.on_tensor.sums and self.sharded:
+                self.flush(self)
+                us, ps, reference = view.leaves(self.us), view.leaves(self.ps), view.tree(self.us)
+                now |= tx.sums_before(reference, view.spec, us, ps, columns, now)
+            self._wait(Entry("rule", tx), view, columns, now)
+
+        if self._is_certain() and (first or not looks):
+            scalars()
+        self._do(act)
+        return lambda: StageState(found[0][1], state.slots)
+
+    def _moves(self) -> bool:
+        """Whether something waits that changes updates. What is around a rule is no such thing."""
+        return any(each.entry.kind not in ("enter", "open") for each in self.waiting)
+
+    def _is_certain(self) -> bool:
+        """Whether no gate on the way waits for its decision."""
+        return all(door.active is not None for door in self.doors)
+
+    def _wait(self, entry: Entry, view: View, slots: Any = None, now: Any = None) -> None:
+        flags = [door.active for door in self.doors_now if door.active is not True]
+        active = {} if not flags else {ACTIVE: _both(flags)}
+        self.waiting.append(Waiting(entry, view, slots or {}, {**(now or {}), **active}))
+
+    def _groups(self, tx: Groups, state: PyTree, view: View) -> NewState:
+        views = view.of_groups(tx, self.ps)
+        new: dict[str, NewState] = {}
+        began, ended = self.settled, False
+        for label, inner in tx.inside.items():
+            if label in views:
+                self.settled = began
+                new[label] = self.look(inner, tx.part_of_state(state, label), views[label])
+                ended |= not self.settled
+        self.settled = began and not ended
+        if None in views and tx.otherwise == "zero":
+            self._do(lambda: self._wait(Entry("zero"), views[None]))
+        return lambda: {label: of() for label, of in new.items()}
+
+    def _gate(self, tx: Gate, state: PyTree, view: View) -> NewState:
+        door, first = Door(), self.settled
+        reads = "updates" in tx.once.reads
+
+        def decide() -> None:
+            us = view.tree(self.us) if reads else None
+            ps = view.tree(self.ps) if "params" in tx.once.reads else None
+            door.active, door.shared = tx.decided(us, state, ps, self.extra)
+
+        tx.check_state(state)
+        if self._is_certain() and (first or not reads):
+            decide()
+        else:
+            self._do(lambda: (self.flush(self) if reads else None, decide())[1])
+        known = isinstance(door.active, bool)
+        if not known:
+            self._do(lambda: self._open(tx, door, view))
+        self.doors.append(door)
+        inner: NewState | None = None
+        if door.active is not False:
+            self.settled = self.settled and known
+            inner = self.look(tx.inner, state["inner"], view)
+        self.doors.pop()
+        self._do(lambda: self._close(tx, door, view))
+        return lambda: _after_gate(door, inner, state["inner"])
+
+    def _open(self, tx: Gate, door: Door, view: View) -> None:
+        if not isinstance(door.active, bool):
+            self.waiting.append(Waiting(Entry("open", tx), view, {}, {ACTIVE: door.active}))
+
+    def _close(self, tx: Gate, door: Door, view: View) -> None:
+        if not isinstance(door.active, bool):
+            self.waiting.append(Waiting(Entry("close", tx), view))
+        elif not door.active and tx.otherwise == "zero":
+            self.waiting.append(Waiting(Entry("zero"), view))
+
+    def _wrap(self, tx: Wrap, state: PyTree, view: View) -> NewState:
+        tx.check_state(state)
+        if not can_be_fused(tx, self.sharded):
+            return self._wrap_apart(tx, state, view)
+        kept = state["kept"]
+        columns = self._columns(kept.slots, view)
+        now, shared = self.wrap_scalars(tx, state, view)
+        mine = {name: x for name, x in now.items() if name in tx.reads}
+        if any(map(looks_around, rules_of(tx.inner)[:1])) and not self.settled:
+            self._do(lambda: self.flush(self))
+        self._do(lambda: self._wait(Entry("enter", tx), view, columns, mine))
+        inner = self.look(tx.inner, state["inner"], view)
+        self._do(lambda: self.waiting.append(Waiting(Entry("leave", tx), view)))
+        self.settled = False
+        return lambda: {"inner": inner(), "kept": StageState(shared, kept.slots)}
+
+    def wrap_scalars(self, tx: Wrap, state: PyTree, view: View) -> Any:
+        us = view.tree(self.us) if "updates" in tx.once.reads else None
+        ps = view.tree(self.ps) if "params" in tx.once.reads else None
+        with self.inside(view):
+            return tx.scalars(us, state["kept"].shared, ps, self.extra)
+
+    def _wrap_apart(self, tx: Wrap, state: PyTree, view: View) -> NewState:
+        """What is inside sees tensors of its own, for something of it looks at whole trees."""
+        box: list[PyTree] = []
+
+        def act() -> None:
+            self.flush(self)
+            box.append(run_apart(self, tx, state, view))
+
+        self.settled = False
+        self._do(act)
+        return lambda: box[0]
+
+    def _other(self, tx: GradientTransformation, state: PyTree, view: View) -> NewState:
+        box: list[PyTree] = []
+
+        def act() -> None:
+            self.flush(self)
+            with self.inside(view):
+                box.append(self.aside(self, view, tx, state))
+
+        self.settled = False
+        self._do(act)
+        return lambda: box[0]
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """Do what was listed. What waits in the end is left to be applied."""
+        for doors, action in self.todo:
+            if all(door.active is not False for door in doors):
+                self.doors_now = doors
+                action()
+        self.todo = []
+
+
+def _both(flags: list[Any]) -> Any:
+    active = flags[0]
+    for flag in flags[1:]:
+        active = active & flag
+    return active
+
+
+def _after_gate(door: Door, inner: NewState | None, old: PyTree) -> PyTree:
+    """The state behind a gate and of the gate. Slots were chosen where they were written."""
+    kept = StageState(door.shared, {})
+    if door.active is False or inner is None:
+        return {"inner": old, "gate": kept}
+    new = inner()
+    if door.active is not True:
+        new = tree.map(lambda x, before: chosen(door.active, x, before), new, old)
+    return {"inner": new, "gate": kept}
+
+
+def made_once(tx: Injected, values: dict[str, Tensor]) -> GradientTransformation:
+    """The transformation for these hyperparameters; the last one again if they are the same objects."""
+    last = vars(tx).get("_made")
+    if last is not None and all(values[name] is x for name, x in last[0].items()):
+        return last[1]  # type: ignore[no-any-return]
+    made = tx.made(values)
+    tx._made = values, made  # type: ignore[attr-defined]
+    return made
+
+
+def rules_of(tx: GradientTransformation) -> list[GradientTransformation]:
+    """The stages of `tx`, those of chains in it too."""
+    if isinstance(tx, Chain):
+        return [rule for stage in tx.stages.values() for rule in rules_of(stage)]
+    return [tx]
+
+
+def looks_around(tx: GradientTransformation) -> bool:
+    return isinstance(tx, Leafwise) and tx.looks_around
+
+
+def can_be_fused(tx: Wrap, sharded: bool) -> bool:
+    """Whether nothing inside a wrapper has to see whole trees of what only the wrapper shows it."""
+    if "updates" in tx.once.reads:
+        return False
+    return _fits_inside(tx.inner, tx.changes_g, tx.changes_p, sharded)
+
+
+def _fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> bool:
+    if isinstance(tx, Gate) and not set(tx.once.reads) & {"updates", "params"}:
+        return _fits_inside(tx.inner, g, p, sharded)
+    for k, rule in enumerate(rules_of(tx)):
+        if isinstance(rule, Gate) and len(rules_of(tx)) == 1:
+            return False
+        if not isinstance(rule, Leafwise) or (p and "params" in rule.once.reads):
+            return False
+        if rule.looks_around and (g or k or rule.totals):
+            return False
+        if sharded and rule.on_tensor.sums:
+            return False
+    return True
+
+
+def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
+    """A wrapper whose inner transformation sees trees of its own, in a walk of its own."""
+    kept = state["kept"]
+    now, shared = outer.wrap_scalars(tx, state, view)
+    leaves = tx.leaves(view.tree(outer.us), view.tree(outer.ps), kept.slots, now)
+    seen, seen_params = leaves.before()
+    us, ps = [*outer.us], [*outer.ps]
+    view.write(us, tree.flatten(seen)[0])
+    view.write(ps, tree.flatten(seen_params)[0])
+    walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside)
+    inner = walk.look(tx.inner, state["inner"], view)
+    walk.go()
+    walk.flush(walk)
+    updates, slots = leaves.after(view.leaves(walk.us))
+    old = [x for column in leaves.columns.values() for x in column]
+    new = [x for name in leaves.columns for x in tree.flatten(slots[name])[0]]
+    written = {storage_of(x) for x in old}
+    moved = [apart_from(written, u) for u in tree.flatten(updates)[0]]
+    view.write(outer.us, moved)
+    writes = [(i, x) for i, x in enumerate(new) if x is not None]
+    run_eagerly(lambda _: writes, old)
+    return {"inner": inner(), "kept": StageState(shared, kept.slots)}
+
+
+def apart_from(written: set[int], x: Any) -> Any:
+    """`x`, or a copy of it where its memory is going to be written."""
+    return x.clone() if x is not None and storage_of(x) in written else x
+
+
+def storage_of(x: Any) -> int:
+    """A number for the memory of `x`; 0 for what has none."""
+    try:
+        return int(x.untyped_storage().data_ptr()) if isinstance(x, torch.Tensor) else 0
+    except (RuntimeError, NotImplementedError):
+        return 0
