@@ -20,6 +20,7 @@ from functorch_opt import tree
 from functorch_opt._core.leaf import Each, Misfit, working_dtype, wrong_update
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._execution.kernel import Program, warn_uncompiled
+from functorch_opt._execution.writes import Writes, run_eagerly
 from functorch_opt.tree import PyTree
 
 BLOCK = {"cpu": 1}
@@ -103,26 +104,32 @@ class Body:
             tuple(map(tuple, self.rows)),
         )
 
-    def __call__(self, args: list[Tensor]) -> None:
-        end = len(args) - len(self.scalars)
+    def __call__(self, args: list[Tensor]) -> Writes:
+        """What is to be written: positions in `args`, and new values."""
+        end, writes = len(args) - len(self.scalars), []
         for k in range(0, end, self.width):
-            self._leaf(list(args[k : k + self.width]), list(args[end:]))
+            leaf = self._leaf(list(args[k : k + self.width]), list(args[end:]))
+            writes += [(k + i, value) for i, value in leaf]
+        return writes
 
-    def _leaf(self, args: list[Tensor], scalars: list[Tensor]) -> None:
+    def _leaf(self, args: list[Tensor], scalars: list[Tensor]) -> Writes:
         u, p, *left = args
-        place = None if self.place is None else args[self.place]
-        entries = left[sum(len(stage.slots) for stage in self.stages) :]
-        seen, held = p, p
+        n_slots = sum(len(stage.slots) for stage in self.stages)
+        entries = left[n_slots:]
+        places = iter(range(2, 2 + n_slots))
+        writes: Writes = []
+        seen, held, of_held = p, p, 1
         for stage, fixed, shared, row in zip(
             self.stages, self.fixed, self.shared, self.rows, strict=True
         ):
-            mine = {name: left.pop(0) for name in stage.slots}
+            where = {name: next(places) for name in stage.slots}
+            mine = {name: args[i] for name, i in where.items()}
             if isinstance(stage, Enter):
-                held = mine["held"]
+                held, of_held = mine["held"], where["held"]
                 seen = stage.rule(held, p)
             elif isinstance(stage, Leave):
                 u, new_held = stage.rule(u, held, p)
-                held.copy_(new_held)
+                writes.append((of_held, new_held))
                 seen = p
             else:
                 now = {
@@ -137,12 +144,8 @@ class Body:
                     now,
                     working_dtype(u, seen if "p" in stage.reads else None, *mine.values()),
                 )
-                for name, slot in mine.items():
-                    slot.copy_(new[name])
-        if place is None:
-            p.copy_(p + u)
-        else:
-            place.copy_(u)
+                writes += [(i, new[name]) for name, i in where.items()]
+        return [*writes, (1, p + u) if self.place is None else (self.place, u)]
 
 
 class _Part:
@@ -346,7 +349,7 @@ class Segment:
 
     def _eagerly(self, i: int, leaf: list[Any], scalars: list[Tensor]) -> None:
         try:
-            self.body([*leaf, *scalars])
+            run_eagerly(self.body, [*leaf, *scalars])
         except Misfit as misfit:
             raise ValueError(
                 f"compiled_step: the update of leaf {i} {misfit}"
@@ -366,7 +369,7 @@ class _Uncompiled:
         return ()
 
     def __call__(self, args: list[Tensor]) -> None:
-        self.body(args)
+        run_eagerly(self.body, args)
 
 
 def _narrow(leaf: list[Any]) -> bool:
