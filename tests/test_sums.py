@@ -251,7 +251,7 @@ def test_which_factors_are_taken_out() -> None:
     """Those that wait for a sum, so that one loop gives both; a factor that is known, or a tensor that is written later, stays."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from functorch_opt._execution.kernel import _take_sums
+    from functorch_opt._execution.cpu_passes import take_sums
 
     def together(g, p, known):
         number = 1 / g.sum()
@@ -275,7 +275,7 @@ def test_which_factors_are_taken_out() -> None:
     g, p, known = torch.stack(examples), torch.stack(examples[::-1]), torch.tensor(0.7)
     traced = make_fx(together, tracing_mode="symbolic")(g, p.clone(), known)
     assert alone(traced.graph) == [True, False, True, False]
-    _take_sums(traced.graph)
+    take_sums(traced.graph)
     traced.recompile()
     assert alone(traced.graph) == [True, True, True, False]
     torch.testing.assert_close(traced(g, p.clone(), known)[0], together(g, p.clone(), known)[0])

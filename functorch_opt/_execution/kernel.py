@@ -1,47 +1,40 @@
-"""A function of tensors, compiled in place for all sizes at once, and called without what torch does around a compiled function.
+"""A function of tensors, compiled in place for all sizes at once, and called without detours.
 
-The function is traced with sizes as symbols. What the trace, or the compiler, took for granted about them is kept, as the guards of a
-`Program`, and asked once for every new shape. On a CPU code that came out as one kernel is called directly: an ordinary C function.
-Everything private to torch that compiling needs is in this file.
+The function is traced with sizes as symbols. What the trace, or the compiler, took for granted
+about them is kept, as the guards of a `Program`, and asked once for every new shape. On a CPU code
+that came out as one kernel is called directly: an ordinary C function, without what torch does
+around a compiled function. What is private to torch, and compiling needs, is in this file.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-aten = torch.ops.aten
-_convert = torch.ops.prims.convert_element_type.default
+from functorch_opt._execution.cpu_passes import store_what_many_read, take_sums
+from functorch_opt._execution.writes import Pure, write_in_place
+
+LOCK = threading.RLock()
+"""Tracing and compiling patch settings of the whole process: one thread at a time."""
 
 _COMBINE = {
     "combo_kernels": True,
     "combo_kernel_peak_memory_pct_threshold": None,
     "combo_kernel_max_num_nodes": 1000,
+    "combo_kernel_max_num_args": 4000,
 }
-_COMBINE |= {"combo_kernel_max_num_args": 4000}
 """What makes of a block of tensors one launch on a GPU."""
 
-_NAMES = {
-    "clear",
-    "size",
-    "empty_strided_cpu",
-    "torch",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "int64",
-    "bool",
-}
-"""What generated code that does nothing but call a kernel may name beside it."""
-_PRIMES = (11, 13, 17, 19, 23, 29, 31)
+_SIZES_COME_WITH_ASSERTS = hasattr(torch._C._dynamo.guards, "assert_size_stride_grouped")
+"""From torch 2.14 on generated code knows its sizes only where it checks them too."""
 
 
 def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
@@ -52,144 +45,64 @@ def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
 
 
 class Program:
-    """`f`, traced on `examples` and compiled; it takes a list of tensors of the same dtypes, devices and ranks, of any sizes that `fits`.
+    """`f`, traced on `examples` and compiled to write in place.
+
+    It takes a list of tensors of the same dtypes, devices and ranks, of any sizes that it `fits`.
+    Everything is read as it was, then everything is written.
 
     Args:
-        f: takes a list of contiguous tensors, writes into some of them and returns nothing.
+        f: takes a list of contiguous tensors. It writes nothing, and returns what is to be
+            written: pairs of a position in the list and a new value.
         examples: such a list; its sizes are hints. A size of 1 stays 1.
         threads: that a CPU kernel may use.
-        backend: ``"inductor"``; ``"eager"`` runs the trace as it is; or a function of graph and inputs that returns a function.
+        backend: ``"inductor"``; ``"eager"`` runs the trace as it is; or a function of graph and
+            inputs that returns a function.
 
     Attributes:
         kernel: if the code is one kernel: that kernel, a C function; otherwise None.
-        arguments: picks the arguments of `kernel` from the tuple of all tensors, those of `scratch`, and `sizes`.
+        arguments: picks the arguments of `kernel` from the tuple of all tensors, those of
+            `scratch`, and `sizes`.
     """
 
-    def __init__(
-        self, f: Callable[[list[Any]], None], examples: list[Tensor], threads: int, backend: Any
-    ) -> None:
-        from torch.fx.experimental import _config
-        from torch.fx.experimental.proxy_tensor import make_fx
-
+    def __init__(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
         self.kernel: Callable[..., None] | None = None
         self.arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
         self.dims: list[tuple[int, int]] = []
         self.buffers: list[tuple[list[int], torch.dtype]] = []
-        symbols: Any = _config
-        table: Any = None
-        if backend == "inductor":
-            from torch._inductor.decomposition import (
-                select_decomp_table,
-            )  # importing it takes seconds
+        with LOCK:
+            self._make(f, examples, threads, backend)
 
-            table = select_decomp_table()
-        with symbols.patch(
-            use_duck_shape=False
-        ):  # two sizes that happen to be equal are two symbols
-            graph = make_fx(
-                lambda *args: f([*args]), decomposition_table=table, tracing_mode="symbolic"
-            )(*examples)
+    def _make(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
+        on_cpu = examples[0].device.type == "cpu"
+        help_cpu = on_cpu and backend == "inductor"
+        graph, targets = _trace(f, examples, backend)
+        if help_cpu:
+            take_sums(graph.graph)
+        graph.graph.eliminate_dead_code()
+        write_in_place(graph.graph, targets)
+        if help_cpu:
+            store_what_many_read(graph.graph)
+        graph.recompile()
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         self.env = inputs[0].fake_mode.shape_env
         if backend == "inductor":
-            self._run = self._inductor(graph, inputs, examples, threads)
+            self._run = _inductor(graph, inputs, threads, on_cpu)
+            if on_cpu and (found := _find_kernel(self._run, inputs)):
+                self.kernel, self.arguments, self.dims, self.buffers = found
         else:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
         self.guards = self.env.produce_guards_expression(inputs)
-
-    def _inductor(
-        self, graph: Any, inputs: list[Any], examples: list[Tensor], threads: int
-    ) -> Callable[[list[Any]], Any]:
-        from torch._guards import TracingContext, tracing
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.virtualized import V
-
-        output = next(node for node in graph.graph.nodes if node.op == "output")
-        output.args = ((),)
-        mode, on_cpu = inputs[0].fake_mode, examples[0].device.type == "cpu"
-        if on_cpu:
-            _take_sums(graph.graph)
-            _store_what_many_read(graph.graph)
-        graph.recompile()
-        options = {
-            "size_asserts": False,
-            "cpp.threads": threads,
-            "emulate_precision_casts": True,
-            **({} if on_cpu else {k: v for k, v in _COMBINE.items() if hasattr(config, k)}),
-        }
-        with (
-            config.patch(options),
-            tracing(TracingContext(mode)),
-            V.set_fake_mode(mode),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # torch's, about itself
-            compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
-        if on_cpu:
-            self._find_kernel(compiled, inputs)
-        return compiled
-
-    def _find_kernel(self, compiled: Any, inputs: list[Any]) -> None:
-        """If all that `compiled` does is to call one kernel, remember that kernel, and what of its arguments is which."""
-        call: Any = getattr(compiled, "current_callable", None)
-        function = getattr(call, "__func__", call)
-        names = getattr(function, "__globals__", {})
-        kernels = [name for name in names if name.startswith("cpp_fused")]
-        if len(kernels) != 1 or set(function.__code__.co_names) - {*kernels, *_NAMES}:
-            return
-        # It is called once with tensors of sizes that tell which is which, and the kernel replaced by one that looks at them.
-        dims = {
-            size.node.expr: (i, d)
-            for i, x in enumerate(inputs)
-            for d, size in enumerate(x.shape)
-            if isinstance(size, torch.SymInt)
-        }
-        telling = dict(zip(dims, _PRIMES, strict=False))
-        if len(telling) < len(dims) or not all(of.is_symbol for of in dims):
-            return
-        shapes = [
-            [telling[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape]
-            for x in inputs
-        ]
-        samples = [
-            torch.empty(shape, dtype=x.dtype) for shape, x in zip(shapes, inputs, strict=True)
-        ]
-        calls: list[tuple[Any, ...]] = []
-        kernel = names[kernels[0]]
-        names[kernels[0]] = lambda *args: calls.append(args)
-        try:
-            call(list(samples))
-        finally:
-            names[kernels[0]] = kernel
-        if len(calls) != 1:
-            return
-        buffers = list(
-            {
-                id(x): x
-                for x in calls[0]
-                if isinstance(x, Tensor) and not any(x is s for s in samples)
-            }.values()
-        )
-        place = {id(x): i for i, x in enumerate(samples + buffers)}
-        of_size = {n: i for i, n in enumerate(telling.values())}
-        order = [
-            of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
-            for x in calls[0]
-        ]
-        if None not in order:
-            self.kernel, self.arguments, self.dims = kernel, itemgetter(*order), list(dims.values())
-            self.buffers = [
-                ([of_size[n] for n in x.shape if n in of_size], x.dtype) for x in buffers
-            ]
 
     def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
         """The sizes that the kernel depends on."""
         return tuple([args[i].shape[d] for i, d in self.dims])
 
     def scratch(self, sizes: list[tuple[int, ...]]) -> list[tuple[int, torch.dtype]]:
-        """The memory that the kernel needs to write what it reads again: how much is enough for tensors of any of these `sizes`."""
+        """The memory that the kernel needs to write what it reads again.
+
+        How much is enough for tensors of any of these `sizes`.
+        """
         return [
             (max(prod([of[i] for i in which]) for of in sizes), dtype)
             for which, dtype in self.buffers
@@ -200,124 +113,186 @@ class Program:
         return bool(self.env.evaluate_guards_expression(self.guards, args))
 
     def __call__(self, args: list[Tensor]) -> None:
-        self._run(args)
+        if self.kernel is None:
+            self._run([*args])  # generated code empties the list that it is given
+            return
+        sizes = self.sizes(args)
+        scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch([sizes])]
+        self.kernel(*self.arguments((*args, *scratch, *sizes)))
 
 
-# ---- what Inductor leaves to be done for a CPU -------------------------------------------------------------------------------
+# ---- tracing -------------------------------------------------------------------------------------
 
 
-def _take_sums(graph: Any) -> None:
-    """Take each sum over all of a float32 tensor in float64: as exact as Inductor's sum of sums, which goes through memory.
+def _trace(f: Pure, examples: list[Tensor], backend: Any) -> tuple[Any, list[int]]:
+    """The graph of the values that `f` would write, and the positions where."""
+    from torch.fx.experimental import _config
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    A factor that is known only after another sum is taken out, ``sum(s x) = s sum(x)``, so that both sums can be of the same loop.
+    table: Any = None
+    if backend == "inductor":
+        from torch._inductor.decomposition import select_decomp_table  # takes seconds to import
+
+        table = select_decomp_table()
+    targets: list[int] = []
+
+    def values(*args: Any) -> list[Tensor]:
+        writes = f([*args])
+        targets[:] = [i for i, _ in writes]
+        return [value for _, value in writes]
+
+    def traced(function: Any) -> Any:
+        return make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*examples)
+
+    symbols: Any = _config
+    with symbols.patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
+        graph = traced(values)
+        if _writes(graph):  # into tensors that the rule has made
+            graph = traced(torch.func.functionalize(values))
+            if _writes(graph):
+                raise TypeError("a rule writes into a tensor that it was given")
+    return graph, targets
+
+
+def _writes(graph: Any) -> bool:
+    """Whether there are operations in `graph` that write in place."""
+    schemas = [getattr(node.target, "_schema", None) for node in graph.graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
+
+
+# ---- Inductor ------------------------------------------------------------------------------------
+
+
+def _inductor(graph: Any, inputs: list[Any], threads: int, on_cpu: bool) -> Callable[..., Any]:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    options = {
+        "size_asserts": _SIZES_COME_WITH_ASSERTS,
+        "cpp.threads": threads,
+        "emulate_precision_casts": True,
+    }
+    if not on_cpu:
+        options |= {k: v for k, v in _COMBINE.items() if hasattr(config, k)}
+    with config.patch(options), _as_if_traced(inputs[0].fake_mode), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about itself
+        compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
+    return compiled
+
+
+@contextmanager
+def _as_if_traced(mode: Any) -> Iterator[None]:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.virtualized import V
+
+    with tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        yield
+
+
+# ---- the kernel in the code ----------------------------------------------------------------------
+
+_NAMES = {
+    "assert_size_stride",
+    "assert_size_stride_grouped",
+    "clear",
+    "size",
+    "empty_strided_cpu",
+    "torch",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "bool",
+}
+"""What generated code that does nothing but call a kernel may name beside it."""
+_PRIMES = (11, 13, 17, 19, 23, 29, 31)
+
+
+class _Kernel(NamedTuple):
+    """A C function, and which of tensors, scratch and sizes are its arguments."""
+
+    function: Callable[..., None]
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    dims: list[tuple[int, int]]
+    buffers: list[tuple[list[int], torch.dtype]]
+
+
+def _find_kernel(compiled: Any, inputs: list[Any]) -> _Kernel | None:
+    """The kernel, if all that `compiled` does is to call one; and what of its arguments is which.
+
+    It is called once with tensors of sizes that tell which is which.
     """
-    late: set[Any] = set()
-    written = {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
-    for node in list(graph.nodes):
-        if (
-            node.target is aten.sum.default
-            and not node.kwargs
-            and node.args[0].meta["val"].dtype is torch.float32
-        ):
-            with graph.inserting_before(node):
-                factor, x = _factored(graph, node.args[0], late, written)
-                total = _total(graph, x)
-                if factor is not None:  # a sum of zeros is 0, whatever the factor
-                    is_zero, product = (
-                        _call(graph, aten.eq.Scalar, total, 0),
-                        _call(graph, aten.mul.Tensor, total, factor),
-                    )
-                    total = _call(graph, aten.where.self, is_zero, total, product)
-                total = _call(graph, _convert, total, torch.float32)
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
-            late.add(total)
-        elif node.target is aten.sum.default or not late.isdisjoint(node.all_input_nodes):
-            late.add(node)
+    call: Any = getattr(compiled, "current_callable", None)
+    dims = _symbols(inputs)
+    name = _only_kernel(call)
+    if name is None or len(dims) > len(_PRIMES) or not all(of.is_symbol for of in dims):
+        return None
+    telling = dict(zip(dims, _PRIMES, strict=False))
+    samples = samples_of(inputs, telling)
+    given = _given(call, name, samples)
+    if given is None:
+        return None
+    own = {id(x) for x in samples}
+    buffers = [*{id(x): x for x in given if isinstance(x, Tensor) and id(x) not in own}.values()]
+    place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
+    of_size = {n: i for i, n in enumerate(telling.values())}
+    order = [
+        of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
+        for x in given
+    ]
+    if None in order or any(n != 1 and n not in of_size for x in buffers for n in x.shape):
+        return None
+    sizes = [([of_size[n] for n in x.shape if n != 1], x.dtype) for x in buffers]
+    function = _function(call).__globals__[name]
+    return _Kernel(function, itemgetter(*order), list(dims.values()), sizes)
 
 
-def _total(graph: Any, x: Any) -> Any:
-    dims = [*range(1, x.meta["val"].dim())]
-    if dims:  # row by row, as what is summed is worked out row by row too if anything of a row stands in it
-        x = _call(graph, aten.sum.dim_IntList, x, dims)
-    return _call(graph, aten.sum.default, x, dtype=torch.float64)
+def _symbols(inputs: list[Any]) -> dict[Any, tuple[int, int]]:
+    """The symbols in the sizes of `inputs`; of each, an input and a dimension that it is of."""
+    return {
+        size.node.expr: (i, d)
+        for i, x in enumerate(inputs)
+        for d, size in enumerate(x.shape)
+        if isinstance(size, torch.SymInt)
+    }
 
 
-def _factored(graph: Any, x: Any, late: set[Any], written: set[Any]) -> tuple[Any, Any]:
-    """`x` as a float64 number, made of `late` ones, and the rest; None, and `x`, if there is no such number."""
-
-    def stays(node: Any) -> bool:  # and can be read later than it was
-        return node not in written and not getattr(node.target, "is_view", False)
-
-    if x.target is aten.mul.Tensor and x.meta["val"].dim():
-        for number, other in (x.args, x.args[::-1]):
-            if number in late and not number.meta["val"].dim():
-                more, rest = _factored(graph, other, late, written)
-                if stays(rest):
-                    factor = _call(graph, _convert, number, torch.float64)
-                    return factor if more is None else _call(
-                        graph, aten.mul.Tensor, factor, more
-                    ), rest
-    elif x.target is aten.pow.Tensor_Scalar and x.args[1] == 2:
-        root, rest = _factored(graph, x.args[0], late, written)
-        if root is not None:
-            return _call(graph, aten.mul.Tensor, root, root), _call(
-                graph, aten.pow.Tensor_Scalar, rest, 2
-            )
-    elif (
-        x.target is aten.where.self
-        and x.args[2].target is aten.scalar_tensor.default
-        and x.args[2].args[0] == 0
-        and stays(x.args[0])
-    ):
-        factor, rest = _factored(graph, x.args[1], late, written)
-        if factor is not None:
-            return factor, _call(graph, aten.where.self, x.args[0], rest, x.args[2])
-    return None, x
+def samples_of(inputs: list[Any], sizes: dict[Any, int]) -> list[Tensor]:
+    """Tensors like `inputs`, the symbols in their shapes replaced."""
+    shapes = [
+        [sizes[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape] for x in inputs
+    ]
+    return [
+        torch.empty(shape, dtype=x.dtype, device=x.device)
+        for shape, x in zip(shapes, inputs, strict=True)
+    ]
 
 
-def _call(graph: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-    """A new node of `graph`, with the value that it stands for."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(
-        *[x.meta["val"] if isinstance(x, Node) else x for x in args], **kwargs
-    )
-    return node
+def _function(call: Any) -> Any:
+    return getattr(call, "__func__", call)
 
 
-def _store_what_many_read(graph: Any) -> None:
-    """Store each number that meets a tensor, and each row that meets a matrix: else it is worked out again for every vector of elements."""
-    for node in list(graph.nodes):
-        x = node.meta.get("val")
-        if (
-            node.op != "call_function"
-            or not isinstance(x, Tensor)
-            or getattr(node.target, "is_view", False)
-        ):
-            continue
-        readers = [
-            user
-            for user in node.users
-            if isinstance(y := user.meta.get("val"), Tensor) and _is_repeated(x, y)
-        ]
-        if readers:
-            with graph.inserting_after(node):
-                place = graph.call_function(aten.empty_like.default, (node,))
-            with graph.inserting_after(place):
-                stored = graph.call_function(aten.copy_.default, (place, node))
-            place.meta["val"] = stored.meta["val"] = x
-            for user in readers:
-                user.replace_input_with(node, stored)
+def _only_kernel(call: Any) -> str | None:
+    """The name of the kernel that the generated function `call` calls, if it does nothing else."""
+    names = getattr(_function(call), "__globals__", {})
+    kernels = [name for name in names if name.startswith("cpp_fused")]
+    if len(kernels) != 1 or set(_function(call).__code__.co_names) - {*kernels, *_NAMES}:
+        return None
+    return kernels[0]
 
 
-def _is_repeated(x: Tensor, y: Tensor) -> bool:
-    """Whether an element of `x` makes many of `y`, by the rules of broadcasting."""
-    return x.dim() < y.dim() or any(
-        _is_one(n) and not _is_one(m) for n, m in zip(x.shape, y.shape, strict=False)
-    )
-
-
-def _is_one(n: Any) -> bool:
-    return (
-        isinstance(n, int) and n == 1
-    )  # a symbol may be 1 too, but whoever traced with it has not said so
+def _given(call: Any, name: str, samples: list[Tensor]) -> tuple[Any, ...] | None:
+    """What the kernel is given if `call` is: what stands in for it looks."""
+    names, calls = _function(call).__globals__, []
+    kernel = names[name]
+    names[name] = lambda *args: calls.append(args)
+    try:
+        call(list(samples))
+    finally:
+        names[name] = kernel
+    return calls[0] if len(calls) == 1 else None
