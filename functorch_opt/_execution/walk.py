@@ -375,3 +375,14 @@ def storage_of(x: Any) -> int:
         return int(x.untyped_storage().data_ptr()) if isinstance(x, torch.Tensor) else 0
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def always_counts(tx: GradientTransformation) -> bool:
+    """Whether each step of `tx` is counted by all its stages: it is of rules, and has no gate."""
+    if isinstance(tx, Chain):
+        return all(map(always_counts, tx.stages.values()))
+    if isinstance(tx, Groups):
+        return all(map(always_counts, tx.inside.values()))
+    if isinstance(tx, Injected):
+        return always_counts(tx.factory(**tx.fixed, **tx.numbers))
+    return always_counts(tx.inner) if isinstance(tx, Wrap) else isinstance(tx, Leafwise)

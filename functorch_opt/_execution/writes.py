@@ -36,8 +36,7 @@ def run_eagerly(f: Pure, args: list[Any]) -> None:
     writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
     written = {_storage(target) for target, _ in writes}
     kept = [
-        (target, value.clone() if _storage(value) in written else value)
-        for target, value in writes
+        (target, value.clone() if _storage(value) in written else value) for target, value in writes
     ]
     for target, value in kept:
         target.copy_(value)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.chain import chain
+from functorch_opt._core.rule import identity
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
-    identity,
     transformation,
 )
 from functorch_opt.line_search.line import check_state, value_dtype

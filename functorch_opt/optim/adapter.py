@@ -24,10 +24,11 @@ from torch import Tensor
 
 from functorch_opt._core.chain import Chain, chain
 from functorch_opt._core.inject import hyperparameters
+from functorch_opt._core.points import has_point
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
-from functorch_opt.optim.evaluation import averages, held
+from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.options import FLAGS, check_like, check_number, only_sets_up
 from functorch_opt.optim.plan import Make, Plan, layout
@@ -369,12 +370,20 @@ class Optimizer(torch.optim.Optimizer):
             >>> w.item()
             6.0
         """
-        plans = [
-            (self._plan(fixed, groups), [p for g in groups for p in g["params"]])
-            for fixed, groups in self._buckets()
-        ]
+        values: dict[Tensor, Tensor] = {}
+        averaging = False
+        with torch.no_grad():
+            for fixed, groups in self._buckets():
+                plan = self._plan(fixed, groups)
+                averaging |= has_point(plan.tx)
+                values |= plan.points(groups, self.state)
+        if not averaging:
+            raise ValueError(
+                "nothing in this optimizer averages the parameters: "
+                "put params_ema(decay) last in the chain."
+            )
         outside = self._evaluating
-        with held(averages(plans, self.state)):
+        with held(values):
             self._evaluating = True
             try:
                 yield

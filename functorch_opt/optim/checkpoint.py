@@ -28,10 +28,10 @@ def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
     first = tree.state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
     keys: list[dict[str, Expected]] = [
-        {key: Expected("count", torch.zeros(())) for key in plan.counts} for _ in params
+        {key: Expected("count", torch.zeros(())) for key in plan.counts.keys} for _ in params
     ]
     for place in plan.flat:
-        if place and place.kind != "count":
+        if place and place.kind in ("slot", "joint"):
             keys[place.i][place.key] = Expected(place.kind, first[place.path])
     return keys
 

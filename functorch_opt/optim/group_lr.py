@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from functorch_opt._core.chain import Chain
+from functorch_opt._core.gate import Gate
+from functorch_opt._core.groups import Groups
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._core.wrap import Wrap
 
 
 def then(tx: GradientTransformation, stage: GradientTransformation) -> GradientTransformation:
@@ -19,12 +22,14 @@ def then(tx: GradientTransformation, stage: GradientTransformation) -> GradientT
         new: GradientTransformation = Chain(tuple(stages))
     elif not tx.last or isinstance(tx, Leafwise):
         return Chain((stage, tx) if tx.last else (tx, stage))
-    elif tx.rebuilt is not None:
+    elif isinstance(tx, (Groups, Wrap, Gate)):
         new = tx.rebuilt(lambda inner: then(inner, stage))
     else:
         raise TypeError(
-            f"the group option lr has no place in {tx.name}, which looks at the new parameters. Give the function that makes the "
-            "transformation, Optimizer(params, function, learning_rate=...), or put what looks at them last in the outer chain."
+            f"the group option lr has no place in {tx.name}, which looks at the new parameters. "
+            "Give the function that makes the transformation, "
+            "Optimizer(params, function, learning_rate=...), or put what looks at them last in the "
+            "outer chain."
         )
     new.name = tx.name
     return new

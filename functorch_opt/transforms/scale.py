@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from functorch_opt._core.rule import leafwise
+from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
     check_range,
-    identity,
     transformation,
 )
 from functorch_opt.schedules.schedules import Schedule

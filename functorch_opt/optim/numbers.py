@@ -1,0 +1,82 @@
+"""The hyperparameters of a stateful optimizer, from the groups to where a transformation reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+
+Groups = list[dict[str, Any]]
+
+
+class Numbers:
+    """The options that are hyperparameters: one number, or with several groups one for each parameter."""
+
+    def __init__(self, names: list[str], groups: Groups, n: int, device: torch.device) -> None:
+        shape = () if len(groups) == 1 else (n,)
+
+        def buffer(value: Any) -> Any:
+            """Where a hyperparameter is written at every step; the transformation reads it there."""
+            if isinstance(value, tuple):
+                return tuple(buffer(part) for part in value)
+            return torch.zeros(shape, dtype=tree.real_dtype(device), device=device)
+
+        self.buffers = {name: buffer(groups[0][name]) for name in names}
+        self.written: dict[str, list[Any]] = {}
+
+    def write(self, groups: Groups) -> None:
+        """Write the hyperparameters where the transformation reads them."""
+        for name, target in self.buffers.items():
+            values = [group[name] for group in groups]
+            tensors = any(isinstance(value, Tensor) for value in values)
+            if values == self.written.get(name) and not tensors:
+                continue
+            if isinstance(target, tuple):
+                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
+                    _write(part, of_groups, groups)
+            else:
+                _write(target, values, groups)
+            # A tensor may be changed without our seeing it.
+            plain = all(isinstance(value, (int, float)) for value in values)
+            self.written[name] = values if plain else []
+
+    def read(self, groups: Groups) -> dict[str, Any]:
+        """The hyperparameters as `write` writes them, in new tensors."""
+        numbers: dict[str, Any] = {}
+        for name, target in self.buffers.items():
+            values = [group[name] for group in groups]
+            if isinstance(target, tuple):
+                pairs = zip(target, zip(*values, strict=True), strict=True)
+                numbers[name] = tuple([_read(part, of_groups, groups) for part, of_groups in pairs])
+            else:
+                numbers[name] = _read(target, values, groups)
+        return numbers
+
+
+def _write(target: Tensor, values: Iterable[Any], groups: Groups) -> None:
+    values = list(values)
+    if len(groups) > 1:
+        of_groups = zip(values, groups, strict=True)
+        of_params = [float(value) for value, group in of_groups for _ in group["params"]]
+        target.copy_(torch.tensor(of_params, dtype=target.dtype))
+    elif isinstance(values[0], Tensor):
+        target.copy_(values[0].reshape(()))
+    else:
+        target.fill_(values[0])
+
+
+def _read(target: Tensor, values: Iterable[Any], groups: Groups) -> Tensor:
+    """A float is multiplied in, for so it can change without compiling again."""
+    one = torch.ones((), dtype=target.dtype, device=target.device)
+    numbers = [
+        value.to(target).reshape(()) if isinstance(value, Tensor) else one * value
+        for value in values
+    ]
+    if len(groups) == 1:
+        return numbers[0]
+    pairs = zip(numbers, groups, strict=True)
+    return torch.stack([number for number, group in pairs for _ in group["params"]])
