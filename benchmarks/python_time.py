@@ -19,7 +19,7 @@ from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import NANOGPT, TINY, Shapes
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._execution import blocks
+from functorch_opt._execution import segments
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:
@@ -103,7 +103,7 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
 def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
     """Of a step as it runs: the kernels, and `prepare` of all stages, by clocks around them; the rest is Python. In microseconds."""
     contender, seen = make(draw(of, 0), draw(of, 1)), {"step": [], "kernels": [], "prepare": []}
-    with _clock(blocks._Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
+    with _clock(segments.Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
         for i in range(n + 10):
             kernels.clear()
             prepare.clear()

@@ -35,6 +35,9 @@ from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
+from functorch_opt.wrappers.accumulate import *
+from functorch_opt.wrappers.lookahead import *
 from functorch_opt.wrappers.precision import *
+from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"

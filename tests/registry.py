@@ -36,6 +36,8 @@ class Row:
     """Whether compiled code unrolls its loop, which takes long: `test_line_search.py` compiles a small one."""
     shards: bool = True
     """Whether it takes sharded tensors; otherwise it raises an error that says so."""
+    apart: bool = False
+    """Whether it is not made of rules, so that a compiled step runs it eagerly, and says so."""
     written: bool = True
     """Whether `make` is the public function itself, so that what it builds prints as one call and pickles."""
 
@@ -117,6 +119,7 @@ ROWS = [
         keyed=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
     Row("identity", fo.identity),
@@ -185,6 +188,7 @@ ROWS = [
         unrolls=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row(
         "scale_by_lbfgs",
@@ -193,6 +197,7 @@ ROWS = [
         ({}, {"memory_size": 2}, {"scale_init_precond": False}),
         slots_rest=False,
         shards=False,
+        apart=True,
     ),
     Row(
         "scale_by_learning_rate",
@@ -207,6 +212,7 @@ ROWS = [
         {"f_min": 0.1, "max_learning_rate": 1.0, "eps": 0.1},
         ({}, {"variant": "sps+"}),
         written=False,
+        apart=True,
     ),
     Row(
         "scale_by_rms",
@@ -248,6 +254,7 @@ ROWS = [
         unrolls=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
@@ -256,6 +263,7 @@ ROWS = [
         lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)),
         passes_none=False,
         written=False,
+        apart=True,
     ),
     Row("stochastic_round", fo.stochastic_round, keyed=True, rounds=True),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
@@ -280,6 +288,7 @@ ROWS = [
         unrolls=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row(
         "lamb",
@@ -301,6 +310,7 @@ ROWS = [
         keyed=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row(
         "dp_sgd",
@@ -310,6 +320,7 @@ ROWS = [
         keyed=True,
         shards=False,
         written=False,
+        apart=True,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("nadam", fo.nadam, {**LR, **ADAM}),
@@ -319,6 +330,7 @@ ROWS = [
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
         {"max_learning_rate": 1.0, "scaling": 0.5},
         written=False,
+        apart=True,
     ),
     Row(
         "rmsprop",

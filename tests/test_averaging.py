@@ -39,13 +39,13 @@ def trajectory(
     params = make_params()
     ps = [p.detach() for p in params]
     state = tx.init(ps)
-    all_ps, averages = [ps], [fo.eval_params(state, ps)]
+    all_ps, averages = [ps], [fo.eval_params(tx, state, ps)]
     for step in range(steps):
         set_grads(params, step)
         updates, state = tx.update([p.grad for p in params], state, ps)
         ps = fo.apply_updates(ps, updates)
         all_ps.append(ps)
-        averages.append(fo.eval_params(state, ps))
+        averages.append(fo.eval_params(tx, state, ps))
     return all_ps, averages, state
 
 
@@ -142,7 +142,7 @@ def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_thei
     torch.testing.assert_close(
         fo.get(state, "averaged")["w"], torch.full((2,), 1 - steps * 2.0**-12), rtol=1e-7, atol=0
     )
-    assert fo.eval_params(state, ps)["w"].dtype == torch.bfloat16
+    assert fo.eval_params(tx, state, ps)["w"].dtype == torch.bfloat16
 
 
 # ---- reading it out of a state -------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_at_any_depth(tx: fo.GradientTransformation, averaged: list[str]) -> Non
     state = tx.init(PS)
     updates, state = tx.update(GS, state, PS)
     new = fo.apply_updates(PS, updates)
-    columns = tree.leaves(PS), tree.leaves(new), tree.leaves(fo.eval_params(state, new))
+    columns = tree.leaves(PS), tree.leaves(new), tree.leaves(fo.eval_params(tx, state, new))
     for path, p, q, m in zip(tree.paths(PS), *columns, strict=True):
         torch.testing.assert_close(m, (p + q) / 2 if path in averaged else q)
 
@@ -236,24 +236,24 @@ def test_what_looks_at_the_new_parameters_comes_last() -> None:
 
 
 def test_what_cannot_be_read() -> None:
-    state = fo.adam(0.1).init(PS)
+    tx = fo.adam(0.1)
+    state = tx.init(PS)
     with pytest.raises(
         ValueError,
-        match=r"nothing in this state averages the parameters: put params_ema\(decay\) last",
+        match=r"nothing in this transformation averages the parameters: put params_ema\(decay\) last",
     ):
-        fo.eval_params(state, PS)
-    twice = fo.chain(fo.params_ema(0.5), fo.params_ema(0.9)).init(PS)
+        fo.eval_params(tx, state, PS)
+    twice = fo.chain(fo.params_ema(0.5), fo.params_ema(0.9))
     with pytest.raises(ValueError, match="two stages average the parameter at 'enc/b'"):
-        fo.eval_params(twice, PS)
-    one = fo.params_ema(0.5).init(PS)
-    with pytest.raises(
-        ValueError, match=r"average at 'enc/b' has shape \(\), and there is no such parameter"
-    ):
-        fo.eval_params(one, {"head": PS["head"]})
+        fo.eval_params(twice, twice.init(PS), PS)
+    tx = fo.params_ema(0.5)
+    one = tx.init(PS)
+    with pytest.raises(ValueError, match="params and the state's averaged differ in structure"):
+        fo.eval_params(tx, one, {"head": PS["head"]})
     with pytest.raises(
         ValueError, match=r"average at 'head' has shape \(3,\), and its parameter has \(4,\)"
     ):
-        fo.eval_params(one, {**PS, "head": torch.zeros(4)})
+        fo.eval_params(tx, one, {**PS, "head": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\); got 1.0"):
         fo.params_ema(1.0)
     with pytest.raises(ValueError, match="a schedule cannot be debiased"):
@@ -267,7 +267,7 @@ def test_a_parameter_that_is_none_and_under_vmap() -> None:
     def one(p: Tensor) -> Tensor:
         params = {"w": p, "none": None}
         updates, state = tx.update({"w": p, "none": None}, tx.init(params), params)
-        averages = fo.eval_params(state, fo.apply_updates(params, updates))
+        averages = fo.eval_params(tx, state, fo.apply_updates(params, updates))
         assert averages["none"] is None
         return averages["w"]
 
@@ -379,7 +379,7 @@ def test_two_averages_or_none_are_an_error() -> None:
     with (
         pytest.raises(
             ValueError,
-            match="two stages average the parameter '0': read 'params_ema/averaged' and 'params_ema_1/averaged'",
+            match="two stages average the parameter at '0': read the one you mean",
         ),
         opt.eval_params(),
     ):
@@ -423,7 +423,7 @@ def test_averages_are_in_the_checkpoint() -> None:
 
 @pytest.mark.slow
 def test_compiled_it_runs_in_the_same_pass() -> None:
-    from functorch_opt._execution.blocks import PROGRAMS
+    from functorch_opt._execution.segments import PROGRAMS
 
     PROGRAMS.clear()
     params, opt = trained(compile=True, dtype=torch.float32)

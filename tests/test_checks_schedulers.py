@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler, swa_utils
 from training import SCHEDULERS, make_params, model_and_loss, set_grads, train
 
 import functorch_opt as fo
-from functorch_opt._execution.blocks import PROGRAMS
+from functorch_opt._execution.segments import PROGRAMS
 
 
 def test_18_all_schedulers_are_in_the_table() -> None:

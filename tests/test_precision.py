@@ -14,8 +14,8 @@ from torch.func import vmap
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution.blocks import PROGRAMS
-from functorch_opt.wrappers.precision import MasterWeights
+from functorch_opt._core.wrap import Wrap
+from functorch_opt._execution.segments import PROGRAMS
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -38,7 +38,7 @@ def run(
     for step in steps:
         updates, state = tx.update(grads(step, dtype), state, ps)
         ps = fo.apply_updates(ps, updates)
-        if isinstance(tx, MasterWeights):
+        if isinstance(tx, Wrap):
             for p, m in zip(ps.values(), fo.get(state, "master").values(), strict=True):
                 assert torch.equal(m.to(dtype), p)
     return ps, state
@@ -56,9 +56,9 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
     """What was added and rounded once is the rounded copy, bit for bit, and the copy is the exact sum up to its rounding."""
     tx = fo.keep_master_weights(fo.identity())
     state = tx.init([p])
-    state["weights"].slots["master"][0] = master
+    state["kept"].slots["master"][0] = master
     updates, state = tx.update([u], state, [p])
-    new, copied = fo.apply_updates([p], updates)[0], state["weights"].slots["master"][0]
+    new, copied = fo.apply_updates([p], updates)[0], state["kept"].slots["master"][0]
     rounded = copied.to(p.dtype)
     assert copied.dtype == torch.float32 and new.dtype == p.dtype
     alike = (new.view(torch.int16) == rounded.view(torch.int16)) | (new.isnan() & rounded.isnan())
@@ -185,7 +185,7 @@ def test_a_stage_inside_reads_the_copy() -> None:
     p = {"w": torch.tensor([1.0], dtype=torch.bfloat16)}
     tx = fo.keep_master_weights(fo.chain(fo.add_decayed_weights(1.0), fo.scale(-1.0)))
     state = tx.init(p)
-    state["weights"].slots["master"]["w"] = torch.tensor([1.001])
+    state["kept"].slots["master"]["w"] = torch.tensor([1.001])
     _, state = tx.update({"w": torch.tensor([0.0], dtype=torch.bfloat16)}, state, p)
     assert (
         fo.get(state, "master")["w"].abs() < 1e-7
@@ -276,7 +276,7 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
             opt.step()
             sched.step()
             for p in params:
-                master = opt.state[p]["keep_master_weights/weights/master"]
+                master = opt.state[p]["keep_master_weights/kept/master"]
                 assert master.dtype == torch.float32 and torch.equal(p.detach(), master.to(dtype))
 
     params, opt, sched = build()
@@ -285,7 +285,7 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
         "keep_master_weights/inner/scale_by_adam/count",
         "keep_master_weights/inner/scale_by_adam/mu",
         "keep_master_weights/inner/scale_by_adam/nu",
-        "keep_master_weights/weights/master",
+        "keep_master_weights/kept/master",
     ]
     file = io.BytesIO()
     torch.save([opt.state_dict(), sched.state_dict(), [p.detach() for p in params]], file)
@@ -331,12 +331,12 @@ def test_part_of_a_model() -> None:
             p.grad = torch.ones_like(p)
         opt.step()
     torch.testing.assert_close(
-        opt.state[params["w"]]["partition/low/weights/master"], torch.full((4,), 0.95)
+        opt.state[params["w"]]["partition/low/kept/master"], torch.full((4,), 0.95)
     )
     torch.testing.assert_close(params["norm"].detach(), torch.full((4,), 0.95))
     assert (
         torch.equal(params["w"].detach(), torch.full((4,), 0.95).bfloat16())
-        and "partition/low/weights/master" not in opt.state[params["norm"]]
+        and "partition/low/kept/master" not in opt.state[params["norm"]]
     )
 
 
@@ -378,7 +378,7 @@ def test_the_adapter_compiled() -> None:
             for p, g in zip(params, grads(step, torch.bfloat16).values(), strict=True):
                 p.grad = g
             opt.step()
-        masters = [opt.state[p]["keep_master_weights/weights/master"] for p in params]
+        masters = [opt.state[p]["keep_master_weights/kept/master"] for p in params]
         assert all(
             torch.equal(p.detach(), m.bfloat16()) for p, m in zip(params, masters, strict=True)
         )
@@ -398,7 +398,7 @@ def test_it_prints_pickles_and_teaches() -> None:
     with pytest.raises(ValueError, match="keep_master_weights reads the parameters"):
         tx.update(p, tx.init(p))
     with pytest.raises(
-        ValueError, match="not a state of keep_master_weights, which has inner and weights"
+        ValueError, match="not a state of keep_master_weights, which has inner and kept"
     ):
         tx.update(p, fo.adamw(0.1).init(p), p)
     with pytest.raises(

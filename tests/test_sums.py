@@ -11,8 +11,8 @@ from torch.func import grad, vmap
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution.blocks import PROGRAMS
 from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt._execution.segments import PROGRAMS
 
 # ---- one transformation, written both ways: it reads the update, the parameter, a slot, a hyperparameter, and what prepare gives ----
 

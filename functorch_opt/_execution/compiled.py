@@ -119,7 +119,7 @@ class CompiledStep:
         us = apart_from_params(us, ps)
         flush, aside = partial(self._apply, add=False), self._aside
         view = self._view(spec, len(ps))
-        walk = Walk(view, ps, us, extra, flush, aside)
+        walk = Walk(view, ps, us, extra, flush, aside, known)
         with philox.compiled(self.backend):
             new = walk.look(self.tx, state, view)
             walk.go()
@@ -153,7 +153,7 @@ class CompiledStep:
     ) -> tuple[Segment, list[list[Any]], Body]:
         """The code for a route, the leaves that it gets, and their scalars."""
         mine = [waiting[k] for k in route.waiting]
-        us, ps = _pick(walk.us, route.leaves), _pick(walk.ps, route.leaves)
+        us, ps = [*_pick(walk.us, route.leaves)], _pick(walk.ps, route.leaves)
         slots: list[list[Any]] = []
         rows: list[tuple[list[Any], bool]] = []
         for each, places in zip(mine, route.places, strict=True):

@@ -62,6 +62,7 @@ class Walk:
         extra: extra arguments of the step.
         flush: applies what waits to the updates.
         aside: runs a stage that cannot be taken apart, and says so.
+        known: whether the state is known to fit.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Walk:
         extra: dict[str, Any],
         flush: Callable[[Walk], None],
         aside: Callable[[Walk, View, GradientTransformation, PyTree], PyTree],
+        known: bool,
     ) -> None:
         self.ps, self.us, self.extra, self.flush, self.aside = ps, us, extra, flush, aside
-        self.root = root
+        self.root, self.known = root, known
         self.waiting: list[Waiting] = []
         self.todo: list[tuple[list[Door], Callable[[], None]]] = []
         self.doors: list[Door] = []
@@ -114,10 +116,14 @@ class Walk:
     def _do(self, action: Callable[[], None]) -> None:
         self.todo.append(([*self.doors], action))
 
-    def _columns(self, slots: dict[str, PyTree], view: View) -> dict[str, list[Any]]:
+    def _columns(self, tx: Any, slots: dict[str, PyTree], view: View) -> dict[str, list[Any]]:
+        """The slots of a stage, a list of leaves for each."""
         columns = {
             name: view.column(self.ps, slot, f"the state's {name}") for name, slot in slots.items()
         }
+        if not self.known:
+            for name, column in columns.items():
+                check_shapes(tx, name, column, view.leaves(self.ps), view.paths)
         self.columns += columns.values()
         return columns
 
@@ -127,7 +133,7 @@ class Walk:
 
     def _rule(self, tx: Leafwise, state: PyTree, view: View) -> NewState:
         tx.check_state(state)
-        columns = self._columns(state.slots, view)
+        columns = self._columns(tx, state.slots, view)
         found: list[Any] = []
         looks = tx.looks_around
         first = self.settled
@@ -227,7 +233,7 @@ class Walk:
         if not can_be_fused(tx, self.sharded):
             return self._wrap_apart(tx, state, view)
         kept = state["kept"]
-        columns = self._columns(kept.slots, view)
+        columns = self._columns(tx, kept.slots, view)
         now, shared = self.wrap_scalars(tx, state, view)
         mine = {name: x for name, x in now.items() if name in tx.reads}
         if any(map(looks_around, rules_of(tx.inner)[:1])) and not self.settled:
@@ -277,6 +283,18 @@ class Walk:
                 self.doors_now = doors
                 action()
         self.todo = []
+
+
+def check_shapes(tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]) -> None:
+    """Raise ValueError for a slot that has not the shape which its first value has."""
+    for x, p, path in zip(column, ps, paths, strict=True):
+        if x is None or p is None or x.shape == p.shape:
+            continue
+        if x.shape != tx.slots[name](p.detach().to("meta")).shape:
+            raise ValueError(
+                f"{tx.name}: the state's {name} at {path!r} has shape {tuple(x.shape)}, its "
+                f"parameter {tuple(p.shape)}. Is the state that of other params?"
+            )
 
 
 def _both(flags: list[Any]) -> Any:
@@ -349,7 +367,7 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     us, ps = [*outer.us], [*outer.ps]
     view.write(us, tree.flatten(seen)[0])
     view.write(ps, tree.flatten(seen_params)[0])
-    walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside)
+    walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known)
     inner = walk.look(tx.inner, state["inner"], view)
     walk.go()
     walk.flush(walk)

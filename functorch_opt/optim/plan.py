@@ -264,13 +264,14 @@ class Plan:
         entries = [state.get(p, _NOTHING) for p in params]
         first = self.counts.keys[0]
         moved = [i for i, entry in enumerate(entries) if first in entry]
-        if not moved:
+        if not moved:  # two stages for one parameter are an error before the first step too
+            blank = self._tree([p.detach().to("meta") for p in params])
+            points(self.tx, self.tx.init(blank), blank)
             return {}
         old = tree.unflatten(self.spec, self._values(entries, moved))
-        here = self._tree([p.detach() if i in set(moved) else None for i, p in enumerate(params)])
         number = {path: i for i, path in enumerate(self.paths)}
-        found = points(self.tx, old, here)
-        return {params[number[path]]: x for path, x in found.items()}
+        found = points(self.tx, old, self._tree([p.detach() for p in params]))
+        return {params[number[path]]: x for path, x in found.items() if number[path] in moved}
 
 
 class _Step:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 
 import functorch_opt as fo
-from functorch_opt._execution import blocks
+from functorch_opt._execution import segments
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
@@ -73,13 +73,13 @@ def test_37_an_optimizer_for_each_parameter_is_one_for_all(apply) -> None:
 def test_37_all_of_them_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
-    class Counted(blocks.Program):
+    class Counted(segments.Program):
         def __init__(self, *args: Any) -> None:
             compiled.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(blocks, "Program", Counted)
-    monkeypatch.setattr(blocks, "PROGRAMS", {})
+    monkeypatch.setattr(segments, "Program", Counted)
+    monkeypatch.setattr(segments, "PROGRAMS", segments.Programs())
     one, many = make_net(), make_net()
     by_hand(many, compile=True)
     pairs = zip(train(many), train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), strict=True)
