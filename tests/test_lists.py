@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import pydoc
 import re
 import sys
 from pathlib import Path
@@ -55,6 +56,10 @@ def _exports(init: Path) -> dict[str, str]:
 PUBLIC = {
     "functorch_opt": _exports(PACKAGE / "__init__.py"),
     "functorch_opt.random": dict.fromkeys(fo.random.__all__, "functorch_opt.random.keys"),
+    "functorch_opt.tree": {
+        name: value.__module__ if inspect.isfunction(value) else "functorch_opt.tree"
+        for name, value in ((name, getattr(fo.tree, name)) for name in fo.tree.__all__)
+    },
     "functorch_opt.optim": _exports(PACKAGE / "optim" / "__init__.py"),
 }
 SCHEDULES = set(importlib.import_module("functorch_opt.schedules.schedules").__all__)
@@ -96,9 +101,28 @@ def test_every_directive_is_of_a_known_module() -> None:
     assert {name.rpartition(".")[0] for name in directives} == set(PUBLIC)
 
 
+def test_dir_is_the_api() -> None:
+    modules = {name.partition(".")[2] for name in PUBLIC} - {""}
+    wanted = {"__version__", *modules, *PUBLIC["functorch_opt"]}
+    assert dir(fo) == sorted(fo.__all__) == sorted(wanted)
+    assert dir(fo.tree) == fo.tree.__all__
+
+
+def test_pydoc_shows_the_api() -> None:
+    text = pydoc.render_doc(fo, renderer=pydoc.plaintext)
+    api = {name: getattr(fo, name) for name in PUBLIC["functorch_opt"]}
+    functions, data = text[text.index("\nFUNCTIONS") :].split("\nDATA")
+    shown = set(re.findall(r"^    (\w+)\(", functions, flags=re.MULTILINE))
+    assert shown == {name for name, value in api.items() if inspect.isfunction(value)}
+    shown |= set(re.findall(r"^    class (\w+)\(", text, flags=re.MULTILINE))
+    shown |= set(re.findall(r"^    (\w+) = ", data, flags=re.MULTILINE))
+    assert set(api) <= shown, f"pydoc does not show {sorted(set(api) - shown)}"
+
+
 def test_every_file_with_exports_is_exported() -> None:
     exported = {*PUBLIC["functorch_opt"].values(), *PUBLIC["functorch_opt.optim"].values()}
     exported |= {
+        "functorch_opt",
         "functorch_opt.random.keys",
         "functorch_opt.random",
         "functorch_opt.schedules",

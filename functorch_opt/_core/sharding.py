@@ -13,7 +13,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor: a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them."""
+    """Whether `x` is a DTensor, whose parts or copies lie on the ranks of a device mesh, as FSDP2 makes them.
+
+    Args:
+        x: anything.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.is_sharded(torch.ones(2))
+        False
+    """
     if type(x) in PLAIN:
         return False
     module = sys.modules.get(
@@ -23,12 +32,32 @@ def is_sharded(x: Any) -> bool:
 
 
 def whole(x: Any) -> Any:
-    """All of a sharded tensor, gathered on every rank; anything else as it is."""
+    """All of a sharded tensor, gathered on every rank; anything else as it is.
+
+    Args:
+        x: anything.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.whole(torch.ones(2))
+        tensor([1., 1.])
+    """
     return x.full_tensor() if is_sharded(x) else x
 
 
 def part_of(x: Any, like: Any = None) -> Any:
-    """This rank's part of `x`, laid out as `like` is, by default as it is itself. What has another shape than `like` has no parts."""
+    """This rank's part of `x`, laid out as `like` is. What is not sharded is its own part.
+
+    Args:
+        x: anything.
+        like: a tensor whose layout counts, by default `x` itself. An `x` of another shape has no
+            parts: every rank gets the whole.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.part_of(torch.ones(2))
+        tensor([1., 1.])
+    """
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)

@@ -6,6 +6,8 @@ import torch
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
+from functorch_opt._core.state import entries
+from functorch_opt._core.structure import flatten_tensors
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -101,7 +103,7 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
         {'w': tensor(1.1000), 'b': tensor(5.)}
     """
     found: dict[str, torch.Tensor] = {}
-    kept = [value for name, value in tree.entries(state) if name.rpartition("/")[2] == AVERAGED]
+    kept = [value for name, value in entries(state) if name.rpartition("/")[2] == AVERAGED]
     if not kept:
         raise ValueError(
             "nothing in this state averages the parameters: put params_ema(decay) last in the chain."
@@ -113,7 +115,7 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
                     f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...)."
                 )
             found |= {} if leaf is None else {path: leaf}
-    ps, spec = tree.flatten_tensors(params, "params")
+    ps, spec = flatten_tensors(params, "params")
     here = dict(zip(tree.paths(params), ps, strict=True))
     for path, average in found.items():
         p = here.get(path)
