@@ -211,7 +211,8 @@ def _difference(
     place = f"at {_path(entries)!r}" if entries else "at the root"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
-    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    here = f"{place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
+    return f"{names[0]} and {names[1]} differ in structure: {here}. {cure}"
 
 
 def _first_difference(
