@@ -127,15 +127,15 @@ def norm(tree: PyTree) -> Tensor:
     norms = [_norm(part_of(x)) for x in here]
     if not norms:
         return torch.zeros(())
-    groups = by_layout(here)
-    of_parts = {i for _, indices in groups for i in indices}
+    layouts = by_layout(here)
+    of_parts = {i for _, indices in layouts for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
     # Those of other ranks are gathered and not summed, so that no square can overflow.
     return _norm_of(
         plain
         + [
             _norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()])
-            for like, indices in groups
+            for like, indices in layouts
         ]
     )
 

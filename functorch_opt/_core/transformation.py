@@ -292,7 +292,7 @@ def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -
 
 @transformation
 def identity() -> GradientTransformation:
-    """Updates pass through.
+    """Updates stay as they are.
 
     Example:
         >>> import functorch_opt as fo
