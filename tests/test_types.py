@@ -123,7 +123,7 @@ def _reports(checker: str, cache: Path) -> dict[int, str]:
         done = subprocess.run(
             [sys.executable, "-m", checker, *command, str(script)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
             capture_output=True,
             text=True,
         )
