@@ -1,6 +1,15 @@
-"""functorch_opt: optimizers as pure functions on parameter trees, composable, vmappable, differentiable; and as torch.optim optimizers."""
+"""functorch_opt: optimizers as pure functions on parameter trees, and as torch.optim optimizers.
 
-from functorch_opt import optim, random, tree
+The pure functions compose, and `torch.func.vmap`, `torch.func.grad` and `torch.compile` apply to
+them. The optimizers with torch's names are in `functorch_opt.optim`.
+"""
+
+import types as _types
+import typing as _typing
+
+from functorch_opt import optim as optim
+from functorch_opt import random as random
+from functorch_opt import tree as tree
 from functorch_opt._core.chain import *
 from functorch_opt._core.checkpoint import *
 from functorch_opt._core.gate import *
@@ -41,3 +50,15 @@ from functorch_opt.wrappers.precision import *
 from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"
+
+if not _typing.TYPE_CHECKING:  # Type checkers read the star imports above, and no computed list.
+    __all__ = ["__version__", "optim", "random", "tree"]
+    __all__ += [
+        name
+        for name, value in globals().items()
+        if not name.startswith("_") and not isinstance(value, _types.ModuleType)
+    ]
+
+    def __dir__() -> list[str]:
+        """The public names only: the folders of the package are not among them."""
+        return sorted(__all__)

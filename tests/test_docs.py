@@ -9,10 +9,13 @@ import contextlib
 import re
 import unittest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import functorch_opt
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,3 +59,33 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_and_folders_that_pages_name_exist(page: Path) -> None:
+    """They are named from the root, from the package, or from beside the page."""
+    text = page.read_text()
+    named = re.findall(r"(?<![\w/.:])[\w][\w./-]*\.py\b", text)
+    named += re.findall(r"`([\w.][\w./-]*/)`", text)
+    made = (ROOT / ".gitignore").read_text().split()  # by commands that the page is about
+    for name in {*named} - {*made}:
+        places = [folder / name for folder in (ROOT, ROOT / "functorch_opt", page.parent)]
+        assert any(place.exists() for place in places), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_modules_that_pages_name_exist(page: Path) -> None:
+    for name in set(re.findall(r"\bfunctorch_opt(?:\.\w+)+", page.read_text())):
+        value: Any = functorch_opt
+        for part in name.split(".")[1:]:
+            if part not in ("py", "md"):
+                assert hasattr(value, part), f"{page.name} names {name}"
+                value = getattr(value, part)
+
+
+def test_the_design_page_is_short() -> None:
+    """What grows is the page of decisions."""
+    assert len((ROOT / "docs" / "design.md").read_text().split()) <= 1500

@@ -1,13 +1,14 @@
-"""The pictures of the guides: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself. Needs the extra ``demo``."""
+"""The pictures of the pages: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself. Needs the extra ``demo``."""
 
 import sys
 from pathlib import Path
 
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
@@ -182,7 +183,84 @@ def ensemble() -> Figure:
     return figure
 
 
+PLAIN, ONCE, RULE, KERNEL = (
+    ("white", "#8c959f"),
+    ("#ddf4ff", "#54aeff"),
+    ("#fff8c5", "#d4a72c"),
+    ("#ffebe9", "#ff8182"),
+)
+"""Colors of boxes, face and edge: of anything, of what is worked out once a step, of rules, of compiled code."""
+
+EXECUTIONS = {
+    "tx.update": (
+        "pure: vmap, grad, torch.compile",
+        ("flatten the tree and check it", PLAIN),
+        ("prepare: a few scalars", ONCE),
+        ("a leaf through all rules,\nthen the next leaf", RULE),
+        ("new updates, new state", PLAIN),
+    ),
+    "fo.compiled_step": (
+        "compiled, in place",
+        ("prepare: a few scalars", ONCE),
+        ("a walk over the declaration\ncollects the rules of each leaf", RULE),
+        ("a compiled program\nfor each kind of leaf", KERNEL),
+        ("parameters and slots, in place", PLAIN),
+    ),
+    "fo.optim": (
+        "a torch.optim.Optimizer",
+        ("read p.grad, state[p], groups", PLAIN),
+        ("lay them out as one tree", PLAIN),
+        ("run the declaration,\neager or compiled", RULE),
+        ("write back, in place", PLAIN),
+    ),
+}
+
+
+def executions() -> Figure:
+    """One declaration, and the steps of each execution that is derived from it."""
+    figure = Figure(figsize=(9, 5))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 90), ylim=(0, 50))
+    ax.axis("off")
+
+    def write(x: float, y: float, text: str, **style: object) -> None:
+        ax.text(x, y, text, ha="center", va="center", **{"fontsize": 9, **style})
+
+    def box(x: float, y: float, width: float, height: float, colors: tuple[str, str]) -> None:
+        """A box around the point (x, y)."""
+        face, edge = colors
+        corner = (x - width / 2, y - height / 2)
+        style = "round,pad=0,rounding_size=0.6"
+        ax.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge))
+
+    def arrow(x: float, above: float, below: float) -> None:
+        line = {"arrowstyle": "->", "color": "#57606a", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (x, below), (x, above), arrowprops=line)
+
+    box(45, 44.5, 84, 8, PLAIN)
+    write(45, 46.8, "one declaration", fontweight="bold", fontsize=10)
+    write(
+        45,
+        44.2,
+        "prepare, once a step;  rule, for one tensor;  the names of their arguments",
+    )
+    write(45, 42.0, "combined by chain, masked, partition, inject_hyperparams, wraps, gates")
+    for x, (name, (what, *steps)) in zip((16, 45, 74), EXECUTIONS.items(), strict=True):
+        arrow(x, 40.5, 37.8)
+        write(x, 36.4, name, family="monospace", fontsize=10.5)
+        write(x, 34.2, what, color="#57606a")
+        for i, (step, colors) in enumerate(steps):
+            y = 30 - 7 * i
+            box(x, y, 26, 5, colors)
+            write(x, y, step)
+            arrow(x, y - 2.5, y - 4.5)
+    box(45, 2.5, 84, 4, PLAIN)
+    write(45, 2.5, "the same numbers, for any pure rule, or an error", fontweight="bold")
+    return figure
+
+
 PICTURES = {
+    "executions": executions,
     "sweep": learning_rates,
     "model_per_example": model_per_image,
     "line_search": rosenbrock_valley,
@@ -190,8 +268,15 @@ PICTURES = {
     "many_models": ensemble,
 }
 
+AS_SVG = ("executions",)
+"""Pictures without measurements; they are drawn as lines and letters."""
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    rcParams["svg.hashsalt"] = "functorch_opt"  # The same picture is the same file.
+    rcParams["svg.fonttype"] = "none"  # Letters stay letters, which takes a fifth of the space.
     for name in sys.argv[1:] or PICTURES:
-        PICTURES[name]().savefig(HERE / f"{name}.png", dpi=80)
-        print(f"{name}.png")
+        file = HERE / f"{name}.{'svg' if name in AS_SVG else 'png'}"
+        metadata = {"Date": None} if name in AS_SVG else None
+        PICTURES[name]().savefig(file, dpi=80, metadata=metadata)
+        print(file.name)

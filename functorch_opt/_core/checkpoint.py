@@ -64,12 +64,12 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         moved = [f"{there} as {here}" for here, there in self.moved.items()]
-        parts = {
+        left = {
             "missing": self.missing,
             "not expected": self.unexpected,
             "under another name": moved,
         }
-        listed = "; ".join(f"{what} {shorten(names, 20)}" for what, names in parts.items() if names)
+        listed = "; ".join(f"{what} {shorten(names, 20)}" for what, names in left.items() if names)
         return f"This state dict does not fit exactly: {listed}."
 
 
@@ -113,8 +113,8 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
 
 def _ends(name: Path) -> list[Path]:
     """``"a/b/c"`` -> ``["b/c", "c"]``."""
-    parts = name.split("/") if isinstance(name, str) else []  # a file may hold anything
-    return ["/".join(parts[i:]) for i in range(1, len(parts))]
+    names = name.split("/") if isinstance(name, str) else []  # a file may hold anything
+    return ["/".join(names[i:]) for i in range(1, len(names))]
 
 
 def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True) -> PyTree:

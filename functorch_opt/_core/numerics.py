@@ -10,7 +10,16 @@ from functorch_opt._core.structure import PyTree, leaves, map
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the floating types below it (bfloat16, float16, the 8-bit floats); any other dtype is itself."""
+    """float32 for the floating dtypes below it: bfloat16, float16, the 8-bit floats. Others are themselves.
+
+    Args:
+        dtype: any.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.at_least_float32(torch.bfloat16), fo.tree.at_least_float32(torch.float64)
+        (torch.float32, torch.float64)
+    """
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
@@ -22,8 +31,18 @@ def real_dtype(device: torch.device) -> torch.dtype:
 def zero_count(params: PyTree) -> Tensor:
     """A count of 0, int64, on the device of the params.
 
-    Under vmap it is batched as they are: an unbatched one would come out as a view with stride 0, and compiled code that has seen that
-    would compile again at the second step.
+    It is for the ``init`` of a transformation of whole trees; `functorch_opt.leafwise` makes its own.
+
+    Under vmap it is batched as the params are. A count that is not would come out as a view with
+    stride 0, and compiled code that has seen that would compile again at the second step.
+
+    Args:
+        params: a tree with at least one tensor.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.zero_count({"w": torch.ones(2)})
+        tensor(0)
     """
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
@@ -34,7 +53,18 @@ def zero_count(params: PyTree) -> Tensor:
 
 
 def as_real(count: Tensor) -> Tensor:
-    """A count as a floating tensor, wide enough for ``1 - b2**count``: in float32 that is off by 3e-5 at the first step."""
+    """A count as a tensor of float64, or of float32 on a device that has no float64.
+
+    In float32 ``1 - b2**count`` is off by 3e-5 at the first step of ``b2=0.999``.
+
+    Args:
+        count: an integer tensor.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> 1 - 0.999 ** fo.tree.as_real(torch.tensor(1))
+        tensor(0.0010, dtype=torch.float64)
+    """
     return count.to(real_dtype(count.device))
 
 
@@ -49,6 +79,18 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros in the shape of `x`, in `dtype`; by default in the dtype of `x`, but at least float32.
 
     In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
+
+    Args:
+        x: a tensor.
+        dtype: a floating dtype; for a complex `x` a complex one.
+
+    Raises:
+        TypeError: `dtype` cannot hold what is worked out for `x`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.zeros_like(torch.ones(2, dtype=torch.bfloat16))
+        tensor([0., 0.])
     """
     if dtype is not None and (
         dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)
@@ -72,26 +114,46 @@ def norm(tree: PyTree) -> Tensor:
 
     ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
     as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
+
+    Args:
+        tree: a tree of tensors.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0)})
+        tensor(5.)
     """
     here = leaves(tree)
     norms = [_norm(part_of(x)) for x in here]
     if not norms:
         return torch.zeros(())
-    groups = by_layout(here)
-    of_parts = {i for _, indices in groups for i in indices}
+    layouts = by_layout(here)
+    of_parts = {i for _, indices in layouts for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
     # Those of other ranks are gathered and not summed, so that no square can overflow.
     return _norm_of(
         plain
         + [
             _norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()])
-            for like, indices in groups
+            for like, indices in layouts
         ]
     )
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
-    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
+    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider.
+
+    Complex numbers count as pairs of reals. A tree without tensors gives 0.
+
+    Args:
+        tree: a tree of tensors.
+        other: a tree of the same structure.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+        tensor(11.)
+    """
     products = [
         torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
         for x, y in zip(leaves(tree), leaves(other), strict=True)

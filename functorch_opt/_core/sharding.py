@@ -13,7 +13,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor: a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them."""
+    """Whether `x` is a DTensor, whose parts or copies lie on the ranks of a device mesh, as FSDP2 makes them.
+
+    Args:
+        x: anything.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.is_sharded(torch.ones(2))
+        False
+    """
     if type(x) in PLAIN:
         return False
     module = sys.modules.get(
@@ -23,12 +32,32 @@ def is_sharded(x: Any) -> bool:
 
 
 def whole(x: Any) -> Any:
-    """All of a sharded tensor, gathered on every rank; anything else as it is."""
+    """All of a sharded tensor, gathered on every rank; anything else as it is.
+
+    Args:
+        x: anything.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.whole(torch.ones(2))
+        tensor([1., 1.])
+    """
     return x.full_tensor() if is_sharded(x) else x
 
 
 def part_of(x: Any, like: Any = None) -> Any:
-    """This rank's part of `x`, laid out as `like` is, by default as it is itself. What has another shape than `like` has no parts."""
+    """This rank's part of `x`, laid out as `like` is. What is not sharded is its own part.
+
+    Args:
+        x: anything.
+        like: a tensor whose layout counts, by default `x` itself. An `x` of another shape has no
+            parts: every rank gets the whole.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.part_of(torch.ones(2))
+        tensor([1., 1.])
+    """
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
@@ -75,7 +104,7 @@ def on_shards(
     """``apply(g, p, slots, now, *rest) -> (update, slots)`` on this rank's parts of sharded tensors, or on gathered wholes."""
     like = g if p is None else p
 
-    def enter(x: Any) -> Any:
+    def as_seen(x: Any) -> Any:
         x = part_of(x, like) if in_parts else whole(x)
         return (
             _gradient_summed(x, like)
@@ -83,19 +112,19 @@ def on_shards(
             else x
         )
 
-    def leave(x: Any, old: Any) -> Any:
+    def as_kept(x: Any, old: Any) -> Any:
         if in_parts and old.shape == like.shape:
             return join(x, like)
         return cut(x, old) if is_sharded(old) else x
 
     u, new = apply(
-        enter(g),
-        enter(p),
-        {n: enter(x) for n, x in slots.items()},
-        {n: enter(x) for n, x in now.items()},
+        as_seen(g),
+        as_seen(p),
+        {n: as_seen(x) for n, x in slots.items()},
+        {n: as_seen(x) for n, x in now.items()},
         *rest,
     )
-    return leave(u, g), {name: leave(new[name], old) for name, old in slots.items()}
+    return as_kept(u, g), {name: as_kept(new[name], old) for name, old in slots.items()}
 
 
 def _gradient_summed(x: Tensor, like: Any) -> Tensor:
@@ -117,8 +146,8 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
         *(("the state there", slot) for slot in slots if slot.dim() and slot.shape == g.shape),
     ):
         if is_sharded(x) != given:
-            kinds = ("a DTensor", "an ordinary tensor")
-            return f"is {kinds[not given]} and {name} {kinds[given]}. Shard the parameters first; then init, and take gradients."
+            called = ("a DTensor", "an ordinary tensor")
+            return f"is {called[not given]} and {name} {called[given]}. Shard the parameters first; then init, and take gradients."
     return None
 
 
@@ -130,13 +159,13 @@ def _settled(x: Any) -> list[Any]:
 
 
 def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
-    """The numbers of the sharded tensors, together where they are split over the same dims of the same mesh; with one of each kind."""
-    groups: dict[Any, tuple[Any, list[int]]] = {}
+    """The numbers of the sharded tensors, together where they are split over the same dims of the same mesh; with one of each layout."""
+    layouts: dict[Any, tuple[Any, list[int]]] = {}
     for i, x in enumerate(tensors):
         if is_sharded(x):
             split = tuple([not placement.is_replicate() for placement in _settled(x)])
-            groups.setdefault((x.device_mesh, split), (x, []))[1].append(i)
-    return list(groups.values())
+            layouts.setdefault((x.device_mesh, split), (x, []))[1].append(i)
+    return list(layouts.values())
 
 
 def everybodys(mine: list[Tensor], like: Any) -> Tensor:

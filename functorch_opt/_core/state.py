@@ -39,7 +39,7 @@ def get(state: PyTree, name: str) -> Any:
             path, where the name alone is ambiguous (``"scale_by_adam/count"``).
 
     Returns:
-        For a slot a tree of the structure of the params (of the part of them that a ``masked`` or ``partition`` group holds, keyed by
+        For a slot a tree of the structure of the params (of those leaves that a ``masked`` or ``partition`` group holds, keyed by
         path); for a shared value its tensor.
 
     Raises:

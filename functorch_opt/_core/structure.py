@@ -17,13 +17,31 @@ import optree
 from torch import Tensor
 
 PyTree = Any
+"""A tensor, ``None``, or a container of trees. The name says to a reader what a type cannot say."""
 Path = str
 
 _OPTREE: dict[str, Any] = {"none_is_leaf": True, "namespace": "functorch_opt"}
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
-    """The leaves of `tree`, ``None`` among them, and the spec that puts them together again."""
+    """The leaves of `tree`, ``None`` among them, and the spec that puts them together again.
+
+    Put the tree together in the same call: a spec may not enter compiled code from outside.
+
+    Args:
+        tree: any tree.
+
+    Returns:
+        ``(leaves, spec)``, for `unflatten`.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> leaves, spec = fo.tree.flatten({"b": 1, "w": None})
+        >>> leaves
+        [1, None]
+        >>> fo.tree.unflatten(spec, [2, None])
+        {'b': 2, 'w': None}
+    """
     return optree.tree_flatten(tree, **_OPTREE)
 
 
@@ -45,12 +63,32 @@ def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optre
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
-    """The tree of structure `spec` with these `leaves`."""
+    """The tree of structure `spec` with these `leaves`; the inverse of `flatten`.
+
+    Args:
+        spec: what `flatten` gave.
+        leaves: as many as the tree had, ``None`` among them.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> leaves, spec = fo.tree.flatten((1, {"w": 2}))
+        >>> fo.tree.unflatten(spec, [10 * leaf for leaf in leaves])
+        (10, {'w': 20})
+    """
     return optree.tree_unflatten(spec, leaves)
 
 
 def leaves(tree: PyTree) -> list[Any]:
-    """The leaves of `tree` that are not ``None``."""
+    """The leaves of `tree` that are not ``None``.
+
+    Args:
+        tree: any tree.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.tree.leaves({"b": None, "w": 3, "x": (4, 5)})
+        [3, 4, 5]
+    """
     return [leaf for leaf in flatten(tree)[0] if leaf is not None]
 
 
@@ -76,7 +114,25 @@ def like(reference: PyTree, tree: PyTree) -> PyTree:
 
 
 def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()) -> PyTree:
-    """Apply `f` to every leaf of `tree` that is not ``None``, together with the leaves of `rest` at the same place."""
+    """Apply `f` to every leaf of `tree` that is not ``None``, and to the leaves of `rest` beside it.
+
+    Args:
+        f: takes a leaf of each tree, and returns a leaf.
+        tree: a tree of tensors.
+        rest: trees of the same structure.
+        names: what an error calls the trees, one name for each.
+
+    Returns:
+        A tree of the structure of `tree`. It is ``None`` where `tree` is.
+
+    Raises:
+        ValueError: two structures differ; the message has the place.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.tree.map(torch.add, {"w": torch.ones(2), "b": None}, {"w": torch.ones(2), "b": None})
+        {'w': tensor([2., 2.]), 'b': None}
+    """
     first, spec = flatten(tree)
     names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
     columns = [
@@ -95,7 +151,18 @@ def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
 
 
 def paths(tree: PyTree) -> list[Path]:
-    """The path of every leaf (``None`` leaves too), in the order of `flatten`."""
+    """The path of every leaf, ``None`` leaves too, in the order of `flatten`.
+
+    A path is what leads to a leaf, joined by ``/``: dict keys, indices and field names.
+
+    Args:
+        tree: any tree.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.tree.paths({"encoder": [{"weight": 1}, {"weight": 2}], "bias": None})
+        ['bias', 'encoder/0/weight', 'encoder/1/weight']
+    """
     return list(_walk_paths(tree, ()))
 
 
@@ -144,7 +211,8 @@ def _difference(
     place = f"at {_path(entries)!r}" if entries else "at the root"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
-    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    here = f"{place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
+    return f"{names[0]} and {names[1]} differ in structure: {here}. {cure}"
 
 
 def _first_difference(

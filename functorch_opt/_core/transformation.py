@@ -16,8 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from functorch_opt import tree
-from functorch_opt.tree import PyTree
+from functorch_opt._core.structure import PyTree, flatten_tensors, match, paths, unflatten
 
 __all__ = [
     "GradientTransformation",
@@ -137,7 +136,7 @@ class GradientTransformation(Expression):
             TypeError: a leaf of `params` is not a tensor or None.
             ValueError: `params` has no tensor at all.
         """
-        leaves, _ = tree.flatten_tensors(params, "params")
+        leaves, _ = flatten_tensors(params, "params")
         if all(leaf is None for leaf in leaves):
             raise ValueError(
                 "params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?"
@@ -195,8 +194,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         >>> fo.apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 1.5000])}
     """
-    ps, spec = tree.flatten_tensors(params, "params")
-    us = tree.match(params, spec, updates, names=("params", "updates"))
+    ps, spec = flatten_tensors(params, "params")
+    us = match(params, spec, updates, names=("params", "updates"))
     new = []
     for i, (p, u) in enumerate(zip(ps, us, strict=True)):
         if u is not None:
@@ -204,11 +203,11 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
                 there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
                 given = f"{u.dtype} of shape {tuple(u.shape)}"
                 raise ValueError(
-                    f"the update at {tree.paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off."
+                    f"the update at {paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off."
                 )
             p = p + u if p.dtype is u.dtype else (p + u).to(p.dtype)
         new.append(p)
-    return tree.unflatten(spec, new)
+    return unflatten(spec, new)
 
 
 def _rank(x: Tensor) -> int:

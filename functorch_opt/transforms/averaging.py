@@ -6,6 +6,8 @@ import torch
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
+from functorch_opt._core.state import entries
+from functorch_opt._core.structure import flatten_tensors
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -20,7 +22,7 @@ __all__ = ["params_ema"]
 def params_ema(
     decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` pass as they are.
+    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` stay as they are.
 
     It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the average out of a state of any depth,
     and ``with opt.eval_params():`` puts it into the model. The slot ``averaged`` is the average itself at every step, debiased too.

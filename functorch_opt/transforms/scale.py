@@ -141,7 +141,7 @@ def zero_nans() -> GradientTransformation:
 def centralize() -> GradientTransformation:
     """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u, dims 1, 2, ...)``.
 
-    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
+    Tensors with fewer than two dims stay as they are. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020, eq. 1.
 
