@@ -142,9 +142,10 @@ def _difference(
     """What to tell somebody whose trees `upper` and `lower` differ in structure: the first place where they do."""
     entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
     place = f"at {_path(entries)!r}" if entries else "at the root"
+    here = f"{names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
-    return f"{names[0]} and {names[1]} differ in structure: {place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}. {cure}"
+    return f"{names[0]} and {names[1]} differ in structure: {place} {here}. {cure}"
 
 
 def _first_difference(
