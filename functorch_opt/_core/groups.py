@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.leaf import part_of_tree
+from functorch_opt._core.leaf import _PARTS, part_of_tree
 from functorch_opt._core.transformation import GradientTransformation, identity, transformation
 from functorch_opt.tree import Path, PyTree
 
@@ -49,7 +49,7 @@ def _by_group(
             us if params is None else tree.match(updates, spec, params, names=("updates", "params"))
         )
         if not callable(labels):
-            given = tree.broadcast(labels, updates, names=(name, "params"))
+            given = _labels_of(labels, updates, name)
             return (
                 paths,
                 ps,
@@ -90,7 +90,13 @@ def _by_group(
         paths, leaves, assigned = assign(params, params)
         check(paths, assigned)
         parts = {label: _part(paths, leaves, assigned, label) for label in transforms}
-        return {label: transforms[label].init(part) for label, part in parts.items() if part}
+        number = {path: i for i, path in enumerate(paths)}
+        state = {}
+        for label, part in parts.items():
+            if part:
+                with part_of_tree([number[path] for path in tree.paths(part)]):
+                    state[label] = transforms[label].init(part)
+        return state
 
     def update(
         updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
@@ -141,6 +147,36 @@ def _by_group(
     return groups
 
 
+def _labels_of(labels: PyTree, updates: PyTree, name: str) -> list[Any]:
+    """For every leaf of `updates` the label at or above it.
+
+    Inside of another group `updates` is a flat dict from path to leaf, where a tree of labels may
+    still be that of the whole params: there the label is found by the path.
+    """
+    try:
+        return tree.broadcast(labels, updates, names=(name, "params"))
+    except ValueError:
+        found = _labels_by_path(labels, tree.paths(updates)) if _PARTS.stack else None
+        if found is None:
+            raise
+        return found
+
+
+def _labels_by_path(labels: PyTree, paths: list[Path]) -> list[Any] | None:
+    """For every path the label that `labels` has there or above; None if one of them has none."""
+    known = dict(zip(tree.unique_paths(labels), tree.flatten(labels)[0], strict=True))
+    places = [
+        next((place for place in _at_or_above(path) if place in known), None) for path in paths
+    ]
+    return None if None in places else [known[place] for place in places if place is not None]
+
+
+def _at_or_above(path: Path) -> list[Path]:
+    """``"a/b/c"`` -> ``["a/b/c", "a/b", "a"]``."""
+    parts = path.split("/")
+    return ["/".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
 def _part(paths: list[Path], leaves: list[Any], assigned: list[Any], label: Any) -> dict[Path, Any]:
     return {
         path: leaf
@@ -160,7 +196,7 @@ def masked(
     Args:
         inner: the transformation.
         mask: a tree of bools of the structure of the params (a bool may stand for all that is below it), or a function of path
-            (``"encoder/0/weight"``) and leaf.
+            (``"encoder/0/weight"``) and leaf. Inside of `partition` or another `masked` it may be the tree of all params.
         otherwise: what becomes of the other leaves: ``"pass"``, the update goes through **as it came in** (at the start of a chain that is
             the raw gradient, which `apply_updates` would add); ``"zero"``, the parameter is frozen.
 
@@ -200,7 +236,7 @@ def partition(
     Args:
         transforms: ``{label: transformation}``.
         param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of
-            path and leaf that returns one.
+            path and leaf that returns one. Inside of `masked` or another `partition` it may be the tree of all params.
 
     Returns:
         A transformation whose state is ``{label: state}``.
