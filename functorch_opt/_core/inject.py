@@ -93,9 +93,7 @@ class _Injected(Expression):
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return (
-            value.detach().clone() if value.is_leaf and not value.requires_grad else value.clone()
-        )
+        return value.clone()  # not detached: that would take a forward-mode derivative away
     return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
 
 
