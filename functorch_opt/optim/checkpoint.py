@@ -130,22 +130,7 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
         raise TypeError(f"{name} is a meta tensor: there is no value in it.")
     if expected.kind == "count":
-        number = (
-            value.item()
-            if isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
-            else value
-        )
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(
-                f"{name} must be a number or a 0-dim tensor: how many steps were made; got {_told(value)}."
-            )
-        if not (math.isfinite(number) and number >= 0 and number == int(number)):
-            raise ValueError(
-                f"{name} must be a whole number from 0: how many steps were made; got {number}."
-            )
-        if isinstance(value, Tensor):
-            return value.detach().to("cpu", copy=True)
-        return torch.tensor(float(number)) if key == "step" else torch.tensor(int(number))
+        return _count(value, name, key)
     like = expected.like
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got {_told(value)}.")
@@ -160,8 +145,31 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     return value.detach().to(p.device, copy=True)
 
 
+def _count(value: Any, name: str, key: str) -> Tensor:
+    """A count as it is kept: int64, but ``step`` floating, as torch has it."""
+    dense = isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
+    number = value.item() if dense else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(
+            f"{name} must be a number or a 0-dim tensor: how many steps were made; "
+            f"got {_told(value)}."
+        )
+    if not (math.isfinite(number) and number >= 0 and number == int(number)):
+        raise ValueError(
+            f"{name} must be a whole number from 0: how many steps were made; got {number}."
+        )
+    if key != "step":
+        return torch.tensor(int(number), dtype=torch.int64)
+    if dense and value.dtype in (torch.float32, torch.float64):
+        return value.detach().to("cpu", copy=True)
+    return torch.tensor(float(number), dtype=torch.float32)
+
+
 def _kind(x: Tensor) -> Any:
-    """What may stand for each other: floating dtypes, complex dtypes; of the others each by itself."""
+    """What may stand for each other: floating dtypes, complex ones; of the others each by itself.
+
+    Slots that are no floating numbers are noise keys and the like, of which no bit may change.
+    """
     return "floating" if x.is_floating_point() else "complex" if x.is_complex() else x.dtype
 
 
