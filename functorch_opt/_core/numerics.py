@@ -76,7 +76,7 @@ def norm(tree: PyTree) -> Tensor:
     here = leaves(tree)
     norms = [_norm(part_of(x)) for x in here]
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     groups = by_layout(here)
     of_parts = {i for _, indices in groups for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
@@ -96,7 +96,7 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
         torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
         for x, y in zip(leaves(tree), leaves(other), strict=True)
     ]
-    return stack(products).sum() if products else torch.zeros(())
+    return stack(products).sum() if products else torch.zeros((), dtype=torch.float32)
 
 
 def _wide(x: Tensor) -> Tensor:

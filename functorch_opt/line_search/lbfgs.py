@@ -46,7 +46,7 @@ def _inverse_hessian_times(
     SY, YY = gram(S, [y.mT for y in Y]), gram(Y, [y.mT for y in Y])
     Sg, Yg = gram(S, g), gram(Y, g)
     D = SY.diagonal()
-    R = SY.triu() + torch.diag(torch.where(D > 0, 0.0, 1.0))
+    R = SY.triu() + torch.diag((~(D > 0)).to(D.dtype))
     if scaled:
         # Before there is a pair, the first step is at most as long as 1.
         first = 1 / torch.clamp(tree.norm(g).to(R.dtype), min=1.0)

@@ -83,7 +83,8 @@ class Line:
         self.slope = tree.dot(self.gs, self.us).to(self.dtype)
 
     def _checked(self, value: Any) -> Tensor:
-        value = torch.as_tensor(value)
+        # A Python number takes the dtype of the line at once: the default dtype may be narrower.
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=self.dtype)
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{self.name}: the value must be one real number; got {value.dtype} of shape {tuple(value.shape)}."

@@ -125,7 +125,9 @@ def scale_by_backtracking_linesearch(
 
         last = state.shared["learning_rate"]
         largest = torch.as_tensor(max_learning_rate, dtype=last.dtype, device=last.device)
-        wider = largest if unbounded else torch.minimum(increase_factor * last, largest)
+        # Where the last size is 0 the search begins at the largest; inf * 0 would be NaN there.
+        before = torch.where(last > 0, last, 1.0)
+        wider = largest if unbounded else torch.minimum(increase_factor * before, largest)
         size = torch.where(last > 0, wider, largest).to(last.dtype)
         new, error = attempt(size)
         steps = torch.ones_like(state.shared["num_linesearch_steps"])

@@ -136,7 +136,7 @@ def scale_by_polyak(
 
     def prepare(updates, f_min, max_learning_rate, eps, *, value):
         square = tree.norm(updates) ** 2 + eps
-        gap = torch.as_tensor(value).to(square) - f_min
+        gap = torch.as_tensor(value, dtype=square.dtype, device=square.device) - f_min
         gap = gap.clamp(min=0) if variant == "sps+" else gap
         moves = square > 0
         size = torch.clamp(gap / torch.where(moves, square, 1.0), max=max_learning_rate)

@@ -217,7 +217,7 @@ def exponential_decay(
     _positive(decay_rate=decay_rate)
     _at_least(1, transition_steps=transition_steps)
     _at_least(0, transition_begin=transition_begin)
-    grows = torch.as_tensor(decay_rate) >= 1
+    grows = torch.as_tensor(decay_rate, dtype=torch.float64) >= 1
 
     def value(t: Tensor) -> Any:
         exponent = _since(t, transition_begin).clamp(min=0) / transition_steps

@@ -62,7 +62,11 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
         ]
         infos = [None if p is None else torch.finfo(p.dtype) for p in low]
         eps, tiny = (
-            torch.tensor([getattr(info, name, 0.0) for info in infos], device=key.device)
+            torch.tensor(
+                [getattr(info, name, 0.0) for info in infos],
+                dtype=torch.float32,
+                device=key.device,
+            )
             for name in ("eps", "tiny")
         )
         return {"noise": Each(tree.unflatten(spec, noise)), "eps": eps, "tiny": tiny}
