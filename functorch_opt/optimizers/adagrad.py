@@ -35,10 +35,12 @@ __all__ = [
 
 
 def _constant_like(value):
-    """Slots that start at `value`: in a complex tensor, both of its parts."""
-    return lambda p: torch.full_like(
-        tree.zeros_like(p), complex(value, value) if p.is_complex() else value
-    )
+    """Slots that start at `value`, a number or a tensor: in a complex tensor, both of its parts."""
+
+    def start(p):
+        return tree.zeros_like(p) + (value * (1 + 1j) if p.is_complex() else value)
+
+    return start
 
 
 def _by_root(g, square, eps, eps_in_sqrt):
@@ -193,7 +195,8 @@ def scale_by_adadelta(
 
     def rule(g, e_g, e_x, weight, eps):
         e_g = torch.lerp(e_g, g * g, weight)
-        u = g * (e_x + eps).sqrt() / (e_g + eps).sqrt()
+        inside = eps + tree.TINY
+        u = g * (e_x + inside).sqrt() / (e_g + inside).sqrt()
         return u, {"e_g": e_g, "e_x": torch.lerp(e_x, u * u, weight)}
 
     return leafwise(

@@ -6,7 +6,7 @@ Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, alg. 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
         norm = _norms(
             [g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights
         )
-        factor = 1 / torch.clamp(norm / bound, min=1)
+        factor = _factor(norm, bound)
         norms.append(norm)
         factors.append(factor if weights is None else factor * weights)
     total = [
@@ -85,12 +85,21 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
 
 
+def _factor(norm: Tensor, bound: Any) -> Tensor:
+    """``min(1, bound / norm)``, and 0 where a bound that is a tensor is 0."""
+    if not isinstance(bound, Tensor):
+        return 1 / torch.clamp(norm / bound, min=1)
+    closed = bound == 0
+    factor = 1 / torch.clamp(norm / torch.where(closed, 1.0, bound), min=1)
+    return torch.where(closed, 0.0, factor)
+
+
 def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
     """The norm of each of `n` examples, over all tensors together."""
     rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
     each = [
         torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows
-    ] or [torch.zeros(n)]
+    ] or [torch.zeros(n, dtype=torch.float32)]
     norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norm if weights is None else norm * weights.abs()
 

@@ -43,7 +43,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     1e-6). Inside `partition` the norm is that of the group.
 
     Args:
-        max_norm: greater than 0.
+        max_norm: greater than 0. A tensor may be 0: then all updates are.
 
     Raises:
         ValueError: `max_norm` is 0, negative or NaN.
@@ -61,6 +61,8 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     def prepare(updates, max_norm):
         norm = tree.norm(updates)
         max_norm = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
-        return {"factor": max_norm / torch.maximum(norm, max_norm)}
+        larger = torch.maximum(norm, max_norm)
+        # Both are 0 where a tensor of 0 meets zero updates. The factor is 0 then, and 0 / 0 is not.
+        return {"factor": max_norm / torch.where(larger == 0, 1.0, larger)}
 
     return leafwise(lambda g, factor: g * factor, prepare, hyper={"max_norm": max_norm})

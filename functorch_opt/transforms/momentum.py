@@ -27,16 +27,19 @@ def trace(
     *,
     dampening: ScalarOrSchedule = 0.0,
 ) -> GradientTransformation:
-    """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``, where the first ``t`` is ``g`` undampened, as in torch.optim.SGD.
+    """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``.
+
+    The first ``t`` is ``g`` undampened, as in torch.optim.SGD.
 
     Args:
         decay: 0 or greater.
         nesterov: return ``g + decay t`` in place of ``t``.
         accumulator_dtype: of the trace; by default that of the params, at least float32.
-        dampening: torch's; 0 in optax.
+        dampening: as in torch; optax has none, which is 0.
 
     Raises:
-        ValueError: decay is negative or NaN; nesterov together with dampening.
+        ValueError: decay is negative or NaN; nesterov together with a number other than 0, or a
+            schedule, as dampening. The value of a tensor is not looked at.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013, eqs. 1-4.
 
@@ -50,26 +53,24 @@ def trace(
     check_range(0, float("inf"), decay=decay)
     check_range(-float("inf"), float("inf"), dampening=dampening)
     undamped = not isinstance(dampening, Tensor) and dampening == 0
-    if nesterov and not undamped:
+    if nesterov and not undamped and not isinstance(dampening, Tensor):
         raise ValueError(f"Nesterov momentum needs a dampening of zero; got {dampening!r}.")
     slots = {"trace": partial(tree.zeros_like, dtype=accumulator_dtype)}
-    if undamped:
 
-        def rule(g, trace, decay):
-            trace = g + decay * trace
-            return g + decay * trace if nesterov else trace, {"trace": trace}
-
-        return leafwise(rule, slots=slots, hyper={"decay": decay})
+    def rule(g, trace, decay):
+        trace = g + decay * trace
+        return g + decay * trace if nesterov else trace, {"trace": trace}
 
     def prepare(count, dampening):
-        return {
-            "fresh": torch.where(count == 0, 1.0, 1.0 - tree.as_real(torch.as_tensor(dampening)))
-        }
+        dampening = torch.as_tensor(dampening, dtype=tree.real_dtype(count.device))
+        return {"fresh": torch.where(count == 0, 1.0, 1.0 - dampening)}
 
     def damped(g, trace, decay, fresh):
         trace = fresh * g + decay * trace
-        return trace, {"trace": trace}
+        return g + decay * trace if nesterov else trace, {"trace": trace}
 
+    if undamped:
+        return leafwise(rule, slots=slots, hyper={"decay": decay})
     return leafwise(damped, prepare, slots=slots, hyper={"decay": decay, "dampening": dampening})
 
 
