@@ -21,7 +21,9 @@ from functorch_opt.optimizers.sgd import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *
 from functorch_opt.privacy.private import *
-from functorch_opt.schedules.schedules import *
+from functorch_opt.schedules.curves import *
+from functorch_opt.schedules.cycles import *
+from functorch_opt.schedules.pieces import *
 from functorch_opt.sweeps.report import *
 from functorch_opt.sweeps.sweep import *
 from functorch_opt.transforms.averaging import *

@@ -57,7 +57,7 @@ PUBLIC = {
     "functorch_opt.random": dict.fromkeys(fo.random.__all__, "functorch_opt.random.keys"),
     "functorch_opt.optim": _exports(PACKAGE / "optim" / "__init__.py"),
 }
-SCHEDULES = set(importlib.import_module("functorch_opt.schedules.schedules").__all__)
+SCHEDULES = set(importlib.import_module("functorch_opt.schedules").__all__)
 
 
 def _rows() -> set[str]:
@@ -280,14 +280,11 @@ def test_every_file_says_what_it_is(file: Path) -> None:
 # ---- lengths ---------------------------------------------------------------------------------------------------------------
 
 LONGEST = 480
-MAY_BE_LONGER = {
-    "schedules/schedules.py": "one family: every schedule, and more docstring than code",
-}
 
 
 @pytest.mark.parametrize("file", FILES, ids=_path)
 def test_length(file: Path) -> None:
     length = len(file.read_text().splitlines())
-    assert length <= LONGEST or _path(file) in MAY_BE_LONGER, (
+    assert length <= LONGEST, (
         f"{_path(file)} has {length} lines, more than {LONGEST}: is there a second family in it?"
     )

@@ -13,7 +13,7 @@ from functorch_opt._core.transformation import (
     identity,
     transformation,
 )
-from functorch_opt.schedules.schedules import Schedule
+from functorch_opt.schedules.schedule import Schedule
 
 __all__ = [
     "centralize",
