@@ -10,8 +10,10 @@ from functorch_opt._core.rule import *
 from functorch_opt._core.state import *
 from functorch_opt._core.transformation import *
 from functorch_opt._execution.compiled import *
+from functorch_opt.line_search.backtracking import *
 from functorch_opt.line_search.lbfgs import *
-from functorch_opt.line_search.searches import *
+from functorch_opt.line_search.reuse import *
+from functorch_opt.line_search.zoom import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.lamb import *

@@ -26,7 +26,7 @@ from functorch_opt._core.transformation import (
     transformation,
 )
 from functorch_opt.line_search.line import check_state, value_dtype
-from functorch_opt.line_search.searches import scale_by_zoom_linesearch
+from functorch_opt.line_search.zoom import scale_by_zoom_linesearch
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
 from functorch_opt.tree import PyTree, StageState
 

@@ -41,6 +41,19 @@ def where(flag: Tensor, new: PyTree, old: PyTree) -> PyTree:
     return tree.map(lambda a, b: torch.where(flag, a, b), new, old)
 
 
+def violation(x: Tensor) -> Tensor:
+    """By how much ``x <= 0`` is violated; where x is NaN, infinitely."""
+    return torch.where(x.isnan(), torch.inf, x.clamp(min=0))
+
+
+def check_trials(name: str, steps: Any) -> None:
+    """Raise ValueError for what cannot bound a loop."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"{name} must be a whole number, 1 or greater: it bounds the loop; got {steps!r}."
+        )
+
+
 # ---- a line through the parameters ---------------------------------------------------------------------------------------
 
 
