@@ -127,7 +127,7 @@ def _ends(name: Path) -> list[Path]:
     return ["/".join(parts[i:]) for i in range(1, len(parts))]
 
 
-# ---- loading ---------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True) -> PyTree:

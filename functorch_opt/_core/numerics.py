@@ -22,8 +22,8 @@ def real_dtype(device: torch.device) -> torch.dtype:
 def zero_count(params: PyTree) -> Tensor:
     """A count of 0, int64, on the device of the params.
 
-    Under vmap it is batched as they are: an unbatched one would come out as a view with stride 0, and compiled code that has seen that
-    would compile again at the second step.
+    Under vmap it is batched as they are: an unbatched one would come out as a view with stride 0,
+    and compiled code that has seen that would compile again at the second step.
     """
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
@@ -41,7 +41,8 @@ def as_real(count: Tensor) -> Tensor:
 TINY = torch.finfo(torch.float32).tiny
 """Added to squares under a root, 1.2e-38: at 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
 
-The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same numbers.
+The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same
+numbers.
 """
 
 
@@ -70,8 +71,9 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
 def norm(tree: PyTree) -> Tensor:
     """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
 
-    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
-    as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
+    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree
+    is zero, not NaN. Sharded leaves count as wholes: the ranks exchange one number each, and the
+    norm is an ordinary tensor, the same on all.
     """
     here = leaves(tree)
     norms = [_norm(part_of(x)) for x in here]

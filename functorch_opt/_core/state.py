@@ -35,15 +35,17 @@ def get(state: PyTree, name: str) -> Any:
 
     Args:
         state: what ``tx.init`` or ``tx.update`` returned.
-        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter (``"learning_rate"``) or a stage; or the end of its
-            path, where the name alone is ambiguous (``"scale_by_adam/count"``).
+        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter
+            (``"learning_rate"``) or a stage; or the end of its path, where the name alone is
+            ambiguous (``"scale_by_adam/count"``).
 
     Returns:
-        For a slot a tree of the structure of the params (of the part of them that a ``masked`` or ``partition`` group holds, keyed by
-        path); for a shared value its tensor.
+        For a slot a tree of the structure of the params (of the part of them that a ``masked`` or
+        ``partition`` group holds, keyed by path); for a shared value its tensor.
 
     Raises:
-        KeyError: nothing has that name (the message lists what there is), or several have (it lists their paths).
+        KeyError: nothing has that name (the message lists what there is), or several have (it lists
+            their paths).
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -98,16 +100,19 @@ def _join(path: Path, name: str) -> Path:
 def describe(tree: PyTree, in_dims: PyTree = None) -> str:
     """A table of `tree` for people: a line per tensor with path, shape, dtype and bytes on this rank, and the total.
 
-    With the `in_dims` of a ``torch.vmap`` it says what each model has of its own: for a mapped tensor the shape is that of one model, and
-    the last column says whether the models differ. Two that must differ and do not (noise keys, the first parameters of an ensemble),
-    and one that should have been mapped, are seen at once.
+    With the `in_dims` of a ``torch.vmap`` it says what each model has of its own: for a mapped
+    tensor the shape is that of one model, and the last column says whether the models differ. Two
+    that must differ and do not (noise keys, the first parameters of an ensemble), and one that
+    should have been mapped, are seen at once.
 
     Args:
         tree: a tree of tensors.
-        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a whole number or None for all that is below a place. 0 maps all.
+        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a whole number or None for all
+            that is below a place. 0 maps all.
 
     Raises:
-        ValueError: a tensor lacks the dimension, or has another number of models than the first; the message has its path.
+        ValueError: a tensor lacks the dimension, or has another number of models than the first;
+            the message has its path.
 
     Example:
         >>> import torch, functorch_opt as fo

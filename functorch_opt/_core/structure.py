@@ -1,11 +1,13 @@
 """Trees of tensors. This is the only file that imports optree.
 
-A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple, or any class registered with
-optree (globally or in the namespace ``"functorch_opt"``). ``None`` is a leaf, and it means *nothing here*: no gradient for this
-parameter, or no parameter. It is settled in this file, once: every function below hands ``None`` leaves through untouched.
+A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple,
+or any class registered with optree (globally or in the namespace ``"functorch_opt"``). ``None`` is
+a leaf, and it means *nothing here*: no gradient for this parameter, or no parameter. It is settled
+in this file, once: every function below hands ``None`` leaves through untouched.
 
-A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names, joined by ``/``.
-A tree is flattened and put together again inside the same call, always: a treespec may not enter compiled code from outside.
+A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names,
+joined by ``/``. A tree is flattened and put together again inside the same call, always: a treespec
+may not enter compiled code from outside.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch.func import grad_and_value
 from functorch_opt import tree
 from functorch_opt.tree import PyTree, StageState
 
-# ---- a loop whose length depends on values -----------------------------------------------------------------------------
+# ---- a loop whose length depends on values -------------------------------------------------------
 
 
 class _AnyOf(torch.autograd.Function):
@@ -64,7 +64,7 @@ def check_trials(name: str, steps: Any) -> None:
         )
 
 
-# ---- a line through the parameters ---------------------------------------------------------------------------------------
+# ---- a line through the parameters ---------------------------------------------------------------
 
 
 class Line:

@@ -1,7 +1,7 @@
 """Loading a checkpoint into a stateful optimizer: all of it is checked against what the optimizer expects before any of it counts.
 
-The keys of ``state[p]`` are matched by name, as `functorch_opt.tree.fit` does it. So the checkpoint of a chain outlives a stage that is put
-in or taken out.
+The keys of ``state[p]`` are matched by name, as `functorch_opt.tree.fit` does it. So the checkpoint
+of a chain outlives a stage that is put in or taken out.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def fitted(
     """The entries of ``state[p]``, copied from a state dict, and how well its names fitted; those in `optional` may be missing.
 
     Raises:
-        TypeError: a value that is no tensor, or one of another kind (integer for floating, real for complex).
+        TypeError: a value that is no tensor, or one of another kind (integer for floating, real for
+            complex).
         ValueError: a shape that differs; a count that is no whole number from 0.
     """
     numbers = _numbers(given)

@@ -1,8 +1,9 @@
 """Dividing by the root of an average of squared gradients: the sum (Adagrad), a running mean (RMSprop), a ratio of two (Adadelta).
 
-Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", 2011. Tieleman & Hinton,
-"Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences With Recurrent Neural Networks", 2013 (centered). Zeiler, "ADADELTA: An
-Adaptive Learning Rate Method", 2012.
+Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+Optimization", 2011. Tieleman & Hinton, "Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences
+With Recurrent Neural Networks", 2013 (centered). Zeiler, "ADADELTA: An Adaptive Learning Rate
+Method", 2012.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def scale_by_adadelta(
     )
 
 
-# ---- ready-made ------------------------------------------------------------------------------------------------------
+# ---- ready-made ----------------------------------------------------------------------------------
 
 
 @transformation
@@ -225,8 +226,10 @@ def rmsprop(
     """RMSprop: `scale_by_rms` (or `scale_by_stddev`), the learning rate, then `trace` if a momentum is given.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in torch.optim.RMSprop after it.
-        decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`. torch.optim.RMSprop has decay 0.99 and eps outside.
+        learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in
+            torch.optim.RMSprop after it.
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`.
+            torch.optim.RMSprop has decay 0.99 and eps outside.
         centered: divide by the standard deviation.
         momentum: decay of the trace; None: no trace is kept.
         nesterov: of the trace.
@@ -256,7 +259,8 @@ def adagrad(
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps outside the root.
+        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps
+            outside the root.
 
     Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
 
@@ -281,7 +285,8 @@ def adadelta(
     """Adadelta: L2 regularization, `scale_by_adadelta`, then the learning rate.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign is flipped**; the paper has 1.0.
+        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign
+            is flipped**; the paper has 1.0.
         rho, eps: see `scale_by_adadelta`.
         weight_decay: of the L2 term, which enters the means; 0 or greater.
         weight_decay_mask: which parameters decay, see `masked`; by default all.

@@ -1,7 +1,7 @@
 """LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``, so that large batches allow large learning rates.
 
-Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You et al., "Large Batch Optimization for
-Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
+Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You
+et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def lamb(
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
 
-    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020, alg. 2, with the identity for phi.
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
+    2020, alg. 2, with the identity for phi.
 
     Example:
         >>> import functorch_opt as fo

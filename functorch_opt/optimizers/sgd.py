@@ -1,9 +1,11 @@
 """Gradient descent, ``p -> p - eta g``: with momentum, with noise, by the sign alone, or with a step size from the value.
 
-Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the importance of initialization and momentum in
-deep learning", 2013. Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015. Bernstein et al.,
-"signSGD: Compressed Optimisation for Non-Convex Problems", 2018. Polyak, "Introduction to Optimization", 1987, sec. 5.3; Loizou, Vaswani,
-Laradji & Lacoste-Julien, "Stochastic Polyak Step-size for SGD", 2021, eq. 4 (SPS_max).
+Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the
+importance of initialization and momentum in deep learning", 2013. Neelakantan et al., "Adding
+Gradient Noise Improves Learning for Very Deep Networks", 2015. Bernstein et al., "signSGD:
+Compressed Optimisation for Non-Convex Problems", 2018. Polyak, "Introduction to Optimization",
+1987, sec. 5.3; Loizou, Vaswani, Laradji & Lacoste-Julien, "Stochastic Polyak Step-size for SGD",
+2021, eq. 4 (SPS_max).
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ def scale_by_polyak(
 
     Extra argument of ``update``: ``value``, the function at the params.
 
-    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16; here it is what the formula says.
+    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16;
+    here it is what the formula says.
 
     Example:
         >>> import torch, functorch_opt as fo

@@ -36,19 +36,24 @@ class ClippedSum(NamedTuple):
 def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None) -> ClippedSum:
     """Clip the gradient of each example to norm C, and sum: ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
 
-    An example, however large its gradient and its weight, moves the sum by C at most. One that is not finite makes the sum NaN.
+    An example, however large its gradient and its weight, moves the sum by C at most. One that is
+    not finite makes the sum NaN.
 
     Args:
-        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may be 0.
-        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an example by their own norms. An entry speaks
-            for all that is below it: ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
+        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may
+            be 0.
+        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an
+            example by their own norms. An entry speaks for all that is below it:
+            ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
             ``{name: C / len(params) ** 0.5 for name in params}``.
         weights: [B], multiplies the losses, and so the gradients, before the clip; by default 1.
 
     Raises:
-        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of another shape; a C not greater than 0.
+        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of
+            another shape; a C not greater than 0.
 
-    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private Recurrent Language Models", 2018, sec. 3.
+    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private
+    Recurrent Language Models", 2018, sec. 3.
 
     Example:
         >>> import torch, functorch_opt as fo

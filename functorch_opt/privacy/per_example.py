@@ -1,7 +1,8 @@
 """The gradient of every example: ``g_i = grad loss(params, example i)``; all of them, or their clipped sum, some at a time.
 
-A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary training. It is called with batches of one
-example, under `torch.func.vmap`. A module takes part by `torch.func.functional_call`.
+A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary
+training. It is called with batches of one example, under `torch.func.vmap`. A module takes part by
+`torch.func.functional_call`.
 """
 
 from __future__ import annotations
@@ -35,17 +36,21 @@ def per_example_grads(
 ) -> Callable[..., PyTree]:
     """A function that gives the gradient of every example, where ``grad(loss)`` gives that of a batch.
 
-    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what this gives; if it is their mean, the
-    mean. A layer that mixes examples (batch normalization in training) sees a batch of one, if it takes that at all.
+    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what
+    this gives; if it is their mean, the mean. A layer that mixes examples (batch normalization in
+    training) sees a batch of one, if it takes that at all.
 
     Args:
-        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of `batch` with first axis 1.
-        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive beside the result.
-        randomness: of random operations in `loss` (dropout): "different" for every example, the "same" for all (of a chunk), or an "error".
+        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of
+            `batch` with first axis 1.
+        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive
+            beside the result.
+        randomness: of random operations in `loss` (dropout): "different" for every example, the
+            "same" for all (of a chunk), or an "error".
 
     Returns:
-        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example is closed over. `grads`: the structure of
-        `params`, tensors [B, ...].
+        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example
+        is closed over. `grads`: the structure of `params`, tensors [B, ...].
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B.
@@ -76,17 +81,20 @@ def clipped_grad_sum(
 ) -> Callable[..., ClippedSum]:
     """A function that gives the sum of the clipped gradients of the examples, and never holds more than `chunk_size` of them.
 
-    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss of every example. Each chunk is clipped
-    and added before the next begins.
+    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss
+    of every example. Each chunk is clipped and added before the next begins.
 
     Args:
         loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
-        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by themselves, see `clip_and_sum`.
-        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often fastest too.
+        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by
+            themselves, see `clip_and_sum`.
+        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often
+            fastest too.
         randomness: of random operations in `loss`, see `per_example_grads`.
 
     Returns:
-        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then. `weights`: [B], multiply the losses.
+        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then.
+        `weights`: [B], multiply the losses.
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B; what `clip_and_sum` raises.

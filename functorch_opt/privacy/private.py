@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-# ---- the transformation ------------------------------------------------------------------------------------------------
+# ---- the transformation --------------------------------------------------------------------------
 
 
 @transformation
@@ -50,23 +50,25 @@ def differentially_private_aggregate(
 ) -> GradientTransformation:
     """Clip each example, sum, add noise, average: ``(sum_i clip(g_i) + sigma C z) / B``. The first stage of a chain.
 
-    Its updates are gradients with an axis of examples in front, as `per_example_grads` gives, or their `ClippedSum`, as
-    `clipped_grad_sum` gives without ever holding all of them.
+    Its updates are gradients with an axis of examples in front, as `per_example_grads` gives, or
+    their `ClippedSum`, as `clipped_grad_sum` gives without ever holding all of them.
 
     Args:
-        l2_norm_clip: C, greater than 0. A tree of them clips parts of an example by themselves (see `clip_and_sum`); the noise is then
-            that of ``C = sqrt(sum_k C_k^2)``.
-        noise_multiplier: sigma, the standard deviation of the noise over C; 0 or greater, or a schedule.
-        key: int64 [2], or a seed; see `add_noise`. Who knows it can take the noise away: draw the seed by ``secrets.randbits(63)``.
-        expected_batch_size: B. None: as many as there are, as in optax. Under Poisson sampling that number depends on the data, and is 0
-            at times: give ``sampling_rate * len(data)``.
+        l2_norm_clip: C, greater than 0. A tree of them clips parts of an example by themselves (see
+            `clip_and_sum`); the noise is then that of ``C = sqrt(sum_k C_k^2)``.
+        noise_multiplier: sigma, the standard deviation of the noise over C; 0 or greater, or a
+            schedule.
+        key: int64 [2], or a seed; see `add_noise`. Who knows it can take the noise away: draw the
+            seed by ``secrets.randbits(63)``.
+        expected_batch_size: B. None: as many as there are, as in optax. Under Poisson sampling that
+            number depends on the data, and is 0 at times: give ``sampling_rate * len(data)``.
 
     Raises:
-        ValueError: a number out of its range; updates without an axis of examples; a sum that was clipped to something else; no example
-            and no `expected_batch_size`.
+        ValueError: a number out of its range; updates without an axis of examples; a sum that was
+            clipped to something else; no example and no `expected_batch_size`.
 
-    Source: Abadi et al., 2016, alg. 1; optax.contrib. There an example with a gradient that is not finite passes without a clip; here it
-    makes the update NaN.
+    Source: Abadi et al., 2016, alg. 1; optax.contrib. There an example with a gradient that is not
+    finite passes without a clip; here it makes the update NaN.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -150,7 +152,7 @@ def _with_examples(updates: PyTree, params: PyTree | None) -> PyTree:
     return updates
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
 @transformation
@@ -211,8 +213,8 @@ def dp_adam(
 ) -> GradientTransformation:
     """Adam on private gradients: `differentially_private_aggregate`, `scale_by_adam`, the learning rate.
 
-    What is computed from a private gradient is private too. The second moment sees the noise: with much of it, ``sqrt(nu)`` is near
-    ``sigma C / B`` for every parameter.
+    What is computed from a private gradient is private too. The second moment sees the noise: with
+    much of it, ``sqrt(nu)`` is near ``sigma C / B`` for every parameter.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -237,16 +239,18 @@ def dp_adam(
     return chain(private, scale_by_adam(b1, b2, eps), scale_by_learning_rate(learning_rate))
 
 
-# ---- sampling and accounting -------------------------------------------------------------------------------------------
+# ---- sampling and accounting ---------------------------------------------------------------------
 
 
 def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor:
     """The examples of one batch: each of `size` is in it with probability ``expected_batch_size / size``, independently of the others.
 
-    This is the sampling that `privacy_spent` counts with. The batch has another size every time, and may be empty.
+    This is the sampling that `privacy_spent` counts with. The batch has another size every time,
+    and may be empty.
 
     Args:
-        key: int64 [2]; a new one for each step: ``random.fold_in(key, step)``. Secret, and not the key of the noise.
+        key: int64 [2]; a new one for each step: ``random.fold_in(key, step)``. Secret, and not the
+            key of the noise.
         size: of the data.
         expected_batch_size: in [0, size].
 
@@ -256,7 +260,8 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     Raises:
         ValueError: `expected_batch_size` out of its range.
 
-    Source: Abadi et al., 2016, sec. 3.1; Mironov, Talwar & Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism", 2019.
+    Source: Abadi et al., 2016, sec. 3.1; Mironov, Talwar & Zhang, "Renyi Differential Privacy of
+    the Sampled Gaussian Mechanism", 2019.
 
     Example:
         >>> import functorch_opt as fo
@@ -277,20 +282,23 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
 def privacy_spent(noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
     """The epsilon of (epsilon, delta)-differential privacy after `steps` of private descent with Poisson sampling.
 
-    Two sets of data are neighbours if one has one example more. The bound is that of Google's dp-accounting, by the distribution of the
-    privacy loss. It holds for `poisson_sample` and for noise of a constant `noise_multiplier`, not for shuffled batches.
+    Two sets of data are neighbours if one has one example more. The bound is that of Google's
+    dp-accounting, by the distribution of the privacy loss. It holds for `poisson_sample` and for
+    noise of a constant `noise_multiplier`, not for shuffled batches.
 
     Args:
         noise_multiplier: sigma, greater than 0.
         sampling_rate: ``expected_batch_size / len(data)``, in (0, 1].
-        steps: how many updates were made: ``int(fo.get(state, "differentially_private_aggregate/count"))``.
+        steps: how many updates were made:
+            ``int(fo.get(state, "differentially_private_aggregate/count"))``.
         delta: in (0, 1); usually well below ``1 / len(data)``.
 
     Raises:
         ValueError: a number out of its range.
         ModuleNotFoundError: dp-accounting is not installed.
 
-    Source: Koskela, Jalko & Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", 2020; Google's dp-accounting.
+    Source: Koskela, Jalko & Honkela, "Computing Tight Differential Privacy Guarantees Using FFT",
+    2020; Google's dp-accounting.
 
     Example:
         >>> import functorch_opt as fo

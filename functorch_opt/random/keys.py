@@ -1,10 +1,12 @@
 """Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart.
 
-A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream of numbers, four to a block (see
-`functorch_opt.random.philox`); a tensor takes them in the order of its elements. So any part of a draw can be drawn by itself.
+A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream
+of numbers, four to a block (see `functorch_opt.random.philox`); a tensor takes them in the order of
+its elements. So any part of a draw can be drawn by itself.
 
-Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw would. Under vmap give each member its
-own key (``split(key, n)``): one key for all means the same numbers for all.
+Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw
+would. Under vmap give each member its own key (``split(key, n)``): one key for all means the same
+numbers for all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ __all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform"
 _STEP_BITS = 36  # one count owns 2**36 blocks, so that the draws of two can never overlap
 
 
-# ---- keys ----------------------------------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------
 
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
@@ -114,7 +116,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
     return fold_in(key, torch.arange(num, device=_checked(key).device))
 
 
-# ---- one tensor ------------------------------------------------------------------------------------------------------------
+# ---- one tensor ----------------------------------------------------------------------------------
 
 
 def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
@@ -142,13 +144,14 @@ def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None 
 def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
     """Independent standard normal numbers, float32.
 
-    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager or compiled code and of the device,
-    and differ by rounding.
+    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager
+    or compiled code and of the device, and differ by rounding.
 
     Args:
         key: int64 [2].
         shape: of the whole.
-        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is drawn, and the same numbers are.
+        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is
+            drawn, and the same numbers are.
 
     Raises:
         TypeError: a shape or part of another kind.
@@ -198,23 +201,26 @@ def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
     return tuple([r.start for r in ranges]), tuple([len(r) for r in ranges])
 
 
-# ---- a tree of tensors -------------------------------------------------------------------------------------------------------
+# ---- a tree of tensors ---------------------------------------------------------------------------
 
 
 def normal_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
     """Independent standard normals in the shapes of `tree`, float32; complex64, with two of them in each number, where it is complex.
 
-    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends on the sizes of the leaves before it.
-    Of a sharded leaf (a DTensor) each rank draws its own part: together they are what one process would draw.
+    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends
+    on the sizes of the leaves before it. Of a sharded leaf (a DTensor) each rank draws its own
+    part: together they are what one process would draw.
 
     Args:
         key: int64 [2].
         tree: tensors, and None, which stays None.
-        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28; or a tensor of one for each leaf. Draws
-            of different counts never overlap, as long as a tree has less than 2**38 numbers.
+        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28;
+            or a tensor of one for each leaf. Draws of different counts never overlap, as long as a
+            tree has less than 2**38 numbers.
 
     Raises:
-        TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole number.
+        TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole
+            number.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -278,7 +284,7 @@ def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     return tree.join(x, leaf) if tree.is_sharded(leaf) else x
 
 
-# ---- where numbers lie in the stream -------------------------------------------------------------------------------------------
+# ---- where numbers lie in the stream -------------------------------------------------------------
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, by dimension, of a part in its whole."""

@@ -1,11 +1,12 @@
 """The generator: Philox-4x32-10, the numbers made of its words, and how many are drawn at once.
 
-A block is one call of Philox: of the 128-bit counter ``(offset + i, 0)`` under the 64-bit seed, where ``(seed, offset)`` is the key and i
-the number of the block. It gives four 32-bit words, and of them four numbers. This is the stream of ``torch.func._random``, so that
-torch's own kernels can check it and, later, replace it.
+A block is one call of Philox: of the 128-bit counter ``(offset + i, 0)`` under the 64-bit seed,
+where ``(seed, offset)`` is the key and i the number of the block. It gives four 32-bit words, and
+of them four numbers. This is the stream of ``torch.func._random``, so that torch's own kernels can
+check it and, later, replace it.
 
-Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3. Box & Muller, "A Note on the Generation of
-Random Normal Deviates", 1958.
+Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3. Box &
+Muller, "A Note on the Generation of Random Normal Deviates", 1958.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def join(low: Tensor, high: Tensor) -> Tensor:
     return (torch.where(high >= 2**31, high - 2**32, high) << 32) | low
 
 
-# ---- what is made of words ---------------------------------------------------------------------------------------------
+# ---- what is made of words -----------------------------------------------------------------------
 # Of the blocks in `blocks`, or of n of them from the number `blocks` on; four numbers each, [n, 4].
 
 
@@ -108,7 +109,7 @@ def unit(word: Tensor) -> Tensor:
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 Make = Callable[..., Tensor]
 

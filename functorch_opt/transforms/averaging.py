@@ -26,25 +26,29 @@ def params_ema(
 ) -> GradientTransformation:
     """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` pass as they are.
 
-    It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the average out of a state of any depth,
-    and ``with opt.eval_params():`` puts it into the model. The slot ``averaged`` is the average itself at every step, debiased too.
+    It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the
+    average out of a state of any depth, and ``with opt.eval_params():`` puts it into the model. The
+    slot ``averaged`` is the average itself at every step, debiased too.
 
-    A step at which a parameter has no gradient does not count for its average. Of low-precision parameters it takes the new value before
-    that is rounded; after `keep_master_weights` that is the master copy.
+    A step at which a parameter has no gradient does not count for its average. Of low-precision
+    parameters it takes the new value before that is rounded; after `keep_master_weights` that is
+    the master copy.
 
     Args:
-        decay: in [0, 1). A schedule makes other averages, without `debias`: ``lambda count: 1 - 1 / (count.double() + 1)`` makes the
-            mean of all parameters so far.
-        debias: weigh the parameters after step i of t by ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the
-            first new value. False: the average starts at the initial parameters, as with a `torch.optim.swa_utils.AveragedModel` that
-            is updated once before training.
+        decay: in [0, 1). A schedule makes other averages, without `debias`:
+            ``lambda count: 1 - 1 / (count.double() + 1)`` makes the mean of all parameters so far.
+        debias: weigh the parameters after step i of t by
+            ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the first new
+            value. False: the average starts at the initial parameters, as with a
+            `torch.optim.swa_utils.AveragedModel` that is updated once before training.
         accumulator_dtype: of the average; by default that of the params, at least float32.
 
     Raises:
-        ValueError: decay outside [0, 1); a schedule together with `debias`; ``update`` called without params.
+        ValueError: decay outside [0, 1); a schedule together with `debias`; ``update`` called
+            without params.
 
-    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the debiasing of Kingma & Ba, "Adam: A Method
-    for Stochastic Optimization", 2015, sec. 3.
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
+    debiasing of Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, sec. 3.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -86,11 +90,12 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
         params: the current parameters; those that no stage averages are returned as they are.
 
     Returns:
-        A tree of the structure of `params`, each average rounded to the dtype of its parameter. As kept, it is
-        ``fo.get(state, "averaged")``.
+        A tree of the structure of `params`, each average rounded to the dtype of its parameter. As
+        kept, it is ``fo.get(state, "averaged")``.
 
     Raises:
-        ValueError: nothing in `state` averages parameters; two stages average the same one; the state is that of other parameters.
+        ValueError: nothing in `state` averages parameters; two stages average the same one; the
+            state is that of other parameters.
 
     Example:
         >>> import torch, functorch_opt as fo

@@ -39,8 +39,9 @@ def clip(max_delta: Scalar) -> GradientTransformation:
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them together.
 
-    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged (``torch.nn.utils.clip_grad_norm_`` adds
-    1e-6). Inside `partition` the norm is that of the group.
+    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged
+    (``torch.nn.utils.clip_grad_norm_`` adds 1e-6). Inside `partition` the norm is that of the
+    group.
 
     Args:
         max_norm: greater than 0. A tensor may be 0: then all updates are.
@@ -48,7 +49,8 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     Raises:
         ValueError: `max_norm` is 0, negative or NaN.
 
-    Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, alg. 1.
+    Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks",
+    2013, alg. 1.
 
     Example:
         >>> import torch, functorch_opt as fo

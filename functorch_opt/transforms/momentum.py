@@ -41,7 +41,8 @@ def trace(
         ValueError: decay is negative or NaN; nesterov together with a number other than 0, or a
             schedule, as dampening. The value of a tensor is not looked at.
 
-    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013, eqs. 1-4.
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
+    2013, eqs. 1-4.
 
     Example:
         >>> import torch, functorch_opt as fo

@@ -21,11 +21,14 @@ __all__ = ["stochastic_round"]
 def stochastic_round(key: Tensor | int) -> GradientTransformation:
     """Let low-precision parameters keep small updates: as the last stage, it makes ``p + u`` a random one of its two neighbours.
 
-    In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away at every step, and training stalls. Here
-    it moves the parameter by 1/128 in one step of eight: ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself,
-    so that `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and more are left alone.
+    In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away
+    at every step, and training stalls. Here it moves the parameter by 1/128 in one step of eight:
+    ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself, so that
+    `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and
+    more are left alone.
 
-    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves ``p + u'`` off the numbers it rounded to.
+    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves
+    ``p + u'`` off the numbers it rounded to.
 
     Args:
         key: int64 [2], see `functorch_opt.random.key`, or a seed.

@@ -104,7 +104,8 @@ def scale_by_learning_rate(
 def sign() -> GradientTransformation:
     """``u -> sign(u)``; 0 stays 0.
 
-    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg. 1. optax: ``scale_by_sign``.
+    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg.
+    1. optax: ``scale_by_sign``.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -142,9 +143,11 @@ def zero_nans() -> GradientTransformation:
 def centralize() -> GradientTransformation:
     """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u, dims 1, 2, ...)``.
 
-    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
+    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2,
+    ... are those of the paper.
 
-    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020, eq. 1.
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural
+    Networks", 2020, eq. 1.
 
     Example:
         >>> import torch, functorch_opt as fo
