@@ -1,4 +1,7 @@
-"""What one does with trees of tensors, for those who write transformations: structure, numbers, sharded tensors, states."""
+"""What one does with trees of tensors, for those who write transformations.
+
+It is about structure, numbers, sharded tensors and states.
+"""
 
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit, fit, load_state_dict, state_dict
 from functorch_opt._core.numerics import (

@@ -1,4 +1,7 @@
-"""Checkpoints: a state as a flat dict of tensors, and back, also where the chain has changed in between."""
+"""Checkpoints: a state as a flat dict of tensors, and back.
+
+They can be read also where the chain has changed in between.
+"""
 
 from __future__ import annotations
 

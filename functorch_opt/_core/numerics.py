@@ -1,4 +1,4 @@
-"""Numbers: the dtypes that rules and scalars are worked out in, and norms and inner products of whole trees."""
+"""Numbers: the dtypes that things are worked out in, and norms and products of whole trees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from functorch_opt._core.structure import PyTree, leaves, map
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the floating types below it (bfloat16, float16, the 8-bit floats); any other dtype is itself."""
+    """float32 for the floating types below it; any other dtype is itself.
+
+    Below it are bfloat16, float16 and the 8-bit floats.
+    """
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
@@ -28,18 +31,22 @@ def zero_count(params: PyTree) -> Tensor:
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
         return p.new_zeros((), dtype=torch.int64)
-    return torch.zeros(
-        (), dtype=torch.int64, device=p.device
-    )  # beside sharded tensors: an ordinary one
+    # Beside sharded tensors it is an ordinary one.
+    return torch.zeros((), dtype=torch.int64, device=p.device)
 
 
 def as_real(count: Tensor) -> Tensor:
-    """A count as a floating tensor, wide enough for ``1 - b2**count``: in float32 that is off by 3e-5 at the first step."""
+    """A count as a floating tensor that is wide enough for ``1 - b2**count``.
+
+    In float32 that is off by 3e-5 at the first step.
+    """
     return count.to(real_dtype(count.device))
 
 
 TINY = torch.finfo(torch.float32).tiny
-"""Added to squares under a root, 1.2e-38: at 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+"""What is added to squares under a root, 1.2e-38.
+
+At 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
 
 The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same
 numbers.
@@ -56,20 +63,26 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     ):
         wanted = "complex" if x.is_complex() else "floating"
         raise TypeError(
-            f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None."
+            f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: "
+            f"give a {wanted} dtype, or None."
         )
     return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
 
 
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
-    """`tree` with its floating leaves in `dtype`; other leaves, and everything when `dtype` is None, as they are."""
+    """`tree` with its floating leaves in `dtype`.
+
+    Other leaves, and everything when `dtype` is None, stay as they are.
+    """
     if dtype is None:
         return tree
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def norm(tree: PyTree) -> Tensor:
-    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
+    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor.
+
+    It is computed in float32 or wider.
 
     ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree
     is zero, not NaN. Sharded leaves count as wholes: the ranks exchange one number each, and the
@@ -93,7 +106,10 @@ def norm(tree: PyTree) -> Tensor:
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
-    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider; complex numbers count as pairs of reals."""
+    """The inner product of two trees, a 0-dim tensor, computed in float32 or wider.
+
+    Complex numbers count as pairs of reals.
+    """
     products = [
         torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
         for x, y in zip(leaves(tree), leaves(other), strict=True)

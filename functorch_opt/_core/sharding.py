@@ -1,4 +1,7 @@
-"""Sharded tensors (DTensors): the part that this rank has, the whole, and what the ranks tell each other."""
+"""Sharded tensors (DTensors).
+
+The part that this rank has, the whole, and what the ranks tell each other.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor: a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them."""
+    """Whether `x` is a DTensor.
+
+    That is a tensor whose parts, or copies, lie on the ranks of a device mesh, as FSDP2 makes them.
+    """
     if type(x) in PLAIN:
         return False
-    module = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # where nobody has imported it there are none, and importing it takes a second
+    # Where nobody has imported it there are none, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
@@ -28,7 +33,10 @@ def whole(x: Any) -> Any:
 
 
 def part_of(x: Any, like: Any = None) -> Any:
-    """This rank's part of `x`, laid out as `like` is, by default as it is itself. What has another shape than `like` has no parts."""
+    """This rank's part of `x`, laid out as `like` is, by default as it is itself.
+
+    What has another shape than `like` has no parts.
+    """
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
@@ -40,7 +48,10 @@ def part_of(x: Any, like: Any = None) -> Any:
 
 
 def join(part: Tensor, like: Any) -> Tensor:
-    """The inverse of `part_of`: the sharded tensor, laid out as `like`, of which this rank has `part`."""
+    """The inverse of `part_of`.
+
+    It is the sharded tensor, laid out as `like`, of which this rank has `part`.
+    """
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -54,7 +65,10 @@ def join(part: Tensor, like: Any) -> Tensor:
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
-    """`x`, which every rank has whole, laid out as `like`: each keeps its part, and nothing is sent."""
+    """`x`, which every rank has whole, laid out as `like`.
+
+    Each rank keeps its part, and nothing is sent.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
@@ -72,7 +86,10 @@ def on_shards(
     now: dict[str, Any],
     *rest: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """``apply(g, p, slots, now, *rest) -> (update, slots)`` on this rank's parts of sharded tensors, or on gathered wholes."""
+    """``apply(g, p, slots, now, *rest) -> (update, slots)`` of sharded tensors.
+
+    It is given this rank's parts of them or, if not `in_parts`, gathered wholes.
+    """
     like = g if p is None else p
 
     def enter(x: Any) -> Any:
@@ -99,7 +116,10 @@ def on_shards(
 
 
 def _gradient_summed(x: Tensor, like: Any) -> Tensor:
-    """`x` itself, a number that meets a part of a tensor on each rank; its gradient is the sum of what comes from the parts."""
+    """`x` itself, a number that meets a part of a tensor on each rank.
+
+    Its gradient is the sum of what comes from the parts.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
@@ -110,7 +130,10 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
 
 
 def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
-    """What is wrong where some of these tensors are sharded and others are not; None if nothing is."""
+    """What is wrong where some of these tensors are sharded and others are not.
+
+    None if nothing is wrong.
+    """
     given = is_sharded(g)
     for name, x in (
         ("its parameter", p),
@@ -118,19 +141,26 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
     ):
         if is_sharded(x) != given:
             kinds = ("a DTensor", "an ordinary tensor")
-            return f"is {kinds[not given]} and {name} {kinds[given]}. Shard the parameters first; then init, and take gradients."
+            here = f"is {kinds[not given]} and {name} {kinds[given]}"
+            return f"{here}. Shard the parameters first; then init, and take gradients."
     return None
 
 
 def _settled(x: Any) -> list[Any]:
-    """How `x` is laid out; where the ranks hold terms of a sum that was not taken yet, as if it had been."""
+    """How `x` is laid out.
+
+    Where the ranks hold terms of a sum that was not taken yet, it is as if it had been.
+    """
     from torch.distributed.tensor import Replicate
 
     return [Replicate() if placement.is_partial() else placement for placement in x.placements]
 
 
 def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
-    """The numbers of the sharded tensors, together where they are split over the same dims of the same mesh; with one of each kind."""
+    """The numbers of the sharded tensors, with one tensor of each kind.
+
+    Those are together that are split over the same dims of the same mesh.
+    """
     groups: dict[Any, tuple[Any, list[int]]] = {}
     for i, x in enumerate(tensors):
         if is_sharded(x):
@@ -140,7 +170,10 @@ def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
 
 
 def everybodys(mine: list[Tensor], like: Any) -> Tensor:
-    """The numbers of all ranks that hold different parts: a dim for each of the mesh, and one for the numbers."""
+    """The numbers of all ranks that hold different parts.
+
+    There is a dim for each of the mesh, and one for the numbers.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
@@ -153,15 +186,22 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
 
 
 def refuse_sharded(name: str, leaves: list[Any]) -> None:
-    """Raise TypeError if a leaf is sharded; for what mixes the elements of all leaves, and is not written for ranks."""
+    """Raise TypeError if a leaf is sharded.
+
+    It is for what mixes the elements of all leaves, and is not written for ranks.
+    """
     if any(is_sharded(x) for x in leaves):
         raise TypeError(
-            f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. Give it x.full_tensor()."
+            f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. "
+            "Give it x.full_tensor()."
         )
 
 
 def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
-    """Numbers, each a sum over this rank's part of the leaf beside it: those of sharded leaves summed over the ranks, in one message."""
+    """Numbers, each a sum over this rank's part of the leaf beside it.
+
+    Those of sharded leaves are summed over the ranks, in one message.
+    """
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)

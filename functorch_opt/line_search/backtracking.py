@@ -1,4 +1,6 @@
-"""A step size that is found by making it smaller: the first of a falling sequence that is good enough.
+"""A step size that is found by making it smaller.
+
+It is the first of a falling sequence that is good enough.
 
 Along the line ``phi(a) = f(p + a u)``, with slope ``phi'(a) = <grad f(p + a u), u>``, a step size a
 is good enough if the value falls in proportion to the first slope (Armijo):

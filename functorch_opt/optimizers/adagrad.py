@@ -1,4 +1,6 @@
-"""Dividing by the root of an average of squared gradients: the sum (Adagrad), a running mean (RMSprop), a ratio of two (Adadelta).
+"""Dividing by the root of an average of squared gradients.
+
+The average is the sum (Adagrad), a running mean (RMSprop), or a ratio of two (Adadelta).
 
 Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
 Optimization", 2011. Tieleman & Hinton, "Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences
@@ -53,7 +55,10 @@ def _by_root(g, square, eps, eps_in_sqrt):
 
 
 def _weights(bias_correction):
-    """What the running means need once a step: the weight of the new value, and what corrects for starting at 0."""
+    """What the running means need once a step.
+
+    It is the weight of the new value, and what corrects for starting at 0.
+    """
 
     def prepare(decay):
         return {"weight": 1 - decay, "correction": 1.0}
@@ -110,7 +115,9 @@ def scale_by_stddev(
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """`scale_by_rms`, centered: ``mu = decay mu + (1 - decay) g``; ``u = g / sqrt(nu - mu^2 + eps)``.
+    """`scale_by_rms`, centered: ``u = g / sqrt(nu - mu^2 + eps)``.
+
+    Here ``mu = decay mu + (1 - decay) g`` is the running mean of the gradient.
 
     Arguments are those of `scale_by_rms`; the bias correction divides ``mu`` as well.
 
@@ -127,9 +134,8 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        variance = (nu * correction - (mu * correction) ** 2).clamp(
-            min=0
-        )  # at the first step it is 0, and rounding may be below
+        # At the first step the variance is 0, and rounding may take it below.
+        variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
@@ -175,7 +181,9 @@ def scale_by_rss(
 def scale_by_adadelta(
     rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6
 ) -> GradientTransformation:
-    """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``: ``e_g`` is the running mean of ``g^2``, ``e_x`` that of ``u^2``.
+    """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``.
+
+    ``e_g`` is the running mean of ``g^2``, and ``e_x`` that of ``u^2``.
 
     Args:
         rho: decay of both means, in [0, 1).
@@ -223,7 +231,9 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """RMSprop: `scale_by_rms` (or `scale_by_stddev`), the learning rate, then `trace` if a momentum is given.
+    """RMSprop: `scale_by_rms` (or `scale_by_stddev`), then the learning rate.
+
+    If a momentum is given, `trace` follows.
 
     Args:
         learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in

@@ -1,4 +1,6 @@
-"""Langevin dynamics: gradient descent with so much noise that the parameters are samples, ``p -> p - eta g + sqrt(2 eta T) z``.
+"""Langevin dynamics: gradient descent with so much noise that the parameters are samples.
+
+The formula is ``p -> p - eta g + sqrt(2 eta T) z``.
 
 Source: Welling & Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", ICML 2011.
 """
@@ -46,7 +48,8 @@ def sgld(
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx, params = fo.sgld(0.01, key=0), torch.zeros(1000)  # 1000 samples at once of exp(-p^2 / 2)
+        >>> params = torch.zeros(1000)  # 1000 samples at once of exp(-p^2 / 2)
+        >>> tx = fo.sgld(0.01, key=0)
         >>> state = tx.init(params)
         >>> for _ in range(300):
         ...     updates, state = tx.update(params, state)

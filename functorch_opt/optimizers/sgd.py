@@ -1,4 +1,6 @@
-"""Gradient descent, ``p -> p - eta g``: with momentum, with noise, by the sign alone, or with a step size from the value.
+"""Gradient descent, ``p -> p - eta g``.
+
+It comes with momentum, with noise, by the sign alone, or with a step size from the value.
 
 Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the
 importance of initialization and momentum in deep learning", 2013. Neelakantan et al., "Adding
@@ -112,7 +114,9 @@ def scale_by_polyak(
     eps: Scalar = 0.0,
     variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
-    """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``, and 0 where ``|u|^2 + eps`` is 0.
+    """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``.
+
+    It is 0 where ``|u|^2 + eps`` is 0.
 
     Args:
         f_min: the minimum of the function, or a lower bound of it.
@@ -128,7 +132,8 @@ def scale_by_polyak(
     Example:
         >>> import torch, functorch_opt as fo
         >>> tx = fo.scale_by_polyak()
-        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]), value=torch.tensor(5.0))[0]
+        >>> state, value = tx.init([torch.zeros(2)]), torch.tensor(5.0)
+        >>> tx.update([torch.tensor([3.0, 4.0])], state, value=value)[0]
         [tensor([0.6000, 0.8000])]
     """
     check_range(-float("inf"), float("inf"), f_min=f_min)
@@ -157,7 +162,9 @@ def polyak_sgd(
     eps: Scalar = 0.0,
     variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
-    """Gradient descent with Polyak's step size: `sgd` with the learning rate `scaling`, then `scale_by_polyak`.
+    """Gradient descent with Polyak's step size.
+
+    It is `sgd` with the learning rate `scaling`, then `scale_by_polyak`.
 
     Args:
         max_learning_rate, f_min, eps, variant: see `scale_by_polyak`.

@@ -1,4 +1,6 @@
-"""From the gradients of the examples to one: clip each to norm C, and sum, ``sum_i g_i / max(1, ||g_i|| / C)``.
+"""From the gradients of the examples to one: clip each to norm C, and sum.
+
+The formula is ``sum_i g_i / max(1, ||g_i|| / C)``.
 
 Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, alg. 1.
 """
@@ -17,16 +19,25 @@ from functorch_opt.tree import PyTree
 __all__ = ["ClippedSum", "clip_and_sum"]
 
 Norms = PyTree
-"""A number greater than 0, or a 0-dim tensor: for all parameters together. A tree of them, of which each leaf is for what is below it."""
+"""A number greater than 0, or a 0-dim tensor: for all parameters together.
+
+Or a tree of them, of which each leaf is for what is below it.
+"""
 
 
 class ClippedSum(NamedTuple):
-    """What `clip_and_sum` and `clipped_grad_sum` return, and `differentially_private_aggregate` takes."""
+    """What `clip_and_sum` and `clipped_grad_sum` return.
+
+    `differentially_private_aggregate` takes it.
+    """
 
     sum: PyTree
     """The sum over the examples, a tree of the structure of the params, in float32 or wider."""
     norms: PyTree
-    """The norm of each example before the clip, [B]: one tensor, or a tree of them where `l2_norm_clip` is one."""
+    """The norm of each example before the clip, [B].
+
+    It is one tensor, or a tree of them where `l2_norm_clip` is one.
+    """
     l2_norm_clip: Norms
     """What it was clipped to."""
     values: Tensor | None = None
@@ -34,7 +45,9 @@ class ClippedSum(NamedTuple):
 
 
 def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None) -> ClippedSum:
-    """Clip the gradient of each example to norm C, and sum: ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
+    """Clip the gradient of each example to norm C, and sum.
+
+    The formula is ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
 
     An example, however large its gradient and its weight, moves the sum by C at most. One that is
     not finite makes the sum NaN.
@@ -68,14 +81,11 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     check_weights(weights, n)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
-    tree.broadcast(
-        l2_norm_clip, grads, names=("l2_norm_clip", "grads")
-    )  # an error here shows the bounds, below their numbers
-    part = tree.broadcast(
-        tree.unflatten(bounds_spec, list(range(len(bounds)))),
-        grads,
-        names=("l2_norm_clip", "grads"),
-    )
+    names = ("l2_norm_clip", "grads")
+    # An error here shows the bounds; below it would show their numbers.
+    tree.broadcast(l2_norm_clip, grads, names=names)
+    numbers = tree.unflatten(bounds_spec, list(range(len(bounds))))
+    part = tree.broadcast(numbers, grads, names=names)
     norms, factors = [], []
     for k, bound in enumerate(bounds):
         norm = _norms(
@@ -127,7 +137,8 @@ def examples(batch: PyTree, name: str) -> int:
             f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items()
         )
         raise ValueError(
-            f"every tensor of {name} must have the same number of examples, its first axis; got {shown or 'no tensor'}."
+            f"every tensor of {name} must have the same number of examples, its first axis; "
+            f"got {shown or 'no tensor'}."
         )
     return next(iter(sizes.values()))[0]
 
@@ -155,5 +166,6 @@ def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
             )
     if not bounds:
         raise ValueError(
-            "l2_norm_clip is an empty tree: give one number for all parameters, or one for each part."
+            "l2_norm_clip is an empty tree: give one number for all parameters, "
+            "or one for each part."
         )

@@ -42,7 +42,11 @@ def philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tenso
 
 
 def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``x * m``. ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves undefined."""
+    """High and low word of ``x * m``.
+
+    ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves
+    undefined.
+    """
     product = x * (m - 2**32)
     return (product >> 32) + x, product & _MASK
 
@@ -114,7 +118,10 @@ def unit(word: Tensor) -> Tensor:
 Make = Callable[..., Tensor]
 
 CHUNK = 1 << 15
-"""Blocks that an eager draw on a CPU makes at once: what it makes on the way then stays in the cache."""
+"""Blocks that an eager draw on a CPU makes at once.
+
+What it makes on the way then stays in the cache.
+"""
 
 
 class _Mode(threading.local):
@@ -126,7 +133,10 @@ _MODE = _Mode()
 
 @contextmanager
 def compiled(backend: Any = "inductor") -> Iterator[None]:
-    """Inside, `draw` runs compiled code: one kernel for any number of blocks, several times as fast. For whoever compiles the rest too."""
+    """Inside, `draw` runs compiled code, for whoever compiles the rest too.
+
+    It is one kernel for any number of blocks, and several times as fast.
+    """
     before, _MODE.backend = _MODE.backend, backend
     try:
         yield

@@ -1,4 +1,7 @@
-"""What a sweep minimizes: a module with a loss, or a function of parameters. And where it begins."""
+"""What a sweep minimizes, and where it begins.
+
+It is a module with a loss, or a function of parameters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Averages of the parameters themselves: a stage that looks at the new parameters, and what reads the average out of a state."""
+"""Averages of the parameters themselves.
+
+Here are a stage that looks at the new parameters, and what reads the average out of a state.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ AVERAGED = "averaged"
 def params_ema(
     decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` pass as they are.
+    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``.
+
+    The updates ``u`` pass as they are.
 
     It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the
     average out of a state of any depth, and ``with opt.eval_params():`` puts it into the model. The
@@ -63,7 +68,8 @@ def params_ema(
     check_range(0, 1, decay=decay)
     if debias and callable(decay):
         raise ValueError(
-            "a decay that is a schedule cannot be debiased: its powers mean nothing. Give debias=False."
+            "a decay that is a schedule cannot be debiased: its powers mean nothing. "
+            "Give debias=False."
         )
 
     def prepare(count, decay):
@@ -101,7 +107,8 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
         >>> import torch, functorch_opt as fo
         >>> tx = fo.masked(fo.params_ema(0.9, debias=False), {"w": True, "b": False})
         >>> params = {"w": torch.tensor(1.0), "b": torch.tensor(5.0)}
-        >>> _, state = tx.update({"w": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx.init(params), params)
+        >>> updates = {"w": torch.tensor(1.0), "b": torch.tensor(1.0)}
+        >>> _, state = tx.update(updates, tx.init(params), params)
         >>> fo.eval_params(state, params)
         {'w': tensor(1.1000), 'b': tensor(5.)}
     """
@@ -109,13 +116,15 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     kept = [value for name, value in tree.entries(state) if name.rpartition("/")[2] == AVERAGED]
     if not kept:
         raise ValueError(
-            "nothing in this state averages the parameters: put params_ema(decay) last in the chain."
+            "nothing in this state averages the parameters: "
+            "put params_ema(decay) last in the chain."
         )
     for average in kept:
         for path, leaf in zip(tree.paths(average), tree.flatten(average)[0], strict=True):
             if leaf is not None and path in found:
                 raise ValueError(
-                    f"two stages average the parameter at {path!r}: read the one you mean with get(state, ...)."
+                    f"two stages average the parameter at {path!r}: "
+                    "read the one you mean with get(state, ...)."
                 )
             found |= {} if leaf is None else {path: leaf}
     ps, spec = tree.flatten_tensors(params, "params")
@@ -127,7 +136,8 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
                 "there is no such parameter" if p is None else f"its parameter has {tuple(p.shape)}"
             )
             raise ValueError(
-                f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. Is the state that of other params?"
+                f"the average at {path!r} has shape {tuple(average.shape)}, and {there}. "
+                "Is the state that of other params?"
             )
     return tree.unflatten(
         spec,

@@ -1,4 +1,7 @@
-"""Clipping: of each element, ``min(max(u, -c), c)``, and of all updates together, ``u min(1, c / ||u||)``."""
+"""Clipping of each element, or of all updates together by their norm.
+
+The formulas are ``min(max(u, -c), c)`` and ``u min(1, c / ||u||)``.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ def clip(max_delta: Scalar) -> GradientTransformation:
 
 @transformation
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them together.
+    """Scale all updates by ``min(1, max_norm / norm)``.
+
+    The norm is the 2-norm of all of them together.
 
     Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged
     (``torch.nn.utils.clip_grad_norm_`` adds 1e-6). Inside `partition` the norm is that of the

@@ -1,4 +1,7 @@
-"""Averages of past updates: the decaying sum ``t = g + decay t`` and the weighted mean ``m = (1 - decay) g + decay m``."""
+"""Averages of past updates.
+
+They are the decaying sum ``t = g + decay t`` and the weighted mean ``m = (1 - decay) g + decay m``.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,9 @@ def trace(
 def ema(
     decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``, debiased by ``m / (1 - decay^t)``.
+    """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``.
+
+    It is debiased by ``m / (1 - decay^t)``.
 
     Args:
         decay: in [0, 1).

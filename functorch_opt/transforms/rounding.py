@@ -1,4 +1,6 @@
-"""Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p, the nearer one more often, and itself on average.
+"""Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p.
+
+The nearer one is taken more often, so that the average is ``p + u`` itself.
 
 Source: Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 2015, section 3.
 """
@@ -19,7 +21,9 @@ __all__ = ["stochastic_round"]
 
 @transformation
 def stochastic_round(key: Tensor | int) -> GradientTransformation:
-    """Let low-precision parameters keep small updates: as the last stage, it makes ``p + u`` a random one of its two neighbours.
+    """Let low-precision parameters keep small updates.
+
+    As the last stage, it makes ``p + u`` a random one of its two neighbours.
 
     In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away
     at every step, and training stalls. Here it moves the parameter by 1/128 in one step of eight:
@@ -76,9 +80,9 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
 
     def rule(g, p, noise, eps, tiny):
         exact = p + g
-        power = (exact.to(torch.float32).view(torch.int32) & 0x7F800000).view(
-            torch.float32
-        )  # of two, at most |exact|
+        # The power of two that is at most |exact|: its exponent, with no other bits.
+        exponent = exact.to(torch.float32).view(torch.int32) & 0x7F800000
+        power = exponent.view(torch.float32)
         spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)
         steps = exact / spacing
         below = torch.floor(steps)
