@@ -23,8 +23,10 @@ from functorch_opt._core.sums import *
 from functorch_opt._core.transformation import *
 from functorch_opt._core.wrap import *
 from functorch_opt._execution.compiled import *
+from functorch_opt.line_search.backtracking import *
 from functorch_opt.line_search.lbfgs import *
-from functorch_opt.line_search.searches import *
+from functorch_opt.line_search.reuse import *
+from functorch_opt.line_search.zoom import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.lamb import *
@@ -34,7 +36,9 @@ from functorch_opt.optimizers.sgd import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *
 from functorch_opt.privacy.private import *
-from functorch_opt.schedules.schedules import *
+from functorch_opt.schedules.curves import *
+from functorch_opt.schedules.cycles import *
+from functorch_opt.schedules.pieces import *
 from functorch_opt.sweeps.report import *
 from functorch_opt.sweeps.sweep import *
 from functorch_opt.transforms.averaging import *

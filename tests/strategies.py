@@ -86,7 +86,9 @@ class Leaves:
         self.leaf = leaf
 
     def __repr__(self) -> str:
-        return f"{str(self.leaf.dtype).removeprefix('torch.')}{list(self.leaf.shape)}{'-'.join('x' if m else '' for m in self.leaf.missing)}"
+        dtype = str(self.leaf.dtype).removeprefix("torch.")
+        missing = "-".join("x" if m else "" for m in self.leaf.missing)
+        return f"{dtype}{list(self.leaf.shape)}{missing}"
 
 
 leaf = st.builds(

@@ -14,7 +14,7 @@ import torch
 for extra in ("rich", "matplotlib"):
     pytest.importorskip(extra)
 
-from benchmarks import (
+from benchmarks import (  # noqa: E402
     __main__,
     chains,
     compile_time,

@@ -340,6 +340,57 @@ def edit(path: list, value: object) -> Callable[[dict], None]:
     return change
 
 
+FUNCTIONAL: list[tuple[str, Tensor, type[Exception], str]] = [
+    ("shared/count", torch.tensor(2.5), ValueError, "whole numbers"),
+    ("shared/count", torch.tensor(float("nan")), ValueError, "whole numbers"),
+    ("shared/count", torch.tensor(1e30), ValueError, "whole numbers"),
+    ("shared/count", torch.tensor(-1), ValueError, "0 or greater"),
+    ("shared/count", torch.tensor(True), TypeError, "torch.bool .* torch.int64"),
+    ("shared/count", torch.tensor(1j), TypeError, "torch.complex64 .* torch.int64"),
+    ("slots/mu/w", torch.zeros(2, dtype=torch.int32), TypeError, "torch.int32 .*float32"),
+    ("slots/mu/w", torch.zeros(2, dtype=torch.bool), TypeError, "torch.bool .*float32"),
+    ("slots/mu/w", torch.zeros(2, dtype=torch.complex64), TypeError, "complex64 .*float32"),
+    ("slots/mu/z", torch.zeros(2), TypeError, "torch.float32 .* torch.complex64"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "error", "message"), FUNCTIONAL, ids=[f"{p}-{v}" for p, v, _, _ in FUNCTIONAL]
+)
+def test_a_state_takes_tensors_of_the_same_kind_only(
+    path: str, value: Tensor, error: type[Exception], message: str
+) -> None:
+    tx = fo.scale_by_adam()
+    state = tx.init({"w": torch.zeros(2), "z": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(error, match=f"'{path}' .*{message}"):
+        fo.load_state_dict(state, {**fo.state_dict(state), path: value})
+
+
+def test_whole_numbers_take_the_dtype_here_and_floating_ones_keep_theirs() -> None:
+    tx, params = fo.chain(fo.add_noise(0.1, 0.5, key=-1), fo.adam(0.1)), {"w": torch.zeros(2)}
+    state = tx.init(params)
+    saved = fo.state_dict(state)
+    for count in (torch.tensor(3.0), torch.tensor(3, dtype=torch.uint8)):
+        saved["adam/scale_by_adam/shared/count"] = count
+        saved["adam/scale_by_adam/slots/mu/w"] = torch.ones(2, dtype=torch.float64)
+        loaded = fo.load_state_dict(state, saved)
+        assert same(fo.get(loaded, "scale_by_adam/count"), torch.tensor(3))
+        assert same(fo.get(loaded, "mu")["w"], torch.ones(2, dtype=torch.float64))
+        assert same(fo.get(loaded, "key"), torch.tensor([-1, 0]))
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7.0), torch.tensor(7, dtype=torch.uint8)])
+def test_a_count_of_an_optimizer_is_kept_so_that_it_can_grow(count: object) -> None:
+    first = fo.optim.Optimizer(make_params(), fo.scale_by_adam())
+    train(first, 1)
+    saved = first.state_dict()
+    for entry in saved["state"].values():
+        entry["count" if "count" in entry else "scale_by_adam/count"] = count
+    first.load_state_dict(saved)
+    entry = first.state[first.param_groups[0]["params"][0]]
+    assert same(next(v for k, v in entry.items() if k.endswith("count")), torch.tensor(7))
+
+
 BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
     (
         "shape",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -145,6 +145,60 @@ def test_get_is_not_misled_by_parameters_with_a_slots_name() -> None:
     _, state = fo.adam(0.1).update(params, fo.adam(0.1).init(params))
     assert isinstance(fo.get(state, "mu")["mu"], Layer)
     assert fo.get(state, "count") == 1
+
+
+LAYERS = {"enc": {"w": torch.ones(2), "b": torch.ones(1)}, "head": {"w": torch.ones(2)}}
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"enc": {"w": True, "b": False}, "head": {"w": True}},
+        {"enc": {"w": True, "b": False}, "head": True},
+        {"enc/w": True, "enc/b": False},
+        lambda path, p: path != "enc/b",
+    ],
+    ids=["whole", "with a bool for all below", "of the group", "function"],
+)
+def test_a_mask_inside_a_group_is_of_all_params_or_of_the_group(mask: Any) -> None:
+    inner = fo.masked(fo.scale(10.0), mask)
+    tx = fo.partition({"a": inner, "b": fo.identity()}, {"enc": "a", "head": "b"})
+    updates, _ = tx.update(LAYERS, tx.init(LAYERS))
+    wanted = {"enc": {"w": torch.full((2,), 10.0), "b": torch.ones(1)}, "head": LAYERS["head"]}
+    torch.testing.assert_close(updates, wanted)
+
+
+def test_labels_are_found_at_any_depth_of_groups() -> None:
+    labels = {"enc": {"w": "x", "b": "y"}, "head": "z"}
+    inner = fo.partition({"x": fo.scale(2.0), "y": fo.scale(3.0), "z": fo.scale(5.0)}, labels)
+    tx = fo.masked(fo.masked(inner, {"enc": True, "head": False}), {"enc": True, "head": True})
+    updates, state = tx.update(LAYERS, tx.init(LAYERS))
+    assert updates["enc"]["w"][0] == 2 and updates["enc"]["b"][0] == 3
+    assert updates["head"]["w"][0] == 1
+    assert list(state["inner"]["inner"]) == ["x", "y"]
+
+
+def test_a_list_of_params_has_its_labels_found_too() -> None:
+    params = [torch.ones(2), torch.ones(3), torch.ones(4)]
+    inner = fo.masked(fo.scale(2.0), [True, False, True])
+    tx = fo.partition({"a": inner, "b": fo.scale(7.0)}, ["b", "a", "a"])
+    assert [u[0].item() for u in tx.update(params, tx.init(params))[0]] == [7.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "mask", [{"enc": {"w": True}}, {"head": True}, {"enc": {"w": {"x": True}}}]
+)
+def test_a_mask_that_lacks_a_parameter_of_the_group_is_refused(mask: Any) -> None:
+    tx = fo.partition(
+        {"a": fo.masked(fo.sgd(1.0), mask), "b": fo.sgd(1.0)}, {"enc": "a", "head": "b"}
+    )
+    with pytest.raises(ValueError, match="mask and params differ in structure"):
+        tx.init(LAYERS)
+
+
+def test_outside_of_groups_a_mask_of_more_than_the_params_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask and params differ in structure"):
+        fo.masked(fo.sgd(1.0), {"w": True, "b": True, "c": True}).init(PARAMS)
 
 
 def test_injected_equals_plain_and_is_readable_and_writable() -> None:

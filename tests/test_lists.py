@@ -66,7 +66,7 @@ PUBLIC = {
     },
     "functorch_opt.optim": _exports(PACKAGE / "optim" / "__init__.py"),
 }
-SCHEDULES = set(importlib.import_module("functorch_opt.schedules.schedules").__all__)
+SCHEDULES = set(importlib.import_module("functorch_opt.schedules").__all__)
 
 
 def _rows() -> set[str]:

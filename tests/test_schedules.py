@@ -290,7 +290,7 @@ ROWS = [
     Row(
         "piecewise_constant_schedule",
         piecewise_constant,
-        {**STEPS, "at_1": -0.1},
+        {**STEPS, "at_1": 0.1},
         make=scales_of(fo.piecewise_constant_schedule),
     ),
     Row(
@@ -825,6 +825,19 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": NAN}]),
         "peak_value must be a finite number",
     ),
+    # what multiplies a value must not turn its sign
+    (lambda: fo.piecewise_constant_schedule(1.0, {3: -2.0}), "the scale at 3 must be 0 or greater"),
+    (
+        lambda: fo.piecewise_interpolate_schedule("linear", 1.0, {5: -3}),
+        "at 5 must be 0 or greater",
+    ),
+    (lambda: fo.cosine_decay_schedule(1.0, 10, alpha=-0.1), "alpha must be 0 or greater"),
+    (
+        lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 2, 5, -0.1),
+        "end_value must be 0 or greater",
+    ),
+    (lambda: fo.sgdr_schedule([{**CYCLE, "end_value": -0.1}]), "end_value must be 0 or greater"),
+    (lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=-2.0), "div_factor must be greater"),
 ]
 
 
@@ -838,3 +851,8 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
 def test_refused_when_made(make: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_joining_what_is_no_function_is_refused() -> None:
+    with pytest.raises(TypeError, match="For a number use constant_schedule"):
+        fo.join_schedules([0.1, 0.2], [10])

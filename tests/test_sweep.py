@@ -90,8 +90,8 @@ def test_every_run_equals_a_loop_of_torch_optim(seed: Any) -> None:
         assert [result.settings[name][i] for name in ADAMW] == [lr, b1, weight_decay]
         losses, model = train_alone(
             own_seed,
-            lambda ps: torch.optim.AdamW(
-                ps, lr=lr, betas=(b1, 0.999), eps=1e-6, weight_decay=weight_decay
+            functools.partial(
+                torch.optim.AdamW, lr=lr, betas=(b1, 0.999), eps=1e-6, weight_decay=weight_decay
             ),
         )
         torch.testing.assert_close(
@@ -122,9 +122,10 @@ def test_float32_runs_stay_float32() -> None:
 def test_a_chain_of_ones_own_and_frozen_parameters() -> None:
     model = make_model()
     model[0].bias.requires_grad_(False)
-    own = lambda learning_rate, max_norm: fo.chain(
-        fo.clip_by_global_norm(max_norm), fo.sgd(learning_rate)
-    )
+
+    def own(learning_rate: Any, max_norm: Any) -> fo.GradientTransformation:
+        return fo.chain(fo.clip_by_global_norm(max_norm), fo.sgd(learning_rate))
+
     result = fo.sweep(
         model, DATA, own, loss=mse_loss, steps=3, learning_rate=[0.1, 1.0], max_norm=[0.01, 100.0]
     )
@@ -248,9 +249,9 @@ def test_the_best_setting_is_that_of_the_lowest_mean() -> None:
 
 
 def test_each_seed_has_its_own_noise_and_each_setting_the_same() -> None:
-    noise_only = lambda eta, key: fo.chain(
-        fo.scale(0.0), fo.add_noise(eta, 0.0, key), fo.scale(-1.0)
-    )
+    def noise_only(eta: Any, key: Any) -> fo.GradientTransformation:
+        return fo.chain(fo.scale(0.0), fo.add_noise(eta, 0.0, key), fo.scale(-1.0))
+
     result = fo.sweep(
         lambda: make_model(),
         DATA,

@@ -1,11 +1,15 @@
-"""Checkpoints: a state as a flat dict of tensors, and back, also where the chain has changed in between."""
+"""Checkpoints: a state as a flat dict of tensors, and back.
+
+They can be read also where the chain has changed in between.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_opt._core.structure import (
@@ -23,13 +27,16 @@ __all__ = ["load_state_dict", "state_dict"]
 
 
 def state_dict(state: PyTree) -> dict[Path, Tensor]:
-    """A state (or any tree) as a flat dict from path to tensor, which ``torch.save`` writes and ``torch.load`` reads by default.
+    """A state (or any tree) as a flat dict from path to tensor.
+
+    ``torch.save`` writes such a dict and ``torch.load`` reads it, both by default.
 
     Args:
         state: what ``tx.init`` or ``tx.update`` returned.
 
     Returns:
-        ``{path: tensor}``. The tensors are those of `state`, not copies; ``None`` leaves are left out.
+        ``{path: tensor}``. The tensors are those of `state`, not copies; ``None`` leaves are left
+        out.
 
     Raises:
         ValueError: two leaves have the same path (a dict key that contains ``/``).
@@ -41,9 +48,11 @@ def state_dict(state: PyTree) -> dict[Path, Tensor]:
         ['scale_by_adam/shared/count', 'scale_by_adam/slots/mu/w', 'scale_by_adam/slots/nu/w']
     """
     here, _ = flatten_tensors(state, "state")
-    return {
-        path: leaf for path, leaf in zip(unique_paths(state), here, strict=True) if leaf is not None
-    }
+    named = zip(unique_paths(state), here, strict=True)
+    return {path: leaf for path, leaf in named if leaf is not None}
+
+
+# ---- which saved value belongs where -------------------------------------------------------------
 
 
 class Fit(NamedTuple):
@@ -77,32 +86,19 @@ LEFT_OVER = "What is missing starts afresh, and the rest is left out."
 
 
 def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
-    """Match names: equal ones, and then those of which one is the end of the other, if neither is the end of, or has, another partner.
+    """Match the names here with the names there.
 
-    So the state of ``adam(...)`` is found again as that of ``chain(clip(...), adam(...))``, where it is called ``adam/...``.
+    Equal names belong together. Of the others, two do where one is the end of the other, and
+    neither is the end of another name or has another name as its end. So the state of
+    ``adam(...)`` is found again as that of ``chain(clip(...), adam(...))``, where it is called
+    ``adam/...``.
     """
     here, there = list(dict.fromkeys(here)), list(dict.fromkeys(there))
     known, given = set(here), set(there)
     source = {name: name for name in here if name in given}
-    missing, unexpected = (
-        [name for name in here if name not in given],
-        [name for name in there if name not in known],
-    )
-    partners: dict[Path, list[Path]] = {}
-    ends: dict[Path, list[Path]] = {}
-    for name in missing:
-        for end in _ends(name):
-            ends.setdefault(end, []).append(name)
-    whole = set(missing)
-    for name in unexpected:
-        for other in [*ends.get(name, ()), *(end for end in _ends(name) if end in whole)]:
-            partners.setdefault(name, []).append(other)
-            partners.setdefault(other, []).append(name)
-    source |= {
-        name: partners[name][0]
-        for name in missing
-        if len(partners.get(name, ())) == 1 == len(partners[partners[name][0]])
-    }
+    missing = [name for name in here if name not in given]
+    unexpected = [name for name in there if name not in known]
+    source |= _by_their_ends(missing, unexpected)
     taken = set(source.values())
     return Fit(
         source,
@@ -111,28 +107,53 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
     )
 
 
+def _by_their_ends(missing: list[Path], unexpected: list[Path]) -> dict[Path, Path]:
+    """``{name here: name there}`` of the pairs of which one is the end of the other."""
+    ends: dict[Path, list[Path]] = {}
+    for name in missing:
+        for end in _ends(name):
+            ends.setdefault(end, []).append(name)
+    partners: dict[Path, list[Path]] = {name: [] for name in (*missing, *unexpected)}
+    whole = set(missing)
+    for name in unexpected:
+        shorter = [end for end in _ends(name) if end in whole]
+        for other in [*ends.get(name, ()), *shorter]:
+            partners[name].append(other)
+            partners[other].append(name)
+    alone = {name: partners[name][0] for name in missing if len(partners[name]) == 1}
+    return {name: other for name, other in alone.items() if len(partners[other]) == 1}
+
+
 def _ends(name: Path) -> list[Path]:
     """``"a/b/c"`` -> ``["b/c", "c"]``."""
     names = name.split("/") if isinstance(name, str) else []  # a file may hold anything
     return ["/".join(names[i:]) for i in range(1, len(names))]
 
 
+# ---- loading -------------------------------------------------------------------------------------
+
+
 def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True) -> PyTree:
     """A state of the structure of `state` with the values of `saved`; the inverse of `state_dict`.
 
     Args:
-        state: a state of the right structure, usually a fresh ``tx.init(params)``. It is left as it is.
+        state: a state of the right structure, usually a fresh ``tx.init(params)``. It is left as
+            it is.
         saved: what `state_dict` gave, from this process or from a file.
-        strict: whether the paths must be the same. False, for a chain with a stage more or less: load what has the same path (or, for a
-            chain that was put into another, the same end of it), leave the rest of `state` as it is, and warn of what was left over.
+        strict: whether the paths must be the same. False is for a chain with a stage more or
+            less: what has the same path is loaded (or, for a chain that was put into another, what
+            has the same end of it), the rest of `state` stays as it is, and a warning tells what
+            was left over.
 
     Returns:
-        A new state. Values keep the dtype they were saved in and go to the device of the tensor they replace.
+        A new state. Floating and complex values keep the dtype they were saved in, whole numbers
+        take the dtype of the tensor they replace, and all go to the device of that tensor.
 
     Raises:
         KeyError: if strict, a path is missing in `saved`, or `saved` has one that `state` has not.
-        ValueError: a shape differs.
-        TypeError: `saved` is not a dict of tensors.
+        ValueError: a shape differs; a number that must be whole is not; a count is negative.
+        TypeError: `saved` is not a dict of tensors; a tensor is of another kind than the one that
+            it replaces (bool, whole, floating or complex).
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -143,35 +164,71 @@ def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = 
     """
     here, spec = flatten(state)
     if not isinstance(saved, Mapping):
+        given = type(saved).__name__
         raise TypeError(
-            f"a state dict is a dict from path to tensor, as state_dict gives; got {type(saved).__name__}."
+            f"a state dict is a dict from path to tensor, as state_dict gives; got {given}."
         )
-    wanted = {path: leaf for path, leaf in zip(paths(state), here, strict=True) if leaf is not None}
+    named = list(zip(paths(state), here, strict=True))
+    wanted = {path: leaf for path, leaf in named if leaf is not None}
     found = fit(wanted, saved)
     if strict and not found.exact:
         raise KeyError(
-            f"{found} Load it into the state of the same transformation and params that it was saved from, or with strict=False."
+            f"{found} Load it into the state of the same transformation and params "
+            "that it was saved from, or with strict=False."
         )
     new = {path: wanted[path].clone() for path in found.missing}
     for path, there in found.source.items():
-        value, leaf = saved[there], wanted[path]
-        if not isinstance(value, Tensor):
-            given = f"{type(value).__name__} {value!r}"
-            raise TypeError(
-                f"{there!r} is {given} in the state dict; it must be a tensor, as state_dict gives."
-            )
-        if value.shape != leaf.shape:
-            raise ValueError(
-                f"{there!r} has shape {tuple(value.shape)} in the state dict and {tuple(leaf.shape)} here. "
-                "Load it into the state of the params that it was saved with."
-            )
-        new[path] = value.to(leaf.device, copy=True)
+        new[path] = _loaded(saved[there], wanted[path], there)
     if found.missing or found.unexpected:
         warnings.warn(f"{found} {LEFT_OVER}", stacklevel=2)
-    return unflatten(
-        spec,
-        [
-            None if leaf is None else new[path]
-            for path, leaf in zip(paths(state), here, strict=True)
-        ],
-    )
+    return unflatten(spec, [None if leaf is None else new[path] for path, leaf in named])
+
+
+def _loaded(value: Any, leaf: Tensor, name: Path) -> Tensor:
+    """A copy of the saved `value` that can stand where `leaf` does."""
+    if not isinstance(value, Tensor):
+        given = f"{type(value).__name__} {value!r}"
+        raise TypeError(
+            f"{name!r} is {given} in the state dict; it must be a tensor, as state_dict gives."
+        )
+    if value.shape != leaf.shape:
+        raise ValueError(
+            f"{name!r} has shape {tuple(value.shape)} in the state dict and {tuple(leaf.shape)} "
+            "here. Load it into the state of the params that it was saved with."
+        )
+    kinds = kind(value), kind(leaf)
+    if kinds[0] != kinds[1] and kinds != ("floating", "whole"):
+        raise TypeError(
+            f"{name!r} is {value.dtype} in the state dict, and here it is {leaf.dtype}, "
+            "which cannot be made of it. Is it the state of another transformation?"
+        )
+    if kinds[1] == "whole":
+        value = _whole(value, leaf.dtype, name)
+    return value.to(leaf.device, copy=True)
+
+
+def kind(x: Tensor) -> str:
+    """What tensors may stand for each other: those whose dtypes are of one kind."""
+    if x.is_floating_point():
+        return "floating"
+    if x.is_complex():
+        return "complex"
+    return "bool" if x.dtype is torch.bool else "whole"
+
+
+def _whole(value: Tensor, dtype: torch.dtype, name: Path) -> Tensor:
+    """`value` as whole numbers of this dtype, which must be exactly the same numbers."""
+    numbers = value.to(dtype)
+    if value.is_meta:
+        return numbers
+    if not bool((numbers.to(value.dtype) == value).all()):
+        raise ValueError(
+            f"{name!r} must hold whole numbers that {dtype} can hold; "
+            f"the state dict has {value.tolist()}."
+        )
+    if name.rpartition("/")[2] == "count" and bool((numbers < 0).any()):
+        raise ValueError(
+            f"{name!r} must be 0 or greater: it counts the steps that were made; "
+            f"the state dict has {value.tolist()}."
+        )
+    return numbers

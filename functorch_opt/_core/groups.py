@@ -202,7 +202,7 @@ def masked(
     Args:
         inner: the transformation.
         mask: a tree of bools of the structure of the params (a bool may stand for all that is below it), or a function of path
-            (``"encoder/0/weight"``) and leaf.
+            (``"encoder/0/weight"``) and leaf. Inside of `partition` or another `masked` it may be the tree of all params.
         otherwise: what becomes of the other leaves: ``"pass"``, the update goes through **as it came in** (at the start of a chain that is
             the raw gradient, which `apply_updates` would add); ``"zero"``, the parameter is frozen.
 
@@ -242,7 +242,7 @@ def partition(
     Args:
         transforms: ``{label: transformation}``.
         param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of
-            path and leaf that returns one.
+            path and leaf that returns one. Inside of `masked` or another `partition` it may be the tree of all params.
 
     Returns:
         A transformation whose state is ``{label: state}``.

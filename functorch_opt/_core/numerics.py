@@ -1,4 +1,4 @@
-"""Numbers: the dtypes that rules and scalars are worked out in, and norms and inner products of whole trees."""
+"""Numbers: the dtypes that things are worked out in, and norms and products of whole trees."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def zero_count(params: PyTree) -> Tensor:
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
         return p.new_zeros((), dtype=torch.int64)
-    return torch.zeros(
-        (), dtype=torch.int64, device=p.device
-    )  # beside sharded tensors: an ordinary one
+    # Beside sharded tensors it is an ordinary one.
+    return torch.zeros((), dtype=torch.int64, device=p.device)
 
 
 def as_real(count: Tensor) -> Tensor:
@@ -69,9 +68,12 @@ def as_real(count: Tensor) -> Tensor:
 
 
 TINY = torch.finfo(torch.float32).tiny
-"""Added to squares under a root, 1.2e-38: at 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+"""What is added to squares under a root, 1.2e-38.
 
-The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same numbers.
+At 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+
+The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same
+numbers.
 """
 
 
@@ -97,20 +99,24 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     ):
         wanted = "complex" if x.is_complex() else "floating"
         raise TypeError(
-            f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: give a {wanted} dtype, or None."
+            f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: "
+            f"give a {wanted} dtype, or None."
         )
     return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
 
 
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
-    """`tree` with its floating leaves in `dtype`; other leaves, and everything when `dtype` is None, as they are."""
+    """`tree` with its floating leaves in `dtype`.
+
+    Other leaves, and everything when `dtype` is None, stay as they are.
+    """
     if dtype is None:
         return tree
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def norm(tree: PyTree) -> Tensor:
-    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor, computed in float32 or wider.
+    """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor.
 
     ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
     as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
@@ -126,7 +132,7 @@ def norm(tree: PyTree) -> Tensor:
     here = leaves(tree)
     norms = [_norm(part_of(x)) for x in here]
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     layouts = by_layout(here)
     of_parts = {i for _, indices in layouts for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
@@ -158,7 +164,7 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
         torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
         for x, y in zip(leaves(tree), leaves(other), strict=True)
     ]
-    return stack(products).sum() if products else torch.zeros(())
+    return stack(products).sum() if products else torch.zeros((), dtype=torch.float32)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Sharded tensors (DTensors): the part that this rank has, the whole, and what the ranks tell each other."""
+"""Sharded tensors (DTensors).
+
+The part that this rank has, the whole, and what the ranks tell each other.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,8 @@ def is_sharded(x: Any) -> bool:
     """
     if type(x) in PLAIN:
         return False
-    module = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # where nobody has imported it there are none, and importing it takes a second
+    # Where nobody has imported it there are none, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
@@ -69,7 +71,10 @@ def part_of(x: Any, like: Any = None) -> Any:
 
 
 def join(part: Tensor, like: Any) -> Tensor:
-    """The inverse of `part_of`: the sharded tensor, laid out as `like`, of which this rank has `part`."""
+    """The inverse of `part_of`.
+
+    It is the sharded tensor, laid out as `like`, of which this rank has `part`.
+    """
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -83,7 +88,10 @@ def join(part: Tensor, like: Any) -> Tensor:
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
-    """`x`, which every rank has whole, laid out as `like`: each keeps its part, and nothing is sent."""
+    """`x`, which every rank has whole, laid out as `like`.
+
+    Each rank keeps its part, and nothing is sent.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
@@ -101,7 +109,10 @@ def on_shards(
     now: dict[str, Any],
     *rest: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """``apply(g, p, slots, now, *rest) -> (update, slots)`` on this rank's parts of sharded tensors, or on gathered wholes."""
+    """``apply(g, p, slots, now, *rest) -> (update, slots)`` of sharded tensors.
+
+    It is given this rank's parts of them or, if not `in_parts`, gathered wholes.
+    """
     like = g if p is None else p
 
     def as_seen(x: Any) -> Any:
@@ -128,7 +139,10 @@ def on_shards(
 
 
 def _gradient_summed(x: Tensor, like: Any) -> Tensor:
-    """`x` itself, a number that meets a part of a tensor on each rank; its gradient is the sum of what comes from the parts."""
+    """`x` itself, a number that meets a part of a tensor on each rank.
+
+    Its gradient is the sum of what comes from the parts.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
@@ -139,7 +153,10 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
 
 
 def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
-    """What is wrong where some of these tensors are sharded and others are not; None if nothing is."""
+    """What is wrong where some of these tensors are sharded and others are not.
+
+    None if nothing is wrong.
+    """
     given = is_sharded(g)
     for name, x in (
         ("its parameter", p),
@@ -152,7 +169,10 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
 
 
 def _settled(x: Any) -> list[Any]:
-    """How `x` is laid out; where the ranks hold terms of a sum that was not taken yet, as if it had been."""
+    """How `x` is laid out.
+
+    Where the ranks hold terms of a sum that was not taken yet, it is as if it had been.
+    """
     from torch.distributed.tensor import Replicate
 
     return [Replicate() if placement.is_partial() else placement for placement in x.placements]
@@ -169,7 +189,10 @@ def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
 
 
 def everybodys(mine: list[Tensor], like: Any) -> Tensor:
-    """The numbers of all ranks that hold different parts: a dim for each of the mesh, and one for the numbers."""
+    """The numbers of all ranks that hold different parts.
+
+    There is a dim for each of the mesh, and one for the numbers.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
@@ -182,15 +205,22 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
 
 
 def refuse_sharded(name: str, leaves: list[Any]) -> None:
-    """Raise TypeError if a leaf is sharded; for what mixes the elements of all leaves, and is not written for ranks."""
+    """Raise TypeError if a leaf is sharded.
+
+    It is for what mixes the elements of all leaves, and is not written for ranks.
+    """
     if any(is_sharded(x) for x in leaves):
         raise TypeError(
-            f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. Give it x.full_tensor()."
+            f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. "
+            "Give it x.full_tensor()."
         )
 
 
 def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
-    """Numbers, each a sum over this rank's part of the leaf beside it: those of sharded leaves summed over the ranks, in one message."""
+    """Numbers, each a sum over this rank's part of the leaf beside it.
+
+    Those of sharded leaves are summed over the ranks, in one message.
+    """
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)

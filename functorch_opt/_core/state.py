@@ -1,4 +1,7 @@
-"""The state of an optimizer: what one stage keeps, how a value is found in it, and what it looks like."""
+"""The state of an optimizer.
+
+What one stage keeps, how a value is found in it, and what it looks like.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ __all__ = ["StageState", "describe", "get"]
 
 
 class StageState(NamedTuple):
-    """The state of one stage: ``shared`` values that all parameters have in common, and ``slots`` that mirror the parameters.
+    """The state of one stage.
+
+    ``shared`` are values that all parameters have in common, and ``slots`` mirror the parameters.
 
     ``state.slots["mu"]`` has the structure of the params; ``state.shared["count"]`` is one tensor.
     """
@@ -35,15 +40,17 @@ def get(state: PyTree, name: str) -> Any:
 
     Args:
         state: what ``tx.init`` or ``tx.update`` returned.
-        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter (``"learning_rate"``) or a stage; or the end of its
-            path, where the name alone is ambiguous (``"scale_by_adam/count"``).
+        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter
+            (``"learning_rate"``) or a stage; or the end of its path, where the name alone is
+            ambiguous (``"scale_by_adam/count"``).
 
     Returns:
         For a slot a tree of the structure of the params (of those leaves that a ``masked`` or ``partition`` group holds, keyed by
         path); for a shared value its tensor.
 
     Raises:
-        KeyError: nothing has that name (the message lists what there is), or several have (it lists their paths).
+        KeyError: nothing has that name (the message lists what there is), or several have (it lists
+            their paths).
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -60,7 +67,8 @@ def get(state: PyTree, name: str) -> Any:
         return known[hits[0]]
     if hits:
         raise KeyError(
-            f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. Give one of these paths."
+            f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. "
+            "Give one of these paths."
         )
     raise KeyError(
         f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}."
@@ -72,7 +80,10 @@ def _reprs(names: Any) -> list[str]:
 
 
 def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
-    """Every named value of a state with its path. It stops at slots: what lies below is named by the params."""
+    """Every named value of a state with its path.
+
+    It stops at slots: what lies below is named by the params.
+    """
     if isinstance(node, StageState):
         for name, value in (*node.shared.items(), *node.slots.items()):
             yield _join(path, name), value
@@ -96,54 +107,67 @@ def _join(path: Path, name: str) -> Path:
 
 
 def describe(tree: PyTree, in_dims: PyTree = None) -> str:
-    """A table of `tree` for people: a line per tensor with path, shape, dtype and bytes on this rank, and the total.
+    """A table of `tree` for people: a line per tensor, and the total.
 
-    With the `in_dims` of a ``torch.vmap`` it says what each model has of its own: for a mapped tensor the shape is that of one model, and
-    the last column says whether the models differ. Two that must differ and do not (noise keys, the first parameters of an ensemble),
-    and one that should have been mapped, are seen at once.
+    A line has path, shape, dtype and bytes on this rank.
+
+    With the `in_dims` of a ``torch.vmap`` it says what each model has of its own: for a mapped
+    tensor the shape is that of one model, and the last column says whether the models differ. Two
+    that must differ and do not (noise keys, the first parameters of an ensemble), and one that
+    should have been mapped, are seen at once.
 
     Args:
         tree: a tree of tensors.
-        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a whole number or None for all that is below a place. 0 maps all.
+        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a whole number or None for all
+            that is below a place. 0 maps all.
 
     Raises:
-        ValueError: a tensor lacks the dimension, or has another number of models than the first; the message has its path.
+        ValueError: a tensor lacks the dimension, or has another number of models than the first;
+            the message has its path.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> print(fo.describe(fo.trace(0.9).init({"w": torch.zeros(2, 3)})))
         slots/trace/w  (2, 3)  float32  24 B
         total                           24 B
-        >>> params, x = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.zeros(2)}, torch.ones(5)
-        >>> print(fo.describe((params, x), in_dims=(0, None)))
+        >>> params = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.zeros(2)}
+        >>> print(fo.describe((params, torch.ones(5)), in_dims=(0, None)))
         0/b    2 x ()    float32   8 B  all 2 equal
         0/w    2 x (2,)  float32  16 B  each its own
         1      (5,)      float32  20 B  shared
         total                     44 B
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     total, models = 0, None
     here = flatten_tensors(tree, "the tree")[0]
-    dims = (
-        [None] * len(here)
-        if in_dims is None
-        else broadcast(in_dims, tree, names=("in_dims", "the tree"))
-    )
+    dims = [None] * len(here)
+    if in_dims is not None:
+        dims = broadcast(in_dims, tree, names=("in_dims", "the tree"))
     for path, leaf, dim in zip(paths(tree), here, dims, strict=True):
-        if leaf is not None:
-            size = part_of(leaf).nbytes
-            total += size
+        if leaf is None:
+            continue
+        size = part_of(leaf).nbytes
+        total += size
+        if dim is None:
             shape, owner = str(tuple(leaf.shape)), "" if in_dims is None else "shared"
-            if dim is not None:
-                models = _models(path, leaf, dim, models)
-                leaf = leaf.movedim(dim, 0)
-                same = bool((leaf == leaf[:1]).all())
-                shape, owner = (
-                    f"{models} x {tuple(leaf.shape[1:])}",
-                    f"all {models} equal" if same else "each its own",
-                )
-            rows.append((path, shape, str(leaf.dtype).removeprefix("torch."), f"{size:,} B", owner))
-    rows.append(("total", "", "", f"{total:,} B", ""))
+        else:
+            models = _models(path, leaf, dim, models)
+            shape, owner = _of_models(leaf.movedim(dim, 0))
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        rows.append((path, shape, dtype, f"{size:,} B", owner))
+    return _table([*rows, ("total", "", "", f"{total:,} B", "")])
+
+
+def _of_models(leaf: Tensor) -> tuple[str, str]:
+    """The shape of a tensor that each model has, and whether the models differ."""
+    models = leaf.shape[0]
+    same = bool((leaf == leaf[:1]).all())
+    owner = f"all {models} equal" if same else "each its own"
+    return f"{models} x {tuple(leaf.shape[1:])}", owner
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of five cells as text; the fourth is a number."""
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e}"
@@ -156,11 +180,13 @@ def _models(path: Path, leaf: Tensor, dim: int, models: int | None) -> int:
     """How many models a tensor is for."""
     if not -leaf.dim() <= dim < leaf.dim():
         raise ValueError(
-            f"{path!r} has shape {tuple(leaf.shape)}, and so no dimension {dim} to map over. Make the state with vmap(tx.init)(params), "
+            f"{path!r} has shape {tuple(leaf.shape)}, and so no dimension {dim} to map over. "
+            "Make the state with vmap(tx.init)(params), "
             "or write None in in_dims where all models share a tensor."
         )
     if models is not None and leaf.shape[dim] != models:
         raise ValueError(
-            f"{path!r} has shape {tuple(leaf.shape)}: {leaf.shape[dim]} models along dimension {dim}, where others have {models}."
+            f"{path!r} has shape {tuple(leaf.shape)}: "
+            f"{leaf.shape[dim]} models along dimension {dim}, where others have {models}."
         )
     return leaf.shape[dim]

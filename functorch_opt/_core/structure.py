@@ -1,11 +1,13 @@
 """Trees of tensors. This is the only file that imports optree.
 
-A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple, or any class registered with
-optree (globally or in the namespace ``"functorch_opt"``). ``None`` is a leaf, and it means *nothing here*: no gradient for this
-parameter, or no parameter. It is settled in this file, once: every function below hands ``None`` leaves through untouched.
+A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple,
+or any class registered with optree (globally or in the namespace ``"functorch_opt"``). ``None`` is
+a leaf, and it means *nothing here*: no gradient for this parameter, or no parameter. It is settled
+in this file, once: every function below hands ``None`` leaves through untouched.
 
-A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names, joined by ``/``.
-A tree is flattened and put together again inside the same call, always: a treespec may not enter compiled code from outside.
+A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names,
+joined by ``/``. A tree is flattened and put together again inside the same call, always: a treespec
+may not enter compiled code from outside.
 """
 
 from __future__ import annotations
@@ -46,18 +48,23 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
 
 
 def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optree.PyTreeSpec]:
-    """`flatten`, for a tree that must hold nothing but tensors and ``None``; `name` is what the error calls it."""
+    """`flatten`, for a tree that must hold nothing but tensors and ``None``.
+
+    The error calls the tree `name`.
+    """
     here, spec = flatten(tree)
     for i, leaf in enumerate(here):
         if not (leaf is None or isinstance(leaf, Tensor)):
             path = paths(tree)[i]
             if path:
                 raise TypeError(
-                    f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; every leaf must be a tensor or None."
+                    f"{name} holds {type(leaf).__name__} {leaf!r} at {path!r}; "
+                    "every leaf must be a tensor or None."
                 )
             given = f"{type(leaf).__name__} {leaf!r}"
             raise TypeError(
-                f"{name} must be a tree of tensors, e.g. dict(model.named_parameters()) or a list; got {given}."
+                f"{name} must be a tree of tensors, "
+                f"e.g. dict(model.named_parameters()) or a list; got {given}."
             )
     return here, spec
 
@@ -95,7 +102,10 @@ def leaves(tree: PyTree) -> list[Any]:
 def match(
     reference: PyTree, spec: optree.PyTreeSpec, tree: PyTree, *, names: tuple[str, str]
 ) -> list[Any]:
-    """The leaves of `tree`, which must have the structure `spec` of `reference`; `names` are what the error calls the two."""
+    """The leaves of `tree`, which must have the structure `spec` of `reference`.
+
+    The error calls the two `names`.
+    """
     try:
         matched = spec.flatten_up_to(tree)
     except (ValueError, TypeError):
@@ -108,7 +118,10 @@ def match(
 
 
 def like(reference: PyTree, tree: PyTree) -> PyTree:
-    """`tree` in the containers of `reference`: gradients may come as an OrderedDict where the params are a dict."""
+    """`tree` in the containers of `reference`.
+
+    Gradients may come as an OrderedDict where the params are a dict.
+    """
     spec = flatten(reference)[1]
     return unflatten(spec, match(reference, spec, tree, names=("the state", "the new state")))
 
@@ -194,7 +207,8 @@ def unique_paths(tree: PyTree) -> list[Path]:
     for path in (all_paths := paths(tree)):
         if path in seen:
             raise ValueError(
-                f"two leaves have the path {path!r}: rename a dict key (one contains '/', or is a number beside its own string)."
+                f"two leaves have the path {path!r}: "
+                "rename a dict key (one contains '/', or is a number beside its own string)."
             )
         seen.add(path)
     return all_paths
@@ -206,9 +220,10 @@ _ABSENT = object()
 def _difference(
     upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False
 ) -> str:
-    """What to tell somebody whose trees `upper` and `lower` differ in structure: the first place where they do."""
+    """What to tell somebody whose trees differ in structure: the first place where they do."""
     entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
     place = f"at {_path(entries)!r}" if entries else "at the root"
+    here = f"{names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
     same = "Give both the same structure; write None where a parameter has no gradient."
     cure = "Write one value for each, or one for all that is below a place." if prefix else same
     here = f"{place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
@@ -218,7 +233,10 @@ def _difference(
 def _first_difference(
     upper: PyTree, lower: PyTree, prefix: bool
 ) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
-    """Where `lower` does not go on as `upper` does, and what the two have there. Below a leaf of a `prefix` anything may come."""
+    """Where `lower` does not go on as `upper` does, and what the two have there.
+
+    Below a leaf of a `prefix` anything may come.
+    """
     above, below = _children(upper), _children(lower)
     if above is None and (prefix or below is None):
         return None
@@ -252,7 +270,10 @@ def shorten(names: list[Any], most: int = 8) -> str:
 
 
 def broadcast(prefix: PyTree, tree: PyTree, *, names: tuple[str, str]) -> list[Any]:
-    """For every leaf of `tree`, the leaf of `prefix` at or above it: ``{"a": True}`` speaks for all of ``{"a": {...}}``."""
+    """For every leaf of `tree`, the leaf of `prefix` at or above it.
+
+    ``{"a": True}`` speaks for all of ``{"a": {...}}``.
+    """
     if _first_difference(prefix, tree, prefix=True):
         raise ValueError(_difference(prefix, tree, names, prefix=True))
     return list(_spread(prefix, tree))

@@ -1,4 +1,8 @@
-"""What line searches share: a loop that ends when the last of many problems has, and the line ``phi(a) = f(params + a updates)``."""
+"""What line searches share.
+
+It is a loop that ends when the last of many problems has ended, and the line
+``phi(a) = f(params + a updates)``.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ from torch.func import grad_and_value
 from functorch_opt import tree
 from functorch_opt.tree import PyTree, StageState
 
-# ---- a loop whose length depends on values -----------------------------------------------------------------------------
+# ---- a loop whose length depends on values -------------------------------------------------------
 
 
 class _AnyOf(torch.autograd.Function):
-    """Whether anything is true, in any of the problems of a vmap: its result has no batch, so Python may ask for it."""
+    """Whether anything is true, in any of the problems of a vmap.
+
+    The result has no batch, so Python may ask for it.
+    """
 
     @staticmethod
     def forward(flag: Tensor) -> Tensor:
@@ -32,7 +39,10 @@ class _AnyOf(torch.autograd.Function):
 
 
 def any_of(flag: Tensor) -> bool:
-    """Whether `flag` is true in any problem of a vmap. Compiled code cannot ask: there it is True, and loops run to their bound."""
+    """Whether `flag` is true in any problem of a vmap.
+
+    Compiled code cannot ask: there the answer is True, and loops run to their bound.
+    """
     return torch.compiler.is_compiling() or bool(_AnyOf.apply(flag))
 
 
@@ -41,11 +51,27 @@ def where(flag: Tensor, new: PyTree, old: PyTree) -> PyTree:
     return tree.map(lambda a, b: torch.where(flag, a, b), new, old)
 
 
-# ---- a line through the parameters ---------------------------------------------------------------------------------------
+def violation(x: Tensor) -> Tensor:
+    """By how much ``x <= 0`` is violated; where x is NaN, infinitely."""
+    return torch.where(x.isnan(), torch.inf, x.clamp(min=0))
+
+
+def check_trials(name: str, steps: Any) -> None:
+    """Raise ValueError for what cannot bound a loop."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"{name} must be a whole number, 1 or greater: it bounds the loop; got {steps!r}."
+        )
+
+
+# ---- a line through the parameters ---------------------------------------------------------------
 
 
 class Line:
-    """``phi(a) = f(params + a updates)``. Parameters without update stay where they are, and f is not differentiated for them."""
+    """``phi(a) = f(params + a updates)``.
+
+    Parameters without update stay where they are, and f is not differentiated for them.
+    """
 
     def __init__(
         self,
@@ -58,11 +84,13 @@ class Line:
     ):
         if params is None:
             raise ValueError(
-                f"{name} reads the parameters: call update(updates, state, params, value=..., grad=..., value_fn=...)."
+                f"{name} reads the parameters: "
+                "call update(updates, state, params, value=..., grad=..., value_fn=...)."
             )
         if not callable(value_fn):
             raise TypeError(
-                f"{name}: value_fn must be a function of the params that returns the value; got {type(value_fn).__name__}."
+                f"{name}: value_fn must be a function of the params that returns the value; "
+                f"got {type(value_fn).__name__}."
             )
         self.name, self.params, self.value_fn = name, params, value_fn
         us, spec = tree.flatten_tensors(updates, "updates")
@@ -73,7 +101,8 @@ class Line:
             if u is not None and (p is None or g is None or not u.shape == p.shape == g.shape):
                 shapes = [None if x is None else tuple(x.shape) for x in (u, p, g)]
                 raise ValueError(
-                    f"{name}: at {path!r} the update, the parameter and grad have the shapes {shapes}; they must be equal."
+                    f"{name}: at {path!r} the update, the parameter and grad have the shapes "
+                    f"{shapes}; they must be equal."
                 )
         self.moved = [i for i, u in enumerate(us) if u is not None]
         self.us: list[Any] = [us[i] for i in self.moved]
@@ -83,10 +112,12 @@ class Line:
         self.slope = tree.dot(self.gs, self.us).to(self.dtype)
 
     def _checked(self, value: Any) -> Tensor:
-        value = torch.as_tensor(value)
+        # A Python number takes the dtype of the line at once: the default dtype may be narrower.
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=self.dtype)
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
-                f"{self.name}: the value must be one real number; got {value.dtype} of shape {tuple(value.shape)}."
+                f"{self.name}: the value must be one real number; "
+                f"got {value.dtype} of shape {tuple(value.shape)}."
             )
         return value.reshape(()).to(self.dtype)
 
@@ -103,10 +134,11 @@ class Line:
         ]
 
     def value_at(self, size: Tensor) -> Tensor:
+        """The value at a step size."""
         return self._at(self._point(size))
 
     def at(self, size: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Value, slope and gradient."""
+        """Value, slope and gradients at a step size."""
         gs, value = grad_and_value(self._at)(self._point(size))
         return value, tree.dot(gs, self.us).to(self.dtype), list(gs)
 
@@ -141,6 +173,7 @@ def value_dtype(leaves: list[Tensor]) -> torch.dtype:
 
 
 def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
+    """The state of a search before the first step."""
     p = tree.leaves(params)[0]
     dtype = value_dtype(tree.leaves(params))
 
@@ -157,6 +190,7 @@ def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
 
 
 def check_state(name: str, state: Any, shared: tuple[str, ...], slots: tuple[str, ...]) -> None:
+    """Raise ValueError for what is not a state of this stage."""
     if (
         not isinstance(state, StageState)
         or state.shared.keys() != set(shared)

@@ -296,7 +296,9 @@ class Optimizer(torch.optim.Optimizer):
         ]
         try:
             super().load_state_dict(state_dict)
-            if not found:  # a wrapper that lends its class from this one, as Lightning's, runs other hooks afterwards than it has registered
+            # A wrapper that lends its class from this one, as that of Lightning does, registers
+            # hooks on one object and runs those of another: then nothing has been filled yet.
+            if not found:
                 fill(self)
             if found[0].missing or found[0].unexpected:
                 warnings.warn(

@@ -1,7 +1,9 @@
-"""Loading a checkpoint into a stateful optimizer: all of it is checked against what the optimizer expects before any of it counts.
+"""Loading a checkpoint into a stateful optimizer.
 
-The keys of ``state[p]`` are matched by name, as `functorch_opt.tree.fit` does it. So the checkpoint of a chain outlives a stage that is put
-in or taken out.
+All of it is checked against what the optimizer expects before any of it counts.
+
+The keys of ``state[p]`` are matched by name, as `functorch_opt.tree.fit` does it. So the checkpoint
+of a chain outlives a stage that is put in or taken out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from functorch_opt.optim.plan import Plan
 
 
 class Expected(NamedTuple):
-    """What belongs under a key of ``state[p]``: a "slot", a "count", or what is "joint" and kept with the first parameter."""
+    """What belongs under a key of ``state[p]``.
+
+    It is a "slot", a "count", or what is "joint" and kept with the first parameter.
+    """
 
     kind: str
     like: Tensor
@@ -54,14 +59,16 @@ def check_form(given: Any) -> None:
         isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups
     ):
         raise TypeError(
-            "'param_groups' must be a list of dicts with the numbers of their parameters under 'params'."
+            "'param_groups' must be a list of dicts with the numbers of their parameters under "
+            "'params'."
         )
     numbers = _numbers(given)
     if not all(isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) < len(
         numbers
     ):
         raise ValueError(
-            f"every parameter needs a number of its own in 'param_groups'; got {[list(group['params']) for group in groups]}."
+            "every parameter needs a number of its own in 'param_groups'; "
+            f"got {[list(group['params']) for group in groups]}."
         )
 
 
@@ -75,20 +82,19 @@ def fitted(
     expected: list[dict[str, Expected]],
     optional: Collection[str],
 ) -> tuple[list[dict[str, Tensor]], tree.Fit]:
-    """The entries of ``state[p]``, copied from a state dict, and how well its names fitted; those in `optional` may be missing.
+    """The entries of ``state[p]``, copied from a state dict, and how well its names fitted.
+
+    Those in `optional` may be missing.
 
     Raises:
-        TypeError: a value that is no tensor, or one of another kind (integer for floating, real for complex).
+        TypeError: a value that is no tensor, or one of another kind (integer for floating, real for
+            complex).
         ValueError: a shape that differs; a count that is no whole number from 0.
     """
     numbers = _numbers(given)
-    saved = [
-        {key: value for key, value in given["state"].get(number, {}).items() if value is not None}
-        for number in numbers
-    ]
-    names = tree.fit(
-        [key for keys in expected for key in keys], [key for entry in saved for key in entry]
-    )
+    saved = [_entry(given, number) for number in numbers]
+    keys_here = [key for keys in expected for key in keys]
+    names = tree.fit(keys_here, [key for entry in saved for key in entry])
     entries: list[dict[str, Tensor]] = []
     source: dict[str, str] = {}
     missing: dict[str, list[Any]] = {}
@@ -96,33 +102,37 @@ def fitted(
     begun = 0
     for number, p, keys, entry in zip(numbers, params, expected, saved, strict=True):
         mine = {key: names.source[key] for key in keys if names.source.get(key) in entry}
-        entries.append(
-            {
-                key: _checked(entry[there], keys[key], p, f"{there!r} of parameter {number}", key)
-                for key, there in mine.items()
-            }
-        )
+        checked = {}
+        for key, there in mine.items():
+            name = f"{there!r} of parameter {number}"
+            checked[key] = _checked(entry[there], keys[key], p, name, key)
+        entries.append(checked)
         source |= mine
         # A parameter that never had a gradient has no state of its own.
         has_state = any(keys[key].kind != "joint" for key in mine) or len(mine) < len(entry)
         begun += has_state
-        for key in keys:
-            if (
-                key not in mine
-                and key not in optional
-                and (has_state or (keys[key].kind == "joint" and any(saved)))
-            ):
+        absent = [key for key in keys if key not in mine and key not in optional]
+        for key in absent:
+            if has_state or (keys[key].kind == "joint" and any(saved)):
                 missing.setdefault(key, []).append(number)
         unexpected |= dict.fromkeys(str(there) for there in entry if there not in mine.values())
     strays = [f"all of parameter {number!r}" for number in given["state"] if number not in numbers]
-    joint = {key for keys in expected for key, what in keys.items() if what.kind == "joint"}
-    told = [
-        name
-        if name in joint or len(those) == begun
-        else f"{name} (of parameter {', '.join(map(str, those))})"
-        for name, those in missing.items()
-    ]
+    told = [_missing(name, those, begun, expected) for name, those in missing.items()]
     return entries, tree.Fit(source, told, [*unexpected, *strays])
+
+
+def _entry(given: Mapping[str, Any], number: Any) -> dict[str, Any]:
+    """What is saved of one parameter."""
+    saved = given["state"].get(number, {})
+    return {key: value for key, value in saved.items() if value is not None}
+
+
+def _missing(name: str, numbers: list[Any], begun: int, expected: list[dict[str, Expected]]) -> str:
+    """A missing name, and of which parameters, if it is not missing of all."""
+    joint = any(name in keys and keys[name].kind == "joint" for keys in expected)
+    if joint or len(numbers) == begun:
+        return name
+    return f"{name} (of parameter {', '.join(map(str, numbers))})"
 
 
 def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> Tensor:
@@ -130,28 +140,14 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
         raise TypeError(f"{name} is a meta tensor: there is no value in it.")
     if expected.kind == "count":
-        number = (
-            value.item()
-            if isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
-            else value
-        )
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(
-                f"{name} must be a number or a 0-dim tensor: how many steps were made; got {_told(value)}."
-            )
-        if not (math.isfinite(number) and number >= 0 and number == int(number)):
-            raise ValueError(
-                f"{name} must be a whole number from 0: how many steps were made; got {number}."
-            )
-        if isinstance(value, Tensor):
-            return value.detach().to("cpu", copy=True)
-        return torch.tensor(float(number)) if key == "step" else torch.tensor(int(number))
+        return _count(value, name, key)
     like = expected.like
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got {_told(value)}.")
     if value.shape != like.shape:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, and here it is {tuple(like.shape)}. Is it the state of other parameters?"
+            f"{name} has shape {tuple(value.shape)}, and here it is {tuple(like.shape)}. "
+            "Is it the state of other parameters?"
         )
     if _kind(value) != _kind(like):
         raise TypeError(
@@ -160,8 +156,31 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
     return value.detach().to(p.device, copy=True)
 
 
+def _count(value: Any, name: str, key: str) -> Tensor:
+    """A count as it is kept: int64, but ``step`` floating, as torch has it."""
+    dense = isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
+    number = value.item() if dense else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(
+            f"{name} must be a number or a 0-dim tensor: how many steps were made; "
+            f"got {_told(value)}."
+        )
+    if not (math.isfinite(number) and number >= 0 and number == int(number)):
+        raise ValueError(
+            f"{name} must be a whole number from 0: how many steps were made; got {number}."
+        )
+    if key != "step":
+        return torch.tensor(int(number), dtype=torch.int64)
+    if dense and value.dtype in (torch.float32, torch.float64):
+        return value.detach().to("cpu", copy=True)
+    return torch.tensor(float(number), dtype=torch.float32)
+
+
 def _kind(x: Tensor) -> Any:
-    """What may stand for each other: floating dtypes, complex dtypes; of the others each by itself."""
+    """What may stand for each other: floating dtypes, complex ones; of the others each by itself.
+
+    Slots that are no floating numbers are noise keys and the like, of which no bit may change.
+    """
     return "floating" if x.is_floating_point() else "complex" if x.is_complex() else x.dtype
 
 

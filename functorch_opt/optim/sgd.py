@@ -93,9 +93,11 @@ class SGD(TorchNamed):
         maximize: bool,
     ) -> GradientTransformation:
         still = not isinstance(momentum, Tensor) and momentum == 0
-        if nesterov and still:
+        damped = isinstance(dampening, Tensor) or dampening != 0
+        if nesterov and (still or damped):
+            given = "momentum 0" if still else "a dampening that is not 0"
             raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening; got momentum 0."
+                f"Nesterov momentum requires a momentum and zero dampening; got {given}."
             )
         momentum_stage = None if still else trace(momentum, nesterov, dampening=dampening)
         return parts(ascend(maximize), l2(weight_decay), momentum_stage, scale_by_learning_rate(lr))

@@ -1,8 +1,11 @@
-"""Dividing by the root of an average of squared gradients: the sum (Adagrad), a running mean (RMSprop), a ratio of two (Adadelta).
+"""Dividing by the root of an average of squared gradients.
 
-Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", 2011. Tieleman & Hinton,
-"Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences With Recurrent Neural Networks", 2013 (centered). Zeiler, "ADADELTA: An
-Adaptive Learning Rate Method", 2012.
+The average is the sum (Adagrad), a running mean (RMSprop), or a ratio of two (Adadelta).
+
+Sources: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+Optimization", 2011. Tieleman & Hinton, "Lecture 6.5: RMSProp", 2012; Graves, "Generating Sequences
+With Recurrent Neural Networks", 2013 (centered). Zeiler, "ADADELTA: An Adaptive Learning Rate
+Method", 2012.
 """
 
 from __future__ import annotations
@@ -35,10 +38,12 @@ __all__ = [
 
 
 def _constant_like(value):
-    """Slots that start at `value`: in a complex tensor, both of its parts."""
-    return lambda p: torch.full_like(
-        tree.zeros_like(p), complex(value, value) if p.is_complex() else value
-    )
+    """Slots that start at `value`, a number or a tensor: in a complex tensor, both of its parts."""
+
+    def start(p):
+        return tree.zeros_like(p) + (value * (1 + 1j) if p.is_complex() else value)
+
+    return start
 
 
 def _by_root(g, square, eps, eps_in_sqrt):
@@ -50,7 +55,10 @@ def _by_root(g, square, eps, eps_in_sqrt):
 
 
 def _weights(bias_correction):
-    """What the running means need once a step: the weight of the new value, and what corrects for starting at 0."""
+    """What the running means need once a step.
+
+    It is the weight of the new value, and what corrects for starting at 0.
+    """
 
     def prepare(decay):
         return {"weight": 1 - decay, "correction": 1.0}
@@ -107,7 +115,9 @@ def scale_by_stddev(
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """`scale_by_rms`, centered: ``mu = decay mu + (1 - decay) g``; ``u = g / sqrt(nu - mu^2 + eps)``.
+    """`scale_by_rms`, centered: ``u = g / sqrt(nu - mu^2 + eps)``.
+
+    Here ``mu = decay mu + (1 - decay) g`` is the running mean of the gradient.
 
     Arguments are those of `scale_by_rms`; the bias correction divides ``mu`` as well.
 
@@ -124,9 +134,8 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        variance = (nu * correction - (mu * correction) ** 2).clamp(
-            min=0
-        )  # at the first step it is 0, and rounding may be below
+        # At the first step the variance is 0, and rounding may take it below.
+        variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
@@ -172,7 +181,9 @@ def scale_by_rss(
 def scale_by_adadelta(
     rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6
 ) -> GradientTransformation:
-    """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``: ``e_g`` is the running mean of ``g^2``, ``e_x`` that of ``u^2``.
+    """``u = g sqrt(e_x + eps) / sqrt(e_g + eps)``.
+
+    ``e_g`` is the running mean of ``g^2``, and ``e_x`` that of ``u^2``.
 
     Args:
         rho: decay of both means, in [0, 1).
@@ -193,7 +204,8 @@ def scale_by_adadelta(
 
     def rule(g, e_g, e_x, weight, eps):
         e_g = torch.lerp(e_g, g * g, weight)
-        u = g * (e_x + eps).sqrt() / (e_g + eps).sqrt()
+        inside = eps + tree.TINY
+        u = g * (e_x + inside).sqrt() / (e_g + inside).sqrt()
         return u, {"e_g": e_g, "e_x": torch.lerp(e_x, u * u, weight)}
 
     return leafwise(
@@ -204,7 +216,7 @@ def scale_by_adadelta(
     )
 
 
-# ---- ready-made ------------------------------------------------------------------------------------------------------
+# ---- ready-made ----------------------------------------------------------------------------------
 
 
 @transformation
@@ -219,11 +231,15 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """RMSprop: `scale_by_rms` (or `scale_by_stddev`), the learning rate, then `trace` if a momentum is given.
+    """RMSprop: `scale_by_rms` (or `scale_by_stddev`), then the learning rate.
+
+    If a momentum is given, `trace` follows.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in torch.optim.RMSprop after it.
-        decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`. torch.optim.RMSprop has decay 0.99 and eps outside.
+        learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in
+            torch.optim.RMSprop after it.
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`.
+            torch.optim.RMSprop has decay 0.99 and eps outside.
         centered: divide by the standard deviation.
         momentum: decay of the trace; None: no trace is kept.
         nesterov: of the trace.
@@ -253,7 +269,8 @@ def adagrad(
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps outside the root.
+        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps
+            outside the root.
 
     Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
 
@@ -278,7 +295,8 @@ def adadelta(
     """Adadelta: L2 regularization, `scale_by_adadelta`, then the learning rate.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign is flipped**; the paper has 1.0.
+        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign
+            is flipped**; the paper has 1.0.
         rho, eps: see `scale_by_adadelta`.
         weight_decay: of the L2 term, which enters the means; 0 or greater.
         weight_decay_mask: which parameters decay, see `masked`; by default all.

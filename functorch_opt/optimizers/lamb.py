@@ -1,7 +1,9 @@
-"""LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``, so that large batches allow large learning rates.
+"""LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``.
 
-Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You et al., "Large Batch Optimization for
-Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
+So large batches allow large learning rates.
+
+Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You
+et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ __all__ = ["lamb", "lars", "scale_by_trust_ratio"]
 def scale_by_trust_ratio(
     min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
 ) -> GradientTransformation:
-    """``u -> u * trust_coefficient |p| / (|u| + eps)``, with the 2-norms of each tensor. Where one of them is 0, u passes.
+    """``u -> u * trust_coefficient |p| / (|u| + eps)``, with the 2-norms of each tensor.
+
+    Where one of them is 0, u passes.
 
     Args:
         min_norm: a smaller norm counts as this one; 0 or greater.
@@ -54,9 +58,8 @@ def scale_by_trust_ratio(
     def rule(g, pp, gg, min_norm, trust_coefficient, eps):
         p_norm, g_norm = torch.clamp(_root(pp), min=min_norm), torch.clamp(_root(gg), min=min_norm)
         either_is_zero = (p_norm == 0) | (g_norm == 0)
-        divisor = torch.where(
-            either_is_zero, 1.0, g_norm + eps
-        )  # never 0: the derivative of what is not chosen would be NaN
+        # The divisor is never 0: the derivative of what is not chosen would be NaN.
+        divisor = torch.where(either_is_zero, 1.0, g_norm + eps)
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
@@ -91,7 +94,8 @@ def lamb(
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
 
-    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020, alg. 2, with the identity for phi.
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
+    2020, alg. 2, with the identity for phi.
 
     Example:
         >>> import functorch_opt as fo
@@ -117,7 +121,9 @@ def lars(
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """LARS: weight decay, `scale_by_trust_ratio`, the learning rate, and then momentum: the learning rate is inside of the momentum.
+    """LARS: weight decay, `scale_by_trust_ratio`, the learning rate, and then momentum.
+
+    The learning rate is inside of the momentum.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -135,7 +141,7 @@ def lars(
 
     Example:
         >>> import functorch_opt as fo
-        >>> fo.lars(0.1, weight_decay=1e-4, trust_ratio_mask=lambda path, p: p.ndim > 1)  # doctest: +ELLIPSIS
+        >>> fo.lars(0.1, weight_decay=1e-4, trust_ratio_mask=lambda path, p: p.ndim > 1)
         lars(0.1, weight_decay=0.0001, trust_ratio_mask=<lambda>)
     """
     return chain(

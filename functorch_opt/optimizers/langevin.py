@@ -1,4 +1,6 @@
-"""Langevin dynamics: gradient descent with so much noise that the parameters are samples, ``p -> p - eta g + sqrt(2 eta T) z``.
+"""Langevin dynamics: gradient descent with so much noise that the parameters are samples.
+
+The formula is ``p -> p - eta g + sqrt(2 eta T) z``.
 
 Source: Welling & Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", ICML 2011.
 """
@@ -27,9 +29,10 @@ def sgld(
 ) -> GradientTransformation:
     """Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
 
-    If g is the gradient of an energy U (to sample a posterior: of the negative logarithm of prior times likelihood of *all* data, so that a
-    minibatch is scaled up), the parameters become samples of ``exp(-U / T)`` as the learning rate goes to 0. The noise is added after
-    the learning rate, and goes with its root; that of `noisy_sgd` is multiplied by it.
+    If g is the gradient of an energy U (to sample a posterior: of the negative logarithm of prior
+    times likelihood of *all* data, so that a minibatch is scaled up), the parameters become samples
+    of ``exp(-U / T)`` as the learning rate goes to 0. The noise is added after the learning rate,
+    and goes with its root; that of `noisy_sgd` is multiplied by it.
 
     Args:
         learning_rate: eta, 0 or greater, or a schedule. It is half of the paper's epsilon.
@@ -37,14 +40,16 @@ def sgld(
         key: int64 [2], or a seed; see `add_noise`.
 
     Raises:
-        ValueError: a negative or NaN `learning_rate` or `temperature`; a gradient that is None in a call without params.
+        ValueError: a negative or NaN `learning_rate` or `temperature`; a gradient that is None in a
+            call without params.
         TypeError: something that is not a key.
 
     Source: Welling & Teh, 2011, eq. 4.
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx, params = fo.sgld(0.01, key=0), torch.zeros(1000)  # 1000 samples at once of exp(-p^2 / 2)
+        >>> params = torch.zeros(1000)  # 1000 samples at once of exp(-p^2 / 2)
+        >>> tx = fo.sgld(0.01, key=0)
         >>> state = tx.init(params)
         >>> for _ in range(300):
         ...     updates, state = tx.update(params, state)

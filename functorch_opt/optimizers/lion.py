@@ -1,4 +1,6 @@
-"""Lion: the sign of a mix of gradient and momentum, ``u = sign((1 - b1) g + b1 mu)``, where ``mu`` itself decays with b2.
+"""Lion: the sign of a mix of gradient and momentum, ``u = sign((1 - b1) g + b1 mu)``.
+
+The momentum ``mu`` itself decays with b2.
 
 Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, alg. 2.
 """
@@ -67,7 +69,9 @@ def lion(
     weight_decay: ScalarOrSchedule = 1e-3,
     mask: MaskOrFn | None = None,
 ) -> GradientTransformation:
-    """Lion: `scale_by_lion`, decoupled weight decay, the learning rate (3 to 10 times smaller than Adam's, says the paper).
+    """Lion: `scale_by_lion`, decoupled weight decay, the learning rate.
+
+    The learning rate is 3 to 10 times smaller than that of Adam, says the paper.
 
     Args:
         learning_rate: 0 or greater, or a schedule.

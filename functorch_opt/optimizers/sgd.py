@@ -1,9 +1,13 @@
-"""Gradient descent, ``p -> p - eta g``: with momentum, with noise, by the sign alone, or with a step size from the value.
+"""Gradient descent, ``p -> p - eta g``.
 
-Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the importance of initialization and momentum in
-deep learning", 2013. Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015. Bernstein et al.,
-"signSGD: Compressed Optimisation for Non-Convex Problems", 2018. Polyak, "Introduction to Optimization", 1987, sec. 5.3; Loizou, Vaswani,
-Laradji & Lacoste-Julien, "Stochastic Polyak Step-size for SGD", 2021, eq. 4 (SPS_max).
+It comes with momentum, with noise, by the sign alone, or with a step size from the value.
+
+Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the
+importance of initialization and momentum in deep learning", 2013. Neelakantan et al., "Adding
+Gradient Noise Improves Learning for Very Deep Networks", 2015. Bernstein et al., "signSGD:
+Compressed Optimisation for Non-Convex Problems", 2018. Polyak, "Introduction to Optimization",
+1987, sec. 5.3; Loizou, Vaswani, Laradji & Lacoste-Julien, "Stochastic Polyak Step-size for SGD",
+2021, eq. 4 (SPS_max).
 """
 
 from __future__ import annotations
@@ -110,7 +114,9 @@ def scale_by_polyak(
     eps: Scalar = 0.0,
     variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
-    """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``, and 0 where ``|u|^2 + eps`` is 0.
+    """``u -> min(max_learning_rate, (value - f_min) / (|u|^2 + eps)) u``.
+
+    It is 0 where ``|u|^2 + eps`` is 0.
 
     Args:
         f_min: the minimum of the function, or a lower bound of it.
@@ -120,12 +126,14 @@ def scale_by_polyak(
 
     Extra argument of ``update``: ``value``, the function at the params.
 
-    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16; here it is what the formula says.
+    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16;
+    here it is what the formula says.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> tx = fo.scale_by_polyak()
-        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]), value=torch.tensor(5.0))[0]
+        >>> state, value = tx.init([torch.zeros(2)]), torch.tensor(5.0)
+        >>> tx.update([torch.tensor([3.0, 4.0])], state, value=value)[0]
         [tensor([0.6000, 0.8000])]
     """
     check_range(-float("inf"), float("inf"), f_min=f_min)
@@ -136,7 +144,7 @@ def scale_by_polyak(
 
     def prepare(updates, f_min, max_learning_rate, eps, *, value):
         square = tree.norm(updates) ** 2 + eps
-        gap = torch.as_tensor(value).to(square) - f_min
+        gap = torch.as_tensor(value, dtype=square.dtype, device=square.device) - f_min
         gap = gap.clamp(min=0) if variant == "sps+" else gap
         moves = square > 0
         size = torch.clamp(gap / torch.where(moves, square, 1.0), max=max_learning_rate)
@@ -154,7 +162,9 @@ def polyak_sgd(
     eps: Scalar = 0.0,
     variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
-    """Gradient descent with Polyak's step size: `sgd` with the learning rate `scaling`, then `scale_by_polyak`.
+    """Gradient descent with Polyak's step size.
+
+    It is `sgd` with the learning rate `scaling`, then `scale_by_polyak`.
 
     Args:
         max_learning_rate, f_min, eps, variant: see `scale_by_polyak`.

@@ -1,4 +1,6 @@
-"""From the gradients of the examples to one: clip each to norm C, and sum, ``sum_i g_i / max(1, ||g_i|| / C)``.
+"""From the gradients of the examples to one: clip each to norm C, and sum.
+
+The formula is ``sum_i g_i / max(1, ||g_i|| / C)``.
 
 Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, alg. 1.
 """
@@ -6,7 +8,7 @@ Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, alg. 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +19,25 @@ from functorch_opt.tree import PyTree
 __all__ = ["ClippedSum", "clip_and_sum"]
 
 Norms = PyTree
-"""A number greater than 0, or a 0-dim tensor: for all parameters together. A tree of them, of which each leaf is for what is below it."""
+"""A number greater than 0, or a 0-dim tensor: for all parameters together.
+
+Or a tree of them, of which each leaf is for what is below it.
+"""
 
 
 class ClippedSum(NamedTuple):
-    """What `clip_and_sum` and `clipped_grad_sum` return, and `differentially_private_aggregate` takes."""
+    """What `clip_and_sum` and `clipped_grad_sum` return.
+
+    `differentially_private_aggregate` takes it.
+    """
 
     sum: PyTree
     """The sum over the examples, a tree of the structure of the params, in float32 or wider."""
     norms: PyTree
-    """The norm of each example before the clip, [B]: one tensor, or a tree of them where `l2_norm_clip` is one."""
+    """The norm of each example before the clip, [B].
+
+    It is one tensor, or a tree of them where `l2_norm_clip` is one.
+    """
     l2_norm_clip: Norms
     """What it was clipped to."""
     values: Tensor | None = None
@@ -34,21 +45,28 @@ class ClippedSum(NamedTuple):
 
 
 def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None) -> ClippedSum:
-    """Clip the gradient of each example to norm C, and sum: ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
+    """Clip the gradient of each example to norm C, and sum.
 
-    An example, however large its gradient and its weight, moves the sum by C at most. One that is not finite makes the sum NaN.
+    The formula is ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
+
+    An example, however large its gradient and its weight, moves the sum by C at most. One that is
+    not finite makes the sum NaN.
 
     Args:
-        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may be 0.
-        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an example by their own norms. An entry speaks
-            for all that is below it: ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
+        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may
+            be 0.
+        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an
+            example by their own norms. An entry speaks for all that is below it:
+            ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
             ``{name: C / len(params) ** 0.5 for name in params}``.
         weights: [B], multiplies the losses, and so the gradients, before the clip; by default 1.
 
     Raises:
-        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of another shape; a C not greater than 0.
+        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of
+            another shape; a C not greater than 0.
 
-    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private Recurrent Language Models", 2018, sec. 3.
+    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private
+    Recurrent Language Models", 2018, sec. 3.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -63,20 +81,17 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     check_weights(weights, n)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
-    tree.broadcast(
-        l2_norm_clip, grads, names=("l2_norm_clip", "grads")
-    )  # an error here shows the bounds, below their numbers
-    part = tree.broadcast(
-        tree.unflatten(bounds_spec, list(range(len(bounds)))),
-        grads,
-        names=("l2_norm_clip", "grads"),
-    )
+    names = ("l2_norm_clip", "grads")
+    # An error here shows the bounds; below it would show their numbers.
+    tree.broadcast(l2_norm_clip, grads, names=names)
+    numbers = tree.unflatten(bounds_spec, list(range(len(bounds))))
+    part = tree.broadcast(numbers, grads, names=names)
     norms, factors = [], []
     for k, bound in enumerate(bounds):
         norm = _norms(
             [g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights
         )
-        factor = 1 / torch.clamp(norm / bound, min=1)
+        factor = _factor(norm, bound)
         norms.append(norm)
         factors.append(factor if weights is None else factor * weights)
     total = [
@@ -85,12 +100,21 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
 
 
+def _factor(norm: Tensor, bound: Any) -> Tensor:
+    """``min(1, bound / norm)``, and 0 where a bound that is a tensor is 0."""
+    if not isinstance(bound, Tensor):
+        return 1 / torch.clamp(norm / bound, min=1)
+    closed = bound == 0
+    factor = 1 / torch.clamp(norm / torch.where(closed, 1.0, bound), min=1)
+    return torch.where(closed, 0.0, factor)
+
+
 def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
     """The norm of each of `n` examples, over all tensors together."""
     rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
     each = [
         torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows
-    ] or [torch.zeros(n)]
+    ] or [torch.zeros(n, dtype=torch.float32)]
     norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norm if weights is None else norm * weights.abs()
 
@@ -113,7 +137,8 @@ def examples(batch: PyTree, name: str) -> int:
             f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items()
         )
         raise ValueError(
-            f"every tensor of {name} must have the same number of examples, its first axis; got {shown or 'no tensor'}."
+            f"every tensor of {name} must have the same number of examples, its first axis; "
+            f"got {shown or 'no tensor'}."
         )
     return next(iter(sizes.values()))[0]
 
@@ -141,5 +166,6 @@ def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
             )
     if not bounds:
         raise ValueError(
-            "l2_norm_clip is an empty tree: give one number for all parameters, or one for each part."
+            "l2_norm_clip is an empty tree: give one number for all parameters, "
+            "or one for each part."
         )

@@ -1,7 +1,10 @@
-"""The gradient of every example: ``g_i = grad loss(params, example i)``; all of them, or their clipped sum, some at a time.
+"""The gradient of every example, ``g_i = grad loss(params, example i)``.
 
-A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary training. It is called with batches of one
-example, under `torch.func.vmap`. A module takes part by `torch.func.functional_call`.
+All of them are returned, or their clipped sum, which takes some at a time.
+
+A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary
+training. It is called with batches of one example, under `torch.func.vmap`. A module takes part by
+`torch.func.functional_call`.
 """
 
 from __future__ import annotations
@@ -33,19 +36,25 @@ Randomness = Literal["error", "different", "same"]
 def per_example_grads(
     loss: Loss, chunk_size: int | None = None, randomness: Randomness = "error"
 ) -> Callable[..., PyTree]:
-    """A function that gives the gradient of every example, where ``grad(loss)`` gives that of a batch.
+    """A function that gives the gradient of every example.
 
-    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what this gives; if it is their mean, the
-    mean. A layer that mixes examples (batch normalization in training) sees a batch of one, if it takes that at all.
+    ``grad(loss)`` gives that of a batch.
+
+    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what
+    this gives; if it is their mean, the mean. A layer that mixes examples (batch normalization in
+    training) sees a batch of one, if it takes that at all.
 
     Args:
-        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of `batch` with first axis 1.
-        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive beside the result.
-        randomness: of random operations in `loss` (dropout): "different" for every example, the "same" for all (of a chunk), or an "error".
+        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of
+            `batch` with first axis 1.
+        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive
+            beside the result.
+        randomness: of random operations in `loss` (dropout): "different" for every example, the
+            "same" for all (of a chunk), or an "error".
 
     Returns:
-        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example is closed over. `grads`: the structure of
-        `params`, tensors [B, ...].
+        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example
+        is closed over. `grads`: the structure of `params`, tensors [B, ...].
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B.
@@ -74,19 +83,24 @@ def per_example_grads(
 def clipped_grad_sum(
     loss: Loss, l2_norm_clip: Norms, chunk_size: int | None = None, randomness: Randomness = "error"
 ) -> Callable[..., ClippedSum]:
-    """A function that gives the sum of the clipped gradients of the examples, and never holds more than `chunk_size` of them.
+    """A function that gives the sum of the clipped gradients of the examples.
 
-    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss of every example. Each chunk is clipped
-    and added before the next begins.
+    It never holds more than `chunk_size` of them.
+
+    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss
+    of every example. Each chunk is clipped and added before the next begins.
 
     Args:
         loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
-        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by themselves, see `clip_and_sum`.
-        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often fastest too.
+        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by
+            themselves, see `clip_and_sum`.
+        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often
+            fastest too.
         randomness: of random operations in `loss`, see `per_example_grads`.
 
     Returns:
-        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then. `weights`: [B], multiply the losses.
+        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then.
+        `weights`: [B], multiply the losses.
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B; what `clip_and_sum` raises.
@@ -95,7 +109,8 @@ def clipped_grad_sum(
         >>> import torch, functorch_opt as fo
         >>> def loss(params, x, y):
         ...     return ((x @ params["w"] - y) ** 2).sum()
-        >>> clipped = fo.clipped_grad_sum(loss, l2_norm_clip=1.0, chunk_size=1)({"w": torch.ones(2)}, torch.eye(2), torch.zeros(2))
+        >>> clipped_sum = fo.clipped_grad_sum(loss, l2_norm_clip=1.0, chunk_size=1)
+        >>> clipped = clipped_sum({"w": torch.ones(2)}, torch.eye(2), torch.zeros(2))
         >>> clipped.sum, clipped.norms, clipped.values
         ({'w': tensor([1., 1.])}, tensor([2., 2.]), tensor([1., 1.]))
     """
@@ -112,9 +127,8 @@ def clipped_grad_sum(
         total: Any = None
         norms, values = [], []
         for chunk, w in _chunks(batch, weights, chunk_size):
-            part, losses = of_chunk(
-                params, chunk, w
-            )  # a call of its own, so that its gradients are gone before the next
+            # It is a call of its own, so that its gradients are gone before the next.
+            part, losses = of_chunk(params, chunk, w)
             total = part.sum if total is None else tree.map(torch.add, total, part.sum)
             norms.append(part.norms)
             values.append(losses)
@@ -173,5 +187,6 @@ def _check_chunk_size(chunk_size: int | None) -> None:
         isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
     ):
         raise ValueError(
-            f"chunk_size must be a whole number, 1 or greater, or None for all at once; got {chunk_size!r}."
+            "chunk_size must be a whole number, 1 or greater, or None for all at once; "
+            f"got {chunk_size!r}."
         )

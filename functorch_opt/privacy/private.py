@@ -1,4 +1,7 @@
-"""Differentially private descent: of each example the gradient, clipped to norm C; their sum; noise of standard deviation ``sigma C``.
+"""Differentially private descent.
+
+Of each example the gradient is clipped to norm C; their sum gets noise of standard deviation
+``sigma C``:
 
     g_i <- g_i / max(1, ||g_i|| / C);    u = (sum_i g_i + sigma C z) / B,    z standard normal
 
@@ -37,7 +40,7 @@ __all__ = [
 ]
 
 
-# ---- the transformation ------------------------------------------------------------------------------------------------
+# ---- the transformation --------------------------------------------------------------------------
 
 
 @transformation
@@ -48,25 +51,29 @@ def differentially_private_aggregate(
     *,
     expected_batch_size: float | None = None,
 ) -> GradientTransformation:
-    """Clip each example, sum, add noise, average: ``(sum_i clip(g_i) + sigma C z) / B``. The first stage of a chain.
+    """Clip each example, sum, add noise, average: ``(sum_i clip(g_i) + sigma C z) / B``.
 
-    Its updates are gradients with an axis of examples in front, as `per_example_grads` gives, or their `ClippedSum`, as
-    `clipped_grad_sum` gives without ever holding all of them.
+    It is the first stage of a chain.
+
+    Its updates are gradients with an axis of examples in front, as `per_example_grads` gives, or
+    their `ClippedSum`, as `clipped_grad_sum` gives without ever holding all of them.
 
     Args:
-        l2_norm_clip: C, greater than 0. A tree of them clips parts of an example by themselves (see `clip_and_sum`); the noise is then
-            that of ``C = sqrt(sum_k C_k^2)``.
-        noise_multiplier: sigma, the standard deviation of the noise over C; 0 or greater, or a schedule.
-        key: int64 [2], or a seed; see `add_noise`. Who knows it can take the noise away: draw the seed by ``secrets.randbits(63)``.
-        expected_batch_size: B. None: as many as there are, as in optax. Under Poisson sampling that number depends on the data, and is 0
-            at times: give ``sampling_rate * len(data)``.
+        l2_norm_clip: C, greater than 0. A tree of them clips parts of an example by themselves (see
+            `clip_and_sum`); the noise is then that of ``C = sqrt(sum_k C_k^2)``.
+        noise_multiplier: sigma, the standard deviation of the noise over C; 0 or greater, or a
+            schedule.
+        key: int64 [2], or a seed; see `add_noise`. Who knows it can take the noise away: draw the
+            seed by ``secrets.randbits(63)``.
+        expected_batch_size: B. None: as many as there are, as in optax. Under Poisson sampling that
+            number depends on the data, and is 0 at times: give ``sampling_rate * len(data)``.
 
     Raises:
-        ValueError: a number out of its range; updates without an axis of examples; a sum that was clipped to something else; no example
-            and no `expected_batch_size`.
+        ValueError: a number out of its range; updates without an axis of examples; a sum that was
+            clipped to something else; no example and no `expected_batch_size`.
 
-    Source: Abadi et al., 2016, alg. 1; optax.contrib. There an example with a gradient that is not finite passes without a clip; here it
-    makes the update NaN.
+    Source: Abadi et al., 2016, alg. 1; optax.contrib. There an example with a gradient that is not
+    finite passes without a clip; here it makes the update NaN.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -83,14 +90,15 @@ def differentially_private_aggregate(
     noise = add_noise(_square(noise_multiplier, sensitivity), gamma=0.0, key=key)
 
     def update(updates, state, params=None):
-        clipped = (
-            updates
-            if isinstance(updates, ClippedSum)
-            else clip_and_sum(_with_examples(updates, params), l2_norm_clip)
-        )
+        if not isinstance(updates, ClippedSum):
+            if not tree.leaves(updates):  # no parameter has a gradient, and none is moved
+                return noise.update(updates, state, params)
+            updates = clip_and_sum(_with_examples(updates, params), l2_norm_clip)
+        clipped = updates
         if _differ(clipped.l2_norm_clip, l2_norm_clip):
             raise ValueError(
-                f"the sum was clipped to l2_norm_clip={clipped.l2_norm_clip!r}, and the noise is for {l2_norm_clip!r}. Give both the same."
+                f"the sum was clipped to l2_norm_clip={clipped.l2_norm_clip!r}, "
+                f"and the noise is for {l2_norm_clip!r}. Give both the same."
             )
         size = (
             tree.leaves(clipped.norms)[0].shape[0]
@@ -99,7 +107,8 @@ def differentially_private_aggregate(
         )
         if expected_batch_size is None and not size:
             raise ValueError(
-                "there is no example to average over. Give expected_batch_size: the update of an empty batch is noise alone."
+                "there is no example to average over. "
+                "Give expected_batch_size: the update of an empty batch is noise alone."
             )
         total, state = noise.update(clipped.sum, state, params)
         return tree.map(lambda g: g / size, total), state
@@ -144,13 +153,15 @@ def _with_examples(updates: PyTree, params: PyTree | None) -> PyTree:
         ):
             if g is not None and p is not None and g.shape[1:] != p.shape:
                 raise ValueError(
-                    f"the update at {path!r} has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. "
-                    f"Needed is the gradient of every example, {('B', *p.shape)}, as per_example_grads gives."
+                    f"the update at {path!r} has shape {tuple(g.shape)} and its parameter "
+                    f"{tuple(p.shape)}. "
+                    f"Needed is the gradient of every example, {('B', *p.shape)}, "
+                    "as per_example_grads gives."
                 )
     return updates
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
 @transformation
@@ -164,7 +175,9 @@ def dp_sgd(
     *,
     expected_batch_size: float | None = None,
 ) -> GradientTransformation:
-    """Private gradient descent: `differentially_private_aggregate`, then momentum if one is given, then the learning rate.
+    """Private gradient descent.
+
+    It is `differentially_private_aggregate`, then momentum if one is given, then the learning rate.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -179,7 +192,8 @@ def dp_sgd(
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx = fo.dp_sgd(0.1, l2_norm_clip=1.0, noise_multiplier=1.1, key=0, expected_batch_size=2)
+        >>> noise = {"l2_norm_clip": 1.0, "noise_multiplier": 1.1, "key": 0}
+        >>> tx = fo.dp_sgd(0.1, **noise, expected_batch_size=2)
         >>> params = torch.zeros(2)
         >>> updates, _ = tx.update(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), tx.init(params), params)
         >>> updates
@@ -209,10 +223,12 @@ def dp_adam(
     *,
     expected_batch_size: float | None = None,
 ) -> GradientTransformation:
-    """Adam on private gradients: `differentially_private_aggregate`, `scale_by_adam`, the learning rate.
+    """Adam on private gradients.
 
-    What is computed from a private gradient is private too. The second moment sees the noise: with much of it, ``sqrt(nu)`` is near
-    ``sigma C / B`` for every parameter.
+    It is `differentially_private_aggregate`, `scale_by_adam`, the learning rate.
+
+    What is computed from a private gradient is private too. The second moment sees the noise: with
+    much of it, ``sqrt(nu)`` is near ``sigma C / B`` for every parameter.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -237,16 +253,20 @@ def dp_adam(
     return chain(private, scale_by_adam(b1, b2, eps), scale_by_learning_rate(learning_rate))
 
 
-# ---- sampling and accounting -------------------------------------------------------------------------------------------
+# ---- sampling and accounting ---------------------------------------------------------------------
 
 
 def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor:
-    """The examples of one batch: each of `size` is in it with probability ``expected_batch_size / size``, independently of the others.
+    """The examples of one batch, drawn independently of each other.
 
-    This is the sampling that `privacy_spent` counts with. The batch has another size every time, and may be empty.
+    Each of `size` is in it with probability ``expected_batch_size / size``.
+
+    This is the sampling that `privacy_spent` counts with. The batch has another size every time,
+    and may be empty.
 
     Args:
-        key: int64 [2]; a new one for each step: ``random.fold_in(key, step)``. Secret, and not the key of the noise.
+        key: int64 [2]; a new one for each step: ``random.fold_in(key, step)``. Secret, and not the
+            key of the noise.
         size: of the data.
         expected_batch_size: in [0, size].
 
@@ -256,7 +276,8 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     Raises:
         ValueError: `expected_batch_size` out of its range.
 
-    Source: Abadi et al., 2016, sec. 3.1; Mironov, Talwar & Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism", 2019.
+    Source: Abadi et al., 2016, sec. 3.1; Mironov, Talwar & Zhang, "Renyi Differential Privacy of
+    the Sampled Gaussian Mechanism", 2019.
 
     Example:
         >>> import functorch_opt as fo
@@ -265,42 +286,49 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     """
     if not 0 <= expected_batch_size <= size:
         raise ValueError(
-            f"expected_batch_size must be from 0 to size, which is {size}; got {expected_batch_size}."
+            f"expected_batch_size must be from 0 to size, which is {size}; "
+            f"got {expected_batch_size}."
         )
     words = random.fold_in(key, torch.arange(size))[:, 0]
-    uniform = (
-        (words >> 11) + 2**52
-    ).double() * 2.0**-53  # in [0, 1): with probability 0 none is below, with 1 all are
+    # In [0, 1): with probability 0 none is below, and with 1 all are.
+    uniform = ((words >> 11) + 2**52).double() * 2.0**-53
     return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
 
 
 def privacy_spent(noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
-    """The epsilon of (epsilon, delta)-differential privacy after `steps` of private descent with Poisson sampling.
+    """The epsilon of (epsilon, delta)-differential privacy after `steps` of private descent.
 
-    Two sets of data are neighbours if one has one example more. The bound is that of Google's dp-accounting, by the distribution of the
-    privacy loss. It holds for `poisson_sample` and for noise of a constant `noise_multiplier`, not for shuffled batches.
+    The batches must have been drawn by Poisson sampling.
+
+    Two sets of data are neighbours if one has one example more. The bound is that of Google's
+    dp-accounting, by the distribution of the privacy loss. It holds for `poisson_sample` and for
+    noise of a constant `noise_multiplier`, not for shuffled batches.
 
     Args:
         noise_multiplier: sigma, greater than 0.
         sampling_rate: ``expected_batch_size / len(data)``, in (0, 1].
-        steps: how many updates were made: ``int(fo.get(state, "differentially_private_aggregate/count"))``.
+        steps: how many updates were made:
+            ``int(fo.get(state, "differentially_private_aggregate/count"))``.
         delta: in (0, 1); usually well below ``1 / len(data)``.
 
     Raises:
         ValueError: a number out of its range.
         ModuleNotFoundError: dp-accounting is not installed.
 
-    Source: Koskela, Jalko & Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", 2020; Google's dp-accounting.
+    Source: Koskela, Jalko & Honkela, "Computing Tight Differential Privacy Guarantees Using FFT",
+    2020; Google's dp-accounting.
 
     Example:
         >>> import functorch_opt as fo
-        >>> round(fo.privacy_spent(noise_multiplier=1.1, sampling_rate=256 / 50_000, steps=11_700, delta=1e-5), 2)
+        >>> epsilon = fo.privacy_spent(1.1, sampling_rate=256 / 50_000, steps=11_700, delta=1e-5)
+        >>> round(epsilon, 2)
         2.64
     """
     check_range(0, math.inf, above=True, noise_multiplier=noise_multiplier)
     if not (0 < sampling_rate <= 1 and 0 < delta < 1 and steps >= 0 and steps == int(steps)):
         raise ValueError(
-            "sampling_rate must be in (0, 1], delta in (0, 1) and steps a whole number, 0 or greater; "
+            "sampling_rate must be in (0, 1], delta in (0, 1) and steps a whole number, "
+            "0 or greater; "
             f"got sampling_rate={sampling_rate}, delta={delta}, steps={steps}."
         )
     try:

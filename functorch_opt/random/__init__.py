@@ -1,4 +1,7 @@
-"""Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart."""
+"""Randomness as a function of a key.
+
+The numbers are the same in eager, compiled, vmapped and sharded runs, and after a restart.
+"""
 
 from functorch_opt.random.keys import *
 from functorch_opt.random.keys import __all__ as __all__

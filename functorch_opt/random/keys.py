@@ -1,10 +1,14 @@
-"""Randomness as a function of a key: the same numbers in eager, compiled, vmapped and sharded runs, and after a restart.
+"""Randomness as a function of a key.
 
-A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream of numbers, four to a block (see
-`functorch_opt.random.philox`); a tensor takes them in the order of its elements. So any part of a draw can be drawn by itself.
+The numbers are the same in eager, compiled, vmapped and sharded runs, and after a restart.
 
-Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw would. Under vmap give each member its
-own key (``split(key, n)``): one key for all means the same numbers for all.
+A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream
+of numbers, four to a block (see `functorch_opt.random.philox`); a tensor takes them in the order of
+its elements. So any part of a draw can be drawn by itself.
+
+Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw
+would. Under vmap give each member its own key (``split(key, n)``): one key for all means the same
+numbers for all.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ __all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform"
 _STEP_BITS = 36  # one count owns 2**36 blocks, so that the draws of two can never overlap
 
 
-# ---- keys ----------------------------------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------
 
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
@@ -71,7 +75,9 @@ def _checked(key: Tensor) -> Tensor:
 
 
 def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
-    """A new key from `key` and a number: the same pair gives the same key, another number an independent one.
+    """A new key from `key` and a number.
+
+    The same pair gives the same key, and another number an independent one.
 
     Args:
         key: int64 [2].
@@ -114,7 +120,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
     return fold_in(key, torch.arange(num, device=_checked(key).device))
 
 
-# ---- one tensor ------------------------------------------------------------------------------------------------------------
+# ---- one tensor ----------------------------------------------------------------------------------
 
 
 def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
@@ -129,7 +135,9 @@ def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = N
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
-    """Independent uniform numbers in [0, 1), float32, multiples of 2**-24. The arguments are those of `normal`.
+    """Independent uniform numbers in [0, 1), float32, multiples of 2**-24.
+
+    The arguments are those of `normal`.
 
     Example:
         >>> import functorch_opt as fo
@@ -142,13 +150,14 @@ def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None 
 def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
     """Independent standard normal numbers, float32.
 
-    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager or compiled code and of the device,
-    and differ by rounding.
+    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager
+    or compiled code and of the device, and differ by rounding.
 
     Args:
         key: int64 [2].
         shape: of the whole.
-        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is drawn, and the same numbers are.
+        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is
+            drawn, and the same numbers are.
 
     Raises:
         TypeError: a shape or part of another kind.
@@ -169,7 +178,8 @@ def _tensor(
 ) -> Tensor:
     if not isinstance(shape, (tuple, list)):
         raise TypeError(
-            f"shape must be a tuple of sizes, e.g. ({shape!r},); got {type(shape).__name__} {shape!r}."
+            f"shape must be a tuple of sizes, e.g. ({shape!r},); "
+            f"got {type(shape).__name__} {shape!r}."
         )
     device = _checked(key).device
     place = _place(tuple(shape), None if part is None else _region(tuple(shape), part))
@@ -192,29 +202,35 @@ def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
         or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part)
     ):
         raise TypeError(
-            f"part must be a tuple of slices without step, one for each dimension of {shape}; got {part!r}."
+            f"part must be a tuple of slices without step, one for each dimension of {shape}; "
+            f"got {part!r}."
         )
     ranges = [range(*s.indices(n)) for s, n in zip(part, shape, strict=True)]
     return tuple([r.start for r in ranges]), tuple([len(r) for r in ranges])
 
 
-# ---- a tree of tensors -------------------------------------------------------------------------------------------------------
+# ---- a tree of tensors ---------------------------------------------------------------------------
 
 
 def normal_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
-    """Independent standard normals in the shapes of `tree`, float32; complex64, with two of them in each number, where it is complex.
+    """Independent standard normals in the shapes of `tree`, float32.
 
-    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends on the sizes of the leaves before it.
-    Of a sharded leaf (a DTensor) each rank draws its own part: together they are what one process would draw.
+    Where a leaf is complex they are complex64, with two of them in each number.
+
+    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends
+    on the sizes of the leaves before it. Of a sharded leaf (a DTensor) each rank draws its own
+    part: together they are what one process would draw.
 
     Args:
         key: int64 [2].
         tree: tensors, and None, which stays None.
-        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28; or a tensor of one for each leaf. Draws
-            of different counts never overlap, as long as a tree has less than 2**38 numbers.
+        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28;
+            or a tensor of one for each leaf. Draws of different counts never overlap, as long as a
+            tree has less than 2**38 numbers.
 
     Raises:
-        TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole number.
+        TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole
+            number.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -278,20 +294,26 @@ def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     return tree.join(x, leaf) if tree.is_sharded(leaf) else x
 
 
-# ---- where numbers lie in the stream -------------------------------------------------------------------------------------------
+# ---- where numbers lie in the stream -------------------------------------------------------------
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, by dimension, of a part in its whole."""
 
 
 class _Place(NamedTuple):
-    """Where the elements of a tensor, or of a part of one, lie in the stream: some runs, equally long, of numbers without a gap."""
+    """Where the elements of a tensor, or of a part of one, lie in the stream.
+
+    They are some runs, equally long, of numbers without a gap.
+    """
 
     shape: tuple[int, ...]
     first: int
     """The number at which the first run begins."""
     dims: tuple[tuple[int, int], ...]
-    """The dimensions by which runs are ordered: how many there are, and how far one is from the next."""
+    """The dimensions by which runs are ordered.
+
+    Each says how many there are, and how far one is from the next.
+    """
     length: int
 
     @property
@@ -350,9 +372,8 @@ def _place(shape: tuple[int, ...], region: Region | None = None) -> _Place:
         return _Place(shape, 0, (), math.prod(shape))
     offsets, sizes = region
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    inner = max(
-        [d for d in range(len(shape)) if sizes[d] != shape[d]], default=0
-    )  # below it the part has everything
+    # Below the dimension `inner` the part has everything.
+    inner = max([d for d in range(len(shape)) if sizes[d] != shape[d]], default=0)
     first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
     return _Place(
         sizes,
@@ -374,7 +395,10 @@ def _place_of(leaf: Tensor) -> _Place:
 
 @functools.lru_cache(4096)
 def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Region:
-    """What this rank holds of a tensor that is distributed so; of a sum not yet taken, all that it would hold of the sum."""
+    """What this rank holds of a tensor that is distributed so.
+
+    Of a sum not yet taken, it is all that the rank would hold of the sum.
+    """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

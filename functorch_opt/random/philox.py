@@ -1,11 +1,12 @@
 """The generator: Philox-4x32-10, the numbers made of its words, and how many are drawn at once.
 
-A block is one call of Philox: of the 128-bit counter ``(offset + i, 0)`` under the 64-bit seed, where ``(seed, offset)`` is the key and i
-the number of the block. It gives four 32-bit words, and of them four numbers. This is the stream of ``torch.func._random``, so that
-torch's own kernels can check it and, later, replace it.
+A block is one call of Philox: of the 128-bit counter ``(offset + i, 0)`` under the 64-bit seed,
+where ``(seed, offset)`` is the key and i the number of the block. It gives four 32-bit words, and
+of them four numbers. This is the stream of ``torch.func._random``, so that torch's own kernels can
+check it and, later, replace it.
 
-Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3. Box & Muller, "A Note on the Generation of
-Random Normal Deviates", 1958.
+Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3. Box &
+Muller, "A Note on the Generation of Random Normal Deviates", 1958.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ def philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tenso
 
 
 def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``x * m``. ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves undefined."""
+    """High and low word of ``x * m``.
+
+    ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves
+    undefined.
+    """
     product = x * (m - 2**32)
     return (product >> 32) + x, product & _MASK
 
@@ -64,7 +69,7 @@ def join(low: Tensor, high: Tensor) -> Tensor:
     return (torch.where(high >= 2**31, high - 2**32, high) << 32) | low
 
 
-# ---- what is made of words ---------------------------------------------------------------------------------------------
+# ---- what is made of words -----------------------------------------------------------------------
 # Of the blocks in `blocks`, or of n of them from the number `blocks` on; four numbers each, [n, 4].
 
 
@@ -108,12 +113,15 @@ def unit(word: Tensor) -> Tensor:
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 Make = Callable[..., Tensor]
 
 CHUNK = 1 << 15
-"""Blocks that an eager draw on a CPU makes at once: what it makes on the way then stays in the cache."""
+"""Blocks that an eager draw on a CPU makes at once.
+
+What it makes on the way then stays in the cache.
+"""
 
 
 class _Mode(threading.local):
@@ -125,7 +133,10 @@ _MODE = _Mode()
 
 @contextmanager
 def compiled(backend: Any = "inductor") -> Iterator[None]:
-    """Inside, `draw` runs compiled code: one kernel for any number of blocks, several times as fast. For whoever compiles the rest too."""
+    """Inside, `draw` runs compiled code, for whoever compiles the rest too.
+
+    It is one kernel for any number of blocks, and several times as fast.
+    """
     before, _MODE.backend = _MODE.backend, backend
     try:
         yield

@@ -1,4 +1,7 @@
-"""Averages of the parameters themselves: a stage that looks at the new parameters, and what reads the average out of a state."""
+"""Averages of the parameters themselves.
+
+Here are a stage that looks at the new parameters, and what reads the average out of a state.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import torch
 
 from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.state import entries
-from functorch_opt._core.structure import flatten_tensors
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -22,27 +23,33 @@ __all__ = ["params_ema"]
 def params_ema(
     decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``. The updates ``u`` stay as they are.
+    """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``.
 
-    It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the average out of a state of any depth,
-    and ``with opt.eval_params():`` puts it into the model. The slot ``averaged`` is the average itself at every step, debiased too.
+    The updates ``u`` stay as they are.
 
-    A step at which a parameter has no gradient does not count for its average. Of low-precision parameters it takes the new value before
-    that is rounded; after `keep_master_weights` that is the master copy.
+    It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the
+    average out of a state of any depth, and ``with opt.eval_params():`` puts it into the model. The
+    slot ``averaged`` is the average itself at every step, debiased too.
+
+    A step at which a parameter has no gradient does not count for its average. Of low-precision
+    parameters it takes the new value before that is rounded; after `keep_master_weights` that is
+    the master copy.
 
     Args:
-        decay: in [0, 1). A schedule makes other averages, without `debias`: ``lambda count: 1 - 1 / (count.double() + 1)`` makes the
-            mean of all parameters so far.
-        debias: weigh the parameters after step i of t by ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the
-            first new value. False: the average starts at the initial parameters, as with a `torch.optim.swa_utils.AveragedModel` that
-            is updated once before training.
+        decay: in [0, 1). A schedule makes other averages, without `debias`:
+            ``lambda count: 1 - 1 / (count.double() + 1)`` makes the mean of all parameters so far.
+        debias: weigh the parameters after step i of t by
+            ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the first new
+            value. False: the average starts at the initial parameters, as with a
+            `torch.optim.swa_utils.AveragedModel` that is updated once before training.
         accumulator_dtype: of the average; by default that of the params, at least float32.
 
     Raises:
-        ValueError: decay outside [0, 1); a schedule together with `debias`; ``update`` called without params.
+        ValueError: decay outside [0, 1); a schedule together with `debias`; ``update`` called
+            without params.
 
-    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the debiasing of Kingma & Ba, "Adam: A Method
-    for Stochastic Optimization", 2015, sec. 3.
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
+    debiasing of Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, sec. 3.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -57,7 +64,8 @@ def params_ema(
     check_range(0, 1, decay=decay)
     if debias and callable(decay):
         raise ValueError(
-            "a decay that is a schedule cannot be debiased: its powers mean nothing. Give debias=False."
+            "a decay that is a schedule cannot be debiased: its powers mean nothing. "
+            "Give debias=False."
         )
 
     def prepare(count, decay):

@@ -1,4 +1,7 @@
-"""Clipping: of each element, ``min(max(u, -c), c)``, and of all updates together, ``u min(1, c / ||u||)``."""
+"""Clipping of each element, or of all updates together by their norm.
+
+The formulas are ``min(max(u, -c), c)`` and ``u min(1, c / ||u||)``.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,22 @@ def clip(max_delta: Scalar) -> GradientTransformation:
 
 @transformation
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them together.
+    """Scale all updates by ``min(1, max_norm / norm)``.
 
-    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged (``torch.nn.utils.clip_grad_norm_`` adds
-    1e-6). Inside `partition` the norm is that of the group.
+    The norm is the 2-norm of all of them together.
+
+    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged
+    (``torch.nn.utils.clip_grad_norm_`` adds 1e-6). Inside `partition` the norm is that of the
+    group.
 
     Args:
-        max_norm: greater than 0.
+        max_norm: greater than 0. A tensor may be 0: then all updates are.
 
     Raises:
         ValueError: `max_norm` is 0, negative or NaN.
 
-    Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, alg. 1.
+    Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks",
+    2013, alg. 1.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -61,6 +68,8 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     def prepare(updates, max_norm):
         norm = tree.norm(updates)
         max_norm = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
-        return {"factor": max_norm / torch.maximum(norm, max_norm)}
+        larger = torch.maximum(norm, max_norm)
+        # Both are 0 where a tensor of 0 meets zero updates. The factor is 0 then, and 0 / 0 is not.
+        return {"factor": max_norm / torch.where(larger == 0, 1.0, larger)}
 
     return leafwise(lambda g, factor: g * factor, prepare, hyper={"max_norm": max_norm})

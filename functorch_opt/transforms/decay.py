@@ -1,4 +1,7 @@
-"""Weight decay: ``u + lambda p``. Before the moments it is L2 regularization; after them, decoupled weight decay."""
+"""Weight decay: ``u + lambda p``.
+
+Before the moments it is L2 regularization; after them, decoupled weight decay.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ __all__ = ["add_decayed_weights"]
 def add_decayed_weights(
     weight_decay: ScalarOrSchedule = 0.0, mask: MaskOrFn | None = None
 ) -> GradientTransformation:
-    """``u -> u + weight_decay * p``. What follows in the chain, the learning rate too, multiplies the decay as well.
+    """``u -> u + weight_decay * p``.
+
+    What follows in the chain, the learning rate too, multiplies the decay as well.
 
     Args:
         weight_decay: 0 or greater, or a schedule.
@@ -39,9 +44,8 @@ def add_decayed_weights(
     """
     check_range(0, float("inf"), weight_decay=weight_decay)
     if isinstance(weight_decay, (int, float)):
-        decay = leafwise(
-            lambda g, p: torch.add(g, p, alpha=weight_decay)
-        )  # one pass over memory fewer
+        # This is one pass over memory fewer.
+        decay = leafwise(lambda g, p: torch.add(g, p, alpha=weight_decay))
     else:
         decay = leafwise(
             lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay}

@@ -1,4 +1,7 @@
-"""Averages of past updates: the decaying sum ``t = g + decay t`` and the weighted mean ``m = (1 - decay) g + decay m``."""
+"""Averages of past updates.
+
+They are the decaying sum ``t = g + decay t`` and the weighted mean ``m = (1 - decay) g + decay m``.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,22 @@ def trace(
     *,
     dampening: ScalarOrSchedule = 0.0,
 ) -> GradientTransformation:
-    """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``, where the first ``t`` is ``g`` undampened, as in torch.optim.SGD.
+    """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``.
+
+    The first ``t`` is ``g`` undampened, as in torch.optim.SGD.
 
     Args:
         decay: 0 or greater.
         nesterov: return ``g + decay t`` in place of ``t``.
         accumulator_dtype: of the trace; by default that of the params, at least float32.
-        dampening: torch's; 0 in optax.
+        dampening: as in torch; optax has none, which is 0.
 
     Raises:
-        ValueError: decay is negative or NaN; nesterov together with dampening.
+        ValueError: decay is negative or NaN; nesterov together with a number other than 0, or a
+            schedule, as dampening. The value of a tensor is not looked at.
 
-    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013, eqs. 1-4.
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
+    2013, eqs. 1-4.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -50,26 +57,24 @@ def trace(
     check_range(0, float("inf"), decay=decay)
     check_range(-float("inf"), float("inf"), dampening=dampening)
     undamped = not isinstance(dampening, Tensor) and dampening == 0
-    if nesterov and not undamped:
+    if nesterov and not undamped and not isinstance(dampening, Tensor):
         raise ValueError(f"Nesterov momentum needs a dampening of zero; got {dampening!r}.")
     slots = {"trace": partial(tree.zeros_like, dtype=accumulator_dtype)}
-    if undamped:
 
-        def rule(g, trace, decay):
-            trace = g + decay * trace
-            return g + decay * trace if nesterov else trace, {"trace": trace}
-
-        return leafwise(rule, slots=slots, hyper={"decay": decay})
+    def rule(g, trace, decay):
+        trace = g + decay * trace
+        return g + decay * trace if nesterov else trace, {"trace": trace}
 
     def prepare(count, dampening):
-        return {
-            "fresh": torch.where(count == 0, 1.0, 1.0 - tree.as_real(torch.as_tensor(dampening)))
-        }
+        dampening = torch.as_tensor(dampening, dtype=tree.real_dtype(count.device))
+        return {"fresh": torch.where(count == 0, 1.0, 1.0 - dampening)}
 
     def damped(g, trace, decay, fresh):
         trace = fresh * g + decay * trace
-        return trace, {"trace": trace}
+        return g + decay * trace if nesterov else trace, {"trace": trace}
 
+    if undamped:
+        return leafwise(rule, slots=slots, hyper={"decay": decay})
     return leafwise(damped, prepare, slots=slots, hyper={"decay": decay, "dampening": dampening})
 
 
@@ -77,7 +82,9 @@ def trace(
 def ema(
     decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``, debiased by ``m / (1 - decay^t)``.
+    """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``.
+
+    It is debiased by ``m / (1 - decay^t)``.
 
     Args:
         decay: in [0, 1).

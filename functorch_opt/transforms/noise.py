@@ -22,21 +22,27 @@ __all__ = ["add_noise"]
 def add_noise(
     eta: ScalarOrSchedule, gamma: ScalarOrSchedule, key: Tensor | int
 ) -> GradientTransformation:
-    """Add Gaussian noise of mean 0 and variance ``eta / (1 + t)^gamma``, where t is 0 at the first update.
+    """Add Gaussian noise of mean 0 and variance ``eta / (1 + t)^gamma``.
 
-    The key is kept in the state beside the count; the same key and count give the same noise, eager, compiled, vmapped or sharded, on any
-    device up to the rounding of its logarithm and cosine. Under vmap give every model its own key: ``random.split(key, n)``.
+    At the first update t is 0.
+
+    The key is kept in the state beside the count; the same key and count give the same noise,
+    eager, compiled, vmapped or sharded, on any device up to the rounding of its logarithm and
+    cosine. Under vmap give every model its own key: ``random.split(key, n)``.
 
     Args:
         eta: variance at the first update, 0 or greater.
         gamma: how fast it decays; 0 for a constant variance.
-        key: int64 [2], see `functorch_opt.random.key`, or a seed. It has no default: two stages with one key would add the same noise.
+        key: int64 [2], see `functorch_opt.random.key`, or a seed. It has no default: two stages
+            with one key would add the same noise.
 
     Raises:
-        ValueError: negative or NaN `eta` or `gamma`; a gradient that is None in a call without params.
+        ValueError: negative or NaN `eta` or `gamma`; a gradient that is None in a call without
+            params.
         TypeError: something that is not a key.
 
-    Source: Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015, eq. 1.
+    Source: Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks",
+    2015, eq. 1.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -65,9 +71,13 @@ def add_noise(
 
 
 def sized(name: str, updates: PyTree, params: PyTree | None) -> PyTree:
-    """The tree in whose shapes noise is drawn: the params, so that a leaf without gradient does not move the streams of the others."""
+    """The tree in whose shapes noise is drawn.
+
+    It is the params, so that a leaf without gradient does not move the streams of the others.
+    """
     if params is None and any(leaf is None for leaf in tree.flatten(updates)[0]):
         raise ValueError(
-            f"{name} needs the size of every leaf, and some gradients are None: call update(updates, state, params)."
+            f"{name} needs the size of every leaf, and some gradients are None: "
+            "call update(updates, state, params)."
         )
     return updates if params is None else params

@@ -1,4 +1,6 @@
-"""Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p, the nearer one more often, and itself on average.
+"""Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p.
+
+The nearer one is taken more often, so that the average is ``p + u`` itself.
 
 Source: Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 2015, section 3.
 """
@@ -19,13 +21,18 @@ __all__ = ["stochastic_round"]
 
 @transformation
 def stochastic_round(key: Tensor | int) -> GradientTransformation:
-    """Let low-precision parameters keep small updates: as the last stage, it makes ``p + u`` a random one of its two neighbours.
+    """Let low-precision parameters keep small updates.
 
-    In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away at every step, and training stalls. Here
-    it moves the parameter by 1/128 in one step of eight: ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself,
-    so that `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and more are left alone.
+    As the last stage, it makes ``p + u`` a random one of its two neighbours.
 
-    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves ``p + u'`` off the numbers it rounded to.
+    In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away
+    at every step, and training stalls. Here it moves the parameter by 1/128 in one step of eight:
+    ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself, so that
+    `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and
+    more are left alone.
+
+    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves
+    ``p + u'`` off the numbers it rounded to.
 
     Args:
         key: int64 [2], see `functorch_opt.random.key`, or a seed.
@@ -62,16 +69,20 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
         ]
         infos = [None if p is None else torch.finfo(p.dtype) for p in low]
         eps, tiny = (
-            torch.tensor([getattr(info, name, 0.0) for info in infos], device=key.device)
+            torch.tensor(
+                [getattr(info, name, 0.0) for info in infos],
+                dtype=torch.float32,
+                device=key.device,
+            )
             for name in ("eps", "tiny")
         )
         return {"noise": Each(tree.unflatten(spec, noise)), "eps": eps, "tiny": tiny}
 
     def rule(g, p, noise, eps, tiny):
         exact = p + g
-        power = (exact.to(torch.float32).view(torch.int32) & 0x7F800000).view(
-            torch.float32
-        )  # of two, at most |exact|
+        # The power of two that is at most |exact|: its exponent, with no other bits.
+        exponent = exact.to(torch.float32).view(torch.int32) & 0x7F800000
+        power = exponent.view(torch.float32)
         spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)
         steps = exact / spacing
         below = torch.floor(steps)

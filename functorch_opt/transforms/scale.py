@@ -1,4 +1,7 @@
-"""Multiplying, and the other stages that look at one update and nothing else: ``u -> s u``, ``sign u``, ``0``, ``u - mean u``."""
+"""Multiplying, and the other stages that look at one update and nothing else.
+
+The formulas are ``u -> s u``, ``sign u``, ``0`` and ``u - mean u``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.schedules.schedules import Schedule
+from functorch_opt.schedules.schedule import Schedule
 
 __all__ = [
     "centralize",
@@ -62,7 +65,8 @@ def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
     """
     if not callable(step_size_fn):
         raise TypeError(
-            f"scale_by_schedule takes a function of the count; got {step_size_fn!r}. For a number use scale."
+            f"scale_by_schedule takes a function of the count; got {step_size_fn!r}. "
+            "For a number use scale."
         )
     return leafwise(lambda g, step_size: g * step_size, hyper={"step_size": step_size_fn})
 
@@ -103,7 +107,8 @@ def scale_by_learning_rate(
 def sign() -> GradientTransformation:
     """``u -> sign(u)``; 0 stays 0.
 
-    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg. 1. optax: ``scale_by_sign``.
+    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg.
+    1. optax: ``scale_by_sign``.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -119,7 +124,8 @@ def set_to_zero() -> GradientTransformation:
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> fo.set_to_zero().update([torch.tensor(2.0)], fo.set_to_zero().init([torch.tensor(0.0)]))[0]
+        >>> tx = fo.set_to_zero()
+        >>> tx.update([torch.tensor(2.0)], tx.init([torch.tensor(0.0)]))[0]
         [tensor(0.)]
     """
     return leafwise(lambda g: torch.zeros_like(g))
@@ -131,7 +137,8 @@ def zero_nans() -> GradientTransformation:
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> fo.zero_nans().update([torch.tensor([float("nan"), 1.0])], fo.zero_nans().init([torch.zeros(2)]))[0]
+        >>> tx = fo.zero_nans()
+        >>> tx.update([torch.tensor([float("nan"), 1.0])], tx.init([torch.zeros(2)]))[0]
         [tensor([0., 1.])]
     """
     return leafwise(lambda g: torch.where(torch.isnan(g), torch.zeros_like(g), g))
@@ -139,11 +146,15 @@ def zero_nans() -> GradientTransformation:
 
 @transformation
 def centralize() -> GradientTransformation:
-    """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u, dims 1, 2, ...)``.
+    """Gradient centralization: subtract its mean from each output's row of a weight.
 
-    Tensors with fewer than two dims stay as they are. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
+    The formula is ``u - mean(u, dims 1, 2, ...)``.
 
-    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020, eq. 1.
+    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2,
+    ... are those of the paper.
+
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural
+    Networks", 2020, eq. 1.
 
     Example:
         >>> import torch, functorch_opt as fo

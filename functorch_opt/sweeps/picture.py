@@ -1,0 +1,118 @@
+"""The picture of a sweep: losses over the first hyperparameter that varies, and the curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt.sweeps.extra import viz
+
+if TYPE_CHECKING:
+    from functorch_opt.sweeps.report import Sweep
+
+BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"
+MOST_CURVES = 64
+
+
+def plot(of: Sweep) -> Any:
+    """The figure, with losses on the left and curves on the right."""
+    figure = viz("matplotlib.figure", "plot()").Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = _Shown(of)
+    _losses(left, of, shown)
+    colors = _curves(right, of, shown)
+    figure.colorbar(colors, ax=right, label=shown.name)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+class _Shown:
+    """What both parts of the picture show: the hyperparameter on the axis, and the best run."""
+
+    def __init__(self, of: Sweep) -> None:
+        self.names = [name for name in of.settings if name != "seed"]
+        self.name = self.names[0] if self.names else "run"
+        runs = torch.arange(len(of.losses), dtype=torch.float64)
+        self.x = of.settings[self.name] if self.names else runs
+        self.log = bool(self.x.min() > 0 and self.x.max() > 20 * self.x.min())
+        self.best = of.best_run if of.means.isfinite().any() else None
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def _losses(axes: Any, of: Sweep, shown: _Shown) -> None:
+    """The loss of each setting and run, over the hyperparameter."""
+    x = shown.x
+    lines = _lines(of, shown)
+    for label, settings in lines.items():
+        settings.sort(key=lambda i: float(x[i * of.seeds]))
+        at, means = x[:: of.seeds][settings], _finite(of.means[settings])
+        color = None if label else BLUE
+        axes.plot(at, means, "-o", ms=3.5, lw=1, label=label, color=color)
+    if of.seeds > 1:
+        axes.plot(x, _finite(of.losses), ".", ms=3, color=BLACK, alpha=0.5, label="single seeds")
+    if of.diverged.any():
+        at_the_top = torch.full((int(of.diverged.sum()),), 0.97)
+        edge = axes.get_xaxis_transform()
+        axes.plot(x[of.diverged], at_the_top, "x", color=BLACK, transform=edge, label="diverged")
+    if shown.best is not None:
+        label = f"best: {shown.name}={x[shown.best]:.3g}"
+        mean = of.means[shown.best // of.seeds]
+        axes.plot(x[shown.best], mean, "*", ms=16, color=RED, mec=BLACK, label=label)
+    finite = of.losses[of.losses.isfinite()]
+    axes.set(xlabel=shown.name, ylabel="loss after training")
+    axes.set(xscale="log" if shown.log else "linear")
+    axes.set(yscale="log" if len(finite) and finite.min() > 0 else "linear")
+    if len(lines) <= 10:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _lines(of: Sweep, shown: _Shown) -> dict[str, list[int]]:
+    """The settings that differ in the first hyperparameter only, by a label with the others."""
+    lines: dict[str, list[int]] = {}
+    for i in range(len(of.means)):
+        run = i * of.seeds
+        others = ", ".join(f"{name}={of.settings[name][run]:.3g}" for name in shown.names[1:])
+        lines.setdefault(others, []).append(i)
+    return lines
+
+
+def _finite(x: Tensor) -> Tensor:
+    """With NaN, which leaves a gap in a line, in place of what is not finite."""
+    return torch.where(x.isfinite(), x, torch.nan)
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
+    """A running mean of the training loss of some runs, and the colors of the hyperparameter."""
+    window = max(1, of.curves.shape[1] // 50)
+    means = torch.nn.functional.avg_pool1d(of.curves.unsqueeze(1), window, stride=1)
+    curves = means.squeeze(1)
+    steps = torch.arange(curves.shape[1]) + (window - 1) / 2
+    colors = _colors(shown)
+    some = torch.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES))
+    for run in some.round().long().tolist():
+        axes.plot(steps, curves[run], color=colors.to_rgba(float(shown.x[run])), lw=1)
+    if (best := shown.best) is not None:
+        label = ", ".join(f"{name}={of.settings[name][best]:.3g}" for name in shown.names)
+        axes.plot(steps, curves[best], color=RED, lw=2.5, label=f"best: {label or best}")
+        axes.legend(fontsize=8, frameon=False)
+    kept = curves[~of.diverged]
+    if len(kept) and kept.min() > 0:
+        # What diverges may leave the picture.
+        axes.set(yscale="log", ylim=(0.8 * float(kept.min()), 1.2 * float(kept.max())))
+    axes.set(xlabel="step", ylabel="training loss")
+    return colors
+
+
+def _colors(shown: _Shown) -> Any:
+    norms = viz("matplotlib.colors", "plot()")
+    make = norms.LogNorm if shown.log else norms.Normalize
+    norm = make(float(shown.x.min()), float(shown.x.max()))
+    return viz("matplotlib.cm", "plot()").ScalarMappable(norm, "viridis")
