@@ -1,13 +1,15 @@
-"""The Adam family: a running mean ``mu`` of the gradient over the root of a running mean ``nu`` of its square.
+"""The Adam family: a running mean ``mu`` of the gradient over the root of a running mean ``nu`` of
+its square.
 
 Both start at 0 and are corrected for it:
 
-    mu = b1 mu + (1 - b1) g        c1 = 1 / (1 - b1^t)
-    nu = b2 nu + (1 - b2) g^2      c2 = 1 / (1 - b2^t)        u = mu c1 / (sqrt(nu c2) + eps)
+    mu = b1 mu + (1 - b1) g        c1 = 1 - b1^t
+    nu = b2 nu + (1 - b2) g^2      c2 = 1 - b2^t        u = mu/c1 / (sqrt(nu/c2) + eps)
 
-Sources: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, alg. 1 and (Adamax) alg. 2. Reddi, Kale & Kumar, "On the
-Convergence of Adam and Beyond", 2018, alg. 2 (AMSGrad). Dozat, "Incorporating Nesterov Momentum into Adam", 2016 (NAdam). Loshchilov &
-Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2 (AdamW).
+Sources: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, alg. 1 and (Adamax) alg.
+2. Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond", 2018, alg. 2 (AMSGrad). Dozat,
+"Incorporating Nesterov Momentum into Adam", 2016 (Nesterov). Loshchilov & Hutter, "Decoupled Weight
+Decay Regularization", 2019, alg. 2 (AdamW).
 """
 
 from __future__ import annotations
@@ -33,6 +35,62 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 __all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam", "scale_by_adam", "scale_by_adamax"]
 
 
+# ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ------------------
+
+
+def prepare_adam(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+    # mu/c1 / (sqrt(nu/c2 + eps_root) + eps)  =  mu / (k sqrt(nu + root) + floor): two passes over
+    # memory fewer.
+    k, root, floor = c1 / c2.sqrt(), eps_root * c2 + tree.TINY, eps * c1
+    return {"w1": 1 - b1, "w2": 1 - b2, "k": k, "root": root, "floor": floor}
+
+
+def adam_rule(g, mu, nu, w1, w2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    return mu / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+
+
+def prepare_nesterov(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    # b1 mu/(1 - b1^(t+1)) + (1 - b1) g/c1  =  (b1 ahead mu + (1 - b1) g) / c1
+    ahead = (1 - b1**t) / (1 - b1 ** (t + 1))
+    return {**prepare_adam(count, b1, b2, eps, eps_root), "ahead": ahead}
+
+
+def nesterov_rule(g, mu, nu, w1, w2, ahead, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    m = torch.lerp(ahead * mu, g, w1)
+    return m / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+
+
+def torchs_amsgrad_rule(g, mu, nu, nu_max, w1, w2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    nu_max = torch.maximum(nu_max, nu)
+    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
+
+
+def prepare_amsgrad(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+    # As Adam's, but nu is corrected before its maximum is taken, and not under the root.
+    k, root, floor = c1, eps_root + tree.TINY, eps * c1
+    return {"w1": 1 - b1, "w2": 1 - b2, "c2": c2, "k": k, "root": root, "floor": floor}
+
+
+def amsgrad_rule(g, mu, nu, nu_max, w1, w2, c2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    nu_max = torch.maximum(nu_max, nu / c2)
+    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
+
+
 @transformation
 def scale_by_adam(
     b1: ScalarOrSchedule = 0.9,
@@ -45,23 +103,25 @@ def scale_by_adam(
     amsgrad: bool | Literal["torch"] = False,
     nu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """``u = mu_hat / (sqrt(nu_hat + eps_root) + eps)``, with ``mu_hat = mu / (1 - b1^t)`` and ``nu_hat = nu / (1 - b2^t)``.
+    """``u = mu_hat / (sqrt(nu_hat + eps_root) + eps)``, with ``mu_hat = mu / (1 - b1^t)`` and
+    ``nu_hat = nu / (1 - b2^t)``.
 
     Args:
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
-        eps_root: added inside the root, 0 or greater. Derivatives through the update are finite at zero gradients without it (in optax and
-            torch they are NaN): beside ``1 / eps`` there.
+        eps_root: added inside the root, 0 or greater. Derivatives through the update are finite at
+            zero gradients without it (in optax and torch they are NaN): beside ``1 / eps`` there.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
-        nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's paper lets b1 grow with t; like optax we
-            keep it constant. torch.optim.NAdam differs from both.
-        amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest ``nu``, corrected afterwards, as
-            torch.optim does.
+        nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's
+            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam differs
+            from both.
+        amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest
+            ``nu``, corrected afterwards, as torch.optim does.
         nu_dtype: as `mu_dtype`, for ``nu`` (and its maximum).
 
     Raises:
-        ValueError: a decay outside [0, 1), or a negative eps.
+        ValueError: a decay outside [0, 1), a negative eps, or both nesterov and amsgrad.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -73,62 +133,30 @@ def scale_by_adam(
     check_range(0, float("inf"), eps=eps, eps_root=eps_root)
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
-
-    # mu c1 / (sqrt(nu c2 + eps_root) + eps) is worked out as mu / (sqrt(nu + eps_root / c2) sqrt(c2) / c1 + eps / c1):
-    # fewer passes over memory.
-    optax_max = amsgrad is True  # of nu c2
-
-    def prepare(count, b1, b2, eps, eps_root):
-        t = tree.as_real(count + 1)
-        unit, rest = 1 - b1**t, 1 - b2**t
-        no_root = isinstance(eps_root, (int, float)) and eps_root == 0
-        return {
-            "w1": 1 - b1,
-            "w2": 1 - b2,
-            "c2": 1 / rest if optax_max else 1.0,
-            "ahead": unit / (1 - b1 ** (t + 1)) if nesterov else 1.0,
-            "inside": tree.TINY
-            if no_root
-            else (eps_root if optax_max else eps_root * rest) + tree.TINY,
-            "factor": unit if optax_max else unit / rest.sqrt(),
-            "outside": eps * unit,
-        }
-
-    def direction(g, mu, square, w1, ahead, inside, factor, outside):
-        return (torch.lerp(mu * ahead, g, w1) if nesterov else mu) / torch.addcmul(
-            outside, (square + inside).sqrt(), factor
+    if nesterov and amsgrad:
+        raise ValueError(
+            f"nesterov=True and amsgrad={amsgrad!r} are two methods, and no paper joins them: "
+            "leave one of them out."
         )
-
-    def rule(g, mu, nu, w1, w2, ahead, inside, factor, outside):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        return direction(g, mu, nu, w1, ahead, inside, factor, outside), {"mu": mu, "nu": nu}
-
-    def rule_with_max(g, mu, nu, nu_max, w1, w2, c2, ahead, inside, factor, outside):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        nu_max = torch.maximum(nu_max, nu * c2 if optax_max else nu)
-        return direction(g, mu, nu_max, w1, ahead, inside, factor, outside), {
-            "mu": mu,
-            "nu": nu,
-            "nu_max": nu_max,
-        }
-
-    second = partial(tree.zeros_like, dtype=nu_dtype)
-    slots = {
-        "mu": partial(tree.zeros_like, dtype=mu_dtype),
-        "nu": second,
-        **({"nu_max": second} if amsgrad else {}),
-    }
     hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    return leafwise(rule_with_max if amsgrad else rule, prepare, slots=slots, hyper=hyper)
+    second = partial(tree.zeros_like, dtype=nu_dtype)
+    slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second}
+    if nesterov:
+        return leafwise(nesterov_rule, prepare_nesterov, slots=slots, hyper=hyper)
+    if not amsgrad:
+        return leafwise(adam_rule, prepare_adam, slots=slots, hyper=hyper)
+    slots["nu_max"] = second
+    if amsgrad == "torch":
+        return leafwise(torchs_amsgrad_rule, prepare_adam, slots=slots, hyper=hyper)
+    return leafwise(amsgrad_rule, prepare_amsgrad, slots=slots, hyper=hyper)
 
 
 @transformation
 def scale_by_adamax(
     b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8
 ) -> GradientTransformation:
-    """``u = mu_hat / nu`` with the decaying maximum ``nu = max(b2 nu, |g| + eps)``; only ``mu`` needs correction.
+    """``u = mu_hat / nu`` with the decaying maximum ``nu = max(b2 nu, |g| + eps)``; only ``mu``
+    needs correction.
 
     Args:
         b1: decay of the first moment, in [0, 1).
@@ -158,7 +186,7 @@ def scale_by_adamax(
     return leafwise(rule, prepare, slots=slots, hyper={"b1": b1, "b2": b2, "eps": eps})
 
 
-# ---- ready-made ------------------------------------------------------------------------------------------------------
+# ---- ready-made ----------------------------------------------------------------------------------
 
 
 @transformation
@@ -223,7 +251,8 @@ def amsgrad(
     eps_root: ScalarOrSchedule = 0.0,
     mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """`adam`, divided by the largest corrected second moment so far, as in optax; torch.optim corrects the largest one afterwards.
+    """`adam`, divided by the largest corrected second moment so far, as in optax; torch.optim
+    corrects the largest one afterwards.
 
     Source: Reddi, Kale & Kumar, 2018, alg. 2 (which has no bias correction).
 
@@ -256,10 +285,12 @@ def adamw(
     Args:
         learning_rate: 0 or greater, or a schedule.
         b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
-        weight_decay: multiplied by the learning rate. The default is optax's 1e-4; torch.optim.AdamW has 1e-2.
+        weight_decay: multiplied by the learning rate. The default is optax's 1e-4;
+            torch.optim.AdamW has 1e-2.
         mask: which parameters decay, see `masked`; by default all.
 
-    Source: Loshchilov & Hutter, 2019, alg. 2; there the decay is multiplied by the schedule only, not by the learning rate.
+    Source: Loshchilov & Hutter, 2019, alg. 2; there the decay is multiplied by the schedule only,
+        not by the learning rate.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -281,7 +312,8 @@ def adamax(
     b2: ScalarOrSchedule = 0.999,
     eps: ScalarOrSchedule = 1e-8,
 ) -> GradientTransformation:
-    """Adam with a decaying maximum in place of the second moment: `scale_by_adamax`, then the learning rate.
+    """Adam with a decaying maximum in place of the second moment: `scale_by_adamax`, then the
+    learning rate.
 
     Source: Kingma & Ba, 2015, alg. 2.
 
