@@ -12,11 +12,17 @@ from functorch_opt._core.transformation import *
 from functorch_opt._execution.compiled import *
 from functorch_opt.line_search.lbfgs import *
 from functorch_opt.line_search.searches import *
+from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
+from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
 from functorch_opt.optimizers.lion import *
+from functorch_opt.optimizers.muon import *
+from functorch_opt.optimizers.nadam import *
+from functorch_opt.optimizers.radam import *
+from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *

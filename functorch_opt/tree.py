@@ -9,6 +9,7 @@ from functorch_opt._core.numerics import (
     dot,
     norm,
     real_dtype,
+    scalar_slot,
     zero_count,
     zeros_like,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "paths",
     "real_dtype",
     "refuse_sharded",
+    "scalar_slot",
     "state_dict",
     "sum_over_ranks",
     "unflatten",

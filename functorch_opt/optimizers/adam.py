@@ -32,7 +32,7 @@ from functorch_opt._core.transformation import (
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam", "scale_by_adam", "scale_by_adamax"]
+__all__ = ["adam", "adamax", "adamw", "amsgrad", "scale_by_adam", "scale_by_adamax"]
 
 
 # ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ------------------
@@ -114,8 +114,8 @@ def scale_by_adam(
             zero gradients without it (in optax and torch they are NaN): beside ``1 / eps`` there.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's
-            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam differs
-            from both.
+            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam is
+            `scale_by_nadam`.
         amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest
             ``nu``, corrected afterwards, as torch.optim does.
         nu_dtype: as `mu_dtype`, for ``nu`` (and its maximum).
@@ -219,27 +219,6 @@ def adam(
         scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         scale_by_learning_rate(learning_rate),
     )
-
-
-@transformation
-def nadam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: torch.dtype | None = None,
-) -> GradientTransformation:
-    """`adam` with ``nesterov=True``. Not torch.optim.NAdam, whose b1 grows with t.
-
-    Source: Dozat, 2016.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.nadam(0.1)
-        nadam(0.1)
-    """
-    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)
 
 
 @transformation

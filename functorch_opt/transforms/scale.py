@@ -1,9 +1,12 @@
-"""Multiplying, and the other stages that look at one update and nothing else: ``u -> s u``, ``sign u``, ``0``, ``u - mean u``."""
+"""Multiplying, and the other stages that look at one tensor and nothing else: ``u -> s u``,
+``u RMS(p)``, ``sign u``, ``0``, ``u - mean u``.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from functorch_opt import tree
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -19,6 +22,7 @@ __all__ = [
     "centralize",
     "scale",
     "scale_by_learning_rate",
+    "scale_by_param_block_rms",
     "scale_by_schedule",
     "set_to_zero",
     "sign",
@@ -100,11 +104,46 @@ def scale_by_learning_rate(
     )
 
 
+def rms(square, n):
+    """The root of the mean of squares, from their sum and number; of none it is 0."""
+    # Empty tensors divide by 1, and TINY makes the derivative at 0 finite: both would be NaN.
+    return (square / (n + (n == 0)) + tree.TINY).sqrt()
+
+
+@transformation
+def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """``u -> u max(RMS(p), min_scale)``, with ``RMS(p) = |p| / sqrt(size of p)`` of each tensor.
+
+    Args:
+        min_scale: 0 or greater.
+
+    Raises:
+        ValueError: a negative or NaN `min_scale`; ``update`` called without params.
+
+    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018,
+    alg. 4.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_param_block_rms(), [torch.tensor([1.0, 7.0])]
+        >>> tx.update([torch.tensor([0.1, 0.2])], tx.init(params), params)[0]
+        [tensor([0.5000, 1.0000])]
+    """
+    check_range(0, float("inf"), min_scale=min_scale)
+
+    def rule(g, pp, n, min_scale):
+        return g * rms(pp, n).clamp(min=min_scale)
+
+    sums = {"pp": lambda p: p.square().sum(), "n": lambda g: g.numel()}
+    return leafwise(rule, hyper={"min_scale": min_scale}, sums=sums)
+
+
 @transformation
 def sign() -> GradientTransformation:
     """``u -> sign(u)``; 0 stays 0.
 
-    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg. 1. optax: ``scale_by_sign``.
+    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg.
+        1. optax: ``scale_by_sign``.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -140,11 +179,14 @@ def zero_nans() -> GradientTransformation:
 
 @transformation
 def centralize() -> GradientTransformation:
-    """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u, dims 1, 2, ...)``.
+    """Gradient centralization: from each output's row of a weight, subtract its mean: ``u - mean(u,
+    dims 1, 2, ...)``.
 
-    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2, ... are those of the paper.
+    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2,
+    ... are those of the paper.
 
-    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020, eq. 1.
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural
+        Networks", 2020, eq. 1.
 
     Example:
         >>> import torch, functorch_opt as fo
