@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
-from functorch_opt.optimizers.asgd import asgd
+from functorch_opt.optimizers.asgd import average_params, decaying_step
 
 __all__ = ["ASGD"]
 
@@ -58,7 +58,13 @@ class ASGD(TorchNamed):
         0.03
     """
 
-    _names: ClassVar = {f"asgd/{name}": name for name in ("eta", "mu", "ax")}
+    _names: ClassVar = {
+        "decaying_step/eta": "eta",
+        "average_params/mu": "mu",
+        "average_params/ax": "ax",
+        "decaying_step/count": "step",
+        "average_params/count": "step",
+    }
     _structural: ClassVar = ("weight_decay",)
 
     def __init__(
@@ -81,4 +87,5 @@ class ASGD(TorchNamed):
     def _chain(
         self, lr: Any, lambd: Any, alpha: Any, t0: Any, weight_decay: Any, maximize: bool
     ) -> GradientTransformation:
-        return parts(ascend(maximize), l2(weight_decay), asgd(lr, lambd, alpha, t0))
+        step, average = decaying_step(lr, lambd, alpha), average_params(t0)
+        return parts(ascend(maximize), l2(weight_decay), step, average)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core.chain import chain
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -23,6 +24,42 @@ from functorch_opt._core.transformation import (
 )
 
 __all__ = ["asgd"]
+
+
+@transformation
+def decaying_step(learning_rate, lambd, alpha) -> GradientTransformation:
+    """``u = -eta (g + lambd p)``."""
+    check_range(0, float("inf"), learning_rate=learning_rate)
+    check_range(-float("inf"), float("inf"), lambd=lambd, alpha=alpha)
+
+    def prepare(count, lr, lambd, alpha):
+        t = tree.as_real(count + 1)
+        return {"first": count == 0, "next_eta": lr / (1 + lambd * lr * t) ** alpha}
+
+    def rule(g, p, eta, lr, lambd, first, next_eta):
+        eta = torch.where(first, lr, eta)
+        # A copy: slots of two tensors must not be one memory.
+        return -eta * (g + lambd * p), {"eta": next_eta.clone()}
+
+    hyper = {"lr": learning_rate, "lambd": lambd, "alpha": alpha}
+    return leafwise(rule, prepare, slots={"eta": tree.scalar_slot(0.0)}, hyper=hyper)
+
+
+@transformation
+def average_params(t0) -> GradientTransformation:
+    """``ax += mu (p + u - ax)``; the update passes."""
+    check_range(-float("inf"), float("inf"), t0=t0)
+
+    def prepare(count, t0):
+        return {"next_mu": 1 / (tree.as_real(count + 1) - t0).clamp(min=1)}
+
+    def rule(g, p, mu, ax, next_mu):
+        return g, {"mu": next_mu.clone(), "ax": torch.lerp(ax, p + g, mu)}
+
+    slots = {"mu": tree.scalar_slot(1.0), "ax": tree.zeros_like}
+    tx = leafwise(rule, prepare, slots=slots, hyper={"t0": t0})
+    tx.last = True
+    return tx
 
 
 @transformation
@@ -63,27 +100,4 @@ def asgd(
         >>> round(fo.get(state, "ax").item(), 2)
         0.03
     """
-    check_range(0, float("inf"), learning_rate=learning_rate)
-    check_range(-float("inf"), float("inf"), lambd=lambd, alpha=alpha, t0=t0)
-
-    def prepare(count, lr, lambd, alpha, t0):
-        t = tree.as_real(count + 1)
-        eta, mu = lr / (1 + lambd * lr * t) ** alpha, 1 / (t - t0).clamp(min=1)
-        return {"first": count == 0, "eta_next": eta, "mu_next": mu}
-
-    def rule(g, p, eta, mu, ax, lr, lambd, first, eta_next, mu_next):
-        eta = torch.where(first, lr, eta)
-        u = -eta * (g + lambd * p)
-        # Copies: slots of two tensors must not be one memory.
-        new = {"eta": eta_next.clone(), "mu": mu_next.clone()}
-        return u, {**new, "ax": torch.lerp(ax, p + u, mu)}
-
-    slots = {
-        "eta": tree.scalar_slot(0.0),
-        "mu": tree.scalar_slot(1.0),
-        "ax": tree.zeros_like,
-    }
-    hyper = {"lr": learning_rate, "lambd": lambd, "alpha": alpha, "t0": t0}
-    tx = leafwise(rule, prepare, slots=slots, hyper=hyper)
-    tx.last = True
-    return tx
+    return chain(decaying_step(learning_rate, lambd, alpha), average_params(t0))
