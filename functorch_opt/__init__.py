@@ -27,11 +27,17 @@ from functorch_opt.line_search.backtracking import *
 from functorch_opt.line_search.lbfgs import *
 from functorch_opt.line_search.reuse import *
 from functorch_opt.line_search.zoom import *
+from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
+from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
 from functorch_opt.optimizers.lion import *
+from functorch_opt.optimizers.muon import *
+from functorch_opt.optimizers.nadam import *
+from functorch_opt.optimizers.radam import *
+from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *

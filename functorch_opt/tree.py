@@ -39,7 +39,7 @@ __all__ = [
 # The names below are for the files of this package that have not changed their imports yet.
 # Take the names from the files of _core/ instead; then these lines go.
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit, fit, load_state_dict, state_dict  # noqa: F401
-from functorch_opt._core.numerics import cast, real_dtype  # noqa: F401
+from functorch_opt._core.numerics import cast, real_dtype, scalar_slot  # noqa: F401
 from functorch_opt._core.sharding import (  # noqa: F401
     PLAIN,
     cut,

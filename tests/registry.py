@@ -70,12 +70,23 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
 
 
 LR = {"learning_rate": 0.1}
+RPROP = {
+    "learning_rate": 0.1,
+    "eta_minus": 0.5,
+    "eta_plus": 1.2,
+    "min_step_size": 1e-6,
+    "max_step_size": 50.0,
+}
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-3}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 
 def matrices(path, p):
     return p.ndim > 1
+
+
+def matrices_of_two(path, p):
+    return p.ndim == 2
 
 
 def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformation:
@@ -110,6 +121,7 @@ ROWS = [
         written=False,
     ),
     Row("clip", fo.clip, {"max_delta": 0.7}),
+    Row("clip_by_block_rms", fo.clip_by_block_rms, {"threshold": 0.5}, ({}, {"threshold": 1e6})),
     Row("clip_by_global_norm", fo.clip_by_global_norm, {"max_norm": 0.5}, ({}, {"max_norm": 1e6})),
     Row(
         "differentially_private_aggregate",
@@ -205,7 +217,38 @@ ROWS = [
         LR,
         ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
     ),
+    Row(
+        "scale_by_factored_rms",
+        fo.scale_by_factored_rms,
+        {"decay_rate": 0.8},
+        (
+            {"min_dim_size_to_factor": 2},
+            {},
+            {"factored": False, "epsilon": 1e-3},
+            {"variant": "torch"},
+        ),
+        reads_shape=True,
+    ),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
+    Row(
+        "scale_by_muon",
+        lambda beta, **options: fo.masked(fo.scale_by_muon(beta=beta, **options), matrices_of_two),
+        {"beta": 0.9},
+        (
+            {},
+            {"nesterov": False, "consistent_rms": 0.2},
+            {"ns_coeffs": ((2.0, -1.5, 0.5), (3.0, -3.2, 1.2))},
+        ),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_nadam",
+        fo.scale_by_nadam,
+        {**ADAM, "momentum_decay": 4e-3},
+        ({}, {"eps_root": 1e-3, "momentum_decay": 0.1}),
+    ),
+    Row("scale_by_param_block_rms", fo.scale_by_param_block_rms, {"min_scale": 0.5}),
     Row(
         "scale_by_polyak",
         lambda **options: on_a_bowl(fo.scale_by_polyak(**options)),
@@ -215,11 +258,23 @@ ROWS = [
         apart=True,
     ),
     Row(
+        "scale_by_radam",
+        fo.scale_by_radam,
+        {"b1": 0.9, "b2": 0.99, "eps": 1e-3},
+        (
+            {},
+            {"threshold": 4.0, "eps_root": 1e-3},
+            {"threshold": 4.0, "nesterov": True},
+            {"threshold": 4.0, "variant": "torch"},
+        ),
+    ),
+    Row(
         "scale_by_rms",
         fo.scale_by_rms,
         {"decay": 0.9, "eps": 1e-3},
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}, {"initial_scale": 0.5}),
     ),
+    Row("scale_by_rprop", fo.scale_by_rprop, RPROP, smooth=False),
     Row(
         "scale_by_rss",
         fo.scale_by_rss,
@@ -269,6 +324,17 @@ ROWS = [
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
     Row("zero_nans", fo.zero_nans),
     # optimizers
+    Row(
+        "adafactor",
+        fo.adafactor,
+        {**LR, "decay_rate": 0.8},
+        (
+            {"min_dim_size_to_factor": 2},
+            {"momentum": 0.9, "dtype_momentum": None},
+            {"clipping_threshold": None, "multiply_by_parameter_scale": False},
+        ),
+        reads_shape=True,
+    ),
     Row("adadelta", fo.adadelta, {"learning_rate": 1.0, "eps": 1e-3, "weight_decay": 0.1}),
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
@@ -280,6 +346,7 @@ ROWS = [
         ({}, {"mask": lambda path, p: p.ndim > 1}),
     ),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
+    Row("asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})),
     Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
@@ -323,7 +390,14 @@ ROWS = [
         apart=True,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
-    Row("nadam", fo.nadam, {**LR, **ADAM}),
+    Row(
+        "muon",
+        fo.muon,
+        {**LR, "beta": 0.9, "weight_decay": 0.1},
+        ({}, {"nesterov": False, "weight_decay_mask": matrices, "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
     Row(
         "polyak_sgd",
@@ -332,12 +406,14 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row("radam", fo.radam, {**LR, **ADAM}, ({}, {"variant": "torch"})),
     Row(
         "rmsprop",
         fo.rmsprop,
         {**LR, "eps": 1e-3},
         ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
     ),
+    Row("rprop", fo.rprop, RPROP, smooth=False),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),

@@ -305,6 +305,8 @@ HYPERPARAMETERS = [
          TypeError, "scale_by_schedule", r"got 0\.1", "For a number use scale"),
     hyper(fo.add_noise, "eta", -0.1, ValueError, r"must be in \[0, inf\)", gamma=0.0, key=0),
     hyper(fo.add_noise, "gamma", NAN, ValueError, r"must be in \[0, inf\)", eta=0.1, key=0),
+    Case("nesterov-amsgrad", lambda: partial(fo.scale_by_adam, nesterov=True, amsgrad=True),
+         ValueError, "nesterov=True", "amsgrad=True", "leave one of them out"),
     Case("dampened-nesterov", lambda: partial(fo.trace, 0.9, nesterov=True, dampening=0.1),
          ValueError, "dampening", r"0\.1", "of zero"),
     Case("1-dim-learning-rate", lambda: update(fo.sgd(ones(2)), params(), state=fo.sgd(1.0).init(params())),

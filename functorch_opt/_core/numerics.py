@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -103,6 +105,14 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             f"give a {wanted} dtype, or None."
         )
     return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
+
+
+def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
+    """What makes a slot with one real number for a tensor, `value` at first.
+
+    In the dtype of the tensor, but at least float32.
+    """
+    return lambda x: x.new_full((), value, dtype=at_least_float32(x.real.dtype))
 
 
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:

@@ -280,6 +280,14 @@ def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -
             )
 
 
+def check_choice(*choices: Any, **options: Any) -> None:
+    """Raise ValueError for an option that is none of these."""
+    for name, value in options.items():
+        if value not in choices:
+            known = " or ".join(map(repr, choices))
+            raise ValueError(f"{name} must be {known}; got {value!r}.")
+
+
 # ---- the simplest transformations -----------------------------------------------------------------------------------------
 
 

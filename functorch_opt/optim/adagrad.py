@@ -1,15 +1,23 @@
-"""Division by the root of an average of squared gradients: chains of `functorch_opt.algorithms.adagrad`."""
+"""Division by the root of an average of squared gradients: chains of
+`functorch_opt.optimizers.adagrad`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, l2, parts
+from functorch_opt.optim.torch_named import (
+    RANGES,
+    Number,
+    TorchNamed,
+    ascend,
+    descent,
+    is_zero,
+    l2,
+    parts,
+)
 from functorch_opt.optimizers.adagrad import (
     scale_by_adadelta,
     scale_by_rms,
@@ -17,13 +25,13 @@ from functorch_opt.optimizers.adagrad import (
     scale_by_stddev,
 )
 from functorch_opt.transforms.momentum import trace
-from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["Adadelta", "Adagrad", "RMSprop"]
 
 
 class RMSprop(TorchNamed):
-    """torch.optim.RMSprop: ``p -= lr g / (sqrt(square_avg) + eps)``, with momentum (before the learning rate), centered, L2 weight decay.
+    """torch.optim.RMSprop: ``p -= lr g / (sqrt(square_avg) + eps)``, with momentum (before the
+    learning rate), centered, L2 weight decay.
 
     Args:
         params: parameters, named parameters or groups.
@@ -71,41 +79,13 @@ class RMSprop(TorchNamed):
         *,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "maximize": maximize,
-        }
-        self._begin(
-            params,
-            options,
-            capturable=capturable,
-            foreach=foreach,
-            differentiable=differentiable,
-            compile=compile,
-        )
+        self._begin(locals())
 
     def _chain(
-        self,
-        lr: Any,
-        alpha: Any,
-        eps: Any,
-        weight_decay: Any,
-        momentum: Any,
-        centered: bool,
-        maximize: bool,
+        self, alpha: Any, eps: Any, momentum: Any, centered: bool, **rest: Any
     ) -> GradientTransformation:
         root = (scale_by_stddev if centered else scale_by_rms)(alpha, eps, eps_in_sqrt=False)
-        momentum_stage = (
-            None if not isinstance(momentum, Tensor) and momentum == 0 else trace(momentum)
-        )
-        return parts(
-            ascend(maximize), l2(weight_decay), root, momentum_stage, scale_by_learning_rate(lr)
-        )
+        return descent(root, None if is_zero(momentum) else trace(momentum), **rest)
 
 
 class Adagrad(TorchNamed):
@@ -150,22 +130,7 @@ class Adagrad(TorchNamed):
         fused: bool | None = None,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-            "maximize": maximize,
-        }
-        self._begin(
-            params,
-            options,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            compile=compile,
-        )
+        self._begin(locals())
 
     def _chain(
         self,
@@ -186,10 +151,11 @@ class Adagrad(TorchNamed):
 
 
 class Adadelta(TorchNamed):
-    """torch.optim.Adadelta: steps in the units of the parameter; the rule is that of `functorch_opt.scale_by_adadelta`.
+    """torch.optim.Adadelta: steps in the units of the parameter; the rule is that of
+    `functorch_opt.scale_by_adadelta`.
 
-    ``u = g sqrt(acc_delta + eps) / sqrt(square_avg + eps)``; ``p -= lr u``. ``square_avg`` is the running mean of ``g^2``, ``acc_delta``
-    that of ``u^2``.
+    ``u = g sqrt(acc_delta + eps) / sqrt(square_avg + eps)``; ``p -= lr u``. ``square_avg`` is the
+    running mean of ``g^2``, ``acc_delta`` that of ``u^2``.
 
     Args:
         params: parameters, named parameters or groups.
@@ -234,28 +200,7 @@ class Adadelta(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        self._begin(
-            params,
-            options,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            compile=compile,
-        )
+        self._begin(locals())
 
-    def _chain(
-        self, lr: Any, rho: Any, eps: Any, weight_decay: Any, maximize: bool
-    ) -> GradientTransformation:
-        return parts(
-            ascend(maximize),
-            l2(weight_decay),
-            scale_by_adadelta(rho, eps),
-            scale_by_learning_rate(lr),
-        )
+    def _chain(self, rho: Any, eps: Any, **rest: Any) -> GradientTransformation:
+        return descent(scale_by_adadelta(rho, eps), **rest)

@@ -1,4 +1,4 @@
-"""Adam and its relatives that are chains of `functorch_opt.algorithms.adam`."""
+"""Adam and its relatives that are chains of `functorch_opt.optimizers.adam`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
+from functorch_opt.optim.torch_named import Number, TorchNamed, descent
 from functorch_opt.optimizers.adam import scale_by_adam, scale_by_adamax
-from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["Adam", "AdamW", "Adamax"]
 
@@ -16,8 +15,8 @@ __all__ = ["Adam", "AdamW", "Adamax"]
 class Adam(TorchNamed):
     """torch.optim.Adam, with L2 weight decay (or decoupled, as in `AdamW`).
 
-    The rule is that of `functorch_opt.scale_by_adam`; with `amsgrad` the divisor is the largest ``exp_avg_sq`` so far, corrected
-    afterwards.
+    The rule is that of `functorch_opt.scale_by_adam`; with `amsgrad` the divisor is the largest
+    ``exp_avg_sq`` so far, corrected afterwards.
 
     Args:
         params: parameters, named parameters or groups.
@@ -27,8 +26,10 @@ class Adam(TorchNamed):
         weight_decay: 0 or greater.
         amsgrad: keep the maximum.
         maximize: ascend.
-        decoupled_weight_decay: multiply the decay by the learning rate and keep it out of the moments.
-        foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
+        decoupled_weight_decay: multiply the decay by the learning rate and keep it out of the
+            moments.
+        foreach, capturable, fused: accepted, without effect: they choose among torch's
+            implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
@@ -71,40 +72,11 @@ class Adam(TorchNamed):
         decoupled_weight_decay: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        self._begin(
-            params,
-            options,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            compile=compile,
-        )
+        self._begin(locals())
 
-    def _chain(
-        self,
-        lr: Any,
-        betas: Any,
-        eps: Any,
-        weight_decay: Any,
-        amsgrad: bool,
-        maximize: bool,
-        decoupled_weight_decay: bool,
-    ) -> GradientTransformation:
-        decay = l2(weight_decay)
-        b1, b2 = betas
-        adam = scale_by_adam(b1, b2, eps, amsgrad="torch" if amsgrad else False)
-        decayed = (adam, decay) if decoupled_weight_decay else (decay, adam)
-        return parts(ascend(maximize), *decayed, scale_by_learning_rate(lr))
+    def _chain(self, betas: Any, eps: Any, amsgrad: bool, **rest: Any) -> GradientTransformation:
+        adam = scale_by_adam(*betas, eps, amsgrad="torch" if amsgrad else False)
+        return descent(adam, **rest)
 
 
 class AdamW(Adam):
@@ -114,7 +86,8 @@ class AdamW(Adam):
         params: parameters, named parameters or groups.
         lr, betas, eps, amsgrad, maximize: as in `Adam`.
         weight_decay: multiplied by the learning rate; 0 or greater.
-        foreach, capturable, fused: accepted, without effect: they choose among torch's implementations.
+        foreach, capturable, fused: accepted, without effect: they choose among torch's
+            implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
@@ -143,25 +116,12 @@ class AdamW(Adam):
         fused: bool | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            compile=compile,
-        )
+        self._begin(locals(), decoupled_weight_decay=True)
 
 
 class Adamax(TorchNamed):
-    """torch.optim.Adamax: Adam with a decaying maximum in place of the second moment; the rule is that of `functorch_opt.scale_by_adamax`.
+    """torch.optim.Adamax: Adam with a decaying maximum in place of the second moment; the rule is
+    that of `functorch_opt.scale_by_adamax`.
 
     ``exp_inf = max(b2 exp_inf, |g| + eps)``; ``p -= lr / (1 - b1^t) exp_avg / exp_inf``.
 
@@ -210,29 +170,7 @@ class Adamax(TorchNamed):
         capturable: bool = False,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        self._begin(
-            params,
-            options,
-            foreach=foreach,
-            differentiable=differentiable,
-            capturable=capturable,
-            compile=compile,
-        )
+        self._begin(locals())
 
-    def _chain(
-        self, lr: Any, betas: Any, eps: Any, weight_decay: Any, maximize: bool
-    ) -> GradientTransformation:
-        b1, b2 = betas
-        return parts(
-            ascend(maximize),
-            l2(weight_decay),
-            scale_by_adamax(b1, b2, eps),
-            scale_by_learning_rate(lr),
-        )
+    def _chain(self, betas: Any, eps: Any, **rest: Any) -> GradientTransformation:
+        return descent(scale_by_adamax(*betas, eps), **rest)

@@ -1,87 +1,25 @@
-"""Muon as torch.optim has it: momentum, made nearly orthogonal by a few steps of Newton-Schulz in bfloat16.
-
-    momentum_buffer = momentum momentum_buffer + (1 - momentum) g
-    b  = (1 - momentum) g + momentum momentum_buffer      with nesterov; otherwise momentum_buffer
-    x  = b / |b|, then ns_steps times x = a x + (b (x x') + c (x x')^2) x, with (a, b, c) = ns_coefficients: about u v' of b = u s v'
-    p -= lr (ratio x + weight_decay p)                    ratio = sqrt(max(1, n / m)) or 0.2 sqrt(max(n, m)) for p of shape [n, m]
-
-Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. Liu et al., "Muon is Scalable for LLM Training",
-2025, eq. 4 (weight decay; the ratio ``match_rms_adamw``).
-"""
+"""Muon, whose rule is torch's variant of `functorch_opt.scale_by_muon`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from functorch_opt import tree
-from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, transformation
-from functorch_opt.optim.torch_named import TorchNamed, l2, parts
-from functorch_opt.transforms.scale import scale_by_learning_rate
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.torch_named import TorchNamed, descent
+from functorch_opt.optimizers.muon import scale_by_muon
 
 __all__ = ["Muon"]
 
 
-def orthogonal(x, coefficients, eps, steps):
-    """About the nearest orthogonal matrix, in bfloat16: singular values between 0.5 and 1.5, say, in place of 1."""
-    a, b, c = coefficients
-    tall = x.shape[0] > x.shape[1]
-    x = x.bfloat16()
-    x = x.mT if tall else x  # [n, m] with n <= m: the products below are [n, n]
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def _ratio(adjust_lr_fn, n, m):
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * max(n, m) ** 0.5
-    return max(1.0, n / m) ** 0.5
-
-
-@transformation
-def scale_by_muon(
-    momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
-) -> GradientTransformation:
-    if len(ns_coefficients) != 3:
-        raise ValueError(f"ns_coefficients must be three numbers; got {ns_coefficients!r}.")
-    if not 0 <= ns_steps < 100:
-        raise ValueError(f"ns_steps must be in [0, 100); got {ns_steps}.")
-    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-        known = "None, 'original' or 'match_rms_adamw'"
-        raise ValueError(
-            f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must be {known}."
-        )
-
-    def prepare(momentum):
-        return {"weight": 1 - momentum}
-
-    def rule(g, momentum_buffer, momentum, weight):
-        momentum_buffer = torch.lerp(momentum_buffer, g, weight)
-        b = torch.lerp(g, momentum_buffer, momentum) if nesterov else momentum_buffer
-        x = orthogonal(b, ns_coefficients, eps, ns_steps).to(g.dtype)
-        return x * _ratio(adjust_lr_fn, *g.shape), {"momentum_buffer": momentum_buffer}
-
-    return leafwise(
-        rule,
-        prepare,
-        slots={"momentum_buffer": tree.zeros_like},
-        hyper={"momentum": momentum},
-        kind="tensorwise",
-    )
-
-
 class Muon(TorchNamed):
-    """torch.optim.Muon: momentum, made nearly orthogonal. For the matrices of hidden layers; give the rest to `AdamW`.
+    """torch.optim.Muon: momentum, made nearly orthogonal. For the matrices of hidden layers; give
+    the rest to `AdamW`.
 
-    The whole rule is at the top of `functorch_opt.optim.muon`. As in torch Newton-Schulz runs in bfloat16, whatever the dtype of the
-    parameters: the update has about three digits.
+    The whole rule is at the top of `functorch_opt.optimizers.muon`. As in torch Newton-Schulz runs
+    in bfloat16, whatever the dtype of the parameters: the update has about three digits.
 
     Args:
         params: parameters, named parameters or groups; each a real matrix.
@@ -92,8 +30,9 @@ class Muon(TorchNamed):
         ns_coefficients: of the polynomial of Newton-Schulz.
         eps: the smallest norm that is divided by.
         ns_steps: steps of Newton-Schulz, fewer than 100.
-        adjust_lr_fn: ``"original"``, or None: multiply by ``sqrt(max(1, n / m))`` for a parameter ``[n, m]``. ``"match_rms_adamw"``: by
-            ``0.2 sqrt(max(n, m))``, so that learning rates of AdamW fit. The weight decay is not multiplied.
+        adjust_lr_fn: ``"original"``, or None: multiply by ``sqrt(max(1, n / m))`` for a parameter
+            ``[n, m]``. ``"match_rms_adamw"``: by ``0.2 sqrt(max(n, m))``, so that learning rates of
+            AdamW fit. The weight decay is not multiplied.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
@@ -115,7 +54,7 @@ class Muon(TorchNamed):
         ['momentum_buffer', 'step']
     """
 
-    _names: ClassVar = {"scale_by_muon/momentum_buffer": "momentum_buffer"}
+    _names: ClassVar = {"scale_by_muon/mu": "momentum_buffer"}
     _uncounted: ClassVar = ("step",)
     _structural: ClassVar = ("weight_decay",)
     _fixed: ClassVar = ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
@@ -134,31 +73,33 @@ class Muon(TorchNamed):
         *,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": tuple(ns_coefficients),
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
-        self._begin(params, options, compile=compile)
+        self._begin(locals())
 
     def _chain(
         self,
-        lr: Any,
-        weight_decay: Any,
         momentum: Any,
         nesterov: bool,
-        ns_coefficients: tuple[float, ...],
+        ns_coefficients: tuple[float, float, float],
         eps: float,
         ns_steps: int,
         adjust_lr_fn: str | None,
+        **rest: Any,
     ) -> GradientTransformation:
-        muon = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-        return parts(muon, l2(weight_decay), scale_by_learning_rate(lr))
+        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must "
+                "be None, 'original' or 'match_rms_adamw'."
+            )
+        muon = scale_by_muon(
+            ns_coefficients,
+            ns_steps,
+            momentum,
+            eps,
+            nesterov=nesterov,
+            consistent_rms=0.2 if adjust_lr_fn == "match_rms_adamw" else None,
+            variant="torch",
+        )
+        return descent(muon, decoupled_weight_decay=True, **rest)
 
     def _check_parameter(self, p: Tensor) -> None:
         cure = "Give the rest to another optimizer, e.g. AdamW."

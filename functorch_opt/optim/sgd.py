@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.torch_named import Number, TorchNamed, ascend, l2, parts
+from functorch_opt.optim.torch_named import Number, TorchNamed, descent, is_zero
 from functorch_opt.transforms.momentum import trace
-from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["SGD"]
 
 
 class SGD(TorchNamed):
-    """torch.optim.SGD: gradient descent with momentum, dampening, Nesterov momentum and L2 weight decay.
+    """torch.optim.SGD: gradient descent with momentum, dampening, Nesterov momentum and L2 weight
+    decay.
 
-    ``g += weight_decay p``; ``buf = momentum buf + (1 - dampening) g`` (the first ``buf`` is ``g``); ``p -= lr buf``.
+    ``g += weight_decay p``; ``buf = momentum buf + (1 - dampening) g`` (the first ``buf`` is
+    ``g``); ``p -= lr buf``.
 
     Args:
         params: parameters, named parameters or groups.
@@ -66,38 +65,16 @@ class SGD(TorchNamed):
         fused: bool | None = None,
         compile: bool = False,
     ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        self._begin(
-            params,
-            options,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            compile=compile,
-        )
+        self._begin(locals())
 
     def _chain(
-        self,
-        lr: Any,
-        momentum: Any,
-        dampening: Any,
-        weight_decay: Any,
-        nesterov: bool,
-        maximize: bool,
+        self, momentum: Any, dampening: Any, nesterov: bool, **rest: Any
     ) -> GradientTransformation:
-        still = not isinstance(momentum, Tensor) and momentum == 0
+        still = is_zero(momentum)
         damped = isinstance(dampening, Tensor) or dampening != 0
         if nesterov and (still or damped):
             given = "momentum 0" if still else "a dampening that is not 0"
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening; got {given}."
             )
-        momentum_stage = None if still else trace(momentum, nesterov, dampening=dampening)
-        return parts(ascend(maximize), l2(weight_decay), momentum_stage, scale_by_learning_rate(lr))
+        return descent(None if still else trace(momentum, nesterov, dampening=dampening), **rest)

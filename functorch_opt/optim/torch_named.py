@@ -1,25 +1,32 @@
 """What the optimizers with torch.optim's names have in common.
 
-Each has torch.optim's arguments, defaults, numbers and state keys, and is a short chain: of the stages of the functional layer where the
-formulas agree, and of a rule beside the class where torch's algorithm is another one.
+Each has torch.optim's arguments, defaults, numbers and state keys, and is a short chain of stages
+of the functional layer. A class is written as one declaration and one function:
 
-What chooses among torch's implementations (``foreach``, ``fused``, ``capturable``) is accepted and has no effect. ``differentiable``
-belongs to the functional layer.
+    _names       keys of ``state[p]`` that torch calls otherwise than the stages do
+    _structural  options that, when zero, leave a stage out
+    _fixed       options that are no hyperparameters although they look like numbers
+    _ranges      what torch's errors call an option, and where it must lie
+    __init__     torch's arguments and defaults; each that is no flag is an option of the groups
+    _chain       the chain of these options; it hands a number on as it is, because it may be a
+                 tensor that is written to before every step
+
+What chooses among torch's implementations (``foreach``, ``fused``, ``capturable``) is accepted and
+has no effect. ``differentiable`` belongs to the functional layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
+from functorch_opt.optim.options import FLAGS
 from functorch_opt.transforms.decay import add_decayed_weights
-from functorch_opt.transforms.scale import scale
+from functorch_opt.transforms.scale import scale, scale_by_learning_rate
 
 Number = float | Tensor
 
@@ -44,30 +51,32 @@ class TorchNamed(Optimizer):
     """Options that are no hyperparameters although they look like numbers: where they change, the chain is another one."""
     _ranges: ClassVar[dict[str, Range]] = RANGES
 
-    def _begin(
-        self,
-        params: Iterable[Any],
-        options: dict[str, Any],
-        *,
-        differentiable: bool = False,
-        compile: bool = False,
-        **flags: Any,
-    ) -> None:
-        """Take torch's arguments: `options` say what is computed, `flags` how."""
-        if differentiable:
+    def _begin(self, given: dict[str, Any], **options: Any) -> None:
+        """What every constructor consists of; `given` are its ``locals()``.
+
+        Constructors are written out, and not made from `_chain`, so that editors, type checkers and
+        the API page know their arguments.
+        """
+        given = {**given, **options}
+        _, params, compile = given.pop("self"), given.pop("params"), given.pop("compile")
+        if given.pop("differentiable", False):
             raise ValueError(
-                f"{type(self).__name__} updates in place. To differentiate through updates use the functional layer: "
-                "tx.update and apply_updates."
+                f"{type(self).__name__} updates in place. To differentiate through updates use the "
+                "functional layer: tx.update and apply_updates."
             )
-        self._check(
-            options
-        )  # as in torch, an argument outside its range is an error before any parameter is looked at
+        options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if name not in FLAGS
+        }
+        # As in torch, an argument outside its range is an error before any parameter is looked at.
+        self._check(options)
         numbers = [
             name
             for name, value in options.items()
             if name not in self._fixed and not isinstance(value, bool)
         ]
-        self._setup(params, {**options, **flags}, numbers, compile)
+        self._setup(params, {**given, **options}, numbers, compile)
 
     def _check(self, options: dict[str, Any]) -> None:
         for name, (what, low, high) in self._ranges.items():
@@ -101,14 +110,24 @@ def ascend(maximize: bool) -> GradientTransformation | None:
     return scale(-1.0) if maximize else None
 
 
+def is_zero(number: Any) -> bool:
+    """Whether it leaves its stage out; a tensor may change, and does not."""
+    return isinstance(number, (int, float)) and number == 0
+
+
 def l2(weight_decay: Number) -> GradientTransformation | None:
-    return (
-        None
-        if isinstance(weight_decay, (int, float)) and weight_decay == 0
-        else add_decayed_weights(weight_decay)
-    )
+    return None if is_zero(weight_decay) else add_decayed_weights(weight_decay)
 
 
-def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
-    """A slot with one real number for a parameter, `value` at first; in its dtype, at least float32."""
-    return lambda p: p.new_full((), value, dtype=tree.at_least_float32(p.real.dtype))
+def descent(
+    *stages: GradientTransformation | None,
+    lr: Any,
+    weight_decay: Any = 0,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> GradientTransformation:
+    """The chain that most of torch's optimizers are: `stages`, weight decay before them or
+    after."""
+    decay = l2(weight_decay)
+    decayed = (*stages, decay) if decoupled_weight_decay else (decay, *stages)
+    return parts(ascend(maximize), *decayed, scale_by_learning_rate(lr))

@@ -2,8 +2,8 @@
 
 The means, ``mu`` and ``nu``, start at 0 and are corrected for it:
 
-    mu = b1 mu + (1 - b1) g        c1 = 1 / (1 - b1^t)
-    nu = b2 nu + (1 - b2) g^2      c2 = 1 / (1 - b2^t)        u = mu c1 / (sqrt(nu c2) + eps)
+    mu = b1 mu + (1 - b1) g        c1 = 1 - b1^t
+    nu = b2 nu + (1 - b2) g^2      c2 = 1 - b2^t        u = mu/c1 / (sqrt(nu/c2) + eps)
 
 Sources: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, alg. 1 and (Adamax)
 alg. 2. Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond", 2018, alg. 2 (AMSGrad). Dozat,
@@ -31,7 +31,63 @@ from functorch_opt._core.transformation import (
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam", "scale_by_adam", "scale_by_adamax"]
+__all__ = ["adam", "adamax", "adamw", "amsgrad", "scale_by_adam", "scale_by_adamax"]
+
+
+# ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ------------------
+
+
+def prepare_adam(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+    # mu/c1 / (sqrt(nu/c2 + eps_root) + eps)  =  mu / (k sqrt(nu + root) + floor): two passes over
+    # memory fewer.
+    k, root, floor = c1 / c2.sqrt(), eps_root * c2 + tree.TINY, eps * c1
+    return {"w1": 1 - b1, "w2": 1 - b2, "k": k, "root": root, "floor": floor}
+
+
+def adam_rule(g, mu, nu, w1, w2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    return mu / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+
+
+def prepare_nesterov(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    # b1 mu/(1 - b1^(t+1)) + (1 - b1) g/c1  =  (b1 ahead mu + (1 - b1) g) / c1
+    ahead = (1 - b1**t) / (1 - b1 ** (t + 1))
+    return {**prepare_adam(count, b1, b2, eps, eps_root), "ahead": ahead}
+
+
+def nesterov_rule(g, mu, nu, w1, w2, ahead, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    m = torch.lerp(ahead * mu, g, w1)
+    return m / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+
+
+def torchs_amsgrad_rule(g, mu, nu, nu_max, w1, w2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    nu_max = torch.maximum(nu_max, nu)
+    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
+
+
+def prepare_amsgrad(count, b1, b2, eps, eps_root):
+    t = tree.as_real(count + 1)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+    # As Adam's, but nu is corrected before its maximum is taken, and not under the root.
+    k, root, floor = c1, eps_root + tree.TINY, eps * c1
+    return {"w1": 1 - b1, "w2": 1 - b2, "c2": c2, "k": k, "root": root, "floor": floor}
+
+
+def amsgrad_rule(g, mu, nu, nu_max, w1, w2, c2, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    nu_max = torch.maximum(nu_max, nu / c2)
+    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
 
 
 @transformation
@@ -55,18 +111,17 @@ def scale_by_adam(
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
         eps_root: added inside the root, 0 or greater. Derivatives through the update are finite at
-            zero gradients without it (of the size ``1 / eps``), where those of optax and torch are
-            NaN.
+            zero gradients without it (in optax and torch they are NaN): beside ``1 / eps`` there.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's
-            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam differs
-            from both.
+            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam is
+            `scale_by_nadam`.
         amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest
             ``nu``, corrected afterwards, as torch.optim does.
         nu_dtype: as `mu_dtype`, for ``nu`` (and its maximum).
 
     Raises:
-        ValueError: a decay outside [0, 1), or a negative eps.
+        ValueError: a decay outside [0, 1), a negative eps, or both nesterov and amsgrad.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -78,73 +133,22 @@ def scale_by_adam(
     check_range(0, float("inf"), eps=eps, eps_root=eps_root)
     if amsgrad not in (True, False, "torch"):
         raise ValueError(f"amsgrad must be True, False or 'torch'; got {amsgrad!r}.")
-
-    optax_max = amsgrad is True
-    direction = _direction(nesterov)
-    rule = _rule_with_max(direction, optax_max) if amsgrad else _rule(direction)
+    if nesterov and amsgrad:
+        raise ValueError(
+            f"nesterov=True and amsgrad={amsgrad!r} are two methods, and no paper joins them: "
+            "leave one of them out."
+        )
+    hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     second = partial(tree.zeros_like, dtype=nu_dtype)
     slots = {"mu": partial(tree.zeros_like, dtype=mu_dtype), "nu": second}
-    if amsgrad:
-        slots["nu_max"] = second
-    hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    return leafwise(rule, _prepare(nesterov, optax_max), slots=slots, hyper=hyper)
-
-
-# mu c1 / (sqrt(nu c2 + eps_root) + eps) is worked out as
-#
-#     mu / (sqrt(nu + eps_root / c2) sqrt(c2) / c1 + eps / c1)
-#
-# which is fewer passes over memory. The maximum that optax keeps is that of nu c2, and so c2 has to
-# stay with nu there.
-
-
-def _prepare(nesterov, optax_max):
-    """The numbers of one step: the weights of new values, and what is added and multiplied."""
-
-    def prepare(count, b1, b2, eps, eps_root):
-        t = tree.as_real(count + 1)
-        unit, rest = 1 - b1**t, 1 - b2**t
-        no_root = isinstance(eps_root, (int, float)) and eps_root == 0
-        root = 0.0 if no_root else eps_root if optax_max else eps_root * rest
-        return {
-            "w1": 1 - b1,
-            "w2": 1 - b2,
-            "c2": 1 / rest if optax_max else 1.0,
-            "ahead": unit / (1 - b1 ** (t + 1)) if nesterov else 1.0,
-            "inside": root + tree.TINY,
-            "factor": unit if optax_max else unit / rest.sqrt(),
-            "outside": eps * unit,
-        }
-
-    return prepare
-
-
-def _direction(nesterov):
-    def direction(g, mu, square, w1, ahead, inside, factor, outside):
-        mean = torch.lerp(mu * ahead, g, w1) if nesterov else mu
-        return mean / torch.addcmul(outside, (square + inside).sqrt(), factor)
-
-    return direction
-
-
-def _rule(direction):
-    def rule(g, mu, nu, w1, w2, ahead, inside, factor, outside):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        return direction(g, mu, nu, w1, ahead, inside, factor, outside), {"mu": mu, "nu": nu}
-
-    return rule
-
-
-def _rule_with_max(direction, optax_max):
-    def rule(g, mu, nu, nu_max, w1, w2, c2, ahead, inside, factor, outside):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        nu_max = torch.maximum(nu_max, nu * c2 if optax_max else nu)
-        u = direction(g, mu, nu_max, w1, ahead, inside, factor, outside)
-        return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
-
-    return rule
+    if nesterov:
+        return leafwise(nesterov_rule, prepare_nesterov, slots=slots, hyper=hyper)
+    if not amsgrad:
+        return leafwise(adam_rule, prepare_adam, slots=slots, hyper=hyper)
+    slots["nu_max"] = second
+    if amsgrad == "torch":
+        return leafwise(torchs_amsgrad_rule, prepare_adam, slots=slots, hyper=hyper)
+    return leafwise(amsgrad_rule, prepare_amsgrad, slots=slots, hyper=hyper)
 
 
 @transformation
@@ -216,27 +220,6 @@ def adam(
         scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         scale_by_learning_rate(learning_rate),
     )
-
-
-@transformation
-def nadam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: torch.dtype | None = None,
-) -> GradientTransformation:
-    """`adam` with ``nesterov=True``. Not torch.optim.NAdam, whose b1 grows with t.
-
-    Source: Dozat, 2016.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.nadam(0.1)
-        nadam(0.1)
-    """
-    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)
 
 
 @transformation

@@ -15,8 +15,9 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
+from functorch_opt.transforms.scale import rms
 
-__all__ = ["clip", "clip_by_global_norm"]
+__all__ = ["clip", "clip_by_block_rms", "clip_by_global_norm"]
 
 
 @transformation
@@ -39,10 +40,37 @@ def clip(max_delta: Scalar) -> GradientTransformation:
 
 
 @transformation
-def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """Scale all updates by ``min(1, max_norm / norm)``.
+def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
+    """Scale each tensor by ``min(1, threshold / RMS(u))``, with ``RMS(u) = |u| / sqrt(size of u)``.
 
-    The norm is the 2-norm of all of them together.
+    Args:
+        threshold: greater than 0.
+
+    Raises:
+        ValueError: `threshold` is 0, negative or NaN.
+
+    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018,
+    sec. 6.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.clip_by_block_rms(1.0)
+        >>> tx.update([torch.tensor([1.0, 7.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([0.2000, 1.4000])]
+    """
+    check_range(0, float("inf"), above=True, threshold=threshold)
+
+    def rule(g, gg, n, threshold):
+        return g / (rms(gg, n) / threshold).clamp(min=1)
+
+    sums = {"gg": lambda g: g.square().sum(), "n": lambda g: g.numel()}
+    return leafwise(rule, hyper={"threshold": threshold}, sums=sums)
+
+
+@transformation
+def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
+    """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them
+    together.
 
     Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged
     (``torch.nn.utils.clip_grad_norm_`` adds 1e-6). Inside `partition` the norm is that of the

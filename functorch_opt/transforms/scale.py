@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from functorch_opt import tree
 from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -21,6 +22,7 @@ __all__ = [
     "centralize",
     "scale",
     "scale_by_learning_rate",
+    "scale_by_param_block_rms",
     "scale_by_schedule",
     "set_to_zero",
     "sign",
@@ -101,6 +103,40 @@ def scale_by_learning_rate(
     return leafwise(
         lambda g, step_size: g * step_size, prepare, hyper={"learning_rate": learning_rate}
     )
+
+
+def rms(square, n):
+    """The root of the mean of squares, from their sum and number; of none it is 0."""
+    # Empty tensors divide by 1, and TINY makes the derivative at 0 finite: both would be NaN.
+    return (square / (n + (n == 0)) + tree.TINY).sqrt()
+
+
+@transformation
+def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """``u -> u max(RMS(p), min_scale)``, with ``RMS(p) = |p| / sqrt(size of p)`` of each tensor.
+
+    Args:
+        min_scale: 0 or greater.
+
+    Raises:
+        ValueError: a negative or NaN `min_scale`; ``update`` called without params.
+
+    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018,
+    alg. 4.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_param_block_rms(), [torch.tensor([1.0, 7.0])]
+        >>> tx.update([torch.tensor([0.1, 0.2])], tx.init(params), params)[0]
+        [tensor([0.5000, 1.0000])]
+    """
+    check_range(0, float("inf"), min_scale=min_scale)
+
+    def rule(g, pp, n, min_scale):
+        return g * rms(pp, n).clamp(min=min_scale)
+
+    sums = {"pp": lambda p: p.square().sum(), "n": lambda g: g.numel()}
+    return leafwise(rule, hyper={"min_scale": min_scale}, sums=sums)
 
 
 @transformation

@@ -1,0 +1,288 @@
+"""Adafactor: of the second moment of a matrix only the means of its rows and columns are kept.
+
+    b2_t  = 1 - t^-decay_rate
+    v_row, v_col, v     running means, with decay b2_t, of g^2 + eps along the rows, along the
+                        columns, and of g^2 + eps itself
+    u     = g / sqrt(v_row v_col / mean v_row)      for a matrix; g / sqrt(v) for the rest
+    u     = u / max(1, RMS(u) / clipping_threshold)                 RMS(x) = |x| / sqrt(size of x)
+    p    -= learning_rate max(1e-3, RMS(p)) u + weight_decay_rate p
+
+torch's variant does not add eps to g^2, but bounds what is divided by, and its steps shrink with t:
+
+    u     = g / max(sqrt(v), eps1), with v = v_row v_col / max(mean v_row, eps1) for a matrix
+    p    -= min(lr, 1 / sqrt(t)) max(eps2, RMS(p)) u / max(1, RMS(u) / d) + lr weight_decay p
+
+Sources: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018,
+algs. 4 (matrices), 5 (vectors) and 6 (proposed constants).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from functorch_opt import tree
+from functorch_opt._core.chain import chain
+from functorch_opt._core.groups import MaskOrFn, partition
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+    check_choice,
+    check_range,
+    transformation,
+)
+from functorch_opt.transforms.clip import clip_by_block_rms
+from functorch_opt.transforms.decay import add_decayed_weights
+from functorch_opt.transforms.momentum import ema
+from functorch_opt.transforms.scale import (
+    scale,
+    scale_by_learning_rate,
+    scale_by_param_block_rms,
+)
+
+__all__ = ["adafactor", "scale_by_factored_rms"]
+
+
+def factored_dims(shape, smallest):
+    """The two largest dims, the larger one last, if both have `smallest` elements; else None."""
+    if len(shape) < 2:
+        return None
+    *_, second, largest = sorted(range(len(shape)), key=lambda i: (shape[i], i))
+    return (second, largest) if shape[second] >= smallest else None
+
+
+def _mean_slot(dims_of, k):
+    """Zeros in the shape of a mean along one of the two dims that `dims_of` finds for a shape."""
+
+    def make(p):
+        shape = list(p.shape)
+        shape[dims_of(p.shape)[k]] = 1
+        return p.new_zeros(shape, dtype=tree.at_least_float32(p.dtype))
+
+    return make
+
+
+def _prepare(step_offset):
+    def prepare(count, decay_rate):
+        return {"weight": tree.as_real(count + 1 - step_offset) ** -decay_rate}  # 1 - b2_t
+
+    return prepare
+
+
+def _prepare_torchs(count, beta2_decay):
+    return {"weight": tree.as_real(count + 1) ** beta2_decay}
+
+
+def _square(g):
+    return g.abs().square() if g.is_complex() else g * g
+
+
+def _mean(v, square, dim, weight):
+    """The next running mean of means of squares: real, though all a rule reads of a complex tensor
+    is complex.
+    """
+    v, weight = (x.real if x.is_complex() else x for x in (v, weight))
+    return torch.lerp(v, square.mean(dim, keepdim=True), weight)
+
+
+def _of_matrices(prepare, hyper, epsilon, dims_of):
+    """optax's: epsilon is added to g^2."""
+
+    def rule(g, v_row, v_col, weight):
+        second, largest = dims_of(g.shape)
+        square = _square(g) + epsilon
+        v_row = _mean(v_row, square, largest, weight)
+        v_col = _mean(v_col, square, second, weight)
+        of_rows = (v_row / v_row.mean(second, keepdim=True)).rsqrt()
+        return g * of_rows * v_col.rsqrt(), {"v_row": v_row, "v_col": v_col}
+
+    slots = {"v_row": _mean_slot(dims_of, 1), "v_col": _mean_slot(dims_of, 0)}
+    return leafwise(rule, prepare, slots=slots, hyper=hyper, kind="tensorwise")
+
+
+def _of_the_rest(prepare, hyper, epsilon):
+    def rule(g, v, weight):
+        v = torch.lerp(v, g * g + epsilon, weight)
+        return g * v.rsqrt(), {"v": v}
+
+    return leafwise(rule, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
+
+
+def _is_torchs_matrix(p):
+    return p.ndim > 1 and p.numel() > 0  # of nothing there is no mean
+
+
+def _smallest(epsilon, g):
+    return torch.finfo(g.dtype).eps if epsilon is None else epsilon
+
+
+def _torchs(prepare, hyper, epsilon):
+    """torch's: the matrix is the last two dims, and epsilon is the smallest divisor."""
+
+    def of_matrices(g, v_row, v_col, weight):
+        square, smallest = _square(g), _smallest(epsilon, g)
+        v_row = _mean(v_row, square, -1, weight)  # [..., n, 1]
+        v_col = _mean(v_col, square, -2, weight)  # [..., 1, m]
+        v = v_row * v_col / v_row.mean(-2, keepdim=True).clamp(min=smallest)  # [..., n, m]
+        u = g * v.clamp(min=smallest**2).rsqrt()
+        return u, {"v_row": v_row, "v_col": v_col}
+
+    def of_the_rest(g, v, weight):
+        v = torch.lerp(v, g * g, weight)
+        return g * v.clamp(min=_smallest(epsilon, g) ** 2).rsqrt(), {"v": v}
+
+    def last_two(shape):
+        return -2, -1
+
+    slots = {"v_row": _mean_slot(last_two, 1), "v_col": _mean_slot(last_two, 0)}
+    matrix = leafwise(of_matrices, prepare, slots=slots, hyper=hyper, kind="tensorwise")
+    rest = leafwise(of_the_rest, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
+    return matrix, rest
+
+
+def _by_shape(matrix, rest, is_matrix):
+    matrix.name = rest.name = "scale_by_factored_rms"  # which errors mention
+    stages = {"matrix": matrix, "rest": rest}
+    return partition(stages, lambda path, p: "matrix" if is_matrix(p) else "rest")
+
+
+@transformation
+def scale_by_torchs_factored_rms(beta2_decay, eps1) -> GradientTransformation:
+    """With torch's own names, for its class: the decay is ``1 - t^beta2_decay``."""
+    stages = _torchs(_prepare_torchs, {"beta2_decay": beta2_decay}, eps1)
+    return _by_shape(*stages, _is_torchs_matrix)
+
+
+@transformation
+def scale_by_factored_rms(
+    factored: bool = True,
+    decay_rate: ScalarOrSchedule = 0.8,
+    step_offset: int = 0,
+    min_dim_size_to_factor: int = 128,
+    epsilon: float | None = None,
+    *,
+    variant: Literal["optax", "torch"] = "optax",
+) -> GradientTransformation:
+    """``u = g / sqrt(v)``, where ``v`` of a matrix is ``v_row v_col / mean v_row``.
+
+    ``v``, ``v_row`` and ``v_col`` are running means of ``g^2`` and of its means, with the decay
+    ``1 - t^-decay_rate``. The state is a dict: "matrix" for what is factored, "rest".
+
+    Args:
+        factored: False: keep all of ``v`` for every tensor.
+        decay_rate: 0 or greater.
+        step_offset: how many updates do not count, for fine-tuning.
+        min_dim_size_to_factor: of a tensor the two largest dims are the matrix, if both have at
+            least this size; otherwise nothing is factored.
+        epsilon: 0 or greater; added to ``g^2``. None: 1e-30.
+        variant: "torch": the last two dims are the matrix, whatever their size; and divisors
+            smaller than epsilon count as epsilon, by default the eps of the dtype that is computed
+            in.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Shazeer & Stern, 2018, algs. 4 and 5.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params = {"w": torch.zeros(200, 300), "b": torch.zeros(200)}
+        >>> state = fo.scale_by_factored_rms().init(params)
+        >>> fo.get(state, "v_row")["w"].shape, fo.get(state, "v_col")["w"].shape
+        (torch.Size([200, 1]), torch.Size([1, 300]))
+    """
+    check_range(0, float("inf"), decay_rate=decay_rate, epsilon=epsilon)
+    check_choice("optax", "torch", variant=variant)
+    prepare, hyper = _prepare(step_offset), {"decay_rate": decay_rate}
+
+    if variant == "torch":
+        stages = _torchs(prepare, hyper, epsilon)
+        return _by_shape(*stages, lambda p: factored and _is_torchs_matrix(p))
+
+    def dims_of(shape):
+        return factored_dims(shape, min_dim_size_to_factor)
+
+    epsilon = 1e-30 if epsilon is None else epsilon
+    matrix = _of_matrices(prepare, hyper, epsilon, dims_of)
+    rest = _of_the_rest(prepare, hyper, epsilon)
+    return _by_shape(matrix, rest, lambda p: factored and dims_of(p.shape) is not None)
+
+
+@transformation
+def relative_step(learning_rate, weight_decay) -> GradientTransformation:
+    """torch's step: ``-min(learning_rate, 1 / sqrt(t)) u - learning_rate weight_decay p``."""
+
+    def prepare(count, learning_rate, weight_decay):
+        rho = (tree.as_real(count + 1) ** -0.5).clamp(max=learning_rate)
+        return {"rho": rho, "decay": learning_rate * weight_decay}
+
+    def rule(g, p, rho, decay):
+        return -rho * g - decay * p
+
+    hyper = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    return leafwise(rule, prepare, hyper=hyper)
+
+
+@transformation
+def adafactor(
+    learning_rate: ScalarOrSchedule | None = None,
+    min_dim_size_to_factor: int = 128,
+    decay_rate: ScalarOrSchedule = 0.8,
+    decay_offset: int = 0,
+    multiply_by_parameter_scale: bool = True,
+    clipping_threshold: Scalar | None = 1.0,
+    momentum: ScalarOrSchedule | None = None,
+    dtype_momentum: torch.dtype | None = torch.float32,
+    weight_decay_rate: ScalarOrSchedule | None = None,
+    eps: float | None = None,
+    factored: bool = True,
+    weight_decay_mask: MaskOrFn | None = None,
+) -> GradientTransformation:
+    """Adafactor, with optax's names and numbers: steps relative to the size of a tensor.
+
+    The numbers of torch.optim.Adafactor are those of another chain, of `scale_by_factored_rms` with
+    ``variant="torch"``, ``clip_by_block_rms(1.0)``, ``scale_by_param_block_rms()`` and
+    `scale_by_learning_rate` with the schedule ``min(0.01, 1 / sqrt(count + 1))``.
+
+    Args:
+        learning_rate: the relative step size, 0 or greater, or a schedule. None: 1. The paper has
+            ``min(0.01, 1 / sqrt(t))``.
+        min_dim_size_to_factor, decay_rate, factored: see `scale_by_factored_rms`.
+        decay_offset: its step_offset.
+        multiply_by_parameter_scale: whether steps are relative, see `scale_by_param_block_rms`.
+        clipping_threshold: of `clip_by_block_rms`; None: no clipping.
+        momentum: decay of a mean of the steps, in [0, 1); None: no mean is kept.
+        dtype_momentum: dtype in which it is kept; None: that of the params, at least float32.
+        weight_decay_rate: **not** multiplied by the learning rate; None: no decay.
+        eps: its epsilon, added to ``g^2``; None: 1e-30.
+        weight_decay_mask: which parameters decay, see `masked`; by default all.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Shazeer & Stern, 2018, algs. 4, 5 and 6.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.adafactor(0.01)
+        >>> params = torch.full((4,), 2.0)
+        >>> updates, _ = tx.update(torch.tensor([1.0, -1.0, 5.0, -5.0]), tx.init(params), params)
+        >>> updates
+        tensor([-0.0200,  0.0200, -0.0200,  0.0200])
+    """
+    root = scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)
+    stages = [root]
+    if clipping_threshold is not None:
+        stages.append(clip_by_block_rms(clipping_threshold))
+    if learning_rate is not None:
+        stages.append(scale_by_learning_rate(learning_rate, flip_sign=False))
+    if multiply_by_parameter_scale:
+        stages.append(scale_by_param_block_rms())
+    if momentum is not None:
+        stages.append(ema(momentum, debias=False, accumulator_dtype=dtype_momentum))
+    if weight_decay_rate is not None:
+        stages.append(add_decayed_weights(weight_decay_rate, weight_decay_mask))
+    return chain(*stages, scale(-1.0))
