@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from functorch_opt._execution.writes import call
+
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
@@ -47,18 +49,18 @@ def _total_of(graph: Graph, x: Any, late: set[Any]) -> Node:
     factor, x = _factored(graph, x, late)
     total = _total(graph, x)
     if factor is not None:  # a sum of zeros is 0, whatever the factor
-        is_zero = _call(graph, aten.eq.Scalar, total, 0)
-        product = _call(graph, aten.mul.Tensor, total, factor)
-        total = _call(graph, aten.where.self, is_zero, total, product)
-    return _call(graph, _convert, total, torch.float32)
+        is_zero = call(graph, aten.eq.Scalar, total, 0)
+        product = call(graph, aten.mul.Tensor, total, factor)
+        total = call(graph, aten.where.self, is_zero, total, product)
+    return call(graph, _convert, total, torch.float32)
 
 
 def _total(graph: Graph, x: Any) -> Node:
     """The sum of `x`, float64: row by row, as what is of a row is worked out row by row too."""
     dims = [*range(1, x.meta["val"].dim())]
     if dims:
-        x = _call(graph, aten.sum.dim_IntList, x, dims)
-    return _call(graph, aten.sum.default, x, dtype=torch.float64)
+        x = call(graph, aten.sum.dim_IntList, x, dims)
+    return call(graph, aten.sum.default, x, dtype=torch.float64)
 
 
 def _factored(graph: Graph, x: Any, late: set[Any]) -> tuple[Any, Any]:
@@ -67,32 +69,24 @@ def _factored(graph: Graph, x: Any, late: set[Any]) -> tuple[Any, Any]:
         for number, other in (x.args, x.args[::-1]):
             if number in late and not number.meta["val"].dim():
                 more, rest = _factored(graph, other, late)
-                factor = _call(graph, _convert, number, torch.float64)
+                factor = call(graph, _convert, number, torch.float64)
                 if more is not None:
-                    factor = _call(graph, aten.mul.Tensor, factor, more)
+                    factor = call(graph, aten.mul.Tensor, factor, more)
                 return factor, rest
     elif x.target is aten.pow.Tensor_Scalar and x.args[1] == 2:
         root, rest = _factored(graph, x.args[0], late)
         if root is not None:
-            square = _call(graph, aten.mul.Tensor, root, root)
-            return square, _call(graph, aten.pow.Tensor_Scalar, rest, 2)
+            square = call(graph, aten.mul.Tensor, root, root)
+            return square, call(graph, aten.pow.Tensor_Scalar, rest, 2)
     elif x.target is aten.where.self and _is_zero(x.args[2]):
         factor, rest = _factored(graph, x.args[1], late)
         if factor is not None:
-            return factor, _call(graph, aten.where.self, x.args[0], rest, x.args[2])
+            return factor, call(graph, aten.where.self, x.args[0], rest, x.args[2])
     return None, x
 
 
 def _is_zero(x: Any) -> bool:
     return x.target is aten.scalar_tensor.default and x.args[0] == 0
-
-
-def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node of `graph`, with the value that it stands for."""
-    node = graph.call_function(target, args, kwargs)
-    values = [x.meta["val"] if isinstance(x, Node) else x for x in args]
-    node.meta["val"] = target(*values, **kwargs)
-    return node
 
 
 # ---- values that are kept ------------------------------------------------------------------------

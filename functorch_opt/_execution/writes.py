@@ -2,7 +2,8 @@
 
 A function that is run in place says what it would write, as pairs of a position among its arguments
 and a new value, and writes nothing itself. `run_eagerly` works all values out and then writes them.
-`write_in_place` puts the writes into a traced graph, each as early as is right.
+`write_in_place` puts the writes at the end of a traced graph; the compiler moves them to where
+their values are worked out.
 
 A value may be an argument as it stands: a gradient that becomes a slot, or a view or a clone of an
 old slot. The compiler takes such no-ops out, so they read what is in memory when they are written.
@@ -81,74 +82,55 @@ def write_in_place(graph: Graph, targets: list[int]) -> None:
     *_, output = graph.nodes
     values = dict(zip([places[i] for i in targets], output.args[0], strict=True))
     output.args = ((),)
-    for target in [t for t, value in values.items() if _is_all_of(value, t)]:
-        del values[target]
-    _Placing(graph, values).run()
-
-
-class _Placing:
-    """Puts the writes of `values`, new values by the arguments that they replace, into `graph`."""
-
-    def __init__(self, graph: Graph, values: dict[Node, Node]) -> None:
-        self.graph, self.values = graph, values
-        self.place: dict[Node, int] = {}
-        self.after: list[Node] = []  # for each place, the last node that stands there
-        self.stands: dict[Node, set[Node]] = {}  # the arguments that a node may be as it stands
-        self.read: dict[Node, int] = {}  # the last place where an argument must be as it was
-        for node in graph.nodes:
-            if node.op != "output":
-                self._look_at(node)
-
-    def _look_at(self, node: Node) -> None:
-        if node.op == "placeholder":  # nothing is written before all of them are there
-            self.place[node], self.stands[node], self.after = 0, {node}, [node]
-            return
-        self.place[node] = len(self.after)
-        self.after.append(node)
-        of: set[Node] = set().union(*[self.stands[x] for x in node.all_input_nodes])
-        self.stands[node] = of if _may_be_its_input(node) else set()
-        if not self.stands[node]:
-            self.read |= dict.fromkeys(of, self.place[node])
-
-    def run(self) -> None:
-        for target, value in self.values.items():
-            if target in self.stands[value]:  # a view of itself, such as its transpose
-                self._compute(target)
-        left = dict.fromkeys(self.values)
+    left = {target: value for target, value in values.items() if not _is_all_of(value, target)}
+    stands = _standing(graph)
+    with graph.inserting_before(output):
         while left:
-            waiting = set().union(*[self.stands[self.values[target]] for target in left])
-            ready = [target for target in left if target not in waiting]
-            if not ready:
-                self._compute(next(t for t in left if self.stands[self.values[t]] & left.keys()))
-            for target in ready:
-                self._write(target)
-                del left[target]
+            _write_what_is_read(graph, left, stands)
 
-    def _write(self, target: Node) -> None:
-        value = self.values[target]
-        place = max(self.place[value], self.read.get(target, 0))
-        node = self._insert(place, aten.copy_.default, target, value)
+
+def _standing(graph: Graph) -> dict[Node, set[Node]]:
+    """Of each node, the arguments whose memory it may be."""
+    stands: dict[Node, set[Node]] = {}
+    for node in graph.nodes:
+        of = [stands[x] for x in node.all_input_nodes if _may_be_its_input(node)]
+        stands[node] = {node} if node.op == "placeholder" else set().union(*of)
+    return stands
+
+
+def _write_what_is_read(
+    graph: Graph, left: dict[Node, Node], stands: dict[Node, set[Node]]
+) -> None:
+    """Write, of the values that are `left`, those into arguments that no other is to be read of.
+
+    If there are none, the values go in circles: two that swap, or a transpose of what it is written
+    into. One is computed, and so read before anything is written.
+    """
+    unread = set().union(*[stands[value] for value in left.values()])
+    ready = [target for target in left if target not in unread]
+    for target in ready:
+        node = graph.call_function(aten.copy_.default, (target, left.pop(target)))
         node.meta["val"] = target.meta["val"]
-        self._is_read(value, place)
+    if not ready:
+        target = next(t for t, value in left.items() if stands[value] & left.keys())
+        left[target] = _computed(graph, left[target])
+        stands[left[target]] = set()
 
-    def _compute(self, target: Node) -> None:
-        """Make the value of `target` one that is computed, so that it is read where it stands."""
-        value = self.values[target]
-        place, x = self.place[value], value.meta["val"]
-        operation = aten.bitwise_and.Tensor if x.dtype is torch.bool else aten.mul.Tensor
-        other = (value, x) if x.dtype is torch.bool else (1, 1)
-        node = self._insert(place, operation, value, other[0])
-        node.meta["val"] = operation(x, other[1])
-        self._is_read(value, place)
-        self.values[target], self.place[node], self.stands[node] = node, place, set()
 
-    def _is_read(self, value: Node, place: int) -> None:
-        self.read |= {x: max(place, self.read.get(x, 0)) for x in self.stands[value]}
+def _computed(graph: Graph, value: Node) -> Node:
+    """What equals `value`, and is no view or clone of anything."""
+    x = value.meta["val"]
+    if x.dtype is torch.bool:
+        return call(graph, aten.bitwise_and.Tensor, value, value)
+    return call(graph, aten.mul.Tensor, value, 1)
 
-    def _insert(self, place: int, operation: Any, *args: Any) -> Node:
-        with self.graph.inserting_after(self.after[place]):
-            self.after[place] = self.graph.call_function(operation, args)
-        return self.after[place]
+
+def call(graph: Graph, operation: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node of `graph`, with the value that it stands for."""
+    node = graph.call_function(operation, args, kwargs)
+    values = [x.meta["val"] if isinstance(x, Node) else x for x in args]
+    node.meta["val"] = operation(*values, **kwargs)
+    return node
 
 
 def _name(node: Node) -> str:
