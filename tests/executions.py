@@ -136,6 +136,14 @@ def compiled(donate: bool, backend: str) -> Execution:
     return execute
 
 
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, Dynamo knows no graphs of before, and may make one for each step: what shares memory with what may change."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=32):
+        yield
+
+
 def users_compile(donate: bool | None, backend: str) -> Execution:
     """A user's own `torch.compile` around update and apply_updates, or if `donate` is not None
     around a compiled step.
@@ -144,50 +152,97 @@ def users_compile(donate: bool | None, backend: str) -> Execution:
     def execute(program: Program, plan: Plan) -> Seen:
         tx = plan.tx()
         step: Any = pure_step(tx) if donate is None else CompiledStep(tx, donate)
-        around = torch.compile(lambda *args: step(*args), fullgraph=True, backend=backend)
-        return run(plan, around if donate else untouched(around), tx)
+
+        def around(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+            return step(params, grads, state)
+
+        with afresh():
+            graph = torch.compile(around, fullgraph=True, backend=backend)
+            return run(plan, graph if donate else untouched(graph), tx)
 
     return execute
 
 
-def stateful(compile: bool, how: str = "fresh gradients", backend: str | None = None) -> Execution:
-    """The optimizer. Gradients are fresh tensors in every step, or written into the ones that are
-    there, as `backward` does.
+def optimizer(program: Program, plan: Plan, compile: bool) -> fo.optim.Optimizer:
+    """The optimizer of a program, over copies of its parameters, in one group or two."""
+    first = plan.params()
+    params = [nn.Parameter(p.clone()) for p in tree.flatten(first)[0]]
+    named = list(zip(tree.paths(first), params, strict=True))
+    half = len(named) // 2 if program.groups else 0
+    groups = [{"params": part} for part in (named[:half], named[half:]) if part]
+    return fo.optim.Optimizer(groups, plan.tx(), compile=compile)
+
+
+def train(
+    plan: Plan, opt: fo.optim.Optimizer, step: Callable[[], Any], written_over: bool = False
+) -> Seen:
+    """All steps of an optimizer. Gradients are new tensors in every step, or if `written_over`
+    numbers in those that are there, as `backward` leaves them.
     """
+    params = [p for group in opt.param_groups for p in group["params"]]
+    spec, seen = tree.flatten(plan.params())[1], []
+    for i in plan.steps:
+        now = tree.unflatten(spec, [p.detach() for p in params])
+        for p, g in zip(params, tree.flatten(plan.grads(i, now))[0], strict=True):
+            if written_over and g is not None and p.grad is not None:
+                p.grad.copy_(g)
+            else:
+                p.grad = g.clone() if written_over and g is not None else g
+        step()
+        seen.append(look(tree.unflatten(spec, params)))
+    return seen
+
+
+def stateful(compile: bool, written_over: bool = False) -> Execution:
+    """The optimizer; with ``compile=True`` through Inductor."""
 
     def execute(program: Program, plan: Plan) -> Seen:
-        first = plan.params()
-        spec, paths = tree.flatten(first)[1], tree.paths(first)
-        # clone() makes an expanded or transposed parameter dense, but keeps its strides.
-        params = [nn.Parameter(p.clone()) for p in tree.flatten(first)[0]]
-        named = list(zip(paths, params, strict=True))
-        half = len(named) // 2 if program.groups else 0
-        groups = [{"params": part} for part in (named[:half], named[half:]) if part]
-        opt = fo.optim.Optimizer(groups, plan.tx(), compile=compile)
-        step: Any = opt.step
-        if how == "in torch.compile":
+        opt = optimizer(program, plan, compile)
+        return train(plan, opt, opt.step, written_over)
+
+    return execute
+
+
+def stateful_traced(written_over: bool = False) -> Execution:
+    """The optimizer with ``compile=True``, all of it but Inductor."""
+
+    def execute(program: Program, plan: Plan) -> Seen:
+        with traced():
+            return stateful(True, written_over)(program, plan)
+
+    return execute
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Inside, every compiled step is traced, and the trace is run as it is, in milliseconds."""
+    made = CompiledStep.__init__
+
+    def init(self: CompiledStep, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.backend = "eager"
+
+    CompiledStep.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CompiledStep.__init__ = made  # type: ignore[method-assign]
+
+
+def users_compiled_optimizer(compile: bool, backend: str) -> Execution:
+    """A user's own `torch.compile` of the step of an optimizer."""
+
+    def execute(program: Program, plan: Plan) -> Seen:
+        with afresh():
+            opt = optimizer(program, plan, compile)
             opt.init_state()
-            step = torch.compile(opt.step, fullgraph=True, backend=backend or "inductor")
-        seen = []
-        for i in plan.steps:
-            now = tree.unflatten(spec, [p.detach() for p in params])
-            gs = tree.flatten(plan.grads(i, now))[0]
-            for p, g in zip(params, gs, strict=True):
-                if how == "gradients written over" and g is not None and p.grad is not None:
-                    p.grad.copy_(g)
-                else:
-                    p.grad = g.clone() if how == "gradients written over" and g is not None else g
-            step()
-            seen.append(look(tree.unflatten(spec, params)))
-        return seen
+            return train(plan, opt, torch.compile(opt.step, fullgraph=True, backend=backend))
 
     return execute
 
 
 def in_vmap(program: Program, plan: Plan) -> Seen:
-    """Two models at once; what is seen are those of a loop, less what the loop gave, so that it is
-    compared with the first model's.
-    """
+    """Two models at once. The second is compared with its own loop here, the first is returned."""
     models = 2
     of_model = [plan.params(m) for m in range(models)]
     leaves, spec = zip(*[tree.flatten(p) for p in of_model], strict=True)
@@ -227,11 +282,9 @@ EAGER: dict[str, Execution] = {
     "compiled_step, donate, traced": compiled(True, "eager"),
     "compiled_step, donate=False, traced": compiled(False, "eager"),
     "Optimizer": stateful(False),
-    "Optimizer, gradients written over": stateful(False, "gradients written over"),
-    "Optimizer, compile=True, traced": stateful(True),
-    "Optimizer, compile=True, traced, gradients written over": stateful(
-        True, "gradients written over"
-    ),
+    "Optimizer, gradients written over": stateful(False, written_over=True),
+    "Optimizer, compile=True, traced": stateful_traced(),
+    "Optimizer, compile=True, traced, gradients written over": stateful_traced(written_over=True),
     "vmap of update": in_vmap,
 }
 """What can be checked of a program without compiling anything."""
@@ -243,8 +296,8 @@ INDUCTOR: dict[str, Execution] = {
     "torch.compile of update": users_compile(None, "inductor"),
     "torch.compile of compiled_step, donate": users_compile(True, "inductor"),
     "torch.compile of compiled_step, donate=False": users_compile(False, "inductor"),
-    "torch.compile of Optimizer.step": stateful(False, "in torch.compile"),
-    "torch.compile of Optimizer.step, compile=True": stateful(True, "in torch.compile"),
+    "torch.compile of Optimizer.step": users_compiled_optimizer(False, "inductor"),
+    "torch.compile of Optimizer.step, compile=True": users_compiled_optimizer(True, "inductor"),
 }
 """What Inductor makes of a program: seconds each."""
 
@@ -252,7 +305,7 @@ DYNAMO: dict[str, Execution] = {
     "torch.compile of update, aot_eager": users_compile(None, "aot_eager"),
     "torch.compile of compiled_step, donate, aot_eager": users_compile(True, "aot_eager"),
     "torch.compile of compiled_step, donate=False, aot_eager": users_compile(False, "aot_eager"),
-    "torch.compile of Optimizer.step, aot_eager": stateful(False, "in torch.compile", "aot_eager"),
+    "torch.compile of Optimizer.step, aot_eager": users_compiled_optimizer(False, "aot_eager"),
 }
 """The same without Inductor: graphs with all their writes, run as they are."""
 
@@ -264,24 +317,6 @@ def applies(name: str, program: Program) -> bool:
     stateful ones, as in torch.
     """
     return not ("Optimizer" in name and program.lags)
-
-
-@contextmanager
-def traced() -> Iterator[None]:
-    """Inside, every compiled step is traced, and the trace is run as it is: all but Inductor, in
-    milliseconds.
-    """
-    made = CompiledStep.__init__
-
-    def init(self: CompiledStep, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self.backend = "eager"
-
-    CompiledStep.__init__ = init  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        CompiledStep.__init__ = made  # type: ignore[method-assign]
 
 
 # ---- how far apart two right executions may be ---------------------------------------------------
@@ -403,10 +438,7 @@ def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> l
         Unfit: the program is not one to compare with. At most `limit`, relative to the numbers,
         may rounding change; more in bfloat16.
     """
-    with (
-        warnings.catch_warnings(),
-        traced() if set(executions) <= {*EAGER} else warnings.catch_warnings(),
-    ):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             plan = Plan(program)

@@ -991,7 +991,14 @@ class Program:
         return entries(flat | {key: entries(inside) for key, inside in below.items()})
 
     def smaller(self) -> Iterator[Program]:
-        """Programs that do less."""
+        """Programs that do less; in every step there is still a gradient."""
+        for program in self._smaller():
+            missing = [key for key, kind in program.kinds.items() if kind == "missing"]
+            steps = [step for _, step in missing if step < program.steps]
+            if not any(steps.count(step) == len(program.leaves) for step in steps):
+                yield program
+
+    def _smaller(self) -> Iterator[Program]:
         for part in variations(self.part):
             yield replace(self, part=part)
         if len(self.leaves) > 1:
