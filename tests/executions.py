@@ -163,10 +163,18 @@ def users_compile(donate: bool | None, backend: str) -> Execution:
     return execute
 
 
-def optimizer(program: Program, plan: Plan, compile: bool) -> fo.optim.Optimizer:
+Put = Callable[[Tensor], Tensor]
+"""Where a tensor goes before it is used: to several ranks, or nowhere."""
+
+
+def here(x: Tensor) -> Tensor:
+    return x
+
+
+def optimizer(program: Program, plan: Plan, compile: bool, put: Put = here) -> fo.optim.Optimizer:
     """The optimizer of a program, over copies of its parameters, in one group or two."""
     first = plan.params()
-    params = [nn.Parameter(p.clone()) for p in tree.flatten(first)[0]]
+    params = [nn.Parameter(put(p.clone())) for p in tree.flatten(first)[0]]
     named = list(zip(tree.paths(first), params, strict=True))
     half = len(named) // 2 if program.groups else 0
     groups = [{"params": part} for part in (named[:half], named[half:]) if part]
@@ -174,7 +182,11 @@ def optimizer(program: Program, plan: Plan, compile: bool) -> fo.optim.Optimizer
 
 
 def train(
-    plan: Plan, opt: fo.optim.Optimizer, step: Callable[[], Any], written_over: bool = False
+    plan: Plan,
+    opt: fo.optim.Optimizer,
+    step: Callable[[], Any],
+    written_over: bool = False,
+    put: Put = here,
 ) -> Seen:
     """All steps of an optimizer. Gradients are new tensors in every step, or if `written_over`
     numbers in those that are there, as `backward` leaves them.
@@ -184,10 +196,12 @@ def train(
     for i in plan.steps:
         now = tree.unflatten(spec, [p.detach() for p in params])
         for p, g in zip(params, tree.flatten(plan.grads(i, now))[0], strict=True):
-            if written_over and g is not None and p.grad is not None:
+            if g is None:
+                p.grad = None
+            elif written_over and p.grad is not None:
                 p.grad.copy_(g)
             else:
-                p.grad = g.clone() if written_over and g is not None else g
+                p.grad = g.clone() if written_over else put(g)
         step()
         seen.append(look(tree.unflatten(spec, params)))
     return seen

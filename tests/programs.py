@@ -19,7 +19,7 @@ import linecache
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -334,19 +334,29 @@ class Rule(Part):
             yield replace(self, work={})
         if self.kind != "elementwise" and "turned" not in str(self.new):
             yield replace(self, kind="elementwise")
-        for simple in ("g", *self.first):
-            if self.update != simple and len(simple) < len(self.update):
-                yield replace(self, update=simple)
+        for name in ("g", *self.first):
+            yield from self._simply(self.update, name, lambda x: replace(self, update=x))
         for name, value in self.first.items():
             if value != "torch.zeros_like":
                 yield replace(self, first={**self.first, name: "torch.zeros_like"})
-        for name, value in self.new.items():
-            for simple in ("g", "p", name):
-                if len(simple) < len(value):
-                    yield replace(self, new={**self.new, name: simple})
+        for slot, value in self.new.items():
+            for name in ("g", "p", slot):
+                yield from self._simply(
+                    value, name, lambda x, slot=slot: replace(self, new={**self.new, slot: x})
+                )
         for name, value in self.hyper.items():
             if value != "0.5":
                 yield replace(self, hyper={**self.hyper, name: "0.5"})
+
+    @staticmethod
+    def _simply(value: str, name: str, put: Callable[[str], Rule]) -> Iterator[Rule]:
+        """The rule with something simple in the place of `value`: the tensor `name` itself only
+        where there is some tensor itself already, for what is shared may be another fault.
+        """
+        itself = not re.search(r"[-+*/,] |^-|abs|tanh|clamp", value)
+        simple = name if itself else f"0.5 * {name}"
+        if len(simple) < len(value):
+            yield put(simple)
 
 
 @dataclass
@@ -756,8 +766,8 @@ class Author:
 
         def fold() -> str:
             a, b = self.rng.choice(names), self.rng.choice([*names, "p"])
-            forms = [f"torch.tanh({a} * {b}).sum()", f"({a} * {a}).sum() / (1 + {a}.numel())"]
-            forms += [f"{a}.abs().max()"] * self.has["largest"]
+            forms = [f"torch.tanh({a} * {b}).sum()", f"(0.1 * {a} * {a}).sum()"]
+            forms += ["g.numel()"] + [f"{a}.abs().max()"] * self.has["largest"]
             return self.rng.choice(forms)
 
         if part.kind == "elementwise" and self.chance(0.2):
@@ -899,7 +909,9 @@ class Program:
 
     @property
     def shards(self) -> bool:
-        return self.part.shards()
+        """Whether it takes sharded tensors. torch has no view of an empty one that is sharded."""
+        empty = any(0 in leaf.shape for leaf in self.leaves.values())
+        return self.part.shards() and not (empty and "view" in self.source())
 
     def source(self) -> str:
         """The whole program, to be pasted and run."""
