@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test quick clients lint types docs ci clean
+.PHONY: help demo test quick fuzz clients lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -27,6 +27,9 @@ test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity wit
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
+
+fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; FO_SEED sets the first
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 clients: ## training under Lightning, accelerate, HF Trainer and ignite, in .venv-clients
 	$(MAKE) --no-print-directory VENV=.venv-clients .venv-clients/.clients

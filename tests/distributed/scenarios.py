@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import executions
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -314,6 +316,49 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
             ]
             errors[f"{i}, {layout}"] = max(worst)
     return errors
+
+
+def programs_on_shards(rank: int, seeds: list[int]) -> tuple[int, list[str]]:
+    """Random programs with every tensor in some layout: how many, and what is wrong with which."""
+    failures, checked = [], 0
+    for seed in seeds:
+        drawn = programs.program(seed)
+        if not drawn.shards:
+            continue
+        layout, where = [*layouts().items()][seed % len(layouts())]
+
+        def put(x: Tensor, where: Any = where) -> Tensor:
+            return x if isinstance(x, DTensor) else place(x.contiguous(), *where)
+
+        names = {
+            f"update, sharded by {layout}": sharded_step(put, executions.pure_step),
+            f"compiled_step, sharded by {layout}": sharded_step(put, traced_step),
+            f"Optimizer, sharded by {layout}": sharded_optimizer(put),
+        }
+        executions.ALL.update(names)
+        failures += [str(failure) for failure in executions.check(drawn, names)]
+        checked += 1
+    return checked, failures
+
+
+def traced_step(tx: fo.GradientTransformation) -> executions.CompiledStep:
+    return executions.CompiledStep(tx, True, "eager")
+
+
+def sharded_step(put: Callable[[Tensor], Tensor], make: Callable[..., Any]) -> Any:
+    def execute(drawn: Any, plan: executions.Plan) -> Any:
+        tx = plan.tx()
+        return executions.run(plan, make(tx), tx, moved=lambda given: tree.map(put, given))
+
+    return execute
+
+
+def sharded_optimizer(put: Callable[[Tensor], Tensor]) -> Any:
+    def execute(drawn: Any, plan: executions.Plan) -> Any:
+        opt = executions.optimizer(drawn, plan, False, put)
+        return executions.train(plan, opt, opt.step, put=put)
+
+    return execute
 
 
 def sums_not_taken(rank: int) -> float:

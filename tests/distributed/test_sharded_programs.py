@@ -1,0 +1,25 @@
+"""The law over random transformations, on two ranks: sharded tensors give the numbers of whole ones."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import scenarios
+
+pytestmark = pytest.mark.slow
+
+BEGIN = int(os.environ.get("FO_SEED", time.time_ns() // 1000 % 10**9))
+
+
+@pytest.mark.parametrize("first", [30_000, 30_060, BEGIN])
+def test_programs_on_two_ranks(ranks, first: int) -> None:
+    """Those of sixty seeds that are made of what takes sharded tensors; the last sixty are others
+    in every run, from FO_SEED on.
+    """
+    seeds = [*range(first, first + 60)]
+    for checked, failures in ranks(2).run(scenarios.programs_on_shards, seeds, timeout=300):
+        assert checked > 20
+        if failures:
+            pytest.fail(f"{len(failures)} failures; the first is\n\n{failures[0]}", pytrace=False)

@@ -1,0 +1,60 @@
+"""Check many random programs: ``python tests/fuzz.py [--count N] [--seed FIRST] [--executions
+eager|dynamo|inductor|all]``.
+
+Prints each failing seed with the smallest program found that fails in the same way, and at the end
+how often what failed. The exit status is 1 if anything did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import os
+import sys
+import time
+
+import torch
+from executions import DYNAMO, EAGER, INDUCTOR, Unfit, check, smallest
+from programs import program
+
+SETS = {"eager": EAGER, "dynamo": DYNAMO, "inductor": INDUCTOR}
+SETS["all"] = EAGER | DYNAMO | INDUCTOR
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--count", type=int, default=10_000)
+    arguments.add_argument("--seed", type=int, default=int(os.environ.get("FO_SEED", 0)))
+    arguments.add_argument("--executions", choices=SETS, default="eager")
+    arguments.add_argument("--show", type=int, default=5, help="how many failures to show in full")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    failed: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    unfit, began = 0, time.monotonic()
+    for k in range(given.count):
+        seed = given.seed + k
+        try:
+            failures = check(program(seed), [*SETS[given.executions]])
+        except Unfit:
+            unfit += 1
+            continue
+        for failure in failures:
+            kind = failure.execution, failure.kind
+            failed[kind].append(seed)
+            if len(failed[kind]) == 1 and len(failed) <= given.show:
+                print(f"FO_SEED={seed}\n\n{smallest(failure)}\n{'=' * 100}", flush=True)
+        if k % 50 == 49:
+            torch._dynamo.reset()
+            gc.collect()
+        if k % 500 == 499:
+            bad = len({seed for seeds in failed.values() for seed in seeds})
+            print(f"{k + 1} programs in {time.monotonic() - began:.0f} s, {bad} failed", flush=True)
+    for (execution, kind), seeds in sorted(failed.items(), key=lambda row: -len(row[1])):
+        print(f"{len(seeds):6} {execution}: {kind}; seeds {', '.join(map(str, seeds[:8]))}")
+    print(f"{given.count} programs from seed {given.seed} on, {unfit} of them not to be compared")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
