@@ -60,15 +60,12 @@ def of_this_part(value: Any) -> Any:
     )
 
 
-def check_entries(name: str, value: Any, updates: PyTree) -> None:
-    if (
-        isinstance(value, Tensor)
-        and value.dim() == 1
-        and value.shape[0] != (n := len(tree.flatten(updates)[0]))
-    ):
+def check_entries(name: str, value: Any, n: int) -> None:
+    """Raise ValueError for a 1-dim value that has not an entry for each of `n` leaves."""
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != n:
         raise ValueError(
-            f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or a 0-dim tensor; "
-            "to train with many values at once, vmap over it."
+            f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or "
+            "a 0-dim tensor; to train with many values at once, vmap over it."
         )
 
 
@@ -148,7 +145,7 @@ class PerLeaf:
             if isinstance(value, Each):
                 self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
             elif isinstance(value, Tensor) and value.dim() == 1:
-                check_entries(name, value, reference)
+                check_entries(name, value, spec.num_leaves)
                 self.rows[name] = value
             else:
                 self.fixed[name] = value

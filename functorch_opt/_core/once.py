@@ -60,8 +60,8 @@ class Once:
         counts = {name: tree.zero_count(params) for name in self.keys if name not in shared}
         return shared | counts
 
-    def hypers(self, shared: Mapping[str, Tensor], updates: PyTree) -> dict[str, Any]:
-        """The hyperparameters of this step by name, beside the shared values and the count."""
+    def hypers(self, shared: Mapping[str, Tensor], n: int) -> dict[str, Any]:
+        """The hyperparameters of this step for `n` leaves, beside shared values and the count."""
         now: dict[str, Any] = dict(shared)
         clock = now.pop("clock", None)
         if self.counts:
@@ -69,7 +69,7 @@ class Once:
         for name, value in self.hyper.items():
             now[name] = value(clock) if callable(value) else of_this_part(value)
             self._check_hyper(name, now[name])
-            check_entries(name, now[name], updates)
+            check_entries(name, now[name], n)
         return now
 
     def _check_hyper(self, name: str, value: Any) -> None:

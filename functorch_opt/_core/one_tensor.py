@@ -44,7 +44,8 @@ class OneTensor:
         self.work = rare.work if rare else None
         self.rule_reads = positional(rule)
         self.work_reads = positional(rare.work) if rare else ()
-        names = dict.fromkeys((*self.rule_reads, *self.sums.reads, *self.work_reads))
+        kept = self.slot_names if rare else ()  # those of a step without the work
+        names = dict.fromkeys((*self.rule_reads, *self.sums.reads, *self.work_reads, *kept))
         due = (DUE,) if rare else ()
         self.reads = (*due, *[name for name in names if name not in sums])
         """What has to be there for all three, but for the sums themselves."""

@@ -84,7 +84,7 @@ def _of_stage(tx: Leafwise | Wrap, state: Any, params: PyTree) -> Found:
         name: tree.match(params, spec, slot, names=("params", f"the state's {name}"))
         for name, slot in state.slots.items()
     }
-    now = tx.once.hypers(state.shared, params)
+    now = tx.once.hypers(state.shared, len(ps))
     assert tx.point is not None
     reads = positional(tx.point)
     per_leaf = PerLeaf(params, spec, {name: now[name] for name in reads if name in now})

@@ -163,7 +163,7 @@ class Leafwise(GradientTransformation):
         slots: dict[str, list[Any]],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the rule may read of this step, by name; and the next shared values."""
-        now = self.once.hypers(shared, updates)
+        now = self.once.hypers(shared, len(gs))
         if self.totals:
             per_leaf = leaf_values(updates, now, self.totals.reads)
             rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)

@@ -169,10 +169,10 @@ class Wrap(GradientTransformation):
         return {"inner": self.inner.init(inner), "kept": kept}
 
     def scalars(
-        self, updates: PyTree, shared: dict[str, Tensor], params: PyTree | None, extra: Any
+        self, updates: PyTree, shared: Any, params: PyTree | None, extra: Any, n: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `before` and `after` may read of this step, and the next shared values."""
-        now = self.once.hypers(shared, updates)
+        now = self.once.hypers(shared, n)
         mine = {name: extra[name] for name in self.once.extra_args if name in extra}
         now, new = self.once.prepared(now, shared, {"updates": updates, "params": params}, mine)
         if missing := [n for n in self.reads if n not in now and n not in self.slots]:
@@ -200,7 +200,9 @@ class Wrap(GradientTransformation):
                 f"{self.name} reads the parameters: call update(updates, state, params)."
             )
         kept = state["kept"]
-        now, shared = self.scalars(updates, kept.shared, params, extra)
+        now, shared = self.scalars(
+            updates, kept.shared, params, extra, len(tree.flatten(updates)[0])
+        )
         leaves = self.leaves(updates, params, kept.slots, now)
         seen, seen_params = leaves.before()
         mine = {name: extra[name] for name in self.inner.extra_args if name in extra}

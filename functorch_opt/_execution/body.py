@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -94,7 +95,7 @@ class Body:
     def __init__(
         self, entries: list[Entry], now: list[dict[str, Any]], into: int | None, as_inputs: bool
     ) -> None:
-        self.entries, self.into = entries, into
+        self.entries, self.now, self.into = entries, now, into
         self.whole = any(getattr(entry.stage, "kind", None) == "tensorwise" for entry in entries)
         self.fixed: list[dict[str, Any]] = []
         self.exact: list[dict[str, Tensor]] = []
@@ -115,6 +116,11 @@ class Body:
         self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
         self.numbers = tuple([_written(of) for of in self.fixed])
         self.key = self.base, self.numbers, tuple([tuple(of) for of in self.exact])
+
+    @cached_property
+    def with_constants(self) -> Body:
+        """The same with numbers as they are: how it runs where it is not compiled."""
+        return Body(self.entries, self.now, self.into, False) if any(self.exact) else self
 
     def _sort(self, now: dict[str, Any], as_inputs: bool) -> None:
         fixed, exact, shared, rows = {}, {}, {}, []

@@ -214,9 +214,7 @@ class _Same:
 
 def surroundings() -> Any:
     """What code depends on that no function names: autocast and the default dtype."""
-    autocast = []
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            autocast.append((device, torch.get_autocast_dtype(device)))
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    autocast = [(device, torch.get_autocast_dtype(device)) for device in devices]
     precision = torch.get_float32_matmul_precision()
     return tuple(autocast), torch.get_default_dtype(), precision

@@ -107,8 +107,9 @@ class Part:
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
         if isinstance(self.program, Uncompiled):
+            body = body.with_constants
             for leaf in zip(*columns, strict=True):
-                run_eagerly(body, [*leaf, *scalars])
+                run_eagerly(body, [*leaf, *body.scalars])
             return
         if getattr(self.program, "kernel", None) is not None and self.size == 1:
             self._run_kernel(columns, scalars)
@@ -305,10 +306,11 @@ class Segment:
                 if part.narrow and narrow is None:
                     narrow = narrowed(body)
                 part.run(mine, narrow if part.narrow else wide, body)  # type: ignore[arg-type]
+        plain = body.with_constants if self.eager else body
         for i in self.eager:
             leaf = [column[i] for column in columns]
             try:
-                run_eagerly(body, [*leaf, *body.scalars])
+                run_eagerly(plain, [*leaf, *plain.scalars])
             except Misfit as misfit:
                 where = self.where[i]
                 raise ValueError(f"compiled_step: the update at {where!r} {misfit}") from misfit

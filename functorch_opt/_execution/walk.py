@@ -248,7 +248,7 @@ class Walk:
         us = view.tree(self.us) if "updates" in tx.once.reads else None
         ps = view.tree(self.ps) if "params" in tx.once.reads else None
         with self.inside(view):
-            return tx.scalars(us, state["kept"].shared, ps, self.extra)
+            return tx.scalars(us, state["kept"].shared, ps, self.extra, len(view.indices))
 
     def _wrap_apart(self, tx: Wrap, state: PyTree, view: View) -> NewState:
         """What is inside sees tensors of its own, for something of it looks at whole trees."""

@@ -126,16 +126,12 @@ class Plan:
         moved = [i for i, g in enumerate(gradients) if g is not None]
         entries, began = self._entries(state, params, moved)
         flat = self._values(entries, moved)
-        if torch.compiler.is_compiling():
-            old = assemble(self.numbered, flat)
-        else:
-            old = tree.unflatten(self.spec, flat)
-        step = _Step(self, params, moved, entries, flat, old)
+        step = _Step(self, params, moved, entries, flat, self._assembled(flat))
         grads = self._tree(gradients)
         extra = self._extra(loss, grads)
         if self.compiled is not None and tx is self.tx:
             return self._compiled(step, grads, extra, state if began else None)
-        updates, new = tx.update(grads, old, self._tree([p.detach() for p in params]), **extra)
+        updates, new = tx.update(grads, step.old, self._tree([p.detach() for p in params]), **extra)
         us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
         write = step.writes([us[i] for i in moved], new)
 
@@ -164,7 +160,7 @@ class Plan:
             self.checked = True
             if state is not None:
                 step.keep(state)
-            step.write_state(differences(self.numbered, step.old, new), new, True)
+            step.write_state(step.changes(new, []), True)
 
         return torch.no_grad()(act)
 
@@ -204,6 +200,12 @@ class Plan:
         for k, key in self.clocked:
             flat[k] = self.counts.time(key, entries)
         return flat
+
+    def _assembled(self, flat: list[Any]) -> PyTree:
+        """The functional state of these tensors."""
+        if torch.compiler.is_compiling():
+            return assemble(self.numbered, flat)
+        return tree.unflatten(self.spec, flat)
 
     def _extra(self, loss: Any, grads: PyTree) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
@@ -301,23 +303,27 @@ class _Step:
 
         All is read before anything is overwritten: a rule may return what it was given.
         """
-        changed = differences(self.plan.numbered, self.old, new)
-        kept = [(k, x) for k, x in changed if self.plan.flat[k].kind in ("slot", "joint")]
         targets = [self.params[i] for i in self.moved]
-        written = [*targets, *[self.flat[k] for k, _ in kept]]
         us = apart(us, targets)
-        values = apart([x for _, x in kept], written)
-        changed = [pair for pair in changed if pair[0] not in dict(kept)]
-        changed += zip([k for k, _ in kept], values, strict=True)
+        changed = self.changes(new, targets)
 
         def write() -> None:
             pairs = list(zip(targets, us, strict=True))
             _foreach(torch._foreach_add_, Tensor.add_, pairs)
-            self.write_state(changed, new, False)
+            self.write_state(changed, False)
 
         return write
 
-    def write_state(self, changed: list[tuple[int, Any]], new: PyTree, in_place: bool) -> None:
+    def changes(self, new: PyTree, targets: list[Tensor]) -> list[tuple[int, Any]]:
+        """What of the state is another tensor now, in memory that writing does not touch."""
+        changed = differences(self.plan.numbered, self.old, new)
+        kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
+        found = dict(changed)
+        values = apart([found[k] for k in kept], [*targets, *[self.flat[k] for k in kept]])
+        found.update(zip(kept, values, strict=True))
+        return [*found.items()]
+
+    def write_state(self, changed: list[tuple[int, Any]], in_place: bool) -> None:
         """Write slots and counts."""
         plan, counts = self.plan, self.plan.counts
         kinds = {k: plan.flat[k].kind for k, _ in changed}

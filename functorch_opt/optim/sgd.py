@@ -71,7 +71,7 @@ class SGD(TorchNamed):
         self, momentum: Any, dampening: Any, nesterov: bool, **rest: Any
     ) -> GradientTransformation:
         still = is_zero(momentum)
-        damped = isinstance(dampening, Tensor) or dampening != 0
+        damped = not is_zero(dampening)
         if nesterov and (still or damped):
             given = "momentum 0" if still else "a dampening that is not 0"
             raise ValueError(
