@@ -1119,4 +1119,8 @@ def _kinds(
             for path in rng.sample([*leaves], rng.randint(0, len(leaves) - 1)):
                 if rng.random() < 0.7:
                     kinds[path, step] = "missing"
-    return kinds
+    return {
+        (path, step): kind
+        for (path, step), kind in kinds.items()
+        if kinds.get((kind.removeprefix("same as "), step)) != "missing"
+    }
