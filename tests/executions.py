@@ -8,6 +8,7 @@ numbers that are a few roundings off.
 
 from __future__ import annotations
 
+import copy
 import math
 import traceback
 import warnings
@@ -136,6 +137,32 @@ def compiled(donate: bool, backend: str) -> Execution:
     return execute
 
 
+def update_resumed(program: Program, plan: Plan) -> Seen:
+    """`update`, with a state that is saved and loaded into a new one after every step."""
+    tx = plan.tx()
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        params, state = pure_step(tx)(params, grads, state)
+        return params, fo.load_state_dict(plan.tx().init(params), fo.state_dict(state))
+
+    return run(plan, step, tx)
+
+
+def two_models_in_turn(program: Program, plan: Plan) -> Seen:
+    """One compiled step for two models; the first is seen."""
+    tx = plan.tx()
+    step, other = CompiledStep(tx, True, "eager"), plan.params(1)
+    others = [tx.init(other)]
+
+    def turn(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        result = step(params, grads, state)
+        i = len(others) - 1
+        others.append(step(other, plan.grads(i, other, 1), others[-1])[1])
+        return result
+
+    return run(plan, turn, tx)
+
+
 @contextmanager
 def afresh() -> Iterator[None]:
     """Inside, Dynamo knows no graphs of before, and may make one for each step: what shares memory with what may change."""
@@ -172,13 +199,17 @@ def here(x: Tensor) -> Tensor:
 
 
 def optimizer(program: Program, plan: Plan, compile: bool, put: Put = here) -> fo.optim.Optimizer:
-    """The optimizer of a program, over copies of its parameters, in one group or two."""
+    """The optimizer of a program, over copies of its parameters."""
     first = plan.params()
     params = [nn.Parameter(put(p.clone())) for p in tree.flatten(first)[0]]
     named = list(zip(tree.paths(first), params, strict=True))
+    return fo.optim.Optimizer(groups_of(program, named), plan.tx(), compile=compile)
+
+
+def groups_of(program: Program, named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """One group or two."""
     half = len(named) // 2 if program.groups else 0
-    groups = [{"params": part} for part in (named[:half], named[half:]) if part]
-    return fo.optim.Optimizer(groups, plan.tx(), compile=compile)
+    return [{"params": part} for part in (named[:half], named[half:]) if part]
 
 
 def train(
@@ -225,6 +256,21 @@ def stateful_traced(written_over: bool = False) -> Execution:
             return stateful(True, written_over)(program, plan)
 
     return execute
+
+
+def stateful_resumed(program: Program, plan: Plan) -> Seen:
+    """The optimizer, replaced after every step by a new one that loads what the old one saved."""
+    opts = [optimizer(program, plan, False)]
+    params = [p for group in opts[0].param_groups for p in group["params"]]
+    named = list(zip(tree.paths(plan.params()), params, strict=True))
+
+    def step() -> None:
+        opts[-1].step()
+        saved = copy.deepcopy(opts[-1].state_dict())
+        opts.append(fo.optim.Optimizer(groups_of(program, named), plan.tx()))
+        opts[-1].load_state_dict(saved)
+
+    return train(plan, opts[0], step)
 
 
 @contextmanager
@@ -303,6 +349,13 @@ EAGER: dict[str, Execution] = {
 }
 """What can be checked of a program without compiling anything."""
 
+LIVES: dict[str, Execution] = {
+    "update, resumed": update_resumed,
+    "Optimizer, resumed": stateful_resumed,
+    "compiled_step, two models in turn, traced": two_models_in_turn,
+}
+"""The same again in a longer life: saved and loaded, or used for something else between."""
+
 INDUCTOR: dict[str, Execution] = {
     "compiled_step, donate": compiled(True, "inductor"),
     "compiled_step, donate=False": compiled(False, "inductor"),
@@ -323,7 +376,7 @@ DYNAMO: dict[str, Execution] = {
 }
 """The same without Inductor: graphs with all their writes, run as they are."""
 
-ALL = EAGER | INDUCTOR | DYNAMO
+ALL = EAGER | LIVES | INDUCTOR | DYNAMO
 
 
 def applies(name: str, program: Program) -> bool:
@@ -439,10 +492,12 @@ class Failure:
         )
 
 
+MEANING = "update, the meaning itself"
+"""An error in it is a failure too: what programs do is allowed."""
+
+
 class Unfit(Exception):
-    """A program whose own `update` raises, or whose numbers depend too much on rounding, says
-    nothing about executions.
-    """
+    """A program whose numbers depend too much on rounding says nothing about executions."""
 
 
 def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> list[Failure]:
@@ -459,7 +514,7 @@ def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> l
             expected = meaning(program, plan)
             allowed = slack(program, plan, expected)
         except Exception as error:
-            raise Unfit(f"{type(error).__name__}: {error}\n\n{program.source()}") from error
+            return [error_in(program, MEANING, error)]
         low = any(leaf.dtype == "bfloat16" for leaf in program.leaves.values())
         scale = max([1.0, *(size(x) for x in expected[-1].values() if x.is_floating_point())])
         if not math.isfinite(allowed[-1]) or allowed[-1] > scale * (0.3 if low else limit):
@@ -471,14 +526,18 @@ def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> l
     return failures
 
 
+def error_in(program: Program, name: str, error: Exception) -> Failure:
+    last = "".join(traceback.format_exception(error)[-9:])
+    return Failure(program, name, last, type(error).__name__)
+
+
 def failures_of(
     program: Program, name: str, plan: Plan, expected: Seen, allowed: list[float]
 ) -> list[Failure]:
     try:
         got = ALL[name](program, plan)
     except Exception as error:
-        last = "".join(traceback.format_exception(error)[-9:])
-        return [Failure(program, name, last, type(error).__name__)]
+        return [error_in(program, name, error)]
     difference = first_difference(expected, got, allowed)
     return [] if difference is None else [Failure(program, name, str(difference), "numbers")]
 

@@ -618,6 +618,16 @@ def active(count, updates, usual):
 """
 
 
+OF_LIBRARY = [
+    ("MultiSteps", "fo.MultiSteps({0}, 2)", False),
+    ("MultiSteps", "fo.MultiSteps({0}, 3, use_grad_mean=False)", False),
+    ("apply_if_finite", "fo.apply_if_finite({0}, 5)", False),
+    ("lookahead", "fo.lookahead({0}, 2, 0.5)", True),
+]
+OF_LIBRARY = [row for row in OF_LIBRARY if hasattr(fo, row[0])]
+"""Wrappers of the library, those that there are, and whether they have to come last."""
+
+
 class Author:
     """Draws the parts of one program."""
 
@@ -638,7 +648,8 @@ class Author:
         """A whole transformation, with what must come last."""
         part = self.part(depth=2)
         if self.chance(0.12):
-            part = Nest("fo.keep_master_weights({0})", [part], last=True)
+            lasts = ["fo.keep_master_weights({0})"] + [row[1] for row in OF_LIBRARY if row[2]]
+            part = Nest(self.rng.choice(lasts), [part], last=True)
         elif self.chance(0.6):
             end = self.rng.choice(["fo.scale(-0.3)", "fo.scale_by_learning_rate(0.2)"])
             part = Chained([part, Library(end)])
@@ -665,6 +676,9 @@ class Author:
             return Chained([self.part(depth - 1) for _ in range(self.rng.randint(1, 4))])
         if kind == "groups":
             return self.groups(depth - 1)
+        if kind == "wrapper" and OF_LIBRARY and self.chance(0.4):
+            forms = [form for _, form, last in OF_LIBRARY if not last]
+            return Nest(self.rng.choice(forms), [self.part(depth - 1)])
         if kind == "wrapper":
             name = self.rng.choice([*WRAPPERS])
             return ByHand(name, WRAPPERS[name], [self.part(depth - 1)])
@@ -775,8 +789,9 @@ class Author:
         if self.has["leafwise totals"] and self.chance(0.2):
             part.totals = {"total": fold()}
 
-    def prepare_of(self, part: Rule) -> None:
+    def prepare_of(self, part: Rule, counting: bool | None = None) -> None:
         rng = self.rng
+        counting = self.counting if counting is None else counting
         if self.chance(0.35):
             for name in ["k", "l"][: rng.randint(1, 2)]:
                 part.shared[name] = f"torch.tensor({rng.choice([0.3, 0.6])}, dtype=torch.float64)"
@@ -784,7 +799,7 @@ class Author:
         sources = ["0.5", "2", *part.hyper, *part.shared]
         sources += [rng.choice([NORM, BY_HAND]).format(tree=tree)] * 2
         sources += [f"torch.tanh(0.1 * {name})" for name in part.totals] * 2
-        sources += [rng.choice(OF_COUNT)] * 2 if self.counting else []
+        sources += [rng.choice(OF_COUNT)] * 2 if counting else []
 
         def scalar() -> str:
             a, b = rng.choice(sources), rng.choice(sources)
@@ -804,9 +819,9 @@ class Author:
         if self.chance(0.45):
             return alias(self.rng, scope)
         value = expression(self.rng, scope, self.rng.randint(1, 2))
-        form = self.rng.choice(
-            ["torch.tanh({x})", "0.9 * {name} + 0.1 * ({x})", "torch.lerp({name}, {x}, 0.2)", "{x}"]
-        )
+        forms = ["torch.tanh({x})", "0.9 * {name} + 0.1 * ({x})", "{x}"]
+        forms += [] if scope.promotes else ["torch.lerp({name}, {x}, 0.2)"]
+        form = self.rng.choice(forms)
         return form.format(name=name, x=value)
 
     def update_of(self, tensors: list[str], scope: Scope) -> str:
@@ -822,20 +837,19 @@ class Author:
     # ---- what is declared around others ----
 
     def wrap(self, depth: int) -> Part:
+        """Functions around another part. They see the dtypes that there are."""
         rng = self.rng
         part = Rule(first={n: rng.choice(FIRST) for n in ["m", "v"][: rng.randint(0, 2)]})
-        for name in ["h"][: rng.randint(0, 1)]:
-            part.hyper[name] = rng.choice(SCHEDULES if self.chance(0.3) else NUMBERS)
-        if self.chance(0.3):
-            self.prepare_of(part)
-        scalars = [n for n, x in part.now.items() if "Each" not in x] + [*part.hyper]
-        scope = Scope(["g", "p", *part.first], scalars)
+        if self.chance(0.5):
+            part.hyper["h"] = rng.choice(SCHEDULES if self.chance(0.3) else NUMBERS)
+        if self.chance(0.4):
+            self.prepare_of(part, counting=True)
+        scalars = [name for name, value in part.now.items() if "Each" not in value]
+        scope = Scope(["g", "p", *part.first], [*scalars, *part.hyper], promotes=True)
         names = ["g", "p", *part.first, *part.now, *part.hyper, *part.shared]
         lines, options = [], []
         if self.chance(0.7) or not part.first:
-            given = [alias(rng, scope), expression(rng, scope, 1), "g", "g"]
-            point = [alias(rng, scope), expression(rng, scope, 1), "p", "p"]
-            result = [rng.choice(given), rng.choice(point)]
+            result = self.seen_by_inner(scope)
             lines += [f"def before({part.taken(names, result)}):"]
             lines += [f"    return {', '.join(result)}", ""]
             options.append("before=before")
@@ -849,15 +863,24 @@ class Author:
         texts = [*part.now.values(), *part.new_shared.values()]
         if texts:
             known = [*part.hyper, *part.shared, "count", "updates", "params"]
-            result = entries(part.now)
-            result += f", {entries(part.new_shared)}" if part.new_shared else ""
-            lines += [f"def prepare({part.taken(known, texts)}):", f"    return {result}", ""]
+            result = [entries(part.now)] + [entries(part.new_shared)] * bool(part.new_shared)
+            lines += [f"def prepare({part.taken(known, texts)}):"]
+            lines += [f"    return {', '.join(result)}", ""]
             options.append("prepare=prepare")
-        for option in ("slots", "shared", "hyper"):
-            values = part.first if option == "slots" else getattr(part, option)
-            options += [f"{option}={entries(values)}"] if values else []
+        values = {"slots": part.first, "shared": part.shared, "hyper": part.hyper}
+        options += [f"{option}={entries(value)}" for option, value in values.items() if value]
         lines.append(f"return fo.wrap({', '.join(['inner', *options])})")
         return Declared("wrapped", "\n".join(lines), [self.part(depth)])
+
+    def seen_by_inner(self, scope: Scope) -> list[str]:
+        """What `before` returns: g and p where it reads both, else the one that it reads."""
+        rng = self.rng
+        g = rng.choice([alias(rng, scope), expression(rng, scope, 1), "g"])
+        p = rng.choice([alias(rng, scope), expression(rng, scope, 1), "p"])
+        of_g = [x for x in (g, p) if reads("g", x)]
+        if of_g and (reads("p", g) or reads("p", p)):
+            return [g, p]
+        return of_g[:1] or [p]
 
     def gate(self, depth: int) -> Part:
         otherwise = ', otherwise="pass"' if self.chance(0.3) else ""
@@ -1096,4 +1119,8 @@ def _kinds(
             for path in rng.sample([*leaves], rng.randint(0, len(leaves) - 1)):
                 if rng.random() < 0.7:
                     kinds[path, step] = "missing"
-    return kinds
+    return {
+        (path, step): kind
+        for (path, step), kind in kinds.items()
+        if kinds.get((kind.removeprefix("same as "), step)) != "missing"
+    }

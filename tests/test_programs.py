@@ -22,6 +22,7 @@ from executions import (
     DYNAMO,
     EAGER,
     INDUCTOR,
+    LIVES,
     Plan,
     Seen,
     Unfit,
@@ -62,7 +63,7 @@ def obey(seed: int, names: list[str], steps: int = 5) -> None:
 
 @pytest.mark.parametrize("seed", range(FIXED))
 def test_every_execution_gives_the_numbers_of_update(seed: int) -> None:
-    obey(seed, [*EAGER])
+    obey(seed, [*EAGER, *[*LIVES][seed % 6 : seed % 6 + 1]])
 
 
 @pytest.mark.parametrize("k", range(CHANGING))
