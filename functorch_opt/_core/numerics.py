@@ -96,13 +96,11 @@ def norm(tree: PyTree) -> Tensor:
     of_parts = {i for _, indices in groups for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
     # Those of other ranks are gathered and not summed, so that no square can overflow.
-    return _norm_of(
-        plain
-        + [
-            _norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()])
-            for like, indices in groups
-        ]
-    )
+    for like, indices in groups:
+        mine = _norm_of([norms[i] for i in indices])
+        all_ranks = everybodys([mine], like)
+        plain.append(_norm_of([*all_ranks.flatten()]))
+    return _norm_of(plain)
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
@@ -110,10 +108,10 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
 
     Complex numbers count as pairs of reals.
     """
-    products = [
-        torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
-        for x, y in zip(leaves(tree), leaves(other), strict=True)
-    ]
+    products = []
+    for x, y in zip(leaves(tree), leaves(other), strict=True):
+        wide = _wide(x)
+        products.append(torch.vdot(wide, _wide(y).to(wide.dtype)).real)
     return stack(products).sum() if products else torch.zeros((), dtype=torch.float32)
 
 
