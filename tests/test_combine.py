@@ -186,6 +186,17 @@ def test_a_list_of_params_has_its_labels_found_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "mask", [{"enc": [True, False], "head": True}, {"enc": True, "head": False}]
+)
+def test_a_tree_of_bools_is_read_inside_of_compiled_code(mask: Any) -> None:
+    params = {"head": torch.ones(2), "enc": [torch.ones(3), torch.ones(1)]}
+    tx = fo.masked(fo.scale(10.0), mask)
+    state = tx.init(params)
+    compiled = torch.compile(tx.update, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(params, state), tx.update(params, state))
+
+
+@pytest.mark.parametrize(
     "mask", [{"enc": {"w": True}}, {"head": True}, {"enc": {"w": {"x": True}}}]
 )
 def test_a_mask_that_lacks_a_parameter_of_the_group_is_refused(mask: Any) -> None:

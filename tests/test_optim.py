@@ -205,6 +205,11 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             ValueError,
             "Nesterov momentum requires a momentum",
         ),
+        (
+            lambda ps: fo.optim.SGD(ps, momentum=0.9, nesterov=True, dampening=0.1),
+            ValueError,
+            "Nesterov momentum requires a momentum and zero dampening",
+        ),
         (lambda ps: fo.optim.Adadelta(ps, eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),
         (
             lambda ps: fo.optim.Rprop(ps, etas=(0.5, 1.0)),

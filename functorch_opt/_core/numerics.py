@@ -147,13 +147,10 @@ def norm(tree: PyTree) -> Tensor:
     of_parts = {i for _, indices in layouts for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
     # Those of other ranks are gathered and not summed, so that no square can overflow.
-    return _norm_of(
-        plain
-        + [
-            _norm_of([*everybodys([_norm_of([norms[i] for i in indices])], like).flatten()])
-            for like, indices in layouts
-        ]
-    )
+    for like, indices in layouts:
+        mine = _norm_of([norms[i] for i in indices])
+        plain.append(_norm_of([*everybodys([mine], like).flatten()]))
+    return _norm_of(plain)
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:
@@ -170,10 +167,10 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
         >>> fo.tree.dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
         tensor(11.)
     """
-    products = [
-        torch.vdot(_wide(x), _wide(y).to(_wide(x).dtype)).real
-        for x, y in zip(leaves(tree), leaves(other), strict=True)
-    ]
+    products = []
+    for x, y in zip(leaves(tree), leaves(other), strict=True):
+        wide = _wide(x)
+        products.append(torch.vdot(wide, _wide(y).to(wide.dtype)).real)
     return stack(products).sum() if products else torch.zeros((), dtype=torch.float32)
 
 

@@ -192,6 +192,12 @@ def _children(node: PyTree) -> dict[Any, PyTree] | None:
     """What is one level below `node`, by key, index or field name; None for a leaf."""
     if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **_OPTREE):
         return None
+    # Compiled code cannot ask optree about a tree that it did not get as an argument, such as a
+    # mask; so the ordinary containers are looked into here, in the order that optree has too.
+    if type(node) in (list, tuple):
+        return dict(enumerate(node))
+    if type(node) is dict and all(isinstance(key, str) for key in node):
+        return {key: node[key] for key in sorted(node)}
     one = optree.tree_flatten_one_level(node, **_OPTREE)
     entries = type(node)._fields if optree.is_namedtuple_instance(node) else one.entries
     return dict(zip(entries, one.children, strict=True))

@@ -103,6 +103,26 @@ def scale_by_backtracking_linesearch(
         atol,
         rtol,
     )
+    return _transformation(rule, store_grad)
+
+
+_KEPT = ("learning_rate", "value", "num_linesearch_steps", "decrease_error")
+
+
+class _Rule(NamedTuple):
+    """The arguments of a search, which are explained there."""
+
+    max_steps: int
+    slope_rtol: Scalar
+    decrease_factor: Scalar
+    increase_factor: Scalar
+    max_learning_rate: Scalar
+    atol: Scalar
+    rtol: Scalar
+
+
+def _transformation(rule: _Rule, store_grad: bool) -> GradientTransformation:
+    """The search as a stage."""
 
     def init(params: PyTree) -> StageState:
         return first_state(params, store_grad, "decrease_error")
@@ -125,21 +145,6 @@ def scale_by_backtracking_linesearch(
         return line.finish(updates, found[0], gs, state, shared)
 
     return GradientTransformation(init, update)
-
-
-_KEPT = ("learning_rate", "value", "num_linesearch_steps", "decrease_error")
-
-
-class _Rule(NamedTuple):
-    """The arguments of a search, which are explained there."""
-
-    max_steps: int
-    slope_rtol: Scalar
-    decrease_factor: Scalar
-    increase_factor: Scalar
-    max_learning_rate: Scalar
-    atol: Scalar
-    rtol: Scalar
 
 
 def _search(line: Line, state: StageState, rule: _Rule) -> tuple[Tensor, ...]:

@@ -218,17 +218,20 @@ def _inverse_hessian_times(
     """
 
     def gram(A: list[Tensor], B: list[Tensor]) -> Tensor:
-        return torch.stack([x @ y for x, y in zip(A, B, strict=True)]).sum(0)
+        products = [x @ y for x, y in zip(A, B, strict=True)]
+        return torch.stack(products).sum(0)
 
     transposed = [y.mT for y in Y]
     SY, YY = gram(S, transposed), gram(Y, transposed)
     Sg, Yg = gram(S, g), gram(Y, g)
     D = SY.diagonal()
     R = SY.triu() + torch.diag((~(D > 0)).to(D.dtype))
-    c = _first_scale(g, D[-1], YY[-1, -1]) if scaled else torch.ones_like(D[-1])
+    newest = D[-1]
+    c = _first_scale(g, newest, YY[-1, -1]) if scaled else torch.ones_like(newest)
     a = _solved(R, Sg, upper=True)
     b = _solved(R.mT, D * a + c * (YY @ a - Yg), upper=False)
-    return [c * x + s.mT @ b - c * (y.mT @ a) for x, s, y in zip(g, S, Y, strict=True)]
+    Sb, Ya = [s.mT @ b for s in S], [y.mT @ a for y in Y]
+    return [c * x + sb - c * ya for x, sb, ya in zip(g, Sb, Ya, strict=True)]
 
 
 def _first_scale(g: list[Tensor], sy: Tensor, yy: Tensor) -> Tensor:

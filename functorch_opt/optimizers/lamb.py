@@ -56,16 +56,16 @@ def scale_by_trust_ratio(
     check_range(0, float("inf"), min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
 
     def rule(g, pp, gg, min_norm, trust_coefficient, eps):
-        p_norm, g_norm = torch.clamp(_root(pp), min=min_norm), torch.clamp(_root(gg), min=min_norm)
+        p_norm = torch.clamp(_root(pp), min=min_norm)
+        g_norm = torch.clamp(_root(gg), min=min_norm)
         either_is_zero = (p_norm == 0) | (g_norm == 0)
         # The divisor is never 0: the derivative of what is not chosen would be NaN.
         divisor = torch.where(either_is_zero, 1.0, g_norm + eps)
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
-    return leafwise(
-        rule, hyper=hyper, sums={"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
-    )
+    sums = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
+    return leafwise(rule, hyper=hyper, sums=sums)
 
 
 def _root(square: Tensor) -> Tensor:

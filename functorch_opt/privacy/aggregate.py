@@ -88,15 +88,14 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     part = tree.broadcast(numbers, grads, names=names)
     norms, factors = [], []
     for k, bound in enumerate(bounds):
-        norm = _norms(
-            [g for g, j in zip(gs, part, strict=True) if j == k and g is not None], n, weights
-        )
+        mine = [g for g, j in zip(gs, part, strict=True) if j == k and g is not None]
+        norm = _norms(mine, n, weights)
         factor = _factor(norm, bound)
         norms.append(norm)
         factors.append(factor if weights is None else factor * weights)
-    total = [
-        None if g is None else _weighted_sum(factors[k], g) for g, k in zip(gs, part, strict=True)
-    ]
+    total: list[Tensor | None] = []
+    for g, k in zip(gs, part, strict=True):
+        total.append(None if g is None else _weighted_sum(factors[k], g))
     return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
 
 

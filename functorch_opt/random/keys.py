@@ -13,16 +13,14 @@ numbers for all.
 
 from __future__ import annotations
 
-import functools
-import math
 from itertools import accumulate
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.random import philox
+from functorch_opt.random.places import NOWHERE, Region, blocks_of, place_in, place_of
 from functorch_opt.tree import PyTree
 
 __all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform", "uniform_like"]
@@ -91,8 +89,8 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
         >>> fo.random.fold_in(fo.random.key(0), 3).shape
         torch.Size([2])
     """
-    words = philox.words(key, _whole("data", data, _checked(key).device))
-    return torch.stack([philox.join(words[0], words[1]), philox.join(words[2], words[3])], -1)
+    a, b, c, d = philox.words(key, _whole("data", data, _checked(key).device))
+    return torch.stack([philox.join(a, b), philox.join(c, d)], -1)
 
 
 def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
@@ -182,25 +180,18 @@ def _tensor(
             f"got {type(shape).__name__} {shape!r}."
         )
     device = _checked(key).device
-    place = _place(tuple(shape), None if part is None else _region(tuple(shape), part))
+    shape = tuple(shape)
+    place = place_in(shape, None if part is None else _region(shape, part))
     if place.dims:
         return place.take(philox.draw(make, key, place.numbers(0, device)))
-    return place.take(
-        philox.draw(
-            make,
-            key,
-            torch.full((), place.first // 4, dtype=torch.int64, device=device),
-            place.blocks,
-        )
-    )
+    begin = torch.full((), place.first // 4, dtype=torch.int64, device=device)
+    return place.take(philox.draw(make, key, begin, place.blocks))
 
 
 def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
-    if (
-        not isinstance(part, tuple)
-        or len(part) != len(shape)
-        or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part)
-    ):
+    """The offsets and sizes that the slices of `part` stand for."""
+    fits = isinstance(part, tuple) and len(part) == len(shape)
+    if not fits or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part):
         raise TypeError(
             f"part must be a tuple of slices without step, one for each dimension of {shape}; "
             f"got {part!r}."
@@ -263,25 +254,17 @@ def draw_leaves(
     """`normal_like` and `uniform_like`, for the leaves of a tree."""
     device = _checked(key).device
     begin = _whole("count", count, device) << _STEP_BITS
-    places = [_nothing if leaf is None else _place_of(leaf) for leaf in leaves]
-    begins = [
-        0,
-        *accumulate(
-            [
-                0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex()))
-                for leaf in leaves
-            ]
-        ),
-    ]
+    places = [NOWHERE if leaf is None else place_of(leaf) for leaf in leaves]
+    *begins, end = accumulate([blocks_of(leaf) for leaf in leaves], initial=0)
     if begin.dim() == 0 and not any(map(tree.is_sharded, leaves)):
-        drawn = philox.draw(make, key, begin, begins[-1])
+        drawn = philox.draw(make, key, begin, end)
     else:
-        rows = zip(places, begins[:-1], begin.expand(len(leaves)).unbind(), strict=True)
-        drawn = philox.draw(
-            make,
-            key,
-            torch.cat([place.numbers(base, device) + of_count for place, base, of_count in rows]),
-        )
+        of_leaves = begin.expand(len(leaves)).unbind()
+        numbers = [
+            place.numbers(base, device) + of_leaf
+            for place, base, of_leaf in zip(places, begins, of_leaves, strict=True)
+        ]
+        drawn = philox.draw(make, key, torch.cat(numbers))
     pieces = drawn.split([place.blocks for place in places])
     return [
         None if leaf is None else _finish(place.take(x), leaf)
@@ -292,116 +275,3 @@ def draw_leaves(
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
     return tree.join(x, leaf) if tree.is_sharded(leaf) else x
-
-
-# ---- where numbers lie in the stream -------------------------------------------------------------
-
-Region = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes, by dimension, of a part in its whole."""
-
-
-class _Place(NamedTuple):
-    """Where the elements of a tensor, or of a part of one, lie in the stream.
-
-    They are some runs, equally long, of numbers without a gap.
-    """
-
-    shape: tuple[int, ...]
-    first: int
-    """The number at which the first run begins."""
-    dims: tuple[tuple[int, int], ...]
-    """The dimensions by which runs are ordered.
-
-    Each says how many there are, and how far one is from the next.
-    """
-    length: int
-
-    @property
-    def runs(self) -> int:
-        return math.prod(n for n, _ in self.dims)
-
-    @property
-    def lane(self) -> int | None:
-        """The place in its block at which a run begins; None if it is not the same for all."""
-        return None if any(stride % 4 for n, stride in self.dims if n > 1) else self.first % 4
-
-    @property
-    def width(self) -> int:
-        """How many blocks a run needs at most."""
-        return _blocks((3 if self.lane is None else self.lane) + self.length) if self.length else 0
-
-    @property
-    def blocks(self) -> int:
-        return self.runs * self.width
-
-    def starts(self, device: torch.device) -> Tensor:
-        starts = torch.full((1,), self.first, dtype=torch.int64, device=device)
-        for n, stride in self.dims:
-            starts = (starts[:, None] + stride * torch.arange(n, device=device)).flatten()
-        return starts
-
-    def numbers(self, base: int, device: torch.device) -> Tensor:
-        """The blocks to draw, where the stream of the whole begins at block `base`."""
-        return (
-            (self.starts(device) >> 2)[:, None]
-            + torch.arange(base, base + self.width, device=device)
-        ).flatten()
-
-    def take(self, drawn: Tensor) -> Tensor:
-        """The numbers, from these blocks."""
-        rows = drawn.reshape(self.runs, 4 * self.width)
-        if self.lane is None:
-            return rows.gather(
-                1,
-                (self.starts(rows.device) & 3)[:, None]
-                + torch.arange(self.length, device=rows.device),
-            ).reshape(self.shape)
-        return rows[:, self.lane : self.lane + self.length].reshape(self.shape)
-
-
-_nothing = _Place((0,), 0, (), 0)
-
-
-def _blocks(numbers: int) -> int:
-    return -(-numbers // 4)
-
-
-def _place(shape: tuple[int, ...], region: Region | None = None) -> _Place:
-    """Of the part `region` of a tensor of this shape; of the whole, if there is no region."""
-    if region is None:
-        return _Place(shape, 0, (), math.prod(shape))
-    offsets, sizes = region
-    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    # Below the dimension `inner` the part has everything.
-    inner = max([d for d in range(len(shape)) if sizes[d] != shape[d]], default=0)
-    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-    return _Place(
-        sizes,
-        first,
-        tuple(zip(sizes[:inner], strides[:inner], strict=True)),
-        math.prod(sizes[inner:]),
-    )
-
-
-def _place_of(leaf: Tensor) -> _Place:
-    """Of the elements of `leaf` that this process holds; a complex one is two numbers."""
-    shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
-    if not tree.is_sharded(leaf):
-        return _place(shape)
-    whole: Any = leaf
-    offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, tuple(whole.placements))
-    return _place(shape, ((*offsets, 0), (*sizes, 2)) if leaf.is_complex() else (offsets, sizes))
-
-
-@functools.lru_cache(4096)
-def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Region:
-    """What this rank holds of a tensor that is distributed so.
-
-    Of a sum not yet taken, it is all that the rank would hold of the sum.
-    """
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    settled = [Replicate() if placement.is_partial() else placement for placement in placements]
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, settled)
-    return tuple(offsets), tuple(sizes)

@@ -75,26 +75,21 @@ def join(low: Tensor, high: Tensor) -> Tensor:
 
 def bits(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """The words themselves, int32."""
-    return torch.stack(
-        [
-            torch.where(w >= 2**31, w - 2**32, w).to(torch.int32)
-            for w in words(key, _numbers(blocks, n))
-        ],
-        -1,
-    )
+    unsigned = words(key, _numbers(blocks, n))
+    signed = [torch.where(w >= 2**31, w - 2**32, w) for w in unsigned]
+    return torch.stack([w.to(torch.int32) for w in signed], -1)
 
 
 def uniform(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """Multiples of 2**-24 in [0, 1), float32."""
-    return torch.stack(
-        [(w & 0xFFFFFF).to(torch.float32) * 2.0**-24 for w in words(key, _numbers(blocks, n))], -1
-    )
+    low = [w & 0xFFFFFF for w in words(key, _numbers(blocks, n))]
+    return torch.stack([w.to(torch.float32) * 2.0**-24 for w in low], -1)
 
 
 def normal(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """Standard normals, float32, at most 6.77 in size."""
-    w = words(key, _numbers(blocks, n))
-    return torch.stack([*box_muller(w[0], w[1]), *box_muller(w[2], w[3])], -1)
+    a, b, c, d = words(key, _numbers(blocks, n))
+    return torch.stack([*box_muller(a, b), *box_muller(c, d)], -1)
 
 
 def _numbers(blocks: Tensor, n: int | None) -> Tensor:

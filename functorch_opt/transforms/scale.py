@@ -200,6 +200,8 @@ def centralize() -> GradientTransformation:
     """
 
     def rule(g):
-        return g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True) if g.dim() > 1 else g
+        if g.dim() < 2:
+            return g
+        return g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True)
 
     return leafwise(rule, kind="tensorwise")
