@@ -1,7 +1,8 @@
 """Muon: momentum, made nearly orthogonal by a few steps of Newton-Schulz.
 
     mu = beta mu + (1 - beta) g
-    m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)      with nesterov, otherwise mu
+    m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)             with nesterov
+    m  = mu / (1 - beta^t)                                                    without
     x  = m / (|m| + eps)
     x  = a x + (b (x x') + c (x x')^2) x          ns_steps times, with (a, b, c) = ns_coeffs
     u  = ratio x                      ratio = sqrt(max(1, n / m)) for a parameter of shape [n, m]
@@ -120,18 +121,19 @@ def scale_by_muon(
     """
     check_range(0, float("inf"), beta=beta, eps=eps)
     check_choice("optax", "torch", variant=variant)
-    of_torch, triples = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
+    of_torch, of_steps = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
 
     def prepare(count, beta):
-        # Only the direction of m matters: beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t),
-        # times 1 - beta^t.
         t = tree.as_real(count + 1)
-        return {"weight": 1 - beta, "ahead": (1 - beta**t) / (1 - beta ** (t + 1))}
+        c = 1 - beta**t
+        # beta mu / (1 - beta^(t+1)) + (1 - beta) g / c  =  (beta ahead mu + (1 - beta) g) / c, and
+        # x is the same for c m and c eps.
+        return {"weight": 1 - beta, "ahead": c / (1 - beta ** (t + 1)), "floor": eps * c}
 
-    def rule(g, mu, weight, ahead):
+    def rule(g, mu, weight, ahead, floor):
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(ahead * mu, g, weight) if nesterov else mu
-        x = newton_schulz(m / (m.norm() + eps), triples)
+        x = newton_schulz(m / (m.norm() + floor), of_steps)
         return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
 
     def torchs_prepare(beta):
@@ -141,7 +143,7 @@ def scale_by_muon(
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(g, mu, beta) if nesterov else mu
         x = m.bfloat16()
-        x = newton_schulz(x / x.norm().clamp(min=eps), triples).to(g.dtype)
+        x = newton_schulz(x / x.norm().clamp(min=eps), of_steps).to(g.dtype)
         return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
 
     return leafwise(
