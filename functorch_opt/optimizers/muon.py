@@ -16,7 +16,7 @@ Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -204,31 +204,16 @@ def muon(
         >>> list(state["muon"]), list(fo.get(state, "scale_by_muon/mu"))
         (['scale_by_muon', 'add_decayed_weights', 'scale_by_learning_rate'], ['weight'])
     """
-    of_matrices = scale_by_muon(
-        ns_coeffs,
-        ns_steps,
-        beta,
-        eps,
-        mu_dtype,
-        nesterov=nesterov,
-        consistent_rms=consistent_rms,
-        variant=variant,
-    )
-    adam = adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        adam_b1,
-        adam_b2,
-        eps,
-        adam_eps_root,
-        mu_dtype,
-        adam_weight_decay,
-        nesterov=nesterov,
+    options: dict[str, Any] = {"consistent_rms": consistent_rms, "variant": variant}
+    direction = scale_by_muon(
+        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov=nesterov, **options
     )
     decay = add_decayed_weights(weight_decay, weight_decay_mask)
-    return partition(
-        {
-            "muon": chain(of_matrices, decay, scale_by_learning_rate(learning_rate)),
-            "adam": adam,
-        },
-        lambda path, p: "muon" if p.ndim == 2 else "adam",
+    of_matrices = chain(direction, decay, scale_by_learning_rate(learning_rate))
+    of_the_rest = adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        *(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay),
+        nesterov=nesterov,
     )
+    stages = {"muon": of_matrices, "adam": of_the_rest}
+    return partition(stages, lambda path, p: "muon" if p.ndim == 2 else "adam")
