@@ -97,8 +97,9 @@ def _of_matrices(prepare, hyper, epsilon, dims_of):
         square = _square(g) + epsilon
         v_row = _mean(v_row, square, largest, weight)
         v_col = _mean(v_col, square, second, weight)
-        of_rows = (v_row / v_row.mean(second, keepdim=True)).rsqrt()
-        return g * of_rows * v_col.rsqrt(), {"v_row": v_row, "v_col": v_col}
+        # Not rsqrt: at 1e-30 its derivative is no float32.
+        root = (v_row / v_row.mean(second, keepdim=True)).sqrt() * v_col.sqrt()
+        return g / root, {"v_row": v_row, "v_col": v_col}
 
     slots = {"v_row": _mean_slot(dims_of, 1), "v_col": _mean_slot(dims_of, 0)}
     return leafwise(rule, prepare, slots=slots, hyper=hyper, kind="tensorwise")
@@ -107,7 +108,7 @@ def _of_matrices(prepare, hyper, epsilon, dims_of):
 def _of_the_rest(prepare, hyper, epsilon):
     def rule(g, v, weight):
         v = torch.lerp(v, g * g + epsilon, weight)
-        return g * v.rsqrt(), {"v": v}
+        return g / v.sqrt(), {"v": v}
 
     return leafwise(rule, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
 
