@@ -134,6 +134,41 @@ def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
             torch.testing.assert_close(a.state[p][key], value, rtol=1e-10, atol=1e-10)
 
 
+def torchs_schedule(count: Tensor) -> Tensor:
+    """The relative step size of torch's Adafactor."""
+    return (fo.tree.as_real(count + 1) ** -0.5).clamp(max=0.01)
+
+
+FUNCTIONAL = {
+    "NAdam": fo.nadam(2e-3, momentum_decay=4e-3),
+    "RAdam": fo.radam(1e-3, variant="torch"),
+    "Rprop": fo.rprop(0.01),
+    "ASGD": fo.asgd(0.01),
+    "Muon": fo.muon(1e-3, eps=1e-7, weight_decay=0.1, variant="torch"),
+    "Adafactor": fo.chain(
+        fo.scale_by_factored_rms(variant="torch"),
+        fo.clip_by_block_rms(1.0),
+        fo.scale_by_param_block_rms(),
+        fo.scale_by_learning_rate(torchs_schedule),
+    ),
+}
+
+
+@pytest.mark.usefixtures("same_scalars")
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_the_functions_have_the_defaults_of_torch_as_they_say(name: str) -> None:
+    tx, params = FUNCTIONAL[name], make_params(of=name)
+    ps = [p.detach().clone() for p in params]
+    opt, state = torchs(name, params), tx.init(ps)
+    for step in range(20):
+        set_grads(params, step)
+        updates, state = tx.update([p.grad for p in params], state, ps)
+        ps = fo.apply_updates(ps, updates)
+        opt.step()
+    for p, q in zip(ps, params, strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import RANGES, Number, TorchNamed, ascend, parts
-from functorch_opt.optimizers.adafactor import relative_step, scale_by_torchs_factored_rms
-from functorch_opt.transforms.clip import clip_by_block_rms
-from functorch_opt.transforms.scale import scale_by_param_block_rms
+from functorch_opt.optimizers.adafactor import (
+    scale_by_torchs_factored_rms,
+    step_by_torchs_adafactor,
+)
 
 __all__ = ["Adafactor"]
 
@@ -62,7 +63,7 @@ class Adafactor(TorchNamed):
         "scale_by_torchs_factored_rms/rest/v": "variance",
         "scale_by_torchs_factored_rms/matrix/count": "step",
         "scale_by_torchs_factored_rms/rest/count": "step",
-        "relative_step/count": "step",
+        "step_by_torchs_adafactor/count": "step",
     }
     _fixed: ClassVar = ("eps",)
     _ranges: ClassVar = {name: range for name, range in RANGES.items() if name != "eps"}
@@ -95,9 +96,7 @@ class Adafactor(TorchNamed):
         return parts(
             ascend(maximize),
             scale_by_torchs_factored_rms(beta2_decay, eps1),
-            clip_by_block_rms(d),
-            scale_by_param_block_rms(eps2),
-            relative_step(lr, weight_decay),
+            step_by_torchs_adafactor(lr, eps2, d, weight_decay),
         )
 
     def _check_parameter(self, p: Tensor) -> None:

@@ -75,7 +75,8 @@ class Adam(TorchNamed):
         self._begin(locals())
 
     def _chain(self, betas: Any, eps: Any, amsgrad: bool, **rest: Any) -> GradientTransformation:
-        adam = scale_by_adam(*betas, eps, amsgrad="torch" if amsgrad else False)
+        b1, b2 = betas
+        adam = scale_by_adam(b1, b2, eps, amsgrad="torch" if amsgrad else False)
         return descent(adam, **rest)
 
 
@@ -173,4 +174,5 @@ class Adamax(TorchNamed):
         self._begin(locals())
 
     def _chain(self, betas: Any, eps: Any, **rest: Any) -> GradientTransformation:
-        return descent(scale_by_adamax(*betas, eps), **rest)
+        b1, b2 = betas
+        return descent(scale_by_adamax(b1, b2, eps), **rest)

@@ -79,4 +79,5 @@ class NAdam(TorchNamed):
     def _chain(
         self, betas: Any, eps: Any, momentum_decay: Any, **rest: Any
     ) -> GradientTransformation:
-        return descent(scale_by_nadam(*betas, eps, momentum_decay=momentum_decay), **rest)
+        b1, b2 = betas
+        return descent(scale_by_nadam(b1, b2, eps, momentum_decay=momentum_decay), **rest)

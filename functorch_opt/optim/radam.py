@@ -69,4 +69,5 @@ class RAdam(TorchNamed):
         self._begin(locals())
 
     def _chain(self, betas: Any, eps: Any, **rest: Any) -> GradientTransformation:
-        return descent(scale_by_radam(*betas, eps, variant="torch"), **rest)
+        b1, b2 = betas
+        return descent(scale_by_radam(b1, b2, eps, variant="torch"), **rest)

@@ -38,6 +38,7 @@ from functorch_opt.transforms.clip import clip_by_block_rms
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import ema
 from functorch_opt.transforms.scale import (
+    rms,
     scale,
     scale_by_learning_rate,
     scale_by_param_block_rms,
@@ -96,8 +97,9 @@ def _of_matrices(prepare, hyper, epsilon, dims_of):
         square = _square(g) + epsilon
         v_row = _mean(v_row, square, largest, weight)
         v_col = _mean(v_col, square, second, weight)
-        of_rows = (v_row / v_row.mean(second, keepdim=True)).rsqrt()
-        return g * of_rows * v_col.rsqrt(), {"v_row": v_row, "v_col": v_col}
+        # Not rsqrt: at 1e-30 its derivative is no float32.
+        root = (v_row / v_row.mean(second, keepdim=True)).sqrt() * v_col.sqrt()
+        return g / root, {"v_row": v_row, "v_col": v_col}
 
     slots = {"v_row": _mean_slot(dims_of, 1), "v_col": _mean_slot(dims_of, 0)}
     return leafwise(rule, prepare, slots=slots, hyper=hyper, kind="tensorwise")
@@ -106,7 +108,7 @@ def _of_matrices(prepare, hyper, epsilon, dims_of):
 def _of_the_rest(prepare, hyper, epsilon):
     def rule(g, v, weight):
         v = torch.lerp(v, g * g + epsilon, weight)
-        return g * v.rsqrt(), {"v": v}
+        return g / v.sqrt(), {"v": v}
 
     return leafwise(rule, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
 
@@ -152,8 +154,8 @@ def _by_shape(matrix, rest, is_matrix):
 @transformation
 def scale_by_torchs_factored_rms(beta2_decay, eps1) -> GradientTransformation:
     """With torch's own names, for its class: the decay is ``1 - t^beta2_decay``."""
-    stages = _torchs(_prepare_torchs, {"beta2_decay": beta2_decay}, eps1)
-    return _by_shape(*stages, _is_torchs_matrix)
+    matrix, rest = _torchs(_prepare_torchs, {"beta2_decay": beta2_decay}, eps1)
+    return _by_shape(matrix, rest, _is_torchs_matrix)
 
 
 @transformation
@@ -199,8 +201,8 @@ def scale_by_factored_rms(
     prepare, hyper = _prepare(step_offset), {"decay_rate": decay_rate}
 
     if variant == "torch":
-        stages = _torchs(prepare, hyper, epsilon)
-        return _by_shape(*stages, lambda p: factored and _is_torchs_matrix(p))
+        matrix, rest = _torchs(prepare, hyper, epsilon)
+        return _by_shape(matrix, rest, lambda p: factored and _is_torchs_matrix(p))
 
     def dims_of(shape):
         return factored_dims(shape, min_dim_size_to_factor)
@@ -212,18 +214,23 @@ def scale_by_factored_rms(
 
 
 @transformation
-def relative_step(learning_rate, weight_decay) -> GradientTransformation:
-    """torch's step: ``-min(learning_rate, 1 / sqrt(t)) u - learning_rate weight_decay p``."""
+def step_by_torchs_adafactor(lr, eps2, d, weight_decay) -> GradientTransformation:
+    """torch's step, clipped and relative: one rule, so that ranks exchange its sums in one message."""
 
-    def prepare(count, learning_rate, weight_decay):
-        rho = (tree.as_real(count + 1) ** -0.5).clamp(max=learning_rate)
-        return {"rho": rho, "decay": learning_rate * weight_decay}
+    def prepare(count, lr, weight_decay):
+        return {"rho": (tree.as_real(count + 1) ** -0.5).clamp(max=lr), "decay": lr * weight_decay}
 
-    def rule(g, p, rho, decay):
-        return -rho * g - decay * p
+    def rule(g, p, gg, pp, n, rho, eps2, d, decay):
+        size = rho * rms(pp, n).clamp(min=eps2) / (rms(gg, n) / d).clamp(min=1)
+        return -size * g - decay * p
 
-    hyper = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    return leafwise(rule, prepare, hyper=hyper)
+    sums = {
+        "gg": lambda g: g.square().sum(),
+        "pp": lambda p: p.square().sum(),
+        "n": lambda g: g.numel(),
+    }
+    hyper = {"lr": lr, "eps2": eps2, "d": d, "weight_decay": weight_decay}
+    return leafwise(rule, prepare, hyper=hyper, sums=sums)
 
 
 @transformation

@@ -1,7 +1,8 @@
 """Muon: momentum, made nearly orthogonal by a few steps of Newton-Schulz.
 
     mu = beta mu + (1 - beta) g
-    m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)      with nesterov, otherwise mu
+    m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)             with nesterov
+    m  = mu / (1 - beta^t)                                                    without
     x  = m / (|m| + eps)
     x  = a x + (b (x x') + c (x x')^2) x          ns_steps times, with (a, b, c) = ns_coeffs
     u  = ratio x                      ratio = sqrt(max(1, n / m)) for a parameter of shape [n, m]
@@ -15,7 +16,7 @@ Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -120,18 +121,19 @@ def scale_by_muon(
     """
     check_range(0, float("inf"), beta=beta, eps=eps)
     check_choice("optax", "torch", variant=variant)
-    of_torch, triples = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
+    of_torch, of_steps = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
 
     def prepare(count, beta):
-        # Only the direction of m matters: beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t),
-        # times 1 - beta^t.
         t = tree.as_real(count + 1)
-        return {"weight": 1 - beta, "ahead": (1 - beta**t) / (1 - beta ** (t + 1))}
+        c = 1 - beta**t
+        # beta mu / (1 - beta^(t+1)) + (1 - beta) g / c  =  (beta ahead mu + (1 - beta) g) / c, and
+        # x is the same for c m and c eps.
+        return {"weight": 1 - beta, "ahead": c / (1 - beta ** (t + 1)), "floor": eps * c}
 
-    def rule(g, mu, weight, ahead):
+    def rule(g, mu, weight, ahead, floor):
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(ahead * mu, g, weight) if nesterov else mu
-        x = newton_schulz(m / (m.norm() + eps), triples)
+        x = newton_schulz(m / (m.norm() + floor), of_steps)
         return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
 
     def torchs_prepare(beta):
@@ -141,7 +143,7 @@ def scale_by_muon(
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(g, mu, beta) if nesterov else mu
         x = m.bfloat16()
-        x = newton_schulz(x / x.norm().clamp(min=eps), triples).to(g.dtype)
+        x = newton_schulz(x / x.norm().clamp(min=eps), of_steps).to(g.dtype)
         return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
 
     return leafwise(
@@ -202,31 +204,16 @@ def muon(
         >>> list(state["muon"]), list(fo.get(state, "scale_by_muon/mu"))
         (['scale_by_muon', 'add_decayed_weights', 'scale_by_learning_rate'], ['weight'])
     """
-    of_matrices = scale_by_muon(
-        ns_coeffs,
-        ns_steps,
-        beta,
-        eps,
-        mu_dtype,
-        nesterov=nesterov,
-        consistent_rms=consistent_rms,
-        variant=variant,
-    )
-    adam = adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        adam_b1,
-        adam_b2,
-        eps,
-        adam_eps_root,
-        mu_dtype,
-        adam_weight_decay,
-        nesterov=nesterov,
+    options: dict[str, Any] = {"consistent_rms": consistent_rms, "variant": variant}
+    direction = scale_by_muon(
+        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov=nesterov, **options
     )
     decay = add_decayed_weights(weight_decay, weight_decay_mask)
-    return partition(
-        {
-            "muon": chain(of_matrices, decay, scale_by_learning_rate(learning_rate)),
-            "adam": adam,
-        },
-        lambda path, p: "muon" if p.ndim == 2 else "adam",
+    of_matrices = chain(direction, decay, scale_by_learning_rate(learning_rate))
+    of_the_rest = adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        *(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay),
+        nesterov=nesterov,
     )
+    stages = {"muon": of_matrices, "adam": of_the_rest}
+    return partition(stages, lambda path, p: "muon" if p.ndim == 2 else "adam")

@@ -14,6 +14,7 @@ Source: Dozat, "Incorporating Nesterov Momentum into Adam", 2016.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ def scale_by_nadam(
         u = (of_g * g + of_mu * mu) / ((nu / c2 + root).sqrt() + eps)
         return u, {"mu": mu, "nu": nu, "mu_product": mu_product}
 
-    slots = {
+    slots: dict[str, Any] = {
         "mu": partial(tree.zeros_like, dtype=mu_dtype),
         "nu": tree.zeros_like,
         "mu_product": tree.scalar_slot(1.0),

@@ -31,6 +31,39 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 __all__ = ["radam", "scale_by_radam"]
 
 
+def _prepare(of_torch):
+    def prepare(count, b1, b2, eps, eps_root, threshold):
+        t = tree.as_real(count + 1)
+        c1, c2 = 1 - b1**t, 1 - b2**t
+        rho_inf = 2 / (1 - b2) - 1
+        rho = rho_inf - 2 * t * b2**t / c2
+        trusted = rho > threshold if of_torch else rho >= threshold
+        r_squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        r = torch.where(trusted, r_squared, 1.0).sqrt()  # elsewhere r_squared may be negative
+        # r / (sqrt(nu/c2 + eps_root) + eps)  =  k / (sqrt(nu + root) + floor)
+        k, root = r * c2.sqrt(), eps_root * c2 + tree.TINY
+        floor = eps if of_torch else eps * c2.sqrt()
+        weights = {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "ahead": c1 / (1 - b1 ** (t + 1))}
+        return {**weights, "trusted": trusted, "k": k, "root": root, "floor": floor}
+
+    return prepare
+
+
+def radam_rule(g, mu, nu, w1, w2, c1, trusted, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    l = torch.where(trusted, k / ((nu + root).sqrt() + floor), 1.0)
+    return mu / c1 * l, {"mu": mu, "nu": nu}
+
+
+def nesterov_rule(g, mu, nu, w1, w2, c1, ahead, trusted, k, root, floor):
+    mu = torch.lerp(mu, g, w1)
+    nu = torch.lerp(nu, g * g, w2)
+    m = torch.lerp(ahead * mu, g, w1)  # as in Adam
+    l = torch.where(trusted, k / ((nu + root).sqrt() + floor), 1.0)
+    return m / c1 * l, {"mu": mu, "nu": nu}
+
+
 @transformation
 def scale_by_radam(
     b1: ScalarOrSchedule = 0.9,
@@ -71,37 +104,9 @@ def scale_by_radam(
     check_range(0, float("inf"), eps=eps, eps_root=eps_root)
     check_range(4, float("inf"), threshold=threshold)
     check_choice("optax", "torch", variant=variant)
-    of_torch = variant == "torch"
-
-    def prepare(count, b1, b2, eps, eps_root, threshold):
-        t = tree.as_real(count + 1)
-        c1, c2 = 1 - b1**t, 1 - b2**t
-        rho_inf = 2 / (1 - b2) - 1
-        rho = rho_inf - 2 * t * b2**t / c2
-        trusted = rho > threshold if of_torch else rho >= threshold
-        r_squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        r = torch.where(trusted, r_squared, 1.0).sqrt()  # elsewhere r_squared may be negative
-        # r / (sqrt(nu/c2 + eps_root) + eps)  =  k / (sqrt(nu + root) + floor)
-        k, root = r * c2.sqrt(), eps_root * c2 + tree.TINY
-        floor = eps if of_torch else eps * c2.sqrt()
-        weights = {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "ahead": c1 / (1 - b1 ** (t + 1))}
-        return {**weights, "trusted": trusted, "k": k, "root": root, "floor": floor}
-
-    def rule(g, mu, nu, w1, w2, c1, trusted, k, root, floor):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        l = torch.where(trusted, k / ((nu + root).sqrt() + floor), 1.0)
-        return mu / c1 * l, {"mu": mu, "nu": nu}
-
-    def nesterov_rule(g, mu, nu, w1, w2, c1, ahead, trusted, k, root, floor):
-        mu = torch.lerp(mu, g, w1)
-        nu = torch.lerp(nu, g * g, w2)
-        l = torch.where(trusted, k / ((nu + root).sqrt() + floor), 1.0)
-        return torch.lerp(ahead * mu, g, w1) / c1 * l, {"mu": mu, "nu": nu}
-
     return leafwise(
-        nesterov_rule if nesterov else rule,
-        prepare,
+        nesterov_rule if nesterov else radam_rule,
+        _prepare(variant == "torch"),
         slots={"mu": tree.zeros_like, "nu": tree.zeros_like},
         hyper={"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "threshold": threshold},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,9 @@ MASKS = (lambda path, p: p.ndim > 1, lambda params: jax.tree.map(lambda p: p.ndi
 FLOAT32 = {"tolerance": 1e-5}
 """For float32 moments under float64 params: optax multiplies them by their decay in float32, where we compute everything in float64."""
 
+FLOAT32_DECAY = {"tolerance": 1e-6}
+"""optax works the decay of Adafactor's means out in float32."""
+
 
 def wide(o: Any, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """optax counts in int32, and int32 / int is float32 in JAX: give its schedules an int64, so that they compute in float64 like ours."""
@@ -134,6 +138,19 @@ def decay(o: Any) -> Any:
 
 def warmup(o: Any) -> Any:
     return wide(o, o.warmup_cosine_decay_schedule(0.01, 0.2, 10, 40, 0.02))
+
+
+def in_jax_layout(tx: Any) -> Any:
+    """`tx` of optax, which sees matrices as JAX has them, [in, out], where torch has [out, in]."""
+
+    def turned(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.T if leaf.ndim == 2 else leaf, x)
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(turned(updates), state, turned(params))
+        return turned(updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(turned(params)), update)
 
 
 CASES: list[Case] = [
@@ -166,6 +183,9 @@ CASES: list[Case] = [
     ),
     *same("clip", lambda o: o.clip(0.7), lambda o: o.clip(100.0)),
     *same("clip", lambda o: o.clip(0.0), moves=False),
+    *same(
+        "clip_by_block_rms", lambda o: o.clip_by_block_rms(0.5), lambda o: o.clip_by_block_rms(9.0)
+    ),
     *same(
         "clip_by_global_norm",
         lambda o: o.clip_by_global_norm(0.5),
@@ -268,11 +288,30 @@ CASES: list[Case] = [
         lambda o: o.scale_by_learning_rate(None),
         lambda o: o.scale_by_learning_rate(),
     ),
+    *same(
+        "scale_by_factored_rms",
+        lambda o: o.scale_by_factored_rms(),
+        lambda o: o.scale_by_factored_rms(min_dim_size_to_factor=2, epsilon=1e-3),
+        lambda o: o.scale_by_factored_rms(False, 0.5, -3),
+        lambda o: o.scale_by_factored_rms(True, 0.5, -3, 3),
+        **FLOAT32_DECAY,
+    ),
     *same("scale_by_lion", lambda o: o.scale_by_lion(), lambda o: o.scale_by_lion(0.5, 0.7)),
     *pair(
         "scale_by_lion",
         lambda o: o.scale_by_lion(mu_dtype=torch.float32),
         lambda o: o.scale_by_lion(mu_dtype=jnp.float32),
+    ),
+    *same(
+        "scale_by_param_block_rms",
+        lambda o: o.scale_by_param_block_rms(),
+        lambda o: o.scale_by_param_block_rms(2.0),
+    ),
+    *same(
+        "scale_by_radam",
+        lambda o: o.scale_by_radam(),
+        lambda o: o.scale_by_radam(0.8, 0.95, 1e-3, 1e-4, 4.5),
+        lambda o: o.scale_by_radam(0.8, 0.95, 1e-3, nesterov=True),
     ),
     *same(
         "scale_by_rms",
@@ -334,6 +373,18 @@ CASES: list[Case] = [
     *same("zero_nans", lambda o: o.zero_nans(), grads=WITH_NANS),
     # optimizers
     *same(
+        "adafactor",
+        lambda o: o.adafactor(0.01),
+        lambda o: o.adafactor(decay(o), 2, momentum=0.9, dtype_momentum=None, eps=1e-3),
+        lambda o: o.adafactor(
+            0.1, weight_decay_rate=0.01, weight_decay_mask=MASK, factored=False, decay_offset=-2
+        ),
+        lambda o: o.adafactor(
+            0.1, 3, 0.5, multiply_by_parameter_scale=False, clipping_threshold=None
+        ),
+        **FLOAT32_DECAY,
+    ),
+    *same(
         "adadelta",
         lambda o: o.adadelta(),
         lambda o: o.adadelta(None, 0.95, 1e-3),
@@ -392,7 +443,45 @@ CASES: list[Case] = [
         lambda o: o.lion(0.01),
         lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK),
     ),
+    *pair("muon", lambda o: o.muon(0.1), lambda o: in_jax_layout(o.contrib.muon(0.1))),
+    *pair(
+        "muon",
+        lambda o: o.muon(decay(o), beta=0.8, eps=1e-3, weight_decay=0.1, nesterov=False),
+        lambda o: in_jax_layout(
+            o.contrib.muon(decay(o), beta=0.8, eps=1e-3, weight_decay=0.1, nesterov=False)
+        ),
+    ),
+    *pair(
+        "muon",
+        lambda o: o.muon(
+            0.1,
+            ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5)),
+            adam_b1=0.5,
+            adam_b2=0.7,
+            adam_eps_root=1e-3,
+            adam_weight_decay=0.1,
+            adam_learning_rate=0.01,
+            consistent_rms=0.2,
+        ),
+        lambda o: in_jax_layout(
+            o.contrib.muon(
+                0.1,
+                ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5)),
+                adam_b1=0.5,
+                adam_b2=0.7,
+                adam_eps_root=1e-3,
+                adam_weight_decay=0.1,
+                adam_learning_rate=0.01,
+                consistent_rms=0.2,
+            )
+        ),
+    ),
     *same("nadam", lambda o: o.nadam(0.1), lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *same(
+        "radam",
+        lambda o: o.radam(0.1),
+        lambda o: o.radam(decay(o), 0.8, 0.95, 1e-3, 1e-4, 4.5, nesterov=True),
+    ),
     *same(
         "rmsprop",
         lambda o: o.rmsprop(0.01),
@@ -420,6 +509,11 @@ CASES: list[Case] = [
 ]
 
 DIVERGENCES = {
+    "asgd": "optax has none",
+    "rprop": "optax 0.2.8 returns the step of the update before: the step sizes are compared, below",
+    "scale_by_muon": "compared in muon: optax has the factor of the shape in a stage of its own",
+    "scale_by_nadam": "optax has none: it is torch's NAdam",
+    "scale_by_rprop": "as rprop",
     "add_noise": "other random numbers (Philox from a key in the state, not Threefry): only the variance schedule is compared, below",
     "noisy_sgd": "as add_noise",
     **dict.fromkeys(
@@ -441,25 +535,38 @@ DIVERGENCES = {
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
+    "adafactor": "eps=None stands for 1e-30",
     "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
     "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
     "chain": "the stages are *stages, not *args: nobody names them",
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
-    "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again",
+    "muon": "consistent_rms comes earlier; no adaptive, preconditioning or dimension numbers so far; "
+    "variant= is ours, for torch.optim.Muon",
+    "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
+    "momentum_decay= is ours, for torch.optim.NAdam",
+    "radam": "variant= is ours, for torch.optim.RAdam",
     "noisy_sgd": "as add_noise; without a default, the key comes after * ",
     "partition": "extra arguments as in masked",
     "scale_by_adam": "amsgrad= stands for optax's scale_by_amsgrad, and has torch's variant too; nu_dtype= is ours",
     "scale_by_backtracking_linesearch": "no verbose=",
     "scale_by_lion": "optax 0.2.8 has softer signs (mode, smooth_beta); not offered here",
+    "scale_by_factored_rms": "epsilon=None stands for 1e-30; no decay_rate_fn; variant= is ours, for "
+    "torch.optim.Adafactor",
+    "scale_by_muon": "as muon; and the factor of the shape is no stage of its own",
+    "scale_by_radam": "as radam",
     "scale_by_rss": "eps_in_sqrt= is ours, for torch.optim.Adagrad",
     "scale_by_zoom_linesearch": "no verbose=",
     "trace": "dampening= is ours, for torch.optim.SGD",
 }
 """Functions whose parameters are not optax's, and why. Names, order and defaults of all others are compared."""
 
-OTHER_NAMES = {"sign": "scale_by_sign"}
+OTHER_NAMES = {
+    "muon": "contrib.muon",
+    "scale_by_muon": "contrib.scale_by_muon",
+    "sign": "scale_by_sign",
+}
 
 # Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without holes, where optax keeps the tree with
 # MaskedNode in the gaps; a function mask takes (path, leaf) and not the tree; zero_nans keeps no found_nan; a chain's state is a dict by
@@ -535,6 +642,15 @@ def test_injected_hyperparameters_read_the_same(index: int) -> None:
         run_theirs(case.theirs(optax))[2].hyperparams,
     )
     assert_same(ours, theirs)
+
+
+def test_rprop_has_the_step_sizes_of_optax() -> None:
+    """And moves by them at once, where optax 0.2.8 gives the step of the update before."""
+    options = {"eta_minus": 0.3, "eta_plus": 1.5, "min_step_size": 0.01, "max_step_size": 0.4}
+    updates, _, ours = run_ours(fo.rprop(0.1, **options))
+    _, _, theirs = run_theirs(optax.rprop(0.1, **options))
+    assert_same(fo.get(ours, "step_size"), theirs[0].step_sizes)
+    assert_same(tree.map(torch.neg, updates[-1]), theirs[0].prev_updates)
 
 
 @pytest.mark.parametrize(("eta", "gamma"), [(0.01, 0.55), (2.0, 0.0), (0.5, 1.3)])
@@ -754,6 +870,6 @@ HAVING = (
 def test_arguments_are_those_of_optax(name: str) -> None:
     ours, theirs = (
         [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-        for f in (getattr(fo, name), getattr(optax, OTHER_NAMES.get(name, name)))
+        for f in (getattr(fo, name), attrgetter(OTHER_NAMES.get(name, name))(optax))
     )
     assert (ours == theirs) == (name not in SIGNATURES), (ours, theirs)
