@@ -158,7 +158,7 @@ class OneTensor:
         if type(x) is Tensor and x.dtype is like.dtype and x.shape == like.shape and not pairs:
             return x
         if not isinstance(x, Tensor):
-            given = f"{type(x).__name__} {x!r} as {what.removeprefix('slot ')}"
+            given = f"{type(x).__name__} {x!r} as {what}"
             raise TypeError(f"{self.name}: rule returned {given}; it must be a tensor.")
         if pairs and like.is_complex():
             x = torch.view_as_complex(x.contiguous())
