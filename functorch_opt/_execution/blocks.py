@@ -19,7 +19,8 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.leaf import Each, Misfit, working_dtype, wrong_update
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._execution.kernel import Program, warn_uncompiled
+from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import Writes, run_eagerly
 from functorch_opt.tree import PyTree
 

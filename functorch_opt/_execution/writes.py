@@ -37,8 +37,7 @@ def run_eagerly(f: Pure, args: list[Any]) -> None:
     writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
     written = {_storage(target) for target, _ in writes}
     kept = [
-        (target, value.clone() if _storage(value) in written else value)
-        for target, value in writes
+        (target, value.clone() if _storage(value) in written else value) for target, value in writes
     ]
     for target, value in kept:
         target.copy_(value)
@@ -134,13 +133,14 @@ def call(graph: Graph, operation: Any, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """The name of the operation of `node`."""
     return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
 
 
 def _may_be_its_input(node: Node) -> bool:
     """Whether a compiler may take `node` for an input of it: a view, or what computes nothing."""
-    name, x = _name(node), node.meta.get("val")
+    name, x = name_of(node), node.meta.get("val")
     if node.op != "call_function" or not isinstance(x, Tensor):
         return False
     if getattr(node.target, "is_view", False) or name in _MAY_BE_NOTHING:
@@ -156,7 +156,7 @@ def _may_be_its_input(node: Node) -> bool:
 def _is_all_of(value: Node, target: Node) -> bool:
     """Whether `value` is `target` as it stands, every element in its place."""
     last = value
-    while value is not target and _name(value) in _KEEP_ORDER and _may_be_its_input(value):
+    while value is not target and name_of(value) in _KEEP_ORDER and _may_be_its_input(value):
         value = value.all_input_nodes[0]
     return value is target and _layout(last) == _layout(target)
 

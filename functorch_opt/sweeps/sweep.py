@@ -23,7 +23,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from functorch_opt import random, tree
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
-from functorch_opt._execution.kernel import warn_uncompiled
+from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.sweeps.report import Sweep, viz
 from functorch_opt.tree import PyTree
 
