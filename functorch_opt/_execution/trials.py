@@ -164,8 +164,13 @@ def _replaced(inputs: list[Any], start: int, step: int) -> list[list[int]]:
 # ---- rounding ------------------------------------------------------------------------------------
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
-_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""By how much two ways to compute in a dtype may differ; in float64 there are float32 constants."""
+_ROUNDING = {
+    torch.float64: 1e-7,  # for there are constants of float32
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""By how much two ways to compute in a dtype may differ."""
 
 
 def tolerances_of(graph: Graph, targets: list[int]) -> dict[int, float]:

@@ -149,8 +149,8 @@ def _may_be_its_input(node: Node) -> bool:
         tensors = [of.meta.get("val") for of in node.all_input_nodes]
         return any(isinstance(of, Tensor) and of.dtype is x.dtype for of in tensors)
     if name in _ROUNDING:
-        return not x.dtype.is_floating_point
-    return name.endswith("_copy") or (name == "pow" and node.args[1] == 1)
+        return not x.is_floating_point()
+    return name.endswith("_copy") or bool(name == "pow" and node.args[1] == 1)
 
 
 def _is_all_of(value: Node, target: Node) -> bool:
