@@ -1,4 +1,4 @@
-"""What is run in place reads everything as it was: whatever a rule returns, slots and parameters get what `update` says."""
+"""What runs in place reads everything as it was: all is written that `update` says, and no more."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
 # ---- a trial -------------------------------------------------------------------------------------
 
 SEEDS = 3
-"""A rule that rounds, or compares, may meet a tie: other numbers may not. Wrong code fails always."""
+"""A rule that rounds may meet a tie, with other numbers it will not. Wrong code fails always."""
 MOST = 1 << 16
 """Elements of all tensors of a trial on a CPU. Elsewhere the sizes to be used come first."""
 
@@ -146,7 +146,8 @@ def _starts(rank: int) -> list[tuple[int, int]]:
     Less than a vector of elements comes before some vectors and a rest.
     """
     some = {1: 37, 2: 19}.get(rank, 5)
-    return [(3, 2), (some, 2), (some, 0), (8, 0), (16, 0), (64, 0), (128, 0)]
+    growing = [(3, 2), (some, 2)]
+    return growing + [(n, 0) for n in (some, 8, 16, 64, 128)]
 
 
 def _replaced(inputs: list[Any], start: int, step: int) -> list[list[int]]:

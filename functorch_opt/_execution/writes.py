@@ -77,7 +77,7 @@ _ROUNDING = {"ceil", "floor", "round", "trunc"}
 
 
 def write_in_place(graph: Graph, targets: list[int]) -> None:
-    """Let `graph` write the values that it returns into its arguments `targets`; it returns none."""
+    """Let `graph` write what it returns into its arguments `targets`, and return nothing."""
     places = [node for node in graph.nodes if node.op == "placeholder"]
     *_, output = graph.nodes
     values = dict(zip([places[i] for i in targets], output.args[0], strict=True))
