@@ -58,14 +58,14 @@ class OneTensor:
     def result(self, values: dict[str, Any]) -> Any:
         """What the rule returns, after the rare work and the sums that it reads."""
         if self.work is not None:
-            values = values | self._after_work(values)
+            values = values | self.after_work(values)
         if self.sums:
             values = values | self.sums.of(values)
         return self.rule(*[values[name] for name in self.rule_reads])
 
-    def _after_work(self, values: dict[str, Any]) -> dict[str, Any]:
+    def after_work(self, values: dict[str, Any]) -> dict[str, Any]:
         """The slots that the rare work makes, where this is a step at which it is done."""
-        due = known(values[DUE])
+        due = False if self.work is None else known(values[DUE])
         if due is False:
             return {}
         made = self.work(*[values[name] for name in self.work_reads])  # type: ignore[misc]

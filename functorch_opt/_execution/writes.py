@@ -35,21 +35,29 @@ Pure = Callable[[list[Any]], Writes]
 def run_eagerly(f: Pure, args: list[Any]) -> None:
     """Write what `f` of `args` says."""
     writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
-    written = {_storage(target) for target, _ in writes}
+    written = {memory_of(target) for target, _ in writes} - {0}
     kept = [
-        (target, value.clone() if _storage(value) in written else value) for target, value in writes
+        (target, value.clone() if memory_of(value) in written else value)
+        for target, value in writes
     ]
     for target, value in kept:
         target.copy_(value)
 
 
-def _storage(x: Any) -> int:
-    """A number for the memory that `x` lies in; 0 for those that do not tell."""
-    local = getattr(x, "_local_tensor", x)
+def memory_of(x: Any) -> int:
+    """A number for the memory that `x` lies in; 0 for what does not tell, or has none.
+
+    Of a sharded tensor it is that of this rank's part.
+    """
     try:
-        return int(local.untyped_storage().data_ptr())
-    except (RuntimeError, NotImplementedError):
+        return int(getattr(x, "_local_tensor", x).untypedmemory_of().data_ptr())
+    except (AttributeError, RuntimeError, NotImplementedError):
         return 0
+
+
+def apart_from(written: set[int], x: Any) -> Any:
+    """`x`, or a copy of it where it lies in memory that is going to be written."""
+    return x.clone() if x is not None and memory_of(x) in written else x
 
 
 # ---- in a graph ----------------------------------------------------------------------------------
