@@ -50,8 +50,8 @@ def memory_of(x: Any) -> int:
     Of a sharded tensor it is that of this rank's part.
     """
     try:
-        return int(getattr(x, "_local_tensor", x).untypedmemory_of().data_ptr())
-    except (AttributeError, RuntimeError, NotImplementedError):
+        return int(getattr(x, "_local_tensor", x).untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):
         return 0
 
 
