@@ -14,13 +14,21 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
     "cpu": ("cpu", "step times on the CPU", 21),
     "compile-time": ("compile_time", "the first step in a fresh process", None),
     "memory": ("memory", "what a step allocates", None),
-    "random": ("random_numbers", "random numbers from a key, beside torch's generator", 21),
+    "random": (
+        "random_numbers",
+        "random numbers from a key, beside torch's generator",
+        21,
+    ),
     "many-models": (
         "many_models",
         "a training step of many small models, vmapped and in a loop",
         11,
     ),
-    "per-example": ("per_example", "clipped sums of per-example gradients, beside Opacus", 7),
+    "per-example": (
+        "per_example",
+        "clipped sums of per-example gradients, beside Opacus",
+        7,
+    ),
     "through": ("through", "derivatives through training, beside torchopt", 21),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
 }
@@ -30,16 +38,24 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    of = {name: commands.add_parser(name, help=what) for name, (_, what, _) in COMMANDS.items()}
+    of = {
+        name: commands.add_parser(name, help=what)
+        for name, (_, what, _) in COMMANDS.items()
+    }
     for name, command in of.items():
         rounds = COMMANDS[name][2]
         if rounds:
             command.add_argument("--rounds", type=int, default=rounds)
         if name not in ("cpu", "gpu"):
             command.add_argument(
-                "--threads", type=int, nargs=1, default=[2 if name == "compile-time" else 1]
+                "--threads",
+                type=int,
+                nargs=1,
+                default=[2 if name == "compile-time" else 1],
             )
-        command.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
+        command.add_argument(
+            "--rows", nargs="+", metavar="ROW", help="only these (default: all)"
+        )
         command.add_argument(
             "--quick",
             action="store_true",
@@ -75,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="of the batch (default: 64 256 1024)",
     )
     of["gpu"].add_argument(
-        "--device", default="cuda", help="cpu for a rehearsal without events (default: cuda)"
+        "--device",
+        default="cuda",
+        help="cpu for a rehearsal without events (default: cuda)",
     )
     return top
 
@@ -87,7 +105,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command: Any = importlib.import_module(f"benchmarks.{COMMANDS[args.command][0]}")
     known = [*command.ROWS, *([command.PYTHON] if hasattr(command, "PYTHON") else [])]
     if unknown := [row for row in args.rows or [] if row not in known]:
-        top.error(f"no row {', '.join(unknown)} in {args.command}: there are {', '.join(known)}")
+        top.error(
+            f"no row {', '.join(unknown)} in {args.command}: there are {', '.join(known)}"
+        )
     report.tables.clear()
     result = command.run(args)
     machine, versions = (
@@ -100,7 +120,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "commit": result["commit"],
     }
     facts |= {"machine": ", ".join(f"{name} {value}" for name, value in machine.items())}
-    facts |= {"versions": ", ".join(f"{name} {value}" for name, value in versions.items())}
+    facts |= {
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items())
+    }
     file = args.out / args.command.replace("-", "_")
     report.markdown(file.with_suffix(".md"), facts)
     report.say(

@@ -141,7 +141,8 @@ class ResearchTorch(Contender):
         if self.noise:
             sigma = (ETA / (1 + self.count) ** GAMMA) ** 0.5
             gs = [
-                torch.randn(g.shape, device=g.device, dtype=g.dtype).mul_(sigma).add_(g) for g in gs
+                torch.randn(g.shape, device=g.device, dtype=g.dtype).mul_(sigma).add_(g)
+                for g in gs
             ]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gs)))
         gs = torch._foreach_mul(gs, torch.clamp(MAX_NORM / norm, max=1.0))
@@ -162,7 +163,10 @@ class ResearchTorch(Contender):
         for u, g in zip(us, raw, strict=True):
             keep = (u * g > 0).to(u.dtype)
             u.mul_(keep).mul_(keep.numel() / (keep.sum() + 1))
-        of_p, of_u = torch.stack(torch._foreach_norm(self.ps)), torch.stack(torch._foreach_norm(us))
+        of_p, of_u = (
+            torch.stack(torch._foreach_norm(self.ps)),
+            torch.stack(torch._foreach_norm(us)),
+        )
         ratios = torch.where((of_p > 0) & (of_u > 0), of_p / of_u, 1.0)
         torch._foreach_mul_(us, list(ratios.unbind()))
         torch._foreach_add_(us, self.ps, alpha=DECAY)

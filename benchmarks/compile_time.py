@@ -23,7 +23,9 @@ def run(args: Namespace) -> dict[str, Any]:
         "limit": args.limit,
         "rows": [],
     }
-    cases = [(who, n) for n in ((6,) if args.quick else TENSORS) for who in args.rows or ROWS]
+    cases = [
+        (who, n) for n in ((6,) if args.quick else TENSORS) for who in args.rows or ROWS
+    ]
     for who, n in report.track(cases, "first steps in fresh processes"):
         result["rows"].append(case(who, n, args.threads[0], args.limit))
     show(result["rows"])
@@ -39,7 +41,11 @@ def run(args: Namespace) -> dict[str, Any]:
         panels.append(
             (
                 f"{n} tensors",
-                [v for v, row_n in zip(values, _counts(result), strict=True) if row_n == n],
+                [
+                    v
+                    for v, row_n in zip(values, _counts(result), strict=True)
+                    if row_n == n
+                ],
                 None,
             )
         )
@@ -48,14 +54,25 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _counts(result: dict[str, Any]) -> list[int]:
-    return [row["tensors"] for row in result["rows"] for key in TARGET if "seconds" in row[key]]
+    return [
+        row["tensors"]
+        for row in result["rows"]
+        for key in TARGET
+        if "seconds" in row[key]
+    ]
 
 
-def case(who: str, n: int, threads: int, limit: float, device: str = "cpu") -> dict[str, Any]:
+def case(
+    who: str, n: int, threads: int, limit: float, device: str = "cpu"
+) -> dict[str, Any]:
     name = first_step.WHO[who].name
     row: dict[str, Any] = {"who": who, "name": name, "tensors": n}
     with tempfile.TemporaryDirectory() as cache:
-        env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_FORCE_DISABLE_CACHES"}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k != "TORCHINDUCTOR_FORCE_DISABLE_CACHES"
+        }
         env |= {
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "TRITON_CACHE_DIR": f"{cache}/triton",
@@ -81,9 +98,19 @@ def case(who: str, n: int, threads: int, limit: float, device: str = "cpu") -> d
 def _first(
     who: str, n: int, threads: int, limit: float, device: str, env: dict[str, str]
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.first_step", who, str(n), str(threads), device]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.first_step",
+        who,
+        str(n),
+        str(threads),
+        device,
+    ]
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return {"note": f"more than {limit:.0f} s"}
     if done.returncode:
@@ -102,7 +129,14 @@ def show(found: list[dict[str, Any]]) -> None:
         return f"{entry['seconds']:.1f}" if "seconds" in entry else entry["note"]
 
     rows = [
-        [row["name"], str(row["tensors"]), *(cell(row[key]) for key in TARGET)] for row in found
+        [row["name"], str(row["tensors"]), *(cell(row[key]) for key in TARGET)]
+        for row in found
     ]
-    header = ["", "tensors", *(f"{key}, s (to reach: {most:.0f})" for key, most in TARGET.items())]
-    report.table("AdamW: the first step in a fresh process, without imports", header, rows)
+    header = [
+        "",
+        "tensors",
+        *(f"{key}, s (to reach: {most:.0f})" for key, most in TARGET.items()),
+    ]
+    report.table(
+        "AdamW: the first step in a fresh process, without imports", header, rows
+    )

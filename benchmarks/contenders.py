@@ -27,7 +27,10 @@ def draw(
     scale: float = 1.0,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
+    return [
+        (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+        for shape in shapes
+    ]
 
 
 def gradients(
@@ -35,7 +38,8 @@ def gradients(
 ) -> list[Tensor]:
     """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all others the sum."""
     return [
-        x + torch.copysign(torch.full_like(x, 0.01), x) for x in draw(shapes, seed, device, dtype)
+        x + torch.copysign(torch.full_like(x, 0.01), x)
+        for x in draw(shapes, seed, device, dtype)
     ]
 
 

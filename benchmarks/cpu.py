@@ -39,16 +39,32 @@ RANDOM = (1,)
 
 ROWS = {
     "gpt": Row(
-        "AdamW, 76 tensors of a 12 M GPT", shapes.NANOGPT, contenders.ADAMW, contenders.FUSED, 1.0
+        "AdamW, 76 tensors of a 12 M GPT",
+        shapes.NANOGPT,
+        contenders.ADAMW,
+        contenders.FUSED,
+        1.0,
     ),
     "large": Row(
-        "AdamW, 32 tensors of 1024x1024", shapes.LARGE, contenders.ADAMW, contenders.FUSED, 1.0
+        "AdamW, 32 tensors of 1024x1024",
+        shapes.LARGE,
+        contenders.ADAMW,
+        contenders.FUSED,
+        1.0,
     ),
     "small": Row(
-        "AdamW, 150 tensors of 64x64 and 64", shapes.SMALL, contenders.ADAMW, contenders.FUSED, 1.0
+        "AdamW, 150 tensors of 64x64 and 64",
+        shapes.SMALL,
+        contenders.ADAMW,
+        contenders.FUSED,
+        1.0,
     ),
     "many": Row(
-        "AdamW, 1,000 tensors of 256", shapes.MANY, contenders.ADAMW, contenders.FUSED, 1.0
+        "AdamW, 1,000 tensors of 256",
+        shapes.MANY,
+        contenders.ADAMW,
+        contenders.FUSED,
+        1.0,
     ),
     "ema": Row(
         "clip + AdamW + warmup-cosine + parameter EMA, 12 M GPT",
@@ -122,7 +138,10 @@ def prepare(
     row: Row, seconds: float
 ) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
     """The contenders that can run, after three steps on the same data; why the others cannot; and how far each is from the first."""
-    ps, feeds = draw(row.shapes, 0, scale=0.02), [gradients(row.shapes, seed) for seed in (1, 2, 3)]
+    ps, feeds = (
+        draw(row.shapes, 0, scale=0.02),
+        [gradients(row.shapes, seed) for seed in (1, 2, 3)],
+    )
     ready: dict[str, Contender] = {}
     notes: dict[str, str] = {}
     results: dict[str, list[torch.Tensor]] = {}
@@ -139,7 +158,9 @@ def prepare(
             notes[make.name] = str(why)
         except Exception as error:
             limits = [
-                e for e in (error.__cause__, error.__context__) if isinstance(e, Unavailable)
+                e
+                for e in (error.__cause__, error.__context__)
+                if isinstance(e, Unavailable)
             ]  # raised inside a compiler
             notes[make.name] = (
                 str(limits[0]).splitlines()[0]
@@ -147,13 +168,18 @@ def prepare(
                 else f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
             )
         else:
-            ready[make.name], results[make.name] = contender, [x.clone() for x in contender.read()]
+            ready[make.name], results[make.name] = (
+                contender,
+                [x.clone() for x in contender.read()],
+            )
     compared = [
         make.name
         for i, make in enumerate(row.contenders)
         if i not in row.check and make.name in results
     ]
-    differences = {name: same([results[compared[0]], results[name]]) for name in compared[1:]}
+    differences = {
+        name: same([results[compared[0]], results[name]]) for name in compared[1:]
+    }
     for name, difference in differences.items():
         if not difference <= 1:
             notes[name] = f"DIFFERENT NUMBERS: {difference:.3g} x the tolerance"
@@ -192,10 +218,21 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
             rows.append([name, "-", "-", "-", "-", note])
             continue
         ratio = f"{entry['ratio']:.2f}" if "ratio" in entry else "-"
-        spread = "{:.2f}-{:.2f}".format(*entry["ratio_quartiles"]) if "ratio" in entry else "-"
+        spread = (
+            "{:.2f}-{:.2f}".format(*entry["ratio_quartiles"]) if "ratio" in entry else "-"
+        )
         if name == next(iter(result["results"])) and result["target"]:
             note = note or f"to reach: {result['target']:.2f}"
-        rows.append([name, f"{entry['ms']:.3f}", ratio, spread, f"{entry['over_floor']:.2f}", note])
+        rows.append(
+            [
+                name,
+                f"{entry['ms']:.3f}",
+                ratio,
+                spread,
+                f"{entry['over_floor']:.2f}",
+                note,
+            ]
+        )
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     header = ["", "ms", "ratio", "quartiles", "over floor", ""]
     report.table(
@@ -219,7 +256,9 @@ def run(args: Namespace) -> dict[str, Any]:
     if len(args.threads) > 1 or (
         not args.quick and (len(chosen) > 1 or HUGE_PAGES not in os.environ)
     ):
-        return _each_in_a_process(args, [chosen] if args.quick else [[name] for name in chosen])
+        return _each_in_a_process(
+            args, [chosen] if args.quick else [[name] for name in chosen]
+        )
     torch.set_num_threads(args.threads[0])
     os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(
         args.threads[0]
@@ -234,7 +273,9 @@ def run(args: Namespace) -> dict[str, Any]:
             ]
             continue
         row = ROWS[name]._replace(shapes=shapes.TINY) if args.quick else ROWS[name]
-        result["rows"].append(measure(name, row, 3 if args.quick else args.rounds, args.limit))
+        result["rows"].append(
+            measure(name, row, 3 if args.quick else args.rounds, args.limit)
+        )
         show(result["rows"][-1])
         gc.collect()
     _keep(args.out, result)

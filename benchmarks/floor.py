@@ -23,7 +23,10 @@ def adamw(
 ):
     """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with `norm`, g is read once before."""
     p_dtype, m_dtype = dtypes or (torch.float32, torch.float32)
-    p, g = torch.randn(n, device=device).to(p_dtype), torch.randn(n, device=device).to(p_dtype)
+    p, g = (
+        torch.randn(n, device=device).to(p_dtype),
+        torch.randn(n, device=device).to(p_dtype),
+    )
     others = [torch.randn(n, device=device).to(m_dtype) for _ in range(2 + averages)]
 
     def run() -> None:
@@ -33,7 +36,9 @@ def adamw(
         for x in others:
             x.neg_()  # exact: never denormal, never overflowing
 
-    size = n * ((4 if norm else 3) * p_dtype.itemsize + 2 * (2 + averages) * m_dtype.itemsize)
+    size = n * (
+        (4 if norm else 3) * p_dtype.itemsize + 2 * (2 + averages) * m_dtype.itemsize
+    )
     return run, size
 
 

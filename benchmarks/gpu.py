@@ -138,7 +138,16 @@ class FusedGraph(Graph):
     name, of = "torch fused, CUDA graph", FusedCapturable
 
 
-CONTENDERS = (Compiled, LowMoments, CompiledGraph, Adapter, Fused, Foreach, FusedGraph, HeavyBall)
+CONTENDERS = (
+    Compiled,
+    LowMoments,
+    CompiledGraph,
+    Adapter,
+    Fused,
+    Foreach,
+    FusedGraph,
+    HeavyBall,
+)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------------
@@ -156,7 +165,10 @@ def milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
         for _ in range(n):
             call()
         return 1e3 * (time.perf_counter() - begin) / n
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (
+        torch.cuda.Event(enable_timing=True),
+        torch.cuda.Event(enable_timing=True),
+    )
     torch.cuda.synchronize()
     start.record()
     for _ in range(n):
@@ -189,13 +201,19 @@ def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     copies = [e for e in on_device if e.name.startswith(("Memcpy", "Memset"))]
     waits = [e for e in events if e.name in ("cudaStreamSynchronize", "cudaMemcpy")]
-    return {"kernels": len(on_device) - len(copies), "copies": len(copies), "waits": len(waits)}
+    return {
+        "kernels": len(on_device) - len(copies),
+        "copies": len(copies),
+        "waits": len(waits),
+    }
 
 
 # ---- a row -----------------------------------------------------------------------------------------------------------------
 
 
-def eagerly(make: type[Compiled], ps: list[Tensor], feeds: list[list[Tensor]]) -> list[Tensor]:
+def eagerly(
+    make: type[Compiled], ps: list[Tensor], feeds: list[list[Tensor]]
+) -> list[Tensor]:
     """What the chain gives by `update` and `apply_updates`."""
     contender = object.__new__(make)
     contender.ps = [p.clone() for p in ps]
@@ -207,7 +225,9 @@ def eagerly(make: type[Compiled], ps: list[Tensor], feeds: list[list[Tensor]]) -
     return mine
 
 
-def prepare(row: Set, device: str) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
+def prepare(
+    row: Set, device: str
+) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Contenders after three steps; what is known of each: the first step's time, and how far it is from eager updates."""
     ps = draw(row.shapes, 0, device, row.dtype, scale=0.02)
     feeds = [gradients(row.shapes, seed, device, row.dtype) for seed in (1, 2, 3)]
@@ -243,7 +263,9 @@ def prepare(row: Set, device: str) -> tuple[dict[str, Contender], dict[str, dict
                 f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
             )
         else:
-            entry["difference_over_tolerance"] = same([expected, contender.read()], **tolerance)
+            entry["difference_over_tolerance"] = same(
+                [expected, contender.read()], **tolerance
+            )
             if not entry["difference_over_tolerance"] <= 1:
                 entry["note"] = (
                     f"DIFFERENT NUMBERS: {entry['difference_over_tolerance']:.3g} x the tolerance"
@@ -272,14 +294,18 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
             times[label].append(milliseconds(call, device, 2 if args.quick else 10))
     bandwidth = copied / statistics.median(times["copy"]) / 1e6  # GB/s
     for label, contender in ready.items():
-        moments = low if isinstance(contender, (Fused, Foreach, LowMoments, FusedGraph)) else 4
+        moments = (
+            low if isinstance(contender, (Fused, Foreach, LowMoments, FusedGraph)) else 4
+        )
         moved = n * (3 * low + 4 * moments)
         ms = statistics.median(times[label])
         known[label] |= {
             "ms": ms,
             "ratio": statistics.median(
                 a / b
-                for a, b in zip(times[label], times.get(Fused.name, times[label]), strict=True)
+                for a, b in zip(
+                    times[label], times.get(Fused.name, times[label]), strict=True
+                )
             ),
             "host_ms": host_milliseconds(contender.step, device, rounds),
             "bytes": moved,
@@ -294,7 +320,10 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
         "device": device,
         "copy_GB_s": bandwidth,
         "floor_ms": statistics.median(times["floor"]),
-        "floor_of_copy_bandwidth": size / statistics.median(times["floor"]) / 1e6 / bandwidth,
+        "floor_of_copy_bandwidth": size
+        / statistics.median(times["floor"])
+        / 1e6
+        / bandwidth,
         "results": known,
     }
 
@@ -355,7 +384,8 @@ def run(args: Namespace) -> dict[str, Any]:
     if not args.quick:
         cases = report.track((20, 150), "first steps in fresh processes")
         result["first_steps"] = [
-            compile_time.case("ours", n, threads=4, limit=400, device=args.device) for n in cases
+            compile_time.case("ours", n, threads=4, limit=400, device=args.device)
+            for n in cases
         ]
         compile_time.show(result["first_steps"])
     record.write(args.out / "gpu.json", result)

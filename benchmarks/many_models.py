@@ -115,7 +115,11 @@ def case(n: int, rounds: int) -> dict[str, Any]:
         torch.randint(CLASSES, (BATCH,), generator=generator),
     )
     lrs = torch.logspace(-5, -2, n, dtype=torch.float64)
-    vmapped, eager, loop = Vmapped(lrs, x, y, True), Vmapped(lrs, x, y, False), Loop(lrs, x, y)
+    vmapped, eager, loop = (
+        Vmapped(lrs, x, y, True),
+        Vmapped(lrs, x, y, False),
+        Loop(lrs, x, y),
+    )
     begin = time.perf_counter()
     vmapped.step()
     first = time.perf_counter() - begin
@@ -173,7 +177,9 @@ def show(row: dict[str, Any]) -> None:
         )
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     header = ["", "ms a step", "times as fast", "quartiles", "over floor", ""]
-    report.table(f"{row['title']}; {threads}; against {LOOP}", header, lines, numbers_to=5)
+    report.table(
+        f"{row['title']}; {threads}; against {LOOP}", header, lines, numbers_to=5
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def allocations(step: Any) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     ]
     total = alive = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -49,7 +51,8 @@ def run(args: Namespace) -> dict[str, Any]:
         title, makes = CONTENDERS[row]
         for make in report.track(makes, title):
             result["rows"].append(
-                {"row": row, "title": title, "name": make.name} | _measure(make, of, 4 * n)
+                {"row": row, "title": title, "name": make.name}
+                | _measure(make, of, 4 * n)
             )
     rows = [
         [
@@ -76,7 +79,9 @@ def run(args: Namespace) -> dict[str, Any]:
     panels = []
     for row in args.rows or ROWS:
         mine = [
-            (r["name"], 100 * r["peak"]) for r in result["rows"] if r["row"] == row and "peak" in r
+            (r["name"], 100 * r["peak"])
+            for r in result["rows"]
+            if r["row"] == row and "peak" in r
         ]
         panels.append((CONTENDERS[row][0], mine, 1.0))
     report.bars(
@@ -97,9 +102,15 @@ def _measure(make: type[Contender], of: shapes.Shapes, size: int) -> dict[str, A
                 .memory_analysis()
             )
             extra = (
-                stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+                stats.temp_size_in_bytes
+                + stats.output_size_in_bytes
+                - stats.alias_size_in_bytes
             )
-            return {"allocated": extra / size, "peak": extra / size, "note": "XLA's own analysis"}
+            return {
+                "allocated": extra / size,
+                "peak": extra / size,
+                "note": "XLA's own analysis",
+            }
         for _ in range(4):
             contender.step()
         total, most = allocations(contender.step)
@@ -108,5 +119,7 @@ def _measure(make: type[Contender], of: shapes.Shapes, size: int) -> dict[str, A
     except Unavailable as why:
         return {"note": str(why)}
     except Exception as error:
-        return {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"}
+        return {
+            "note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        }
     return {"allocated": total / size, "peak": most / size}

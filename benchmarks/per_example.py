@@ -30,7 +30,9 @@ def conv() -> tuple[nn.Module, tuple[int, ...]]:
         nn.ReLU(),
         nn.MaxPool2d(2, 1),
     )
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)), (
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)
+    ), (
         1,
         28,
         28,
@@ -44,7 +46,10 @@ def mlp() -> tuple[nn.Module, tuple[int, ...]]:
     ), (784,)
 
 
-NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {"conv": conv, "mlp": mlp}
+NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "conv": conv,
+    "mlp": mlp,
+}
 ROWS = tuple(NETS)
 
 Make = Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]
@@ -57,7 +62,9 @@ def ours(chunk: int) -> Make:
     def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
         params = {name: p.detach() for name, p in model.named_parameters()}
         clipped = fo.clipped_grad_sum(
-            lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y), BOUND, chunk
+            lambda ps, x, y: F.cross_entropy(functional_call(model, ps, x), y),
+            BOUND,
+            chunk,
         )
         return lambda: [*clipped(params, x, y).sum.values()]
 
@@ -66,7 +73,10 @@ def ours(chunk: int) -> Make:
 
 def opacus(mode: str) -> Make:
     def make(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+        from opacus.grad_sample import (
+            GradSampleModule,
+            GradSampleModuleFastGradientClipping,
+        )
         from opacus.optimizers import DPOptimizer
         from opacus.optimizers.optimizer_fast_gradient_clipping import (
             DPOptimizerFastGradientClipping,
@@ -89,7 +99,9 @@ def opacus(mode: str) -> Make:
             criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
         else:
             wrapped = GradSampleModule(model, force_functorch=mode == "functorch")
-            optimizer = DPOptimizer(torch.optim.SGD(wrapped.parameters(), lr=0.0), **given)
+            optimizer = DPOptimizer(
+                torch.optim.SGD(wrapped.parameters(), lr=0.0), **given
+            )
 
         def call() -> list[Tensor]:
             optimizer.zero_grad(set_to_none=True)
@@ -113,7 +125,9 @@ CONTENDERS: dict[str, Make] = {
 def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
     """The floor: one gradient of the summed loss, nothing of single examples."""
     params = [*model.parameters()]
-    return lambda: torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), params)
+    return lambda: torch.autograd.grad(
+        F.cross_entropy(model(x), y, reduction="sum"), params
+    )
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------------
@@ -153,7 +167,11 @@ def run(args: Namespace) -> dict[str, Any]:
     panels = [
         (
             f"{row['title']}: {label}",
-            [(name, entry[key]) for name, entry in row["results"].items() if key in entry],
+            [
+                (name, entry[key])
+                for name, entry in row["results"].items()
+                if key in entry
+            ],
             None,
         )
         for row in result["rows"]
@@ -190,7 +208,9 @@ def _measure(row: str, size: int, rounds: int) -> dict[str, Any]:
             }
     torch.manual_seed(0)
     model, shape = NETS[row]()
-    calls["floor"] = batch_gradient(model, torch.randn(size, *shape), torch.randint(10, (size,)))
+    calls["floor"] = batch_gradient(
+        model, torch.randn(size, *shape), torch.randint(10, (size,))
+    )
     results["floor"] = {"peak": allocations(calls["floor"])[1] / 1e6}
     title = f"{row}, batch {size}"
     for name, entry in timing.summary(

@@ -77,7 +77,10 @@ PARTS = {
 
 def run(of: Shapes, n: int) -> dict[str, Any]:
     real, tiny = draw(of, 0), [torch.randn([2] * max(1, len(shape))) for shape in of]
-    step, small = Compiled(real, draw(of, 1)), Compiled(tiny, [torch.ones_like(x) for x in tiny])
+    step, small = (
+        Compiled(real, draw(of, 1)),
+        Compiled(tiny, [torch.ones_like(x) for x in tiny]),
+    )
     for _ in range(10):
         step.step()
         small.step()
@@ -102,7 +105,10 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
 
 def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
     """Of a step as it runs: the kernels, and `prepare` of all stages, by clocks around them; the rest is Python. In microseconds."""
-    contender, seen = make(draw(of, 0), draw(of, 1)), {"step": [], "kernels": [], "prepare": []}
+    contender, seen = (
+        make(draw(of, 0), draw(of, 1)),
+        {"step": [], "kernels": [], "prepare": []},
+    )
     with _clock(segments.Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
         for i in range(n + 10):
             kernels.clear()
@@ -157,7 +163,12 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
         quiet=quiet,
     )
     rows = [
-        [p["function"], f"{p['calls']:.0f}", f"{p['own_us']:.0f}", f"{p['with_calls_us']:.0f}"]
+        [
+            p["function"],
+            f"{p['calls']:.0f}",
+            f"{p['own_us']:.0f}",
+            f"{p['with_calls_us']:.0f}",
+        ]
         for p in result["profile"]
     ]
     report.table(
@@ -167,14 +178,17 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
         quiet=quiet,
     )
     rows = [
-        [p["step"], *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")]]
+        [
+            p["step"],
+            *[f"{p[key] / 1e3:.2f}" for key in ("step_us", "kernels_us", "prepare_us")],
+        ]
         + [f"{(p['step_us'] - p['kernels_us'] - p['prepare_us']) / 1e3:.2f}"]
         for p in result["parts"]
     ]
-    title = (
-        "Where the time of long steps goes, 12 M GPT, ms (prepare: the norm of the clip, schedules)"
+    title = "Where the time of long steps goes, 12 M GPT, ms (prepare: the norm of the clip, schedules)"
+    report.table(
+        title, ["", "step", "kernels", "prepare", "the rest: Python"], rows, quiet=quiet
     )
-    report.table(title, ["", "step", "kernels", "prepare", "the rest: Python"], rows, quiet=quiet)
 
 
 def _prepare(ps: list[torch.Tensor], n: int) -> float:
@@ -182,7 +196,9 @@ def _prepare(ps: list[torch.Tensor], n: int) -> float:
     tx = our_adamw()
     state = tx.init(ps)
     stages = (
-        [(stage, state[name]) for name, stage in tx.stages.items()] if isinstance(tx, Chain) else []
+        [(stage, state[name]) for name, stage in tx.stages.items()]
+        if isinstance(tx, Chain)
+        else []
     )
 
     @torch.no_grad()

@@ -11,7 +11,10 @@ from benchmarks import record, report
 from benchmarks.timing import in_turns, summary
 from functorch_opt import philox, random
 
-ROWS = {"normal": ("standard normals", torch.randn), "uniform": ("uniform numbers", torch.rand)}
+ROWS = {
+    "normal": ("standard normals", torch.randn),
+    "uniform": ("uniform numbers", torch.rand),
+}
 N, QUICK = 10_000_000, 1000
 TARGET = 1.5
 """Times torch.randn, for compiled normals."""
@@ -31,11 +34,17 @@ def run(args: Namespace) -> dict[str, Any]:
         _show(result["rows"][-1])
     record.write(args.out / "random.json", result)
     panels: list[Any] = [
-        (row["title"], [(name, entry["ratio"]) for name, entry in row["results"].items()], 1.0)
+        (
+            row["title"],
+            [(name, entry["ratio"]) for name, entry in row["results"].items()],
+            1.0,
+        )
         for row in result["rows"]
     ]
     report.bars(
-        args.out / "random.png", panels, "time, in multiples of torch's generator (the line at 1)"
+        args.out / "random.png",
+        panels,
+        "time, in multiples of torch's generator (the line at 1)",
     )
     return result
 

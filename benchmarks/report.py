@@ -48,7 +48,9 @@ def table(
     rows = [list(row) for row in rows]
     right = range(len(header))[numbers_from:numbers_to]
     lines = [header, ["--:" if i in right else "---" for i in range(len(header))], *rows]
-    tables.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    tables.append(
+        "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    )
     if quiet:
         return
     if console:
@@ -56,14 +58,20 @@ def table(
         from rich.markup import escape
         from rich.table import Table
 
-        grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+        grid = Table(
+            box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold"
+        )
         for i, name in enumerate(header):
-            grid.add_column(name, justify="right" if i in right else "left", overflow="fold")
+            grid.add_column(
+                name, justify="right" if i in right else "left", overflow="fold"
+            )
         for row in rows:
             grid.add_row(*map(escape, row))
         console.print(grid)
         return
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
+    widths = [
+        max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))
+    ]
     print(f"\n{title}")
     for row in [list(header), ["-" * width for width in widths], *rows]:
         print(

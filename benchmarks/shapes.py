@@ -32,14 +32,18 @@ def resnet50(classes: int = 1000) -> Shapes:
     for stage, blocks in enumerate((3, 4, 6, 3)):
         width = 64 * 2**stage
         for block in range(blocks):
-            shapes += conv(width, into, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
+            shapes += (
+                conv(width, into, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
+            )
             if block == 0:
                 shapes += conv(4 * width, into, 1)
             into = 4 * width
     return [*shapes, (classes, into), (classes,)]
 
 
-def vit(layers: int, width: int, patch: int, image: int = 224, classes: int = 1000) -> Shapes:
+def vit(
+    layers: int, width: int, patch: int, image: int = 224, classes: int = 1000
+) -> Shapes:
     """torchvision's VisionTransformer."""
     norm = [(width,), (width,)]
     attention = [(3 * width, width), (3 * width,), (width, width), (width,)]

@@ -32,7 +32,9 @@ class Problem:
         self.steps = steps
         self.x = torch.randn(128, 16, generator=generator)
         self.y = torch.sin(self.x.sum(1, keepdim=True))
-        self.start = [torch.randn(m, n, generator=generator) / m**0.5 for m, n in pairwise(sizes)]
+        self.start = [
+            torch.randn(m, n, generator=generator) / m**0.5 for m, n in pairwise(sizes)
+        ]
         self.log_rate = torch.tensor(-4.0, requires_grad=True)
 
     def loss(self, ps: list[Tensor]) -> Tensor:
@@ -45,7 +47,9 @@ class Problem:
         with torch.enable_grad():
             return list(torch.autograd.grad(self.loss(ps), ps, create_graph=True))
 
-    def through(self, advance: Callable[[Any, Any], Any], init: Callable[[Any], Any]) -> Tensor:
+    def through(
+        self, advance: Callable[[Any, Any], Any], init: Callable[[Any], Any]
+    ) -> Tensor:
         ps = [p.clone().requires_grad_() for p in self.start]
         state = init([p.detach() for p in ps])
         for _ in range(self.steps):
@@ -72,7 +76,9 @@ class Problem:
 
         def step(ps: list[Tensor], state: Any) -> Any:
             updates, state = tx.update(self.gradient(ps), state, params=ps, inplace=False)
-            return [p + self.log_rate.exp() * u for p, u in zip(ps, updates, strict=True)], state
+            return [
+                p + self.log_rate.exp() * u for p, u in zip(ps, updates, strict=True)
+            ], state
 
         return self.through(step, tx.init)
 
@@ -97,18 +103,28 @@ def run(args: Namespace) -> dict[str, Any]:
                 notes[contender] = f"not installed ({error.name})"
                 del work[contender]
         for contender, number in numbers.items():
-            if abs(number - numbers["functorch_opt"]) > 1e-3 * abs(numbers["functorch_opt"]):
+            if abs(number - numbers["functorch_opt"]) > 1e-3 * abs(
+                numbers["functorch_opt"]
+            ):
                 notes[contender] = (
                     f"DIFFERENT NUMBERS: {number:.6g}, not {numbers['functorch_opt']:.6g}"
                 )
         title = f"derivative through {steps} steps of Adam, width {width}"
-        found = summary(in_turns(work, 3 if args.quick else args.rounds, title), "torchopt")
+        found = summary(
+            in_turns(work, 3 if args.quick else args.rounds, title), "torchopt"
+        )
         for contender, note in notes.items():
             found.setdefault(contender, {})["note"] = note
         for contender, peak in peaks.items():
             found[contender] |= {"peak": peak, "derivative": numbers[contender]}
         result["rows"].append(
-            {"row": name, "title": title, "width": width, "steps": steps, "results": found}
+            {
+                "row": name,
+                "title": title,
+                "width": width,
+                "steps": steps,
+                "results": found,
+            }
         )
         rows = [
             [

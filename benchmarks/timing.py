@@ -14,7 +14,10 @@ TURN = 0.02
 
 
 def in_turns(
-    work: Mapping[str, Callable[[], None]], rounds: int, description: str, turn: float = TURN
+    work: Mapping[str, Callable[[], None]],
+    rounds: int,
+    description: str,
+    turn: float = TURN,
 ) -> dict[str, list[float]]:
     """Seconds per call, ``{name: one for each round}``. A turn begins with an untimed call; the order changes from round to round."""
     calls = {}
@@ -43,13 +46,18 @@ def summary(
     """Medians: milliseconds, and of the ratios of paired rounds to `against` and to the floor; with quartiles."""
     found: dict[str, dict[str, Any]] = {}
     for name, of in times.items():
-        entry: dict[str, Any] = {"ms": 1e3 * statistics.median(of), "all_ms": [1e3 * t for t in of]}
+        entry: dict[str, Any] = {
+            "ms": 1e3 * statistics.median(of),
+            "all_ms": [1e3 * t for t in of],
+        }
         for key, other in (("ratio", against), ("over_floor", floor)):
             if other in times:
                 ratios = [a / b for a, b in zip(of, times[other], strict=True)]
                 entry[key] = statistics.median(ratios)
                 entry[f"{key}_quartiles"] = (
-                    statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+                    statistics.quantiles(ratios, n=4)[::2]
+                    if len(ratios) > 1
+                    else ratios * 2
                 )
         found[name] = entry
     return found

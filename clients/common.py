@@ -54,7 +54,9 @@ def chained_compiled(params: Iterable[Any]) -> fo.optim.Optimizer:
 
 
 each_optimizer = pytest.mark.parametrize(
-    "make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__
+    "make",
+    [named, chained, named_compiled, chained_compiled],
+    ids=lambda make: make.__name__,
 )
 
 
@@ -88,7 +90,11 @@ def watched() -> Iterator[list[Tensor]]:
     def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         seen.append(
             torch.cat(
-                [p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+                [
+                    p.detach().flatten()
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                ]
             )
         )
 
@@ -99,11 +105,17 @@ def watched() -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-10) -> None:
+def assert_same(
+    ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-10
+) -> None:
     assert len(ours) == len(theirs) > 0
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(
-            a, b, rtol=tolerance, atol=tolerance, msg=lambda text, step=step: f"step {step}: {text}"
+            a,
+            b,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, step=step: f"step {step}: {text}",
         )
 
 

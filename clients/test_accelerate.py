@@ -32,7 +32,9 @@ def train(
     net = model()
     optimizer = make(net.parameters())
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + 0.01 * step))
-    net, optimizer, loader, scheduler = accelerator.prepare(net, optimizer, batches(), scheduler)
+    net, optimizer, loader, scheduler = accelerator.prepare(
+        net, optimizer, batches(), scheduler
+    )
     assert type(optimizer) is AcceleratedOptimizer
     if load is not None:
         accelerator.load_state(load)

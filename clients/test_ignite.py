@@ -40,7 +40,9 @@ def chained_compiled(params: Any) -> fo.optim.Optimizer:
 
 
 each_optimizer = pytest.mark.parametrize(
-    "make", [named, chained, named_compiled, chained_compiled], ids=lambda make: make.__name__
+    "make",
+    [named, chained, named_compiled, chained_compiled],
+    ids=lambda make: make.__name__,
 )
 
 
@@ -50,11 +52,17 @@ class Run:
     def __init__(self, make: Make) -> None:
         self.net = model()
         self.optimizer = make(self.net.parameters())
-        self.trainer: Engine = create_supervised_trainer(self.net, self.optimizer, cross_entropy)
+        self.trainer: Engine = create_supervised_trainer(
+            self.net, self.optimizer, cross_entropy
+        )
         self.schedulers = {
-            "lr": PiecewiseLinear(self.optimizer, "lr", [(0, LR / 10), (14, LR), (56, LR / 10)]),
+            "lr": PiecewiseLinear(
+                self.optimizer, "lr", [(0, LR / 10), (14, LR), (56, LR / 10)]
+            ),
             "weight_decay": PiecewiseLinear(
-                self.optimizer, "weight_decay", [(10, 0.0), (20, 2 * WEIGHT_DECAY), (35, 0.0)]
+                self.optimizer,
+                "weight_decay",
+                [(10, 0.0), (20, 2 * WEIGHT_DECAY), (35, 0.0)],
             ),
         }
         self.seen: list[tuple[float, float]] = []

@@ -129,12 +129,16 @@ def automatic(make: Make, **options: Any) -> list[Tensor]:
 def test_44_manual(make: Make) -> None:
     with watched() as steps:
         fit(Manual(make))
-    assert_same(steps, automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value"))
+    assert_same(
+        steps, automatic(torchs, gradient_clip_val=CLIP, gradient_clip_algorithm="value")
+    )
 
 
 def test_44_a_clip_in_the_chain_sees_the_accumulated_gradient() -> None:
     def clips_itself(params: Any) -> torch.optim.Optimizer:
-        return fo.optim.Optimizer(params, fo.chain(fo.clip(CLIP), decayed(LR, WEIGHT_DECAY)))
+        return fo.optim.Optimizer(
+            params, fo.chain(fo.clip(CLIP), decayed(LR, WEIGHT_DECAY))
+        )
 
     assert_same(
         automatic(clips_itself),
@@ -173,7 +177,9 @@ class Unfreezing(Manual):
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(optimizer, type(optimizer.optimizer))
         if self.global_step == 10:
-            optimizer.add_param_group({"params": self.net[2].parameters(), "weight_decay": 0.0})
+            optimizer.add_param_group(
+                {"params": self.net[2].parameters(), "weight_decay": 0.0}
+            )
         optimizer.zero_grad()
 
         def closure() -> Tensor:
@@ -242,9 +248,12 @@ def test_45_state_that_was_moved_is_the_state(compile: bool) -> None:
     old = [opt.state[p]["exp_avg"] for p in params]
     kept = [x.clone() for x in old]
     _optimizer_to_device(opt, torch.device("cpu"))
-    for p in params:  # on one device `to` gives the same tensors: clones stand for moved ones
+    for (
+        p
+    ) in params:  # on one device `to` gives the same tensors: clones stand for moved ones
         opt.state[p] = {
-            key: value if key == "step" else value.clone() for key, value in opt.state[p].items()
+            key: value if key == "step" else value.clone()
+            for key, value in opt.state[p].items()
         }
     moved = [opt.state[p]["exp_avg"] for p in params]
     train(opt, params, range(2, 4))

@@ -39,14 +39,22 @@ def text() -> list[dict[str, Tensor]]:
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
-def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+def loss_of(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None
+) -> Tensor:
     """The model's own loss is in float32."""
     return cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def make_trainer(choice: Choice, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    size = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    size = {
+        "vocab_size": 256,
+        "n_positions": LENGTH,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+    }
     config = GPT2Config(
         **size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0
     )
@@ -105,7 +113,9 @@ def test_47_a_ready_chain() -> None:
     class OneDecay(torch.optim.AdamW):
         def __init__(self, groups: list[dict[str, Any]]) -> None:
             super().__init__(
-                [{"params": group["params"]} for group in groups], lr=LR, weight_decay=WEIGHT_DECAY
+                [{"params": group["params"]} for group in groups],
+                lr=LR,
+                weight_decay=WEIGHT_DECAY,
             )
 
     def run(choice: Choice, max_grad_norm: float) -> list[Tensor]:
@@ -127,5 +137,7 @@ def test_47_resume(choice: Choice, tmp_path: Path) -> None:
     with watched() as whole:
         make_trainer(choice, save_strategy="steps", save_steps=10).train()
     with watched() as rest:
-        make_trainer(choice).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
+        make_trainer(choice).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10")
+        )
     assert_equal(rest, whole[10:])

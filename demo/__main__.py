@@ -17,7 +17,9 @@ def main() -> None:
     )
     out = parser.parse_args().out
     missing = [
-        package for package in ("rich", "matplotlib", "sklearn") if find_spec(package) is None
+        package
+        for package in ("rich", "matplotlib", "sklearn")
+        if find_spec(package) is None
     ]
     if missing:
         sys.exit(

@@ -12,7 +12,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 T = TypeVar("T")
@@ -55,7 +61,9 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-def table(rows: Iterable[Iterable[str]], header: list[str], numbers_from: int = 1) -> None:
+def table(
+    rows: Iterable[Iterable[str]], header: list[str], numbers_from: int = 1
+) -> None:
     """Print a table; the columns from `numbers_from` on are aligned to the right."""
     grid = Table(box=SIMPLE_HEAD)
     for i, name in enumerate(header):

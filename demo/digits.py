@@ -14,7 +14,19 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
 import functorch_opt as fo
-from demo.common import BLACK, BLUE, ORANGE, RED, plt, save, say, smooth, table, title, track
+from demo.common import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    RED,
+    plt,
+    save,
+    say,
+    smooth,
+    table,
+    title,
+    track,
+)
 
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 15, 64, 1e-2, 1e-2
 
@@ -32,10 +44,13 @@ class Data(NamedTuple):
 def load() -> Data:
     """scikit-learn's digits (they come with it), four fifths of them to train on."""
     digits = load_digits()
-    x, y = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
-    train, test = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(
-        [1437, 360]
+    x, y = (
+        torch.tensor(digits.images / 16, dtype=torch.float32),
+        torch.tensor(digits.target),
     )
+    train, test = torch.randperm(
+        len(x), generator=torch.Generator().manual_seed(0)
+    ).split([1437, 360])
     return Data(x[train], y[train], x[test], y[test])
 
 
@@ -44,7 +59,9 @@ def minibatches(
 ) -> list[tuple[Tensor, Tensor]]:
     """The batches of all epochs, each epoch in a new order; what is left over at the end of an epoch is dropped."""
     generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(data.x_train), generator=generator) for _ in range(epochs)]
+    orders = [
+        torch.randperm(len(data.x_train), generator=generator) for _ in range(epochs)
+    ]
     return [
         (data.x_train[i], data.y_train[i])
         for order in orders
@@ -87,7 +104,9 @@ def make_chain(steps: int, eta: float = 1e-6) -> fo.GradientTransformation:
 
 
 def functional(
-    model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    tx: fo.GradientTransformation,
+    batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Steps:
     """Pure functions: params and state go in, new ones come out."""
 
@@ -104,7 +123,9 @@ def functional(
 
 
 def stateful(
-    model: nn.Module, tx: fo.GradientTransformation, batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    tx: fo.GradientTransformation,
+    batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Steps:
     """The same chain as a torch.optim.Optimizer, in an ordinary loop."""
     opt = fo.optim.Optimizer(model.named_parameters(), tx)
@@ -116,14 +137,19 @@ def stateful(
         yield loss, dict(model.named_parameters())
 
 
-def torch_adamw(model: nn.Module, steps: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Steps:
+def torch_adamw(
+    model: nn.Module, steps: int, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Steps:
     """The reference, without functorch_opt: the same steps, but for the noise, which torch does not have."""
     weights, rest = (
         [p for p in model.parameters() if p.ndim > 1],
         [p for p in model.parameters() if p.ndim <= 1],
     )
     opt = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}],
+        [
+            {"params": weights, "weight_decay": WEIGHT_DECAY},
+            {"params": rest, "weight_decay": 0.0},
+        ],
         lr=PEAK_LR,
     )
     warmup = steps // 10
@@ -166,7 +192,10 @@ def record(steps: Steps, model: nn.Module, data: Data) -> Record:
         trajectory.append(torch.cat([p.detach().flatten() for p in params.values()]))
         if len(losses) % per_epoch == 0:
             accuracy.append(
-                (predict(model, params, data.x_test) == data.y_test).double().mean().item()
+                (predict(model, params, data.x_test) == data.y_test)
+                .double()
+                .mean()
+                .item()
             )
     return Record(losses, accuracy, torch.stack(trajectory), params)
 
@@ -187,12 +216,16 @@ def run(out: Path) -> Path:
     steps = len(batches)
     torch.manual_seed(0)
     models = [ConvNet()]
-    models += [copy.deepcopy(models[0]) for _ in range(3)]  # all start from the same parameters
+    models += [
+        copy.deepcopy(models[0]) for _ in range(3)
+    ]  # all start from the same parameters
     tx, quiet = make_chain(steps), make_chain(steps, eta=0.0)
     say(str(tx))
     trainings = {
         "functional": functional(models[0], tx, track(batches, "functional", steps)),
-        "fo.optim.Optimizer": stateful(models[1], tx, track(batches, "fo.optim.Optimizer", steps)),
+        "fo.optim.Optimizer": stateful(
+            models[1], tx, track(batches, "fo.optim.Optimizer", steps)
+        ),
         "torch.optim.AdamW": torch_adamw(
             models[2], steps, track(batches, "torch.optim.AdamW", steps)
         ),
@@ -200,7 +233,9 @@ def run(out: Path) -> Path:
             models[3], quiet, track(batches, "functional, no noise", steps)
         ),
     }
-    runs = {name: record(training, models[0], data) for name, training in trainings.items()}
+    runs = {
+        name: record(training, models[0], data) for name, training in trainings.items()
+    }
 
     rows = [
         [name, f"{it.accuracy[-1]:.1%}", f"{smooth(it.losses)[-1]:.4f}"]
@@ -261,7 +296,10 @@ def _draw(runs: dict[str, Record], data: Data, predicted: Tensor) -> Figure:
     accuracy.legend(loc="lower right")
 
     correct = predicted == data.y_test
-    wrong, right = (~correct).nonzero().flatten().tolist(), correct.nonzero().flatten().tolist()
+    wrong, right = (
+        (~correct).nonzero().flatten().tolist(),
+        correct.nonzero().flatten().tolist(),
+    )
     text = f"What the network reads: its {len(wrong)} mistakes among the {len(predicted)} held-out digits, then others"
     lower.suptitle(text, x=0.005, ha="left", fontsize=11)
     for axes, i in zip(lower.subplots(4, 14).flat, wrong + right, strict=False):
@@ -269,6 +307,8 @@ def _draw(runs: dict[str, Record], data: Data, predicted: Tensor) -> Figure:
         axes.imshow(data.x_test[i].numpy(), cmap="gray_r")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=color if i in wrong else "#CCCCCC")
-        label = f"{predicted[i]}, not {data.y_test[i]}" if i in wrong else f"{predicted[i]}"
+        label = (
+            f"{predicted[i]}, not {data.y_test[i]}" if i in wrong else f"{predicted[i]}"
+        )
         axes.set_title(label, color=color, loc="center", fontsize=10, pad=3)
     return figure

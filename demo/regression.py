@@ -33,11 +33,15 @@ Y = 2 * X
 POLICIES = {
     "constant": fo.constant_schedule(0.1),
     "exponential decay": fo.exponential_decay(0.1, transition_steps=250, decay_rate=0.1),
-    "step decay": fo.exponential_decay(0.1, transition_steps=250, decay_rate=0.1, staircase=True),
+    "step decay": fo.exponential_decay(
+        0.1, transition_steps=250, decay_rate=0.1, staircase=True
+    ),
 }
 OPTIMIZERS = {
     "gradient descent": fo.sgd,
-    "noisy SGD": lambda learning_rate: fo.noisy_sgd(learning_rate, eta=SIGMA**2, gamma=0.0, key=0),
+    "noisy SGD": lambda learning_rate: fo.noisy_sgd(
+        learning_rate, eta=SIGMA**2, gamma=0.0, key=0
+    ),
     "Adam": fo.adam,
     "RMSprop": fo.rmsprop,
 }
@@ -95,7 +99,11 @@ def run(out: Path) -> Path:
         [*name, f"{losses[-1]:.1e}", f"{params['w'].item():.6f}"]
         for name, (params, losses) in named.items()
     ]
-    table(rows, ["optimizer", "learning rate 0.1", "final loss", "learned weight"], numbers_from=2)
+    table(
+        rows,
+        ["optimizer", "learning rate 0.1", "final loss", "learned weight"],
+        numbers_from=2,
+    )
     difference = max(abs(a - b) for a, b in zip(by_hand[1], sgd[1], strict=True))
     say(
         f"{ITERATIONS:,} iterations each; the noise on the gradients of noisy SGD has mean 0 and standard deviation {SIGMA}."
@@ -114,7 +122,11 @@ def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> F
     styles = dict(
         zip(
             POLICIES,
-            [{"color": BLACK, "lw": 2}, {"color": SKY, "lw": 1.8}, {"color": PINK, "lw": 1.2}],
+            [
+                {"color": BLACK, "lw": 2},
+                {"color": SKY, "lw": 1.8},
+                {"color": PINK, "lw": 1.2},
+            ],
             strict=True,
         )
     )
@@ -129,16 +141,24 @@ def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> F
     for name, color in colors.items():
         everyone.plot(_visible(losses[name, "constant"]), color=color, lw=1.5, label=name)
     everyone.plot(
-        by_hand, color=BLACK, lw=2, ls=(0, (1, 3)), label="gradient descent by hand: the same line"
+        by_hand,
+        color=BLACK,
+        lw=2,
+        ls=(0, (1, 3)),
+        label="gradient descent by hand: the same line",
     )
     everyone.text(ITERATIONS, 1.4e-15, "exactly 0", ha="right", va="bottom")
     everyone.legend(loc="center right", bbox_to_anchor=(1, 0.45))
     _loss_axes(everyone)
 
     rates = figure.add_subplot(grid[0, 3], title="The three policies")
-    rates.set(xlabel="iteration", ylabel="learning rate", yscale="log", xlim=(0, ITERATIONS))
+    rates.set(
+        xlabel="iteration", ylabel="learning rate", yscale="log", xlim=(0, ITERATIONS)
+    )
     for policy, schedule in POLICIES.items():
-        rates.plot(schedule(torch.arange(ITERATIONS)).numpy(), **styles[policy], label=policy)
+        rates.plot(
+            schedule(torch.arange(ITERATIONS)).numpy(), **styles[policy], label=policy
+        )
     rates.legend(loc="lower left")
 
     findings = [

@@ -56,7 +56,9 @@ def accuracy(params: Params, x: Tensor, y: Tensor) -> float:
 def run(out: Path) -> Path:
     title(f"3. {MODELS} learning rates in one run")
     data, lrs = load(), torch.logspace(-5, 1, MODELS, dtype=torch.float64)
-    with console.status(f"{MODELS} learning rates, first in one run, then one after another"):
+    with console.status(
+        f"{MODELS} learning rates, first in one run, then one after another"
+    ):
         begin = time.perf_counter()
         result = sweep((data.x_train, data.y_train), lrs, EPOCHS)
         together = time.perf_counter() - begin
@@ -69,7 +71,10 @@ def run(out: Path) -> Path:
     shown = sorted(
         {
             result.best_run,
-            *(int((lrs.log10() - exponent).abs().argmin()) for exponent in (-4, -3, -2, -1, 1)),
+            *(
+                int((lrs.log10() - exponent).abs().argmin())
+                for exponent in (-4, -3, -2, -1, 1)
+            ),
         }
     )
     rows = []
@@ -81,11 +86,21 @@ def run(out: Path) -> Path:
             else f"{accuracy(result.params_of(i), data.x_test, data.y_test):.1%}"
         )
         rows.append(
-            [f"{lrs[i]:.2g}", f"{result.losses[i]:.5f}", read, f"{apart.nan_to_num(0):.0e}"]
+            [
+                f"{lrs[i]:.2g}",
+                f"{result.losses[i]:.5f}",
+                read,
+                f"{apart.nan_to_num(0):.0e}",
+            ]
         )
     table(
         rows,
-        ["lr", "training loss", "held-out accuracy", "difference to torch.optim, epoch 1"],
+        [
+            "lr",
+            "training loss",
+            "held-out accuracy",
+            "difference to torch.optim, epoch 1",
+        ],
         numbers_from=0,
     )
     say(
@@ -97,5 +112,7 @@ def run(out: Path) -> Path:
     say(
         f"In one run: {together:.1f} s, nothing compiled. One after another, Adam with fused=True: {one_by_one:.1f} s, "
     )
-    say(f"which is {one_by_one / together:.1f} times as long. Threads: {torch.get_num_threads()}.")
+    say(
+        f"which is {one_by_one / together:.1f} times as long. Threads: {torch.get_num_threads()}."
+    )
     return save(result.plot(), out / "3_learning_rates.png")

@@ -61,7 +61,9 @@ from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"
 
-if not _typing.TYPE_CHECKING:  # Type checkers read the star imports above, and no computed list.
+if (
+    not _typing.TYPE_CHECKING
+):  # Type checkers read the star imports above, and no computed list.
     __all__ = ["__version__", "optim", "random", "tree"]
     __all__ += [
         name

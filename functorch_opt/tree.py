@@ -36,30 +36,6 @@ __all__ = [
     "zeros_like",
 ]
 
-# The names below are for the files of this package that have not changed their imports yet.
-# Take the names from the files of _core/ instead; then these lines go.
-from functorch_opt._core.checkpoint import LEFT_OVER, Fit, fit, load_state_dict, state_dict  # noqa: F401
-from functorch_opt._core.numerics import cast, real_dtype, scalar_slot  # noqa: F401
-from functorch_opt._core.sharding import (  # noqa: F401
-    PLAIN,
-    cut,
-    join,
-    on_shards,
-    refuse_sharded,
-    sum_over_ranks,
-    unlike,
-)
-from functorch_opt._core.state import StageState, describe, entries, get  # noqa: F401
-from functorch_opt._core.structure import (  # noqa: F401
-    Path,
-    broadcast,
-    flatten_tensors,
-    like,
-    map_leaves,
-    match,
-    unique_paths,
-)
-
 
 def __dir__() -> list[str]:
     return sorted(__all__)

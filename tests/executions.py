@@ -59,7 +59,11 @@ class Plan:
 def look(params: Any, state: Any = None) -> dict[str, Tensor]:
     """A copy of what is there now."""
     seen = dict(
-        zip((f"params/{path}" for path in tree.paths(params)), tree.flatten(params)[0], strict=True)
+        zip(
+            (f"params/{path}" for path in tree.paths(params)),
+            tree.flatten(params)[0],
+            strict=True,
+        )
     )
     for path, x in zip(tree.paths(state), tree.flatten(state)[0], strict=True):
         if x is not None:
@@ -67,7 +71,9 @@ def look(params: Any, state: Any = None) -> dict[str, Tensor]:
     return {path: tree.whole(x).detach().clone() for path, x in seen.items()}
 
 
-def pure_step(tx: fo.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+def pure_step(
+    tx: fo.GradientTransformation,
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """The meaning of a step."""
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
@@ -108,7 +114,9 @@ def update_is_pure(program: Program, plan: Plan) -> Seen:
     return run(plan, untouched(pure_step(tx)), tx)
 
 
-def untouched(step: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def untouched(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+) -> Callable[..., tuple[Any, Any]]:
     """`step`, and a look at whether what it was given is still what it was, now and after the
     steps that follow.
     """
@@ -200,7 +208,9 @@ def here(x: Tensor) -> Tensor:
     return x
 
 
-def optimizer(program: Program, plan: Plan, compile: bool, put: Put = here) -> fo.optim.Optimizer:
+def optimizer(
+    program: Program, plan: Plan, compile: bool, put: Put = here
+) -> fo.optim.Optimizer:
     """The optimizer of a program, over copies of its parameters."""
     first = plan.params()
     params = [nn.Parameter(put(p.clone())) for p in tree.flatten(first)[0]]
@@ -208,7 +218,9 @@ def optimizer(program: Program, plan: Plan, compile: bool, put: Put = here) -> f
     return fo.optim.Optimizer(groups_of(program, named), plan.tx(), compile=compile)
 
 
-def groups_of(program: Program, named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+def groups_of(
+    program: Program, named: list[tuple[str, nn.Parameter]]
+) -> list[dict[str, Any]]:
     """One group or two."""
     half = len(named) // 2 if program.groups else 0
     return [{"params": part} for part in (named[:half], named[half:]) if part]
@@ -298,7 +310,9 @@ def users_compiled_optimizer(compile: bool, backend: str) -> Execution:
         with afresh():
             opt = optimizer(program, plan, compile)
             opt.init_state()
-            return train(plan, opt, torch.compile(opt.step, fullgraph=True, backend=backend))
+            return train(
+                plan, opt, torch.compile(opt.step, fullgraph=True, backend=backend)
+            )
 
     return execute
 
@@ -346,7 +360,9 @@ EAGER: dict[str, Execution] = {
     "Optimizer": stateful(False),
     "Optimizer, gradients written over": stateful(False, written_over=True),
     "Optimizer, compile=True, traced": stateful_traced(),
-    "Optimizer, compile=True, traced, gradients written over": stateful_traced(written_over=True),
+    "Optimizer, compile=True, traced, gradients written over": stateful_traced(
+        written_over=True
+    ),
     "vmap of update": in_vmap,
 }
 """What can be checked of a program without compiling anything."""
@@ -366,15 +382,21 @@ INDUCTOR: dict[str, Execution] = {
     "torch.compile of compiled_step, donate": users_compile(True, "inductor"),
     "torch.compile of compiled_step, donate=False": users_compile(False, "inductor"),
     "torch.compile of Optimizer.step": users_compiled_optimizer(False, "inductor"),
-    "torch.compile of Optimizer.step, compile=True": users_compiled_optimizer(True, "inductor"),
+    "torch.compile of Optimizer.step, compile=True": users_compiled_optimizer(
+        True, "inductor"
+    ),
 }
 """What Inductor makes of a program: seconds each."""
 
 DYNAMO: dict[str, Execution] = {
     "torch.compile of update, aot_eager": users_compile(None, "aot_eager"),
     "torch.compile of compiled_step, donate, aot_eager": users_compile(True, "aot_eager"),
-    "torch.compile of compiled_step, donate=False, aot_eager": users_compile(False, "aot_eager"),
-    "torch.compile of Optimizer.step, aot_eager": users_compiled_optimizer(False, "aot_eager"),
+    "torch.compile of compiled_step, donate=False, aot_eager": users_compile(
+        False, "aot_eager"
+    ),
+    "torch.compile of Optimizer.step, aot_eager": users_compiled_optimizer(
+        False, "aot_eager"
+    ),
 }
 """The same without Inductor: graphs with all their writes, run as they are."""
 
@@ -390,7 +412,12 @@ def applies(name: str, program: Program) -> bool:
 
 # ---- how far apart two right executions may be ---------------------------------------------------
 
-ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5, torch.float64: 1e-6}
+ROUNDING = {
+    torch.bfloat16: 2**-6,
+    torch.float16: 2**-9,
+    torch.float32: 1e-5,
+    torch.float64: 1e-6,
+}
 """What may be off at the least, relative to the size of the numbers. In float64 too, for a
 schedule may give float32.
 """
@@ -445,14 +472,18 @@ def shown(x: Any) -> str:
     return repr(x).replace("\n", "\n    ")
 
 
-def first_difference(expected: Seen, got: Seen, allowed: list[float]) -> Difference | None:
+def first_difference(
+    expected: Seen, got: Seen, allowed: list[float]
+) -> Difference | None:
     """Where `got` differs. What `got` does not know of (the state, in the stateful optimizers) is
     not compared.
     """
     for step, (a, b) in enumerate(zip(expected, got, strict=True)):
         for path, x in a.items():
             if path not in b:
-                if path.startswith("params") or any(other.startswith("state") for other in b):
+                if path.startswith("params") or any(
+                    other.startswith("state") for other in b
+                ):
                     return Difference(step, path, x, "nothing", 0.0)
                 continue
             y = b[path]
@@ -502,7 +533,9 @@ class Unfit(Exception):
     """A program whose numbers depend too much on rounding says nothing about executions."""
 
 
-def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> list[Failure]:
+def check(
+    program: Program, executions: Iterable[str], limit: float = 0.03
+) -> list[Failure]:
     """What is wrong with these executions of a program.
 
     Raises:
@@ -518,8 +551,12 @@ def check(program: Program, executions: Iterable[str], limit: float = 0.03) -> l
         except Exception as error:
             return [error_in(program, MEANING, error)]
         low = any(leaf.dtype == "bfloat16" for leaf in program.leaves.values())
-        scale = max([1.0, *(size(x) for x in expected[-1].values() if x.is_floating_point())])
-        if not math.isfinite(allowed[-1]) or allowed[-1] > scale * (0.3 if low else limit):
+        scale = max(
+            [1.0, *(size(x) for x in expected[-1].values() if x.is_floating_point())]
+        )
+        if not math.isfinite(allowed[-1]) or allowed[-1] > scale * (
+            0.3 if low else limit
+        ):
             raise Unfit(f"rounding alone may change it by {allowed[-1]:.1e}")
         failures = []
         for name in executions:
@@ -541,7 +578,9 @@ def failures_of(
     except Exception as error:
         return [error_in(program, name, error)]
     difference = first_difference(expected, got, allowed)
-    return [] if difference is None else [Failure(program, name, str(difference), "numbers")]
+    return (
+        [] if difference is None else [Failure(program, name, str(difference), "numbers")]
+    )
 
 
 def smallest(failure: Failure, tries: int = 300) -> Failure:

@@ -27,7 +27,9 @@ def main() -> int:
     arguments.add_argument("--count", type=int, default=10_000)
     arguments.add_argument("--seed", type=int, default=int(os.environ.get("FO_SEED", 0)))
     arguments.add_argument("--executions", choices=SETS, default="eager")
-    arguments.add_argument("--show", type=int, default=5, help="how many failures to show in full")
+    arguments.add_argument(
+        "--show", type=int, default=5, help="how many failures to show in full"
+    )
     given = arguments.parse_args()
     torch.set_num_threads(1)
     failed: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
@@ -49,10 +51,17 @@ def main() -> int:
             gc.collect()
         if k % 500 == 499:
             bad = len({seed for seeds in failed.values() for seed in seeds})
-            print(f"{k + 1} programs in {time.monotonic() - began:.0f} s, {bad} failed", flush=True)
+            print(
+                f"{k + 1} programs in {time.monotonic() - began:.0f} s, {bad} failed",
+                flush=True,
+            )
     for (execution, kind), seeds in sorted(failed.items(), key=lambda row: -len(row[1])):
-        print(f"{len(seeds):6} {execution}: {kind}; seeds {', '.join(map(str, seeds[:8]))}")
-    print(f"{given.count} programs from seed {given.seed} on, {unfit} of them not to be compared")
+        print(
+            f"{len(seeds):6} {execution}: {kind}; seeds {', '.join(map(str, seeds[:8]))}"
+        )
+    print(
+        f"{given.count} programs from seed {given.seed} on, {unfit} of them not to be compared"
+    )
     return int(bool(failed))
 
 

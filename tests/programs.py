@@ -45,7 +45,9 @@ def turned(x):
     return x.t() if x.dim() == 2 and x.shape[0] == x.shape[1] else x
 """
 
-MECHANISMS = {name: hasattr(fo, name) for name in ("wrap", "gate", "every", "largest")} | {
+MECHANISMS = {
+    name: hasattr(fo, name) for name in ("wrap", "gate", "every", "largest")
+} | {
     f"leafwise {name}": name in inspect.signature(fo.leafwise).parameters
     for name in ("every", "totals")
 }
@@ -73,7 +75,13 @@ def alias(rng: random.Random, scope: Scope) -> str:
     same memory.
     """
     x = rng.choice(scope.tensors)
-    forms = ["{}"] * 6 + ["{}.detach()", "{}.clone()", "{}.view_as({})", "{}[...]", "{} * 1"]
+    forms = ["{}"] * 6 + [
+        "{}.detach()",
+        "{}.clone()",
+        "{}.view_as({})",
+        "{}[...]",
+        "{} * 1",
+    ]
     forms += ["{}.flatten().view({}.shape)", "{}.reshape({}.shape)", "{}.contiguous()"]
     if scope.tensorwise:
         forms += ["turned({})"] * 3 + ["{}.mean().expand({}.shape)"]
@@ -102,7 +110,11 @@ BINARY = [
 ]
 LERPS = ["torch.lerp({a}, {b}, 0.3)", "{a}.lerp({b}, 0.1)"]
 SCALED = ["{s} * {a}", "({a} + 0.1 * {s})", "{a} / (1 + abs({s}))"]
-WHOLE = ["({a} - {a}.mean(dim=-1, keepdim=True))", "{a} * torch.tanh({b}.mean())", "turned({a})"]
+WHOLE = [
+    "({a} - {a}.mean(dim=-1, keepdim=True))",
+    "{a} * torch.tanh({b}.mean())",
+    "turned({a})",
+]
 
 
 def expression(rng: random.Random, scope: Scope, depth: int = 2) -> str:
@@ -115,7 +127,10 @@ def expression(rng: random.Random, scope: Scope, depth: int = 2) -> str:
         + ([SCALED] * 2 if scope.scalars else [])
         + ([WHOLE] if scope.tensorwise else [])
     )
-    parts = {"a": expression(rng, scope, depth - 1), "b": expression(rng, scope, depth - 1)}
+    parts = {
+        "a": expression(rng, scope, depth - 1),
+        "b": expression(rng, scope, depth - 1),
+    }
     if scope.scalars:
         parts["s"] = rng.choice(scope.scalars)
     form = rng.choice(forms)
@@ -232,12 +247,19 @@ class Rule(Part):
     injected: bool = False
 
     def counts(self) -> bool:
-        texts = [*self.now.values(), *self.new_shared.values(), *self.new.values(), self.update]
+        texts = [
+            *self.now.values(),
+            *self.new_shared.values(),
+            *self.new.values(),
+            self.update,
+        ]
         return bool(self.work) or any(reads("count", text) for text in texts)
 
     def taken(self, names: list[str], texts: list[str]) -> str:
         """The arguments of a function of this source."""
-        return ", ".join(name for name in names if any(reads(name, text) for text in texts))
+        return ", ".join(
+            name for name in names if any(reads(name, text) for text in texts)
+        )
 
     def write(self, definitions: Definitions) -> str:
         of_step = [*self.hyper, *self.shared, "count"]
@@ -286,7 +308,9 @@ class Rule(Part):
         folds = {}
         for name, body in functions.items():
             function = f"lambda {self.taken(['g', 'p', *self.first], [body])}: {body}"
-            folds[name] = f"fo.largest({function})" if body.endswith(".max()") else function
+            folds[name] = (
+                f"fo.largest({function})" if body.endswith(".max()") else function
+            )
         return folds
 
     def _without(self, name: str) -> Rule:
@@ -320,7 +344,9 @@ class Rule(Part):
                     if k != name
                 }
         tensor = name in self.first or "Each" in self.now.get(name, "")
-        update = renamed(renamed(self.update, f"new_{name}", "g"), name, "g" if tensor else "1.0")
+        update = renamed(
+            renamed(self.update, f"new_{name}", "g"), name, "g" if tensor else "1.0"
+        )
         return replace(self, update=update, **fields)
 
     def smaller(self) -> Iterator[Part]:
@@ -344,7 +370,9 @@ class Rule(Part):
         for slot, value in self.new.items():
             for name in ("g", "p", slot):
                 yield from self._simply(
-                    value, name, lambda x, slot=slot: replace(self, new={**self.new, slot: x})
+                    value,
+                    name,
+                    lambda x, slot=slot: replace(self, new={**self.new, slot: x}),
                 )
         for name, value in self.hyper.items():
             if value != "0.5":
@@ -417,7 +445,9 @@ class ByHand(Part):
 
     def write(self, definitions: Definitions) -> str:
         given = [part.write(definitions) for part in self.inner]
-        name = definitions.add(self.name, "inner" if given else "", self.body.splitlines())
+        name = definitions.add(
+            self.name, "inner" if given else "", self.body.splitlines()
+        )
         return f"{name}({', '.join(given)})"
 
     def children(self) -> list[Part]:
@@ -456,7 +486,13 @@ def variations(part: Part) -> Iterator[Part]:
 
 # ---- drawing parts -------------------------------------------------------------------------------
 
-NUMBERS = ["0.9", "0.5", "0.1", "torch.tensor(0.3)", "torch.tensor(0.7, dtype=torch.float64)"]
+NUMBERS = [
+    "0.9",
+    "0.5",
+    "0.1",
+    "torch.tensor(0.3)",
+    "torch.tensor(0.7, dtype=torch.float64)",
+]
 SCHEDULES = [
     "lambda count: torch.where(count < 2, 0.8, 0.2)",
     "lambda count: 0.5 / (1 + count)",
@@ -465,7 +501,11 @@ SCHEDULES = [
     "lambda count: 0.6",
 ]
 FIRST = ["torch.zeros_like", "fo.tree.zeros_like", "torch.clone", "lambda p: p"]
-FIRST += ["lambda p: p.detach()", "lambda p: torch.full_like(p, 0.5)", "lambda p: p.view_as(p)"]
+FIRST += [
+    "lambda p: p.detach()",
+    "lambda p: torch.full_like(p, 0.5)",
+    "lambda p: p.view_as(p)",
+]
 FIRST += ["lambda p: 0.5 * p", "torch.zeros_like", "torch.clone", "lambda p: p"]
 UNUSUAL_FIRST = ["lambda p: p.new_zeros(()).expand(p.shape)"]
 UNUSUAL_FIRST += ["lambda p: torch.zeros_like(p, dtype=torch.float64)"]
@@ -498,7 +538,10 @@ LIBRARY = [
     ("fo.scale(-0.3)", False),
     ("fo.inject_hyperparams(fo.sgd)(learning_rate=0.3)", False),
     ("fo.inject_hyperparams(fo.trace)(decay=0.6)", False),
-    ("fo.inject_hyperparams(fo.sgd)(learning_rate=fo.linear_schedule(0.5, 0.1, 3))", False),
+    (
+        "fo.inject_hyperparams(fo.sgd)(learning_rate=fo.linear_schedule(0.5, 0.1, 3))",
+        False,
+    ),
     ("fo.scale_by_adam(eps=0.3)", True),
     ("fo.ema(0.7)", True),
     ("fo.add_noise(0.01, 0.5, key={key})", True),
@@ -650,7 +693,9 @@ class Author:
         """A whole transformation, with what must come last."""
         part = self.part(depth=2)
         if self.chance(0.12):
-            lasts = ["fo.keep_master_weights({0})"] + [row[1] for row in OF_LIBRARY if row[2]]
+            lasts = ["fo.keep_master_weights({0})"] + [
+                row[1] for row in OF_LIBRARY if row[2]
+            ]
             part = Nest(self.rng.choice(lasts), [part], last=True)
         elif self.chance(0.6):
             end = self.rng.choice(["fo.scale(-0.3)", "fo.scale_by_learning_rate(0.2)"])
@@ -675,7 +720,9 @@ class Author:
         if kind == "by hand":
             return self.by_hand()
         if kind == "chain" and self.chance(0.1):
-            return Declared("twice", "return fo.chain(inner, inner)", [self.part(depth - 1)])
+            return Declared(
+                "twice", "return fo.chain(inner, inner)", [self.part(depth - 1)]
+            )
         if kind == "chain":
             return Chained([self.part(depth - 1) for _ in range(self.rng.randint(1, 4))])
         if kind == "groups":
@@ -689,18 +736,30 @@ class Author:
         return self.wrap(depth - 1) if kind == "wrap" else self.gate(depth - 1)
 
     def library(self) -> Part:
-        call, counted = self.rng.choice([row for row in LIBRARY if self.counting or not row[1]])
+        call, counted = self.rng.choice(
+            [row for row in LIBRARY if self.counting or not row[1]]
+        )
         return Library(call.format(key=self.rng.randint(0, 99)), counted)
 
     def groups(self, depth: int) -> Part:
         which = self.rng.choice(
-            ["p.dim() > 1", "p.dim() == 0", 'path.endswith("a")', 'path < "b"', "p.numel() > 3"]
+            [
+                "p.dim() > 1",
+                "p.dim() == 0",
+                'path.endswith("a")',
+                'path < "b"',
+                "p.numel() > 3",
+            ]
         )
         if self.chance(0.5):
             otherwise = self.rng.choice(["pass", "zero"])
             form = f'fo.masked({{0}}, lambda path, p: {which}, otherwise="{otherwise}")'
             return Nest(form, [self.part(depth)])
-        form = 'fo.partition({{"x": {0}, "y": {1}}}, lambda path, p: "x" if ' + which + ' else "y")'
+        form = (
+            'fo.partition({{"x": {0}, "y": {1}}}, lambda path, p: "x" if '
+            + which
+            + ' else "y")'
+        )
         return Nest(form, [self.part(depth), self.part(depth)])
 
     def by_hand(self) -> Part:
@@ -731,7 +790,9 @@ class Author:
                 '(state["kept"], state["step"])',
             )
             moved = (
-                f"torch.where(step % 2 == 0, 1.0, 0.5) * ({moved})" if self.chance(0.3) else moved
+                f"torch.where(step % 2 == 0, 1.0, 0.5) * ({moved})"
+                if self.chance(0.3)
+                else moved
             )
         texts = {
             "init": shape.format(init, "fo.tree.zero_count(params)"),
@@ -772,11 +833,18 @@ class Author:
             scope = replace(scope, tensors=[*scope.tensors, f"new_{name}"])
         part.update = self.update_of(slots + each, scope)
         if part.kind == "tensorwise" and self.chance(0.3):
-            part.first["rows"] = "lambda p: fo.tree.zeros_like(p.mean(dim=-1, keepdim=True))"
+            part.first["rows"] = (
+                "lambda p: fo.tree.zeros_like(p.mean(dim=-1, keepdim=True))"
+            )
             of = expression(rng, scope, 1)
             part.new["rows"] = f"0.9 * rows + 0.1 * ({of}).mean(dim=-1, keepdim=True)"
             part.update = f"{part.update} + 0.3 * {rng.choice(['rows', 'new_rows'])}"
-        if slots and self.has["every"] and self.has["leafwise every"] and self.chance(0.25):
+        if (
+            slots
+            and self.has["every"]
+            and self.has["leafwise every"]
+            and self.chance(0.25)
+        ):
             chosen = rng.choice(slots)
             inside = Scope(["g", "p", *slots], [*part.hyper], scope.tensorwise)
             part.work[chosen] = self.new_value(chosen, inside)
@@ -803,7 +871,9 @@ class Author:
         counting = self.counting if counting is None else counting
         if self.chance(0.35):
             for name in ["k", "l"][: rng.randint(1, 2)]:
-                part.shared[name] = f"torch.tensor({rng.choice([0.3, 0.6])}, dtype=torch.float64)"
+                part.shared[name] = (
+                    f"torch.tensor({rng.choice([0.3, 0.6])}, dtype=torch.float64)"
+                )
         tree = rng.choice(["updates", "updates", "params"])
         sources = ["0.5", "2", *part.hyper, *part.shared]
         sources += [rng.choice([NORM, BY_HAND]).format(tree=tree)] * 2
@@ -840,7 +910,9 @@ class Author:
         value = expression(self.rng, scope, self.rng.randint(1, 2))
         unread = [name for name in tensors if not reads(name, value)]
         if self.chance(0.9):
-            value = " + ".join([value, *(f"0.{3 + i} * {x}" for i, x in enumerate(unread))])
+            value = " + ".join(
+                [value, *(f"0.{3 + i} * {x}" for i, x in enumerate(unread))]
+            )
         return value
 
     # ---- what is declared around others ----
@@ -872,12 +944,16 @@ class Author:
         texts = [*part.now.values(), *part.new_shared.values()]
         if texts:
             known = [*part.hyper, *part.shared, "count", "updates", "params"]
-            result = [entries(part.now)] + [entries(part.new_shared)] * bool(part.new_shared)
+            result = [entries(part.now)] + [entries(part.new_shared)] * bool(
+                part.new_shared
+            )
             lines += [f"def prepare({part.taken(known, texts)}):"]
             lines += [f"    return {', '.join(result)}", ""]
             options.append("prepare=prepare")
         values = {"slots": part.first, "shared": part.shared, "hyper": part.hyper}
-        options += [f"{option}={entries(value)}" for option, value in values.items() if value]
+        options += [
+            f"{option}={entries(value)}" for option, value in values.items() if value
+        ]
         lines.append(f"return fo.wrap({', '.join(['inner', *options])})")
         return Declared("wrapped", "\n".join(lines), [self.part(depth)])
 
@@ -1049,13 +1125,17 @@ class Program:
             for path in self.leaves:
                 leaves = {p: leaf for p, leaf in self.leaves.items() if p != path}
                 kinds = {
-                    k: kind for k, kind in self.kinds.items() if k[0] != path and path not in kind
+                    k: kind
+                    for k, kind in self.kinds.items()
+                    if k[0] != path and path not in kind
                 }
                 yield replace(self, leaves=leaves, kinds=kinds)
         if self.steps > 1:
             yield replace(self, steps=self.steps - 1)
         for key in self.kinds:
-            yield replace(self, kinds={k: kind for k, kind in self.kinds.items() if k != key})
+            yield replace(
+                self, kinds={k: kind for k, kind in self.kinds.items() if k != key}
+            )
         if self.groups:
             yield replace(self, groups=False)
         for path, leaf in self.leaves.items():
@@ -1087,8 +1167,12 @@ def program(seed: int) -> Program:
     rng = random.Random(seed)
     dtypes = ["float32"]
     if rng.random() < 0.25:
-        dtypes = rng.choice([["float64"], ["float64", "float32"], ["bfloat16", "float32"]])
-    features = [name for name in ("missing", "nan", "strides", "aliases") if rng.random() < 0.3]
+        dtypes = rng.choice(
+            [["float64"], ["float64", "float32"], ["bfloat16", "float32"]]
+        )
+    features = [
+        name for name in ("missing", "nan", "strides", "aliases") if rng.random() < 0.3
+    ]
     nesting = rng.choice(["flat", "nested", "list"])
     paths = {
         "flat": ["a", "b", "c"],
@@ -1097,7 +1181,9 @@ def program(seed: int) -> Program:
     }[nesting][: rng.randint(1, 3)]
     author = Author(rng, "missing" in features, len(dtypes) > 1 or "bfloat16" in dtypes)
     part = author.whole()
-    shapes = [shape for shape in SHAPES if 0 not in shape] if MECHANISMS["largest"] else SHAPES
+    shapes = (
+        [shape for shape in SHAPES if 0 not in shape] if MECHANISMS["largest"] else SHAPES
+    )
     leaves = {}
     for path in paths:
         shape = rng.choice(shapes)
@@ -1119,9 +1205,13 @@ def _kinds(
             if "strides" in features and path in everywhere and rng.random() < 0.9:
                 kinds[path, step] = everywhere[path]
             if "aliases" in features and rng.random() < 0.2:
-                twins = [other for other in leaves if other < path and leaves[other] == leaf]
+                twins = [
+                    other for other in leaves if other < path and leaves[other] == leaf
+                ]
                 twins = [other for other in twins if (other, step) not in kinds]
-                kinds[path, step] = f"same as {rng.choice(twins)}" if twins else "parameter"
+                kinds[path, step] = (
+                    f"same as {rng.choice(twins)}" if twins else "parameter"
+                )
         if "nan" in features and rng.random() < 0.3:
             kinds[rng.choice([*leaves]), step] = "nan"
         if "missing" in features and len(leaves) > 1:

@@ -49,7 +49,12 @@ class Row:
         self, variant: dict[str, Any] | None = None, **hyper: Any
     ) -> fo.GradientTransformation:
         return self.make(
-            **{**({"key": 7} if self.keyed else {}), **self.hyper, **(variant or {}), **hyper}
+            **{
+                **({"key": 7} if self.keyed else {}),
+                **self.hyper,
+                **(variant or {}),
+                **hyper,
+            }
         )
 
 
@@ -59,12 +64,17 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     def update(updates, state, params):
         def value_fn(at):
             apart = fo.tree.map(
-                lambda g, q, p: (g * (q - p).conj()).real + (q - p).abs() ** 2, updates, at, params
+                lambda g, q, p: (g * (q - p).conj()).real + (q - p).abs() ** 2,
+                updates,
+                at,
+                params,
             )
             return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
-        return tx.update(updates, state, params, **{name: extra[name] for name in tx.extra_args})
+        return tx.update(
+            updates, state, params, **{name: extra[name] for name in tx.extra_args}
+        )
 
     return fo.GradientTransformation(tx.init, update)
 
@@ -110,7 +120,13 @@ ROWS = [
         {"weight_decay": 0.1},
         ({}, {"mask": lambda path, p: p.ndim > 1}, {"weight_decay": decay_schedule}),
     ),
-    Row("add_noise", fo.add_noise, {"eta": 0.1, "gamma": 0.5}, ({}, {"gamma": 0.0}), keyed=True),
+    Row(
+        "add_noise",
+        fo.add_noise,
+        {"eta": 0.1, "gamma": 0.5},
+        ({}, {"gamma": 0.0}),
+        keyed=True,
+    ),
     Row("centralize", fo.centralize, reads_shape=True),
     Row(
         "chain",
@@ -121,8 +137,18 @@ ROWS = [
         written=False,
     ),
     Row("clip", fo.clip, {"max_delta": 0.7}),
-    Row("clip_by_block_rms", fo.clip_by_block_rms, {"threshold": 0.5}, ({}, {"threshold": 1e6})),
-    Row("clip_by_global_norm", fo.clip_by_global_norm, {"max_norm": 0.5}, ({}, {"max_norm": 1e6})),
+    Row(
+        "clip_by_block_rms",
+        fo.clip_by_block_rms,
+        {"threshold": 0.5},
+        ({}, {"threshold": 1e6}),
+    ),
+    Row(
+        "clip_by_global_norm",
+        fo.clip_by_global_norm,
+        {"max_norm": 0.5},
+        ({}, {"max_norm": 1e6}),
+    ),
     Row(
         "differentially_private_aggregate",
         lambda **given: of_three_examples(fo.differentially_private_aggregate(**given)),
@@ -143,7 +169,9 @@ ROWS = [
     ),
     Row(
         "keep_master_weights",
-        lambda learning_rate: fo.keep_master_weights(fo.adamw(learning_rate, weight_decay=0.1)),
+        lambda learning_rate: fo.keep_master_weights(
+            fo.adamw(learning_rate, weight_decay=0.1)
+        ),
         LR,
         written=False,
     ),
@@ -187,7 +215,13 @@ ROWS = [
         "scale_by_adam",
         fo.scale_by_adam,
         ADAM,
-        ({}, {"nesterov": True}, {"amsgrad": True}, {"amsgrad": "torch"}, {"eps_root": 1e-3}),
+        (
+            {},
+            {"nesterov": True},
+            {"amsgrad": True},
+            {"amsgrad": "torch"},
+            {"eps_root": 1e-3},
+        ),
     ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
     Row(
@@ -232,7 +266,9 @@ ROWS = [
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
     Row(
         "scale_by_muon",
-        lambda beta, **options: fo.masked(fo.scale_by_muon(beta=beta, **options), matrices_of_two),
+        lambda beta, **options: fo.masked(
+            fo.scale_by_muon(beta=beta, **options), matrices_of_two
+        ),
         {"beta": 0.9},
         (
             {},
@@ -315,7 +351,9 @@ ROWS = [
     Row("sign", fo.sign, smooth=False),
     Row(
         "stateless",
-        lambda: fo.stateless(lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)),
+        lambda: fo.stateless(
+            lambda updates, params: fo.tree.map(lambda u: 2 * u, updates)
+        ),
         passes_none=False,
         written=False,
         apart=True,
@@ -335,7 +373,9 @@ ROWS = [
         ),
         reads_shape=True,
     ),
-    Row("adadelta", fo.adadelta, {"learning_rate": 1.0, "eps": 1e-3, "weight_decay": 0.1}),
+    Row(
+        "adadelta", fo.adadelta, {"learning_rate": 1.0, "eps": 1e-3, "weight_decay": 0.1}
+    ),
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
@@ -346,7 +386,9 @@ ROWS = [
         ({}, {"mask": lambda path, p: p.ndim > 1}),
     ),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
-    Row("asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})),
+    Row(
+        "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
+    ),
     Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
@@ -366,8 +408,18 @@ ROWS = [
     Row(
         "lars",
         fo.lars,
-        {**LR, "weight_decay": 0.1, "trust_coefficient": 0.5, "eps": 1e-3, "momentum": 0.9},
-        ({}, {"nesterov": True}, {"weight_decay_mask": matrices, "trust_ratio_mask": matrices}),
+        {
+            **LR,
+            "weight_decay": 0.1,
+            "trust_coefficient": 0.5,
+            "eps": 1e-3,
+            "momentum": 0.9,
+        },
+        (
+            {},
+            {"nesterov": True},
+            {"weight_decay_mask": matrices, "trust_ratio_mask": matrices},
+        ),
         reads_shape=True,
     ),
     Row(
@@ -394,7 +446,14 @@ ROWS = [
         "muon",
         fo.muon,
         {**LR, "beta": 0.9, "weight_decay": 0.1},
-        ({}, {"nesterov": False, "weight_decay_mask": matrices, "adam_learning_rate": 0.01}),
+        (
+            {},
+            {
+                "nesterov": False,
+                "weight_decay_mask": matrices,
+                "adam_learning_rate": 0.01,
+            },
+        ),
         reads_shape=True,
     ),
     Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),

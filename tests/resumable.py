@@ -35,7 +35,10 @@ def main(checkpoint: str, steps: int, compile: bool) -> None:
         print("resumed", start, flush=True)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 4, generator=generator), torch.randn(16, 1, generator=generator)
+        x, y = (
+            torch.randn(16, 4, generator=generator),
+            torch.randn(16, 1, generator=generator),
+        )
         opt.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         opt.step()

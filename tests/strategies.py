@@ -14,6 +14,7 @@ from optree.registry import __GLOBAL_NAMESPACE as EVERYWHERE
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 
 DTYPES = [
     torch.bfloat16,
@@ -120,7 +121,9 @@ def containers(child: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 trees = st.recursive(st.one_of(leaf, leaf, leaf, st.none()), containers, max_leaves=6)
 """Trees with `Leaves` and ``None`` in them; a bare one and one without any leaf are among them."""
 
-plans = trees.filter(lambda plan: any(isinstance(x, Leaves) for x in tree.flatten(plan)[0]))
+plans = trees.filter(
+    lambda plan: any(isinstance(x, Leaves) for x in tree.flatten(plan)[0])
+)
 """Trees that can be optimized: with one parameter at least."""
 
 
@@ -132,9 +135,11 @@ def params_like(plan: Any, seed: int = 0) -> Any:
         if here is None:
             return None
         wide = torch.complex128 if here.leaf.dtype.is_complex else torch.float64
-        return torch.randn(here.leaf.shape, generator=generator, dtype=wide).to(here.leaf.dtype)
+        return torch.randn(here.leaf.shape, generator=generator, dtype=wide).to(
+            here.leaf.dtype
+        )
 
-    return tree.map_leaves(draw, plan)
+    return structure.map_leaves(draw, plan)
 
 
 def grads_like(plan: Any, step: int) -> Any:
@@ -148,16 +153,26 @@ def grads_like(plan: Any, step: int) -> Any:
     leaves, spec = tree.flatten(whole)
     return tree.unflatten(
         spec,
-        [None if path in drop else x for path, x in zip(tree.paths(whole), leaves, strict=True)],
+        [
+            None if path in drop else x
+            for path, x in zip(tree.paths(whole), leaves, strict=True)
+        ],
     )
 
 
 def assert_same_bits(a: Any, b: Any) -> None:
     """The same structure, dtypes and bits (a NaN is itself)."""
     assert tree.flatten(a)[1] == tree.flatten(b)[1]
-    for path, x, y in zip(tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True):
+    for path, x, y in zip(
+        tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True
+    ):
         assert (x is None) == (y is None), path
         if x is not None:
             torch.testing.assert_close(
-                x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m, path=path: f"{path!r}: {m}"
+                x,
+                y,
+                rtol=0,
+                atol=0,
+                equal_nan=True,
+                msg=lambda m, path=path: f"{path!r}: {m}",
             )

@@ -20,12 +20,16 @@ SHAPES = ((4, 3), (3,), ())
 def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        nn.Parameter(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        )
         for shape in SHAPES
     ]
 
 
-def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
+def set_grads(
+    params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()
+) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for i, p in enumerate(params):
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -55,7 +59,10 @@ def trajectory(
 def weights(d: float, t: int) -> dict[str, list[float]]:
     """The weight of the parameters after step 0, ..., t in the average after step t, as the docstring has it."""
     return {
-        "debiased": [0.0, *((1 - d) * d ** (t - i) / (1 - d**t) for i in range(1, t + 1))],
+        "debiased": [
+            0.0,
+            *((1 - d) * d ** (t - i) / (1 - d**t) for i in range(1, t + 1)),
+        ],
         "from the start": [d**t, *((1 - d) * d ** (t - i) for i in range(1, t + 1))],
         "mean": [0.0, *(1 / t for _ in range(t))],
     }
@@ -93,7 +100,9 @@ def test_updates_pass_as_they_are() -> None:
     assert all(map(torch.equal, with_[-1], without))
 
 
-@pytest.mark.parametrize("build", [fo.optim.AdamW, torch.optim.AdamW], ids=["ours", "torch"])
+@pytest.mark.parametrize(
+    "build", [fo.optim.AdamW, torch.optim.AdamW], ids=["ours", "torch"]
+)
 def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
     """torch's EMA, updated once before training; ``debias=False`` is the same. torch's average of all steps is the schedule's."""
     for decay, multi_avg_fn, before, tolerance in (
@@ -122,14 +131,21 @@ def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
             model.update_parameters(theirs)
             for p, q in zip(mine, model.parameters(), strict=True):
                 torch.testing.assert_close(
-                    opt.state[p]["params_ema/averaged"], q.detach(), rtol=tolerance, atol=tolerance
+                    opt.state[p]["params_ema/averaged"],
+                    q.detach(),
+                    rtol=tolerance,
+                    atol=tolerance,
                 )
         with opt.eval_params():
             for p, q in zip(mine, model.parameters(), strict=True):
-                torch.testing.assert_close(p.detach(), q.detach(), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    p.detach(), q.detach(), rtol=tolerance, atol=tolerance
+                )
 
 
-def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_their_dtype() -> None:
+def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_their_dtype() -> (
+    None
+):
     """After the master copy the average is that of the copy."""
     tx = fo.chain(fo.keep_master_weights(fo.sgd(2.0**-12)), fo.params_ema(0.5))
     ps = {"w": torch.ones(2, dtype=torch.bfloat16)}
@@ -140,7 +156,10 @@ def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_thei
     assert (ps["w"] == 1).all()
     steps = sum(w * t for t, w in enumerate(weights(0.5, 3)["debiased"]))
     torch.testing.assert_close(
-        fo.get(state, "averaged")["w"], torch.full((2,), 1 - steps * 2.0**-12), rtol=1e-7, atol=0
+        fo.get(state, "averaged")["w"],
+        torch.full((2,), 1 - steps * 2.0**-12),
+        rtol=1e-7,
+        atol=0,
     )
     assert fo.eval_params(tx, state, ps)["w"].dtype == torch.bfloat16
 
@@ -181,13 +200,24 @@ HALF = fo.chain(fo.sgd(1.0), fo.params_ema(0.5, debias=False))
             ["enc/w", "enc/b", "head"],
         ),
     ],
-    ids=["chain", "nested", "masked", "partition of masked", "master weights", "injected"],
+    ids=[
+        "chain",
+        "nested",
+        "masked",
+        "partition of masked",
+        "master weights",
+        "injected",
+    ],
 )
 def test_at_any_depth(tx: fo.GradientTransformation, averaged: list[str]) -> None:
     state = tx.init(PS)
     updates, state = tx.update(GS, state, PS)
     new = fo.apply_updates(PS, updates)
-    columns = tree.leaves(PS), tree.leaves(new), tree.leaves(fo.eval_params(tx, state, new))
+    columns = (
+        tree.leaves(PS),
+        tree.leaves(new),
+        tree.leaves(fo.eval_params(tx, state, new)),
+    )
     for path, p, q, m in zip(tree.paths(PS), *columns, strict=True):
         torch.testing.assert_close(m, (p + q) / 2 if path in averaged else q)
 
@@ -198,9 +228,13 @@ def test_the_adapters_lr_comes_before_the_average_at_any_depth() -> None:
         fo.params_ema(0.5, debias=False),
         HALF,
         fo.chain(fo.clip(9.0), HALF),
-        fo.chain(fo.sgd(1.0), fo.masked(fo.params_ema(0.5, debias=False), lambda path, p: True)),
+        fo.chain(
+            fo.sgd(1.0), fo.masked(fo.params_ema(0.5, debias=False), lambda path, p: True)
+        ),
         fo.masked(HALF, lambda path, p: p.ndim > 0),
-        fo.partition({"a": HALF, "b": fo.sgd(1.0)}, lambda path, p: "a" if p.ndim else "b"),
+        fo.partition(
+            {"a": HALF, "b": fo.sgd(1.0)}, lambda path, p: "a" if p.ndim else "b"
+        ),
         fo.keep_master_weights(HALF),
     ):
         params = make_params()
@@ -225,13 +259,16 @@ def test_what_looks_at_the_new_parameters_comes_last() -> None:
         match="params_ema looks at the new parameters, so it must come last in the chain; scale after it",
     ):
         fo.chain(fo.params_ema(0.9), fo.scale(2.0))
-    with pytest.raises(ValueError, match=r"masked looks at the new parameters.*clip after it"):
+    with pytest.raises(
+        ValueError, match=r"masked looks at the new parameters.*clip after it"
+    ):
         fo.chain(fo.masked(fo.params_ema(0.9), lambda path, p: True), fo.clip(1.0))
     with pytest.raises(
         TypeError, match="lr has no place in <lambda>, which looks at the new parameters"
     ):
         fo.optim.Optimizer(
-            make_params(), fo.inject_hyperparams(lambda decay: fo.params_ema(decay))(decay=0.5)
+            make_params(),
+            fo.inject_hyperparams(lambda decay: fo.params_ema(decay))(decay=0.5),
         )
 
 
@@ -248,10 +285,13 @@ def test_what_cannot_be_read() -> None:
         fo.eval_params(twice, twice.init(PS), PS)
     tx = fo.params_ema(0.5)
     one = tx.init(PS)
-    with pytest.raises(ValueError, match="params and the state's averaged differ in structure"):
+    with pytest.raises(
+        ValueError, match="params and the state's averaged differ in structure"
+    ):
         fo.eval_params(tx, one, {"head": PS["head"]})
     with pytest.raises(
-        ValueError, match=r"average at 'head' has shape \(3,\), and its parameter has \(4,\)"
+        ValueError,
+        match=r"average at 'head' has shape \(3,\), and its parameter has \(4,\)",
     ):
         fo.eval_params(tx, one, {**PS, "head": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\); got 1.0"):
@@ -281,7 +321,9 @@ def trained(
     steps: int = 4, dtype: torch.dtype = torch.float64, **options: object
 ) -> tuple[list[nn.Parameter], fo.optim.Optimizer]:
     params = make_params(dtype)
-    opt = fo.optim.Optimizer(params, fo.chain(fo.adamw(0.1), fo.params_ema(0.8)), **options)
+    opt = fo.optim.Optimizer(
+        params, fo.chain(fo.adamw(0.1), fo.params_ema(0.8)), **options
+    )
     for step in range(steps):
         set_grads(params, step)
         opt.step()
@@ -290,13 +332,18 @@ def trained(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_in_and_out_bit_for_bit(error: type[BaseException] | None, dtype: torch.dtype) -> None:
+def test_in_and_out_bit_for_bit(
+    error: type[BaseException] | None, dtype: torch.dtype
+) -> None:
     """Also a NaN with its payload, and a negative zero; the same memory, before and after; and training goes on as if nothing had been."""
     (params, opt), (twins, twin) = trained(dtype=dtype), trained(dtype=dtype)
     for p in (params[0], twins[0]):
         with torch.no_grad():
             p[0, 0], p[0, 1] = -0.0, float("nan")
-    before, pointers = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
+    before, pointers = (
+        [p.detach().clone() for p in params],
+        [p.data_ptr() for p in params],
+    )
 
     def inside() -> None:
         with opt.eval_params():
@@ -339,8 +386,12 @@ def test_a_state_dict_saved_inside_is_the_same_and_nothing_can_be_changed() -> N
         ):
             opt.load_state_dict(outside)
         with opt.eval_params():  # a second time changes nothing
-            assert torch.equal(params[0].detach(), opt.state[params[0]]["params_ema/averaged"])
-        assert torch.equal(params[0].detach(), opt.state[params[0]]["params_ema/averaged"])
+            assert torch.equal(
+                params[0].detach(), opt.state[params[0]]["params_ema/averaged"]
+            )
+        assert torch.equal(
+            params[0].detach(), opt.state[params[0]]["params_ema/averaged"]
+        )
         with pytest.raises(RuntimeError, match="step after leaving"):
             opt.step()
     left, right = (tree.flatten(d["state"]) for d in (inside, outside))
@@ -352,7 +403,8 @@ def test_a_state_dict_saved_inside_is_the_same_and_nothing_can_be_changed() -> N
 def test_parameters_without_a_step_or_an_average_stay() -> None:
     params = make_params()
     opt = fo.optim.Optimizer(
-        params, fo.chain(fo.sgd(0.1), fo.masked(fo.params_ema(0.5), lambda path, p: p.ndim > 0))
+        params,
+        fo.chain(fo.sgd(0.1), fo.masked(fo.params_ema(0.5), lambda path, p: p.ndim > 0)),
     )
     before = [p.detach().clone() for p in params]
     with opt.eval_params():
@@ -369,7 +421,9 @@ def test_parameters_without_a_step_or_an_average_stay() -> None:
 
 def test_two_averages_or_none_are_an_error() -> None:
     with (
-        pytest.raises(ValueError, match="nothing in this optimizer averages the parameters"),
+        pytest.raises(
+            ValueError, match="nothing in this optimizer averages the parameters"
+        ),
         fo.optim.AdamW(make_params()).eval_params(),
     ):
         pass
@@ -387,7 +441,9 @@ def test_two_averages_or_none_are_an_error() -> None:
 
 
 def test_groups_with_other_options_each_have_theirs() -> None:
-    def factory(learning_rate: float, nesterov: bool = False) -> fo.GradientTransformation:
+    def factory(
+        learning_rate: float, nesterov: bool = False
+    ) -> fo.GradientTransformation:
         return fo.chain(fo.sgd(learning_rate, 0.9, nesterov), fo.params_ema(0.5))
 
     params = make_params()
@@ -401,7 +457,9 @@ def test_groups_with_other_options_each_have_theirs() -> None:
         set_grads(params, step)
         opt.step()
     with opt.eval_params():
-        assert all(torch.equal(p.detach(), opt.state[p]["params_ema/averaged"]) for p in params)
+        assert all(
+            torch.equal(p.detach(), opt.state[p]["params_ema/averaged"]) for p in params
+        )
 
 
 def test_averages_are_in_the_checkpoint() -> None:
@@ -435,7 +493,9 @@ def test_compiled_it_runs_in_the_same_pass() -> None:
             opt.state[p]["params_ema/averaged"], twin.state[q]["params_ema/averaged"]
         )
     with opt.eval_params():
-        torch.testing.assert_close(params[0].detach(), opt.state[params[0]]["params_ema/averaged"])
+        torch.testing.assert_close(
+            params[0].detach(), opt.state[params[0]]["params_ema/averaged"]
+        )
     set_grads(params, 4)
     set_grads(twins, 4)
     opt.step()
@@ -470,7 +530,9 @@ def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     ids=["SGD", "AdamW", "generic"],
 )
 @pytest.mark.parametrize("average", ["swa", "ema"])
-def test_averaged_model_swalr_and_update_bn(ours: Callable, theirs: Callable, average: str) -> None:
+def test_averaged_model_swalr_and_update_bn(
+    ours: Callable, theirs: Callable, average: str
+) -> None:
     """The loop of torch's documentation: a scheduler, from the third epoch SWALR and the average; batch norm's statistics at the end."""
     ends = []
     for build in (ours, theirs):
@@ -499,7 +561,9 @@ def test_averaged_model_swalr_and_update_bn(ours: Callable, theirs: Callable, av
                 sched.step()
             lrs.append(opt.param_groups[0]["lr"])
         swa_utils.update_bn(loader, averaged)
-        ends.append([torch.tensor(lrs), *averaged.state_dict().values(), averaged(loader[0][0])])
+        ends.append(
+            [torch.tensor(lrs), *averaged.state_dict().values(), averaged(loader[0][0])]
+        )
         assert not torch.equal(averaged.module[0].weight, model[0].weight)
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
@@ -508,7 +572,9 @@ def test_averaged_model_swalr_and_update_bn(ours: Callable, theirs: Callable, av
 def test_update_bn_for_our_average() -> None:
     """On a copy: the model keeps its own statistics, and the copy has those of the averages."""
     model, loader = model_and_loader()
-    opt = fo.optim.Optimizer(model.parameters(), fo.chain(fo.adamw(0.1), fo.params_ema(0.9)))
+    opt = fo.optim.Optimizer(
+        model.parameters(), fo.chain(fo.adamw(0.1), fo.params_ema(0.9))
+    )
     for x, y in loader:
         opt.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
@@ -518,9 +584,12 @@ def test_update_bn_for_our_average() -> None:
         averaged = copy.deepcopy(model)
         swa_utils.update_bn(loader, averaged)
     assert all(
-        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(before.values(), model.state_dict().values(), strict=True)
     )
-    assert torch.equal(averaged[0].weight, opt.state[model[0].weight]["params_ema/averaged"])
+    assert torch.equal(
+        averaged[0].weight, opt.state[model[0].weight]["params_ema/averaged"]
+    )
     hidden = torch.cat([averaged[0](x) for x, _ in loader])
     torch.testing.assert_close(
         averaged[1].running_mean, hidden.mean(0).detach(), rtol=1e-10, atol=1e-10

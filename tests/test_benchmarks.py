@@ -49,7 +49,11 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("of", "tensors", "total"),
     [
         (shapes.NANOGPT, 76, 12_318_720),
-        (shapes.GPT2, 148, 124_439_808),  # what transformers' GPT2LMHeadModel has, head tied
+        (
+            shapes.GPT2,
+            148,
+            124_439_808,
+        ),  # what transformers' GPT2LMHeadModel has, head tied
         (shapes.RESNET50, 161, 25_557_032),  # torchvision's documentation
         (shapes.VIT_B16, 152, 86_567_656),
         (shapes.SMALL, 150, 75 * 64 * 65),
@@ -57,7 +61,9 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
     ids=["nanogpt", "gpt2", "resnet50", "vit_b16", "small", "many"],
 )
-def test_shapes_are_those_of_the_models(of: shapes.Shapes, tensors: int, total: int) -> None:
+def test_shapes_are_those_of_the_models(
+    of: shapes.Shapes, tensors: int, total: int
+) -> None:
     assert (len(of), shapes.numel(of)) == (tensors, total)
 
 
@@ -108,7 +114,10 @@ def test_contenders_compute_the_same(
 
 
 def test_same_sees_one_wrong_element() -> None:
-    good, bad = [torch.ones(3), torch.ones(2)], [torch.ones(3), torch.tensor([1.0, 1.001])]
+    good, bad = (
+        [torch.ones(3), torch.ones(2)],
+        [torch.ones(3), torch.tensor([1.0, 1.001])],
+    )
     assert contenders.same([good, good]) == 0
     assert contenders.same([good, bad]) > 1
 
@@ -131,7 +140,9 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(
         None,
     )
     result = cpu.measure("row", row, rounds=2, seconds=60)
-    assert result["results"][contenders.TorchOpt.name]["note"] == "not installed (torchopt)"
+    assert (
+        result["results"][contenders.TorchOpt.name]["note"] == "not installed (torchopt)"
+    )
     assert "broken" in result["results"][Failing.name]["note"]
     assert __main__.wrong({"rows": [result]}) == [
         "row: functorch_opt failing: failed: RuntimeError: broken"
@@ -145,15 +156,23 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(
 
 def test_ratios_are_medians_of_paired_rounds() -> None:
     found = timing.summary(
-        {"a": [2.0, 4.0, 9.0], "b": [1.0, 4.0, 3.0], "floor": [1.0, 1.0, 1.0]}, against="b"
+        {"a": [2.0, 4.0, 9.0], "b": [1.0, 4.0, 3.0], "floor": [1.0, 1.0, 1.0]},
+        against="b",
     )
-    assert (found["a"]["ratio"], found["b"]["ratio"], found["a"]["over_floor"]) == (2.0, 1.0, 4.0)
+    assert (found["a"]["ratio"], found["b"]["ratio"], found["a"]["over_floor"]) == (
+        2.0,
+        1.0,
+        4.0,
+    )
 
 
 def test_every_contender_has_every_round() -> None:
     seen: list[str] = []
     times = timing.in_turns(
-        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "turns", turn=0.0
+        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")},
+        3,
+        "turns",
+        turn=0.0,
     )
     assert {name: len(of) for name, of in times.items()} == {"a": 3, "b": 3}
 
@@ -180,7 +199,9 @@ def test_tables_without_rich_and_pictures_without_matplotlib(
     monkeypatch.setattr(report, "console", None)
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     report.table("Title", ["", "ms"], [["fused", "1.5"]])
-    assert report.bars(Path("nowhere.png"), [("row", [("fused", 1.0)], None)], "ms") is None
+    assert (
+        report.bars(Path("nowhere.png"), [("row", [("fused", 1.0)], None)], "ms") is None
+    )
     assert list(report.track([1, 2], "steps")) == [1, 2]
     out = capsys.readouterr().out
     assert "fused  1.5" in out
@@ -226,7 +247,9 @@ def test_gpu_without_a_gpu_says_so(tmp_path: Path) -> None:
         __main__.main(["gpu", "--out", str(tmp_path)])
 
 
-def test_an_unknown_row_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_row_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
         __main__.main(["cpu", "--rows", "nonsense", "--out", str(tmp_path)])
     assert "nonsense" in capsys.readouterr().err
@@ -235,7 +258,16 @@ def test_an_unknown_row_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_cpu(tmp_path: Path) -> None:
     result = run(
-        tmp_path, "cpu", "--rows", "small", "ema", "research", "noise", "python", "--threads", "1"
+        tmp_path,
+        "cpu",
+        "--rows",
+        "small",
+        "ema",
+        "research",
+        "noise",
+        "python",
+        "--threads",
+        "1",
     )
     assert [row["row"] for row in result["rows"]] == ["small", "ema", "research", "noise"]
     for row in result["rows"]:
@@ -249,7 +281,9 @@ def test_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     result = run(tmp_path, "memory", "--rows", "adamw")
-    assert {row["name"]: row.get("allocated") for row in result["rows"]}["torch foreach"] > 0.5
+    assert {row["name"]: row.get("allocated") for row in result["rows"]}[
+        "torch foreach"
+    ] > 0.5
     assert (tmp_path / "memory.png").exists()
 
 
@@ -264,7 +298,12 @@ def test_random_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_models(tmp_path: Path) -> None:
     row = run(tmp_path, "many-models", "--rows", "64")["rows"][0]
-    assert row["results"].keys() == {many_models.OURS, many_models.EAGER, many_models.LOOP, "floor"}
+    assert row["results"].keys() == {
+        many_models.OURS,
+        many_models.EAGER,
+        many_models.LOOP,
+        "floor",
+    }
     assert all(
         0 < row["results"][name]["difference"] < 1e-5
         for name in (many_models.OURS, many_models.EAGER)
@@ -279,7 +318,9 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(compile_time.__file__).parents[1]
     )  # the first steps run in processes of their own
     result = run(tmp_path, "compile-time", "--rows", "ours")
-    assert all(row[key]["seconds"] > 0 for row in result["rows"] for key in compile_time.TARGET)
+    assert all(
+        row[key]["seconds"] > 0 for row in result["rows"] for key in compile_time.TARGET
+    )
 
 
 @pytest.mark.slow
@@ -292,7 +333,9 @@ def test_rehearsal_of_the_gpu_program(tmp_path: Path, row: str) -> None:
 
 
 def test_through(tmp_path: Path) -> None:
-    pytest.importorskip("torchopt", reason="the comparison needs torchopt: pip install torchopt")
+    pytest.importorskip(
+        "torchopt", reason="the comparison needs torchopt: pip install torchopt"
+    )
     result = run(tmp_path, "through", "--rows", "small")
     assert not __main__.wrong(result)
     assert set(result["rows"][0]["results"]) == {

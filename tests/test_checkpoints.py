@@ -15,12 +15,15 @@ from torch.optim import lr_scheduler
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._core.checkpoint import fit
 
 
 def make_params(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        nn.Parameter(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        )
         for shape in ((4, 3), (3,), ())
     ]
 
@@ -29,7 +32,9 @@ def train(opt: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(100 + step)
         for p in (p for group in opt.param_groups for p in group["params"]):
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(
+                p.dtype
+            )
         opt.step()
 
 
@@ -106,7 +111,10 @@ def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
         ) as caught:
             second.load_state_dict(saved)
         assert len(caught) == 1 and "not expected" not in str(caught[0].message)
-        listed = {"noise": ["add_noise/count", "add_noise/key"], "trace": ["trace/trace"]}[stage]
+        listed = {
+            "noise": ["add_noise/count", "add_noise/key"],
+            "trace": ["trace/trace"],
+        }[stage]
         assert set(re.findall(r"'([^']+)'", str(caught[0].message))) == set(listed)
         assert caught[0].filename == __file__
     for p, q in zip(first.param_groups[0]["params"], params, strict=True):
@@ -119,11 +127,15 @@ def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
 
 
 def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
-    first = fo.optim.Optimizer(make_params(), chain_with("noise", "trace", "adam", "schedule"))
+    first = fo.optim.Optimizer(
+        make_params(), chain_with("noise", "trace", "adam", "schedule")
+    )
     train(first, 3)
     params = make_params()
     second = fo.optim.Optimizer(params, chain_with("adam", "schedule"))
-    with pytest.warns(UserWarning, match=r"fit exactly: not expected \[.*left out") as caught:
+    with pytest.warns(
+        UserWarning, match=r"fit exactly: not expected \[.*left out"
+    ) as caught:
         second.load_state_dict(through_a_file(first.state_dict()))
     assert len(caught) == 1
     assert set(re.findall(r"'([^']+)'", str(caught[0].message))) == {
@@ -132,7 +144,9 @@ def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
         "trace/trace",
     }
     for p, q in zip(first.param_groups[0]["params"], params, strict=True):
-        assert all(same(first.state[p][key], value) for key, value in second.state[q].items())
+        assert all(
+            same(first.state[p][key], value) for key, value in second.state[q].items()
+        )
         assert set(second.state[q]) == {*ADAM, "scale_by_schedule/clock"}
 
 
@@ -188,7 +202,8 @@ def test_an_end_that_two_could_claim_is_nobodys() -> None:
     train(first, 2)
     second = fo.optim.Optimizer(make_params(), fo.chain(fo.adam(0.1), fo.amsgrad(0.1)))
     with pytest.warns(
-        UserWarning, match=r"missing .*'adam/scale_by_adam/mu'.*not expected .*'scale_by_adam/mu'"
+        UserWarning,
+        match=r"missing .*'adam/scale_by_adam/mu'.*not expected .*'scale_by_adam/mu'",
     ):
         second.load_state_dict(first.state_dict())
     assert not any(second.state.values())
@@ -276,7 +291,9 @@ def test_hooks_and_schedulers_go_on_working_across_a_change() -> None:
         calls.append("before")
         return {
             **given,
-            "param_groups": [{**group, "lr": group["lr"] / 2} for group in given["param_groups"]],
+            "param_groups": [
+                {**group, "lr": group["lr"] / 2} for group in given["param_groups"]
+            ],
         }
 
     second.register_load_state_dict_pre_hook(halve)
@@ -349,13 +366,20 @@ FUNCTIONAL: list[tuple[str, Tensor, type[Exception], str]] = [
     ("shared/count", torch.tensor(1j), TypeError, "torch.complex64 .* torch.int64"),
     ("slots/mu/w", torch.zeros(2, dtype=torch.int32), TypeError, "torch.int32 .*float32"),
     ("slots/mu/w", torch.zeros(2, dtype=torch.bool), TypeError, "torch.bool .*float32"),
-    ("slots/mu/w", torch.zeros(2, dtype=torch.complex64), TypeError, "complex64 .*float32"),
+    (
+        "slots/mu/w",
+        torch.zeros(2, dtype=torch.complex64),
+        TypeError,
+        "complex64 .*float32",
+    ),
     ("slots/mu/z", torch.zeros(2), TypeError, "torch.float32 .* torch.complex64"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "error", "message"), FUNCTIONAL, ids=[f"{p}-{v}" for p, v, _, _ in FUNCTIONAL]
+    ("path", "value", "error", "message"),
+    FUNCTIONAL,
+    ids=[f"{p}-{v}" for p, v, _, _ in FUNCTIONAL],
 )
 def test_a_state_takes_tensors_of_the_same_kind_only(
     path: str, value: Tensor, error: type[Exception], message: str
@@ -367,7 +391,10 @@ def test_a_state_takes_tensors_of_the_same_kind_only(
 
 
 def test_whole_numbers_take_the_dtype_here_and_floating_ones_keep_theirs() -> None:
-    tx, params = fo.chain(fo.add_noise(0.1, 0.5, key=-1), fo.adam(0.1)), {"w": torch.zeros(2)}
+    tx, params = (
+        fo.chain(fo.add_noise(0.1, 0.5, key=-1), fo.adam(0.1)),
+        {"w": torch.zeros(2)},
+    )
     state = tx.init(params)
     saved = fo.state_dict(state)
     for count in (torch.tensor(3.0), torch.tensor(3, dtype=torch.uint8)):
@@ -379,7 +406,9 @@ def test_whole_numbers_take_the_dtype_here_and_floating_ones_keep_theirs() -> No
         assert same(fo.get(loaded, "key"), torch.tensor([-1, 0]))
 
 
-@pytest.mark.parametrize("count", [7, torch.tensor(7.0), torch.tensor(7, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "count", [7, torch.tensor(7.0), torch.tensor(7, dtype=torch.uint8)]
+)
 def test_a_count_of_an_optimizer_is_kept_so_that_it_can_grow(count: object) -> None:
     first = fo.optim.Optimizer(make_params(), fo.scale_by_adam())
     train(first, 1)
@@ -440,14 +469,24 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
         ValueError,
         "'step' of parameter 1 .* whole number from 0.* nan",
     ),
-    ("negative step", edit(["state", 1, "step"], -1), ValueError, "whole number from 0.* -1"),
+    (
+        "negative step",
+        edit(["state", 1, "step"], -1),
+        ValueError,
+        "whole number from 0.* -1",
+    ),
     (
         "half a step",
         edit(["state", 1, "step"], torch.tensor(0.5)),
         ValueError,
         "whole number from 0.* 0.5",
     ),
-    ("steps", edit(["state", 1, "step"], torch.ones(3)), TypeError, "0-dim tensor.* shape"),
+    (
+        "steps",
+        edit(["state", 1, "step"], torch.ones(3)),
+        TypeError,
+        "0-dim tensor.* shape",
+    ),
     ("a string as step", edit(["state", 1, "step"], "3"), TypeError, "got str '3'"),
     (
         "an entry that is a list",
@@ -456,14 +495,24 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
         "'state' must be a dict from the number",
     ),
     ("state is a list", edit(["state"], []), TypeError, "'state' must be a dict"),
-    ("groups are a dict", edit(["param_groups"], {}), TypeError, "'param_groups' must be a list"),
+    (
+        "groups are a dict",
+        edit(["param_groups"], {}),
+        TypeError,
+        "'param_groups' must be a list",
+    ),
     (
         "no params",
         edit(["param_groups", 0], {"lr": 0.1}),
         TypeError,
         "'param_groups' must be a list of dicts with .*'params'",
     ),
-    ("no groups", edit(["param_groups"], []), ValueError, "different number of parameter groups"),
+    (
+        "no groups",
+        edit(["param_groups"], []),
+        ValueError,
+        "different number of parameter groups",
+    ),
     (
         "a parameter too few",
         edit(["param_groups", 0, "params"], [0, 1]),
@@ -512,7 +561,12 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
         ValueError,
         "group 0 .* not enough values",
     ),
-    ("betas is a number", edit(["param_groups", 0, "betas"], 0.9), ValueError, "group 0 "),
+    (
+        "betas is a number",
+        edit(["param_groups", 0, "betas"], 0.9),
+        ValueError,
+        "group 0 ",
+    ),
     (
         "beta out of range",
         edit(["param_groups", 0, "betas"], (0.9, 1.0)),
@@ -535,9 +589,13 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+    ("change", "error", "message"),
+    [case[1:] for case in BAD],
+    ids=[case[0] for case in BAD],
 )
-def test_what_cannot_be_loaded_is_an_error_that_changes_nothing(change, error, message) -> None:
+def test_what_cannot_be_loaded_is_an_error_that_changes_nothing(
+    change, error, message
+) -> None:
     first, second, twin = (fo.optim.AdamW(make_params(), lr=0.1) for _ in range(3))
     for opt in (first, second, twin):
         train(opt, 2)
@@ -602,7 +660,8 @@ def test_a_functional_state_outlives_a_change_if_asked_to() -> None:
     tx = chain_with("noise", "adam", "schedule")
     fresh = tx.init(params)
     with pytest.raises(
-        KeyError, match=r"missing \['add_noise/shared/.*not expected \['trace/.*strict=False"
+        KeyError,
+        match=r"missing \['add_noise/shared/.*not expected \['trace/.*strict=False",
     ):
         fo.load_state_dict(fresh, fo.state_dict(old))
     with pytest.warns(
@@ -618,10 +677,10 @@ def test_a_functional_state_outlives_a_change_if_asked_to() -> None:
 
 
 def test_names_are_matched_by_their_ends_if_there_is_no_choice() -> None:
-    found = tree.fit(
+    found = fit(
         ["x/mu", "x/nu", "y/a", "z", "same"], ["mu", "q/nu", "a", "b/z", "c/z", "same"]
     )
     assert found.source == {"same": "same", "x/mu": "mu", "y/a": "a"}
     assert found.missing == ["x/nu", "z"] and found.unexpected == ["q/nu", "b/z", "c/z"]
     assert found.moved == {"x/mu": "mu", "y/a": "a"} and not found.exact
-    assert tree.fit(["a"], ["a"]).exact
+    assert fit(["a"], ["a"]).exact

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import lr_scheduler
 from torch.profiler._memory_profiler import Category
-from training import SCHEDULERS, TORCH_NAMED, make_params, model_and_loss, set_grads, torchs, train
+from training import (
+    SCHEDULERS,
+    TORCH_NAMED,
+    make_params,
+    model_and_loss,
+    set_grads,
+    torchs,
+    train,
+)
 
 import functorch_opt as fo
 
@@ -46,7 +54,9 @@ def test_02_every_form_of_params(name: str) -> None:
         "generator": (p for p in params),
         "named": [(f"p{i}", p) for i, p in enumerate(params)],
         "groups": [{"params": params, "lr": 0.5}],
-        "named groups": [{"params": [(f"p{i}", p) for i, p in enumerate(params)], "lr": 0.5}],
+        "named groups": [
+            {"params": [(f"p{i}", p) for i, p in enumerate(params)], "lr": 0.5}
+        ],
         "groups of another": cls(params, lr=0.5).param_groups,
     }
     for form, given in forms.items():
@@ -85,9 +95,13 @@ def test_lists_in_options_are_tuples() -> None:
 
 def test_04_a_tensor_lr_is_not_shared_between_groups() -> None:
     params = make_params()
-    opt = fo.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=torch.tensor(0.1))
+    opt = fo.optim.AdamW(
+        [{"params": params[:2]}, {"params": params[2:]}], lr=torch.tensor(0.1)
+    )
     sched = lr_scheduler.LambdaLR(opt, [lambda e: 1.0, lambda e: 0.1])
-    assert [group["lr"].item() for group in opt.param_groups] == pytest.approx([0.1, 0.01])
+    assert [group["lr"].item() for group in opt.param_groups] == pytest.approx(
+        [0.1, 0.01]
+    )
     set_grads(params, 0)
     opt.step()
     sched.step()
@@ -108,7 +122,10 @@ def test_05_add_param_group_starts_fresh() -> None:
         twin.step()
     for p, q in zip(late, twins, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-    assert opt.state[late[0]]["step"].item() == 3 and opt.state[params[0]]["step"].item() == 6
+    assert (
+        opt.state[late[0]]["step"].item() == 3
+        and opt.state[params[0]]["step"].item() == 6
+    )
 
 
 def test_05_a_refused_group_is_not_added() -> None:
@@ -154,7 +171,9 @@ def test_09_without_gradient_nothing_moves(name: str) -> None:
     before = copy.deepcopy((frozen.detach(), dict(opt.state[frozen])))
     train(opt, params, 3, start=2, missing_at={2: (1,), 3: (1,), 4: (1,)})
     assert torch.equal(frozen, before[0])
-    assert all(torch.equal(value, before[1][key]) for key, value in opt.state[frozen].items())
+    assert all(
+        torch.equal(value, before[1][key]) for key, value in opt.state[frozen].items()
+    )
     assert opt.state[frozen]["step"] == 2 and opt.state[params[0]]["step"] == 5
 
 
@@ -199,7 +218,9 @@ def test_13_parameters_swapped_before_the_first_step() -> None:
     opt = fo.optim.AdamW(params)
     opt.param_groups[0]["params"] = swapped
     train(opt, swapped, 1)
-    assert set(opt.state) == set(swapped) and set(opt.state_dict()["state"]) == set(range(5))
+    assert set(opt.state) == set(swapped) and set(opt.state_dict()["state"]) == set(
+        range(5)
+    )
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
@@ -211,7 +232,12 @@ def test_14_layouts_and_dtypes(name: str) -> None:
         x = torch.randn(6, 8, generator=generator, dtype=torch.float64)
         return [
             nn.Parameter(v)
-            for v in (x.clone().t(), x.clone()[::2, ::2], x.clone()[1:3], x.clone().float())
+            for v in (
+                x.clone().t(),
+                x.clone()[::2, ::2],
+                x.clone()[1:3],
+                x.clone().float(),
+            )
         ]
 
     ours, theirs = build(), build()
@@ -259,7 +285,9 @@ def test_08_closure_runs_with_gradients_and_its_value_returns() -> None:
     with torch.no_grad():
         losses = [opt.step(closure).item() for _ in range(10)]
     assert seen == [True] * 10 and losses[-1] < losses[0]
-    assert all(p.grad is not None and p.grad_fn is None and p.is_leaf for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad_fn is None and p.is_leaf for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
@@ -329,7 +357,9 @@ def test_16_17_update_is_in_place_and_leaves_no_graph(name: str) -> None:
 
 def test_38_swapped_in_parameters_and_state() -> None:
     """A step on other tensors, in place, while the live ones rest; and the graph of it."""
-    swap_in = pytest.importorskip("torch.optim._stateless").swap_in_optimizer_params_and_state
+    swap_in = pytest.importorskip(
+        "torch.optim._stateless"
+    ).swap_in_optimizer_params_and_state
     params, twins = make_params(), make_params()
     opt, twin = fo.optim.AdamW(params, lr=0.1), fo.optim.AdamW(twins, lr=0.1)
     train(opt, params, 2)
@@ -350,7 +380,9 @@ def test_38_swapped_in_parameters_and_state() -> None:
 
     set_grads(twins, 2)
     gs = [p.grad.clone() for p in twins]
-    graph = make_fx(step, tracing_mode="fake")(copy.deepcopy(others), gs, copy.deepcopy(saved))
+    graph = make_fx(step, tracing_mode="fake")(
+        copy.deepcopy(others), gs, copy.deepcopy(saved)
+    )
     traced = graph(copy.deepcopy(others), gs, copy.deepcopy(saved))
     here = step(others, gs, saved)
     twin.step()
@@ -365,7 +397,8 @@ def test_38_swapped_in_parameters_and_state() -> None:
         assert torch.equal(p, q)
     for i, p in enumerate(params):
         assert all(
-            torch.equal(value, live[1]["state"][i][key]) for key, value in opt.state[p].items()
+            torch.equal(value, live[1]["state"][i][key])
+            for key, value in opt.state[p].items()
         )
 
 

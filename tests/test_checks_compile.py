@@ -73,13 +73,17 @@ def shrink(group: dict) -> None:
     [(torch.tensor(0.1), 1, False), (0.1, 2, False), (torch.tensor(0.1), 1, True)],
     ids=["tensor", "float", "tensor with cudagraphs"],
 )
-def test_39_41_the_functional_core(lr: float | Tensor, most: int, cudagraphs: bool) -> None:
+def test_39_41_the_functional_core(
+    lr: float | Tensor, most: int, cudagraphs: bool
+) -> None:
     """Under any scheduler one graph with a tensor lr, two with a float. (With CUDA graphs each float is a new graph: torch's limit.)"""
 
-    def step(ps: list[Tensor], gs: list[Tensor], state: dict, lr: float | Tensor) -> tuple:
-        updates, state = fo.adamw(lr if isinstance(lr, Tensor) else torch.ones(()) * lr).update(
-            gs, state, ps
-        )
+    def step(
+        ps: list[Tensor], gs: list[Tensor], state: dict, lr: float | Tensor
+    ) -> tuple:
+        updates, state = fo.adamw(
+            lr if isinstance(lr, Tensor) else torch.ones(()) * lr
+        ).update(gs, state, ps)
         return fo.apply_updates(ps, updates), state
 
     with torch._inductor.config.patch({"triton.cudagraphs": cudagraphs}):
@@ -131,14 +135,18 @@ def test_40_without_init_state() -> None:
     """State is made outside of the graph. Where there must be no outside, the error names what to call before."""
     pairs = twins(
         lambda ps: fo.optim.AdamW(
-            [{"params": ps[:1], "lr": torch.tensor(0.2)}, {"params": ps[1:]}], lr=torch.tensor(0.1)
+            [{"params": ps[:1], "lr": torch.tensor(0.2)}, {"params": ps[1:]}],
+            lr=torch.tensor(0.1),
         )
     )
     set_grads(pairs[0][0], 0)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Optimizer\.init_state"):
         torch.compile(pairs[0][1].step, fullgraph=True, backend="eager")()
     seen = follow(
-        pairs, [torch.compile(pairs[0][1].step, backend="eager"), pairs[1][1].step], 4, shrink
+        pairs,
+        [torch.compile(pairs[0][1].step, backend="eager"), pairs[1][1].step],
+        4,
+        shrink,
     )
     assert seen[1] == seen[-1]
 
@@ -159,7 +167,9 @@ def test_40_init_state_is_what_the_first_step_makes() -> None:
     before = {p: dict(entry) for p, entry in opt.state.items()}
     opt.init_state()
     assert all(
-        opt.state[p][key] is value for p, entry in before.items() for key, value in entry.items()
+        opt.state[p][key] is value
+        for p, entry in before.items()
+        for key, value in entry.items()
     )
 
 
@@ -176,12 +186,19 @@ def test_40_a_whole_training_step_is_one_graph_under_a_scheduler() -> None:
         )
 
         def train_step(
-            x: Tensor, y: Tensor, model: nn.Module = model, opt: torch.optim.Optimizer = opt
+            x: Tensor,
+            y: Tensor,
+            model: nn.Module = model,
+            opt: torch.optim.Optimizer = opt,
         ) -> Tensor:
             def loss(ps: dict[str, Tensor]) -> Tensor:
-                return nn.functional.mse_loss(torch.func.functional_call(model, ps, (x,)), y)
+                return nn.functional.mse_loss(
+                    torch.func.functional_call(model, ps, (x,)), y
+                )
 
-            gradients, value = torch.func.grad_and_value(loss)(dict(model.named_parameters()))
+            gradients, value = torch.func.grad_and_value(loss)(
+                dict(model.named_parameters())
+            )
             for name, p in model.named_parameters():
                 p.grad = gradients[name]
             opt.step()
@@ -205,10 +222,17 @@ def test_40_a_whole_training_step_is_one_graph_under_a_scheduler() -> None:
 @pytest.mark.slow
 def test_41_with_cudagraphs_a_tensor_lr_is_one_graph() -> None:
     with torch._inductor.config.patch({"triton.cudagraphs": True}):
-        pairs = twins(lambda ps: fo.optim.AdamW(ps, lr=torch.tensor(0.1, dtype=torch.float64)))
+        pairs = twins(
+            lambda ps: fo.optim.AdamW(ps, lr=torch.tensor(0.1, dtype=torch.float64))
+        )
         pairs[0][1].init_state()
         compiled = torch.compile(pairs[0][1].step, fullgraph=True)
-        assert follow(pairs, [compiled, pairs[1][1].step], 4, shrink, 1e-10) == [1, 1, 1, 1]
+        assert follow(pairs, [compiled, pairs[1][1].step], 4, shrink, 1e-10) == [
+            1,
+            1,
+            1,
+            1,
+        ]
 
 
 def test_42_no_name_that_dynamo_takes_for_init_group() -> None:

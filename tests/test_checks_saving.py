@@ -46,16 +46,23 @@ def test_24_25_schema(build: str) -> None:
     opt = BUILDS[build](params)
     train(opt, params, 1)
     saved = opt.state_dict()
-    assert list(saved["state"]) == list(range(len(params))) == saved["param_groups"][0]["params"]
+    assert (
+        list(saved["state"])
+        == list(range(len(params)))
+        == saved["param_groups"][0]["params"]
+    )
     for entry in saved["state"].values():
         assert entry and all(
-            type(key) is str and type(value) is torch.Tensor for key, value in entry.items()
+            type(key) is str and type(value) is torch.Tensor
+            for key, value in entry.items()
         )
     loaded = through_a_file(saved)
     assert loaded["param_groups"] == saved["param_groups"]
     for i, entry in saved["state"].items():
         assert entry.keys() == loaded["state"][i].keys()
-        assert all(torch.equal(value, loaded["state"][i][key]) for key, value in entry.items())
+        assert all(
+            torch.equal(value, loaded["state"][i][key]) for key, value in entry.items()
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,8 @@ def test_24_25_schema(build: str) -> None:
         lambda ps: fo.optim.Optimizer(
             ps,
             fo.chain(
-                fo.add_noise(0.1, 0.5, key=2**40 + 3), fo.adam(fo.linear_schedule(0.1, 0.0, 20))
+                fo.add_noise(0.1, 0.5, key=2**40 + 3),
+                fo.adam(fo.linear_schedule(0.1, 0.0, 20)),
             ),
         ),
         lambda ps: fo.optim.Optimizer(ps, fo.lion, learning_rate=0.1),
@@ -78,11 +86,15 @@ def test_24_25_schema(build: str) -> None:
     ids=["AdamW", "noise", "lion", "NAdam", "ASGD", "Rprop", "Adafactor", "Muon"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_26_27_resumed_equals_uninterrupted_bit_for_bit(build, dtype: torch.dtype) -> None:
+def test_26_27_resumed_equals_uninterrupted_bit_for_bit(
+    build, dtype: torch.dtype
+) -> None:
     params = make_params(dtype)
     opt = build(params)
     train(opt, params, 3)
-    saved = through_a_file({"opt": opt.state_dict(), "params": [p.detach() for p in params]})
+    saved = through_a_file(
+        {"opt": opt.state_dict(), "params": [p.detach() for p in params]}
+    )
     others = [nn.Parameter(p) for p in saved["params"]]
     other = build(others)
     other.load_state_dict(saved["opt"])
@@ -90,14 +102,17 @@ def test_26_27_resumed_equals_uninterrupted_bit_for_bit(build, dtype: torch.dtyp
         for key, value in opt.state[p].items():
             twin = other.state[q][key]
             assert twin.dtype == value.dtype and torch.equal(twin, value)
-    for p, q in zip(train(opt, params, 3, start=3), train(other, others, 3, start=3), strict=True):
+    for p, q in zip(
+        train(opt, params, 3, start=3), train(other, others, 3, start=3), strict=True
+    ):
         assert torch.equal(p, q)
 
 
 def test_27_a_count_under_bfloat16_survives() -> None:
     params = make_params(torch.bfloat16)
     opt = fo.optim.Optimizer(
-        params, fo.chain(fo.ema(0.9), fo.scale_by_schedule(fo.linear_schedule(-0.1, 0.0, 1000)))
+        params,
+        fo.chain(fo.ema(0.9), fo.scale_by_schedule(fo.linear_schedule(-0.1, 0.0, 1000))),
     )
     train(opt, params, 257)
     other = fo.optim.Optimizer(make_params(torch.bfloat16), opt._recipe[0])
@@ -117,8 +132,12 @@ def test_28_names_and_other_ids(named: str) -> None:
     """torch.distributed.checkpoint has names for numbers; parameters are matched by position."""
     params, others = make_params(), make_params()
     names = [f"layer.{i}" for i in range(len(params))]
-    opt = fo.optim.AdamW(params if named == "loading" else zip(names, params, strict=True))
-    other = fo.optim.AdamW(others if named == "saved" else zip(names, others, strict=True))
+    opt = fo.optim.AdamW(
+        params if named == "loading" else zip(names, params, strict=True)
+    )
+    other = fo.optim.AdamW(
+        others if named == "saved" else zip(names, others, strict=True)
+    )
     train(opt, params, 2)
     train(other, others, 2)
     saved = opt.state_dict()
@@ -130,7 +149,9 @@ def test_28_names_and_other_ids(named: str) -> None:
         ],
     }
     other.load_state_dict(state_dict=saved)
-    for p, q in zip(train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True):
+    for p, q in zip(
+        train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True
+    ):
         assert torch.equal(p, q)
 
 
@@ -187,7 +208,9 @@ def test_30_a_round_trip_changes_nothing(build: str, steps: int) -> None:
             for k, v in entry.items()
         )
     for p, q in zip(
-        train(opt, params, 2, start=steps), train(twin, twins, 2, start=steps), strict=True
+        train(opt, params, 2, start=steps),
+        train(twin, twins, 2, start=steps),
+        strict=True,
     ):
         assert torch.equal(p, q)
 
@@ -202,7 +225,9 @@ def test_30_a_round_trip_changes_nothing(build: str, steps: int) -> None:
     "build",
     [
         fo.optim.AdamW,
-        lambda ps: fo.optim.Optimizer(ps, fo.chain(fo.add_noise(0.1, 0.0, key=1), fo.adam(0.1))),
+        lambda ps: fo.optim.Optimizer(
+            ps, fo.chain(fo.add_noise(0.1, 0.0, key=1), fo.adam(0.1))
+        ),
         lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.1),
     ],
     ids=["AdamW", "chain", "factory"],
@@ -218,7 +243,9 @@ def test_31_copies_go_on_alike(how, build, scheduled: bool) -> None:
     assert {k for k in vars(opt) if not k.startswith("_")} == {
         k for k in vars(other) if not k.startswith("_")
     }
-    for p, q in zip(train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True):
+    for p, q in zip(
+        train(opt, params, 2, start=2), train(other, others, 2, start=2), strict=True
+    ):
         assert torch.equal(p, q)
 
 
@@ -291,7 +318,8 @@ def test_32_a_hook_may_change_what_is_loaded() -> None:
 
     def halve(_, saved):
         saved["state"] = {
-            i: {**entry, "exp_avg": entry["exp_avg"] / 2} for i, entry in saved["state"].items()
+            i: {**entry, "exp_avg": entry["exp_avg"] / 2}
+            for i, entry in saved["state"].items()
         }
         return saved
 

@@ -17,19 +17,25 @@ from functorch_opt._execution.segments import PROGRAMS
 
 
 def test_18_all_schedulers_are_in_the_table() -> None:
-    assert set(SCHEDULERS) == {name for name in lr_scheduler.__all__ if name != "LRScheduler"}
+    assert set(SCHEDULERS) == {
+        name for name in lr_scheduler.__all__ if name != "LRScheduler"
+    }
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr: bool) -> None:
+def test_18_19_schedulers_drive_us_as_they_drive_torch(
+    scheduler: str, tensor_lr: bool
+) -> None:
     """Learning rates and parameters, and the momentum or betas that OneCycle and Cyclic move."""
     for name, options in (("SGD", {"momentum": 0.9}), ("Adam", {})):
         runs = []
         for module in (fo.optim, torch.optim):
             params = make_params()
             opt = getattr(module, name)(
-                params, lr=torch.tensor(0.05, dtype=torch.float64) if tensor_lr else 0.05, **options
+                params,
+                lr=torch.tensor(0.05, dtype=torch.float64) if tensor_lr else 0.05,
+                **options,
             )
             lr = opt.param_groups[0]["lr"]
             sched = SCHEDULERS[scheduler](opt)
@@ -43,7 +49,9 @@ def test_18_19_schedulers_drive_us_as_they_drive_torch(scheduler: str, tensor_lr
                     *(p.detach().clone() for p in params),
                 ]
             assert (
-                not tensor_lr or opt.param_groups[0]["lr"] is lr or scheduler == "ReduceLROnPlateau"
+                not tensor_lr
+                or opt.param_groups[0]["lr"] is lr
+                or scheduler == "ReduceLROnPlateau"
             )
             runs.append(trajectory)
         for a, b in zip(*runs, strict=True):
@@ -65,7 +73,9 @@ def test_18_19_schedulers_with_compile(name: str) -> None:
                 (getattr(torch.optim, name), {"foreach": False}),
             ):
                 params = make_params(torch.float32)
-                opt = cls(params, lr=torch.tensor(0.05) if tensor_lr else 0.05, **options, **how)
+                opt = cls(
+                    params, lr=torch.tensor(0.05) if tensor_lr else 0.05, **options, **how
+                )
                 sched = attach(opt)
                 for step in range(10):
                     set_grads(params, step)
@@ -128,7 +138,9 @@ def test_18_a_generic_chain_is_driven_by_a_scheduler() -> None:
 
 
 @pytest.mark.parametrize(
-    "compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+    "compile",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
 )
 def test_21_freed_without_the_garbage_collector(compile: bool) -> None:
     gc.collect()
@@ -180,7 +192,8 @@ def test_23_averaged_models(kind: str) -> None:
         model, x, y = model_and_loss()
         opt = module.AdamW(model.parameters(), lr=0.1)
         average = swa_utils.AveragedModel(
-            model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9) if kind == "ema" else None
+            model,
+            multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9) if kind == "ema" else None,
         )
         sched = swa_utils.SWALR(opt, swa_lr=0.01, anneal_epochs=5)
         for _ in range(8):

@@ -27,7 +27,9 @@ def count_calls(factor: float = 1.0) -> fo.GradientTransformation:
     """A treewise transformation with an extra argument that has a default."""
 
     def update(updates, state, params, *, bonus=0.0):
-        return tree.map(lambda u: u * factor + bonus, updates), {"calls": state["calls"] + 1}
+        return tree.map(lambda u: u * factor + bonus, updates), {
+            "calls": state["calls"] + 1
+        }
 
     return fo.GradientTransformation(
         lambda params: {"calls": torch.zeros((), dtype=torch.int64)}, update
@@ -56,7 +58,8 @@ def test_extra_arguments_reach_the_stages_that_declare_them(wrap) -> None:
     with pytest.raises(TypeError, match="reads value"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
     with pytest.raises(
-        TypeError, match=r"got valeu, which no stage reads. Declared extra arguments: value\."
+        TypeError,
+        match=r"got valeu, which no stage reads. Declared extra arguments: value\.",
     ):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, valeu=3.0)
 
@@ -80,7 +83,9 @@ def test_injected_factories_pass_extra_arguments_on() -> None:
 
 
 def test_chain_state_is_keyed_by_stage_and_survives_an_inserted_stage() -> None:
-    tx = fo.chain(fo.trace(0.9), fo.scale(1.0), fo.trace(0.5), fo.scale(2.0), fo.adamw(0.1))
+    tx = fo.chain(
+        fo.trace(0.9), fo.scale(1.0), fo.trace(0.5), fo.scale(2.0), fo.adamw(0.1)
+    )
     assert list(tx.init(PARAMS)) == ["trace", "scale", "trace_1", "scale_1", "adamw"]
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     longer = fo.chain(fo.clip(9.0), *tx.stages.values())
@@ -92,7 +97,8 @@ def test_repr_reads_as_it_was_written() -> None:
     tx = fo.chain(
         fo.clip_by_global_norm(1.0),
         fo.masked(
-            fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01), {"w": True, "b": False}
+            fo.adamw(fo.cosine_decay_schedule(0.1, 100), weight_decay=0.01),
+            {"w": True, "b": False},
         ),
         count_calls(factor=2.0),
     )
@@ -114,9 +120,15 @@ def test_masked_leaves_pass_or_become_zero() -> None:
 
 def test_groups_have_no_holes() -> None:
     """Each group's transformation sees a flat dict of its own leaves, so norms are the group's and states vmap."""
-    params = {"deep": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "out": (torch.ones(3),)}
+    params = {
+        "deep": {"w": torch.ones(2, 2), "b": torch.ones(2)},
+        "out": (torch.ones(3),),
+    }
     tx = fo.partition(
-        {"matrix": fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1)), "rest": fo.trace(0.9)},
+        {
+            "matrix": fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1)),
+            "rest": fo.trace(0.9),
+        },
         lambda path, p: "matrix" if p.ndim == 2 else "rest",
     )
     state = tx.init(params)
@@ -164,14 +176,21 @@ def test_a_mask_inside_a_group_is_of_all_params_or_of_the_group(mask: Any) -> No
     inner = fo.masked(fo.scale(10.0), mask)
     tx = fo.partition({"a": inner, "b": fo.identity()}, {"enc": "a", "head": "b"})
     updates, _ = tx.update(LAYERS, tx.init(LAYERS))
-    wanted = {"enc": {"w": torch.full((2,), 10.0), "b": torch.ones(1)}, "head": LAYERS["head"]}
+    wanted = {
+        "enc": {"w": torch.full((2,), 10.0), "b": torch.ones(1)},
+        "head": LAYERS["head"],
+    }
     torch.testing.assert_close(updates, wanted)
 
 
 def test_labels_are_found_at_any_depth_of_groups() -> None:
     labels = {"enc": {"w": "x", "b": "y"}, "head": "z"}
-    inner = fo.partition({"x": fo.scale(2.0), "y": fo.scale(3.0), "z": fo.scale(5.0)}, labels)
-    tx = fo.masked(fo.masked(inner, {"enc": True, "head": False}), {"enc": True, "head": True})
+    inner = fo.partition(
+        {"x": fo.scale(2.0), "y": fo.scale(3.0), "z": fo.scale(5.0)}, labels
+    )
+    tx = fo.masked(
+        fo.masked(inner, {"enc": True, "head": False}), {"enc": True, "head": True}
+    )
     updates, state = tx.update(LAYERS, tx.init(LAYERS))
     assert updates["enc"]["w"][0] == 2 and updates["enc"]["b"][0] == 3
     assert updates["head"]["w"][0] == 1
@@ -256,7 +275,9 @@ def test_static_arguments_stay_what_they_are() -> None:
 
 
 def test_stateless_sees_whole_trees() -> None:
-    tx = fo.stateless(lambda updates, params: tree.map(lambda u, p: u * p, updates, params))
+    tx = fo.stateless(
+        lambda updates, params: tree.map(lambda u, p: u * p, updates, params)
+    )
     assert tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["b"] == 6.0
 
 

@@ -26,7 +26,8 @@ def draw(
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in shapes.items()
     }
 
 
@@ -43,7 +44,11 @@ def _fresh() -> None:
 
 def said_once(apart: bool) -> AbstractContextManager[Any]:
     """A stage that is not made of rules runs eagerly, and this is said, but once."""
-    return pytest.warns(UserWarning, match="eagerly, between the") if apart else nullcontext()
+    return (
+        pytest.warns(UserWarning, match="eagerly, between the")
+        if apart
+        else nullcontext()
+    )
 
 
 # ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
@@ -63,7 +68,10 @@ def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> 
             new = step(mine, grads(i), ours)
         assert_same(new, (ps, state), rtol=1e-12, atol=1e-12)
         if donate:
-            assert all(x is y for x, y in zip(tree.leaves(new[0]), tree.leaves(mine), strict=True))
+            assert all(
+                x is y
+                for x, y in zip(tree.leaves(new[0]), tree.leaves(mine), strict=True)
+            )
         else:
             assert_same((mine, ours), before)
         mine, ours = new
@@ -75,7 +83,8 @@ def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> 
 @pytest.mark.slow
 def test_one_program_serves_all_sizes_and_models() -> None:
     tx = fo.chain(
-        fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1)
+        fo.clip_by_global_norm(0.5),
+        fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1),
     )
     step = fo.compiled_step(tx)
     models = [
@@ -95,7 +104,9 @@ def test_one_program_serves_all_sizes_and_models() -> None:
     )  # "big" has code of its own for all threads
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "stage", [fo.scale(0.5), fo.scale_by_trust_ratio()], ids=["plain", "with sums"]
 )
@@ -110,8 +121,16 @@ def test_blocks_of_several_tensors(
         stage,
         fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1),
     )
-    shapes = {f"p{i}": (i + 2, 3) for i in range(7)} | {"tiny": (2,), "one": (1,), "scalar": ()}
-    ps, mine, step = draw(shapes, 0), draw(shapes, 0), CompiledStep(tx, True, backend=backend)
+    shapes = {f"p{i}": (i + 2, 3) for i in range(7)} | {
+        "tiny": (2,),
+        "one": (1,),
+        "scalar": (),
+    }
+    ps, mine, step = (
+        draw(shapes, 0),
+        draw(shapes, 0),
+        CompiledStep(tx, True, backend=backend),
+    )
     state, ours = tx.init(ps), tx.init(mine)
     for i in range(3):
         ps, state = eagerly(tx, ps, state, draw(shapes, 100 + i))
@@ -133,7 +152,10 @@ def test_two_transformations_do_not_share_code() -> None:
 
 @pytest.mark.slow
 def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> None:
-    tx, ps = fo.sgd(0.1), {name: torch.nn.Parameter(p) for name, p in draw(SMALL, 0).items()}
+    tx, ps = (
+        fo.sgd(0.1),
+        {name: torch.nn.Parameter(p) for name, p in draw(SMALL, 0).items()},
+    )
     loss = sum((p**2).sum() for p in ps.values())
     ps, _ = fo.compiled_step(tx)(ps, draw(SMALL, 1), tx.init(ps))
     ((program,),) = PROGRAMS.values()
@@ -146,7 +168,12 @@ def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> Non
 
 
 def check(
-    tx: fo.GradientTransformation, step: CompiledStep, ps: dict, gs: dict, *, steps: int = 2
+    tx: fo.GradientTransformation,
+    step: CompiledStep,
+    ps: dict,
+    gs: dict,
+    *,
+    steps: int = 2,
 ) -> None:
     """From these very tensors, in place, against the functional step on copies."""
     copies = {name: p.detach().clone() for name, p in ps.items()}
@@ -154,22 +181,40 @@ def check(
     for _ in range(steps):
         copies, state = eagerly(tx, copies, state, gs)
         ps, ours = step(ps, gs, ours)
-    assert_same({name: p.detach() for name, p in ps.items()}, copies, rtol=1e-4, atol=1e-5)
+    assert_same(
+        {name: p.detach() for name, p in ps.items()}, copies, rtol=1e-4, atol=1e-5
+    )
 
 
 def kinds() -> dict[str, dict[str, Tensor]]:
     base = torch.arange(60.0) / 7
     return {
         "as before": draw(SMALL, 3),
-        "other sizes": {"a": torch.randn(9, 5), "b": torch.randn(2), "c": torch.randn(30)},
-        "sizes 0 and 1": {"a": torch.randn(0, 5), "b": torch.randn(1), "c": torch.randn(())},
-        "transposed": {"a": torch.randn(3, 4).t(), "b": torch.randn(3), "c": torch.randn(7, 2)},
+        "other sizes": {
+            "a": torch.randn(9, 5),
+            "b": torch.randn(2),
+            "c": torch.randn(30),
+        },
+        "sizes 0 and 1": {
+            "a": torch.randn(0, 5),
+            "b": torch.randn(1),
+            "c": torch.randn(()),
+        },
+        "transposed": {
+            "a": torch.randn(3, 4).t(),
+            "b": torch.randn(3),
+            "c": torch.randn(7, 2),
+        },
         "slices of one buffer": {
             "a": base[1:13].view(4, 3),
             "b": base[13:16],
             "c": base[17:31].view(7, 2),
         },
-        "strided": {"a": torch.randn(8, 3)[::2], "b": torch.randn(6)[::2], "c": torch.randn(7, 2)},
+        "strided": {
+            "a": torch.randn(8, 3)[::2],
+            "b": torch.randn(6)[::2],
+            "c": torch.randn(7, 2),
+        },
         "bfloat16": draw(SMALL, 4, torch.bfloat16),
         "float64": draw(SMALL, 5, torch.float64),
         "mixed": {
@@ -236,7 +281,9 @@ def test_changes_between_steps_are_seen(change: str) -> None:
     assert_same((ps, state), (expected, expected_state), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_strided_gradients_before_a_second_pass(backend: str) -> None:
     """What the first pass writes for the second has strides of its own."""
     tx = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(0.1), fo.sgd(0.1))
@@ -253,7 +300,9 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
     assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["elementwise", "tensorwise"])
 def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
     """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient; and then not any more."""
@@ -268,7 +317,12 @@ def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
     mine = tree.map(torch.clone, ps)
     state, ours = tx.init(ps), tx.init(mine)
     one, other = torch.randn(3, 4), torch.randn(3, 4)
-    for gs in ({"a": one, "b": other}, {"a": one, "b": one}, None, {"a": other, "b": one}):
+    for gs in (
+        {"a": one, "b": other},
+        {"a": one, "b": one},
+        None,
+        {"a": other, "b": one},
+    ):
         for _ in range(2):
             given = tree.map(torch.clone, ps) if gs is None else gs
             updates, state = tx.update(given, state, ps, raw=given)
@@ -278,11 +332,20 @@ def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
             assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("own", [True, False])
-def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend: str) -> None:
+def test_a_pass_writes_its_updates_over_what_is_the_steps_own(
+    own: bool, backend: str
+) -> None:
     """In place of new memory, where shape and dtype allow it. What somebody else holds stays as it is."""
-    drawn = {"a": torch.randn(3, 4), "b": torch.randn(()), "c": torch.randn(5), "d": torch.randn(2)}
+    drawn = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(()),
+        "c": torch.randn(5),
+        "d": torch.randn(2),
+    }
     given, seen = tree.map(torch.clone, drawn), []
 
     def look(updates):
@@ -297,12 +360,17 @@ def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend
     tx = fo.chain(add, fo.leafwise(lambda g: 2 * g, look))
     ps, gs = tree.map(torch.zeros_like, drawn), tree.map(torch.ones_like, drawn)
     gs["a"], gs["d"] = gs["a"].bfloat16(), None
-    expected = {name: None if g is None else g + given[name] / g.numel() for name, g in gs.items()}
+    expected = {
+        name: None if g is None else g + given[name] / g.numel() for name, g in gs.items()
+    }
     mine, _ = CompiledStep(tx, True, backend=backend)(ps, gs, tx.init(ps))
     assert [seen[-1][name] is drawn[name] for name in drawn] == [own, own, own, False]
     assert_same(
         drawn,
-        {name: given[name] if g is None or not own else expected[name] for name, g in gs.items()},
+        {
+            name: given[name] if g is None or not own else expected[name]
+            for name, g in gs.items()
+        },
         rtol=1e-6,
         atol=0,
     )
@@ -318,7 +386,9 @@ def test_a_pass_writes_its_updates_over_what_is_the_steps_own(own: bool, backend
         assert not any(seen[-1][name] is drawn[name] for name in drawn)
 
 
-def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> None:
+def test_a_gradient_that_would_broadcast_is_refused_at_any_step_and_for_any_tensor() -> (
+    None
+):
     """The transposed parameter runs eagerly, the other compiled."""
     tx = fo.sgd(0.1)
     for name in ("a", "b"):
@@ -346,7 +416,8 @@ def test_hyperparameters_as_tensors_are_inputs() -> None:
 @pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
 def test_inside_a_compiled_function_it_is_part_of_the_one_graph(donate: bool) -> None:
     tx = fo.chain(
-        fo.clip_by_global_norm(0.5), fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1)
+        fo.clip_by_global_norm(0.5),
+        fo.adamw(fo.linear_schedule(0.1, 0.0, 9), weight_decay=0.1),
     )
     step, ps, mine = fo.compiled_step(tx, donate=donate), draw(SMALL, 0), draw(SMALL, 0)
     graphs = []
@@ -361,7 +432,9 @@ def test_inside_a_compiled_function_it_is_part_of_the_one_graph(donate: bool) ->
 
     state, ours = tx.init(ps), tx.init(mine)
     for i in range(4):
-        ps, state = eagerly(tx, ps, state, {name: p * (i + 1.0) for name, p in ps.items()})
+        ps, state = eagerly(
+            tx, ps, state, {name: p * (i + 1.0) for name, p in ps.items()}
+        )
         new = train(mine, ours, torch.tensor(i + 1.0))
         assert (new[0]["a"] is mine["a"]) is donate
         mine, ours = new
@@ -446,7 +519,9 @@ def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
 @pytest.mark.parametrize("name", ["mu", "master"])
 def test_a_foreign_state_is_refused_before_anything_is_written(name: str) -> None:
     ps, gs = draw(SMALL, 0), draw(SMALL, 1)
-    tx = fo.chain(fo.trace(0.9), fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adam(0.1)))
+    tx = fo.chain(
+        fo.trace(0.9), fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adam(0.1))
+    )
     state = tx.init(ps)
     fo.get(state, name)["a"] = torch.zeros(1, 3)
     before = tree.map(torch.clone, (ps, state))

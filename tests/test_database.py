@@ -46,7 +46,9 @@ def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]
         x = torch.randint(0, 6, (20, 2), generator=generator)
     else:
         bias = name != "Muon"
-        model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 6, bias=bias))
+        model = nn.Sequential(
+            nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 6, bias=bias)
+        )
         x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
     model.double()
     with torch.no_grad():
@@ -107,12 +109,15 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
         models.append(model)
     same(*models, 1e-12)
     moved = any(
-        not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
+        not torch.equal(p, q)
+        for p, q in zip(model.parameters(), before.parameters(), strict=True)
     )
     assert moved and all(loss == loss for loss in losses)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [case for case in CASES if case.values[0] in OURS])
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
+)
 def test_every_flag_of_torch_is_accepted(name: str, kwargs: dict) -> None:
     """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional layer."""
     info, models = INFOS[name], []
@@ -134,8 +139,12 @@ def test_every_flag_of_torch_is_accepted(name: str, kwargs: dict) -> None:
     for model in models[1:]:
         same(models[0], model, 0.0)
     if "differentiable" in info.supported_impls:
-        with pytest.raises(ValueError, match=r"functional layer: tx\.update and apply_updates"):
-            getattr(fo.optim, name)(model.parameters(), **plain(kwargs), differentiable=True)
+        with pytest.raises(
+            ValueError, match=r"functional layer: tx\.update and apply_updates"
+        ):
+            getattr(fo.optim, name)(
+                model.parameters(), **plain(kwargs), differentiable=True
+            )
 
 
 @pytest.mark.parametrize(("name", "error"), ERRORS)
@@ -154,7 +163,9 @@ def test_03_errors_are_torchs(name: str, error) -> None:
             cls(given.params, **given.kwargs)
 
 
-@pytest.mark.parametrize("name", [name for name in INFOS if INFOS[name].supports_param_groups])
+@pytest.mark.parametrize(
+    "name", [name for name in INFOS if INFOS[name].supports_param_groups]
+)
 @pytest.mark.parametrize(
     "number", range(max(len(info.scheduler_inputs) for info in INFOS.values()))
 )
@@ -164,9 +175,12 @@ def test_right_direction_under_the_database_s_schedulers(name: str, number: int)
     runs = []
     for module in (fo.optim, torch.optim):
         model, x, y = model_of(info, name)
-        opt = getattr(module, name)(model.parameters(), **({"lr": 0.01} if name != "Rprop" else {}))
+        opt = getattr(module, name)(
+            model.parameters(), **({"lr": 0.01} if name != "Rprop" else {})
+        )
         schedulers = [
-            make(opt) for make in info.scheduler_inputs[number % len(info.scheduler_inputs)]
+            make(opt)
+            for make in info.scheduler_inputs[number % len(info.scheduler_inputs)]
         ]
         losses = []
         for _ in range(8):
@@ -181,7 +195,9 @@ def test_right_direction_under_the_database_s_schedulers(name: str, number: int)
     assert a[-1] < a[0]
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [case for case in CASES if case.values[0] in OURS])
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
+)
 def test_state_over_the_database(name: str, kwargs: dict) -> None:
     """It prints; every entry has something; a dict made twice is the same; and a file of it goes on in a fresh optimizer."""
     info = INFOS[name]
@@ -191,7 +207,10 @@ def test_state_over_the_database(name: str, kwargs: dict) -> None:
     assert re.match(rf"{name} \(\nParameter Group 0\n", repr(opt))
     assert all(opt.state.values())
     one, two = opt.state_dict(), opt.state_dict()
-    assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
+    assert (
+        one["param_groups"] == two["param_groups"]
+        and one["state"].keys() == two["state"].keys()
+    )
     twin = copy.deepcopy(model)
     other = getattr(fo.optim, name)(twin.parameters())
     other.load_state_dict(copy.deepcopy(one))

@@ -13,7 +13,9 @@ from torch import Tensor
 import functorch_opt as fo
 from functorch_opt import tree
 
-CASES = [pytest.param(row, variant, id=row.name) for row in ROWS for variant in row.variants]
+CASES = [
+    pytest.param(row, variant, id=row.name) for row in ROWS for variant in row.variants
+]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 

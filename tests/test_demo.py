@@ -22,7 +22,9 @@ def data() -> digits.Data:
 
 
 def in_float64(data: digits.Data) -> digits.Data:
-    return digits.Data(data.x_train.double(), data.y_train, data.x_test.double(), data.y_test)
+    return digits.Data(
+        data.x_train.double(), data.y_train, data.x_test.double(), data.y_test
+    )
 
 
 # ---- 1. regression -----------------------------------------------------------------------------------------------------
@@ -50,10 +52,17 @@ def test_every_optimizer_comes_near_y_equals_2x(optimizer: str, policy: str) -> 
 # ---- 2. digits ---------------------------------------------------------------------------------------------------------
 
 
-def test_minibatches_are_seeded_and_see_every_image_once_an_epoch(data: digits.Data) -> None:
+def test_minibatches_are_seeded_and_see_every_image_once_an_epoch(
+    data: digits.Data,
+) -> None:
     numbered = data._replace(x_train=torch.arange(len(data.x_train)))
-    first, again = digits.minibatches(numbered, epochs=2), digits.minibatches(numbered, epochs=2)
-    assert all(torch.equal(x, x_again) for (x, _), (x_again, _) in zip(first, again, strict=True))
+    first, again = (
+        digits.minibatches(numbered, epochs=2),
+        digits.minibatches(numbered, epochs=2),
+    )
+    assert all(
+        torch.equal(x, x_again) for (x, _), (x_again, _) in zip(first, again, strict=True)
+    )
     epoch = torch.cat([x for x, _ in first[: len(first) // 2]])
     assert len(epoch.unique()) == len(epoch) == 1437 // digits.BATCH * digits.BATCH
 
@@ -66,9 +75,15 @@ def train_digits(data: digits.Data, eta: float) -> dict[str, digits.Record]:
     models += [copy.deepcopy(models[0]) for _ in range(2)]
     tx = digits.make_chain(steps, eta)
     return {
-        "functional": digits.record(digits.functional(models[0], tx, batches), models[0], data),
-        "stateful": digits.record(digits.stateful(models[1], tx, batches), models[1], data),
-        "torch": digits.record(digits.torch_adamw(models[2], steps, batches), models[2], data),
+        "functional": digits.record(
+            digits.functional(models[0], tx, batches), models[0], data
+        ),
+        "stateful": digits.record(
+            digits.stateful(models[1], tx, batches), models[1], data
+        ),
+        "torch": digits.record(
+            digits.torch_adamw(models[2], steps, batches), models[2], data
+        ),
     }
 
 
@@ -76,7 +91,9 @@ def test_functional_equals_stateful(data: digits.Data) -> None:
     runs = train_digits(data, eta=1e-6)
     assert runs["functional"].losses[-1] < runs["functional"].losses[0]
     torch.testing.assert_close(runs["stateful"].trajectory, runs["functional"].trajectory)
-    assert digits.largest_difference(runs["functional"], runs["torch"]) > 1e-3  # the noise is there
+    assert (
+        digits.largest_difference(runs["functional"], runs["torch"]) > 1e-3
+    )  # the noise is there
 
 
 def test_without_noise_the_chain_is_torch_adamw(data: digits.Data) -> None:
@@ -97,7 +114,9 @@ def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
     for i, lr in enumerate(lrs.tolist()):
         net, losses = sweep.train_alone(lr, digits.minibatches(data, epochs=1))
         seen = ~result.curves[i].isnan()  # a diverged run ends early
-        torch.testing.assert_close(result.curves[i][seen], losses[seen], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            result.curves[i][seen], losses[seen], rtol=1e-9, atol=1e-12
+        )
         if not result.diverged[i]:
             torch.testing.assert_close(
                 result.params_of(i),
@@ -130,5 +149,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         __main__, "find_spec", lambda package: None if package == "rich" else object()
     )
-    with pytest.raises(SystemExit, match=r"needs rich.*pip install functorch_opt\[demo\]"):
+    with pytest.raises(
+        SystemExit, match=r"needs rich.*pip install functorch_opt\[demo\]"
+    ):
         __main__.main()

@@ -31,9 +31,15 @@ def _case(page: Path):
 
 @pytest.mark.parametrize(
     "page",
-    [_case(page) for page in PAGES if "```python" in page.read_text() and page != OF_CLIENTS],
+    [
+        _case(page)
+        for page in PAGES
+        if "```python" in page.read_text() and page != OF_CLIENTS
+    ],
 )
-def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     document = SYBIL.parse(page)
     examples = list(document.examples())
@@ -48,7 +54,9 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_every_example_is_found() -> None:
     """A fence that is written otherwise (```py, ~~~, indented) would be shown and not run."""
     for page in PAGES:
-        fences = re.findall(r"^\s*(```+|~~~+)[ \t]*(\w*)", page.read_text(), flags=re.MULTILINE)
+        fences = re.findall(
+            r"^\s*(```+|~~~+)[ \t]*(\w*)", page.read_text(), flags=re.MULTILINE
+        )
         opened = [language for fence, language in fences[::2]]
         assert all(fence == "```" for fence, _ in fences), page
         assert set(opened) <= {"python", "sh", "text"}, (page, opened)
@@ -64,7 +72,9 @@ def test_links_between_pages_lead_somewhere() -> None:
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
-@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_files_and_folders_that_pages_name_exist(page: Path) -> None:
     """They are named from the root, from the package, or from beside the page."""
     text = page.read_text()
@@ -76,7 +86,9 @@ def test_files_and_folders_that_pages_name_exist(page: Path) -> None:
         assert any(place.exists() for place in places), f"{page.name} names {name}"
 
 
-@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_modules_that_pages_name_exist(page: Path) -> None:
     for name in set(re.findall(r"\bfunctorch_opt(?:\.\w+)+", page.read_text())):
         value: Any = functorch_opt

@@ -44,7 +44,9 @@ def test_bits_are_the_words_and_uniforms_their_low_24_bits() -> None:
     got = random.bits(KEY, (3, 4))
     assert got.dtype == torch.int32
     assert [x % 2**32 for x in got.flatten().tolist()] == words
-    assert random.uniform(KEY, (12,)).tolist() == [(word % 2**24) / 2**24 for word in words]
+    assert random.uniform(KEY, (12,)).tolist() == [
+        (word % 2**24) / 2**24 for word in words
+    ]
 
 
 def test_every_bit_is_a_fair_coin_and_by_itself() -> None:
@@ -62,10 +64,14 @@ def test_uniforms_are_uniform() -> None:
     steps = torch.arange(N + 1, dtype=torch.float64) / N
     ordered = u.double().sort().values
     distance = torch.maximum((steps[1:] - ordered).max(), (ordered - steps[:-1]).max())
-    assert distance * math.sqrt(N) < 1.95  # Kolmogorov and Smirnov; passed once in a thousand
+    assert (
+        distance * math.sqrt(N) < 1.95
+    )  # Kolmogorov and Smirnov; passed once in a thousand
     for moment in (1, 2, 3):
         variance = 1 / (2 * moment + 1) - 1 / (moment + 1) ** 2
-        assert abs((u.double() ** moment).mean() - 1 / (moment + 1)) < 4 * math.sqrt(variance / N)
+        assert abs((u.double() ** moment).mean() - 1 / (moment + 1)) < 4 * math.sqrt(
+            variance / N
+        )
     assert_uncorrelated(u[1:] - 0.5, u[:-1] - 0.5)
 
 
@@ -104,21 +110,30 @@ def test_only_the_part_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         philox,
         "words",
-        lambda key, blocks, of=philox.words: drawn.append(blocks.numel()) or of(key, blocks),
+        lambda key, blocks, of=philox.words: (
+            drawn.append(blocks.numel()) or of(key, blocks)
+        ),
     )
     shape = (2**20, 2**10, 2**8 + 1)
-    got = random.bits(KEY, shape, (slice(2**19 + 1, 2**19 + 3), slice(5, 8), slice(100, 106)))
+    got = random.bits(
+        KEY, shape, (slice(2**19 + 1, 2**19 + 3), slice(5, 8), slice(100, 106))
+    )
     assert drawn == [2 * 3 * 3]
     for i, j, k in itertools.product(range(2), range(3), range(6)):
         element = ((2**19 + 1 + i) * shape[1] + 5 + j) * shape[2] + 100 + k
-        assert got[i, j, k].item() % 2**32 == philox_in_python(2**63 + 5, element // 4)[element % 4]
+        assert (
+            got[i, j, k].item() % 2**32
+            == philox_in_python(2**63 + 5, element // 4)[element % 4]
+        )
 
 
 def test_parts_under_vmap_and_torch_compile() -> None:
     part = (slice(1, 4), slice(2, 5))
     keys = random.split(KEY, 3)
     got = vmap(lambda key: random.normal(key, (5, 7), part))(keys)
-    assert torch.equal(got, torch.stack([random.normal(key, (5, 7), part) for key in keys]))
+    assert torch.equal(
+        got, torch.stack([random.normal(key, (5, 7), part) for key in keys])
+    )
     compiled = torch.compile(
         lambda key: random.bits(key, (5, 7), part), backend="aot_eager", fullgraph=True
     )
@@ -164,7 +179,9 @@ def test_leaves_of_a_tree_follow_each_other_and_counts_are_far_apart() -> None:
         assert got["b"][0] is None
         assert torch.equal(got["b"][1], stream[2:4].reshape(2, 4))
         assert got["b"][2].shape == (0, 3)
-        assert torch.equal(torch.view_as_real(got["c"]), stream[4:6].flatten()[:6].reshape(3, 2))
+        assert torch.equal(
+            torch.view_as_real(got["c"]), stream[4:6].flatten()[:6].reshape(3, 2)
+        )
         assert torch.equal(got["d"], stream[6, 0])
     assert {x.dtype for x in tree.leaves(got)} == {torch.float32, torch.complex64}
 
@@ -204,12 +221,21 @@ SHARDED = {"a": (5, 3), "b": (4, 6), "c": (7,), "d": (1, 5), "e": (2, 3, 5), "f"
 
 
 def _rank(rank: int, file: str, out: str) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import (
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
 
     torch.set_num_threads(1)
     store = dist.FileStore(file, 2)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
     )
     result = {}
     mesh = init_device_mesh("cpu", (2,))
@@ -251,7 +277,9 @@ def _rank(rank: int, file: str, out: str) -> None:
                 name: x.full_tensor() if name in SHARDED else x for name, x in u.items()
             }
     grid = init_device_mesh("cpu", (1, 2))
-    both = distribute_tensor(torch.zeros(5, 6), grid, [Shard(0), Shard(1)], src_data_rank=None)
+    both = distribute_tensor(
+        torch.zeros(5, 6), grid, [Shard(0), Shard(1)], src_data_rank=None
+    )
     result["grid"] = {"x": random.uniform_like(KEY, both).full_tensor()}
     if rank == 0:
         torch.save(tree.map(torch.clone, result), out)
@@ -276,7 +304,9 @@ def whole() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dim", ["0", "1", "2", "None"])
-def test_each_rank_draws_its_part_of_what_one_process_draws(gathered: dict, dim: str) -> None:
+def test_each_rank_draws_its_part_of_what_one_process_draws(
+    gathered: dict, dim: str
+) -> None:
     wanted = random.normal_like(KEY, whole(), 2)
     for name, x in wanted.items():
         assert torch.equal(gathered[dim][name], x), name
@@ -291,7 +321,9 @@ def test_noise_of_sharded_gradients_is_that_of_the_unsharded_run(
 ) -> None:
     tx, ps = fo.add_noise(1.0, 0.5, key=7), whole()
     state = tx.init(ps)
-    wanted, _ = tx.update(ps, state._replace(shared={**state.shared, "count": counts}), ps)
+    wanted, _ = tx.update(
+        ps, state._replace(shared={**state.shared, "count": counts}), ps
+    )
     for name, x in wanted.items():
         assert torch.equal(gathered[f"{dim} add_noise {counts.dim()}"][name], x), name
 
@@ -303,7 +335,9 @@ def test_sharded_by_two_dimensions(gathered: dict) -> None:
 # ---- compiled ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_compiled_draw_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_draw_is_used_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
     monkeypatch.setattr(
         philox,
@@ -317,7 +351,9 @@ def test_the_compiled_draw_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPat
         assert calls == ["some"]
         random.normal(KEY, (4,))  # one block: a constant to torch.compile
         vmap(lambda key: random.normal(key, (9,)))(random.split(KEY))
-        torch.compile(lambda key: random.normal(key, (9,)), backend="eager", fullgraph=True)(KEY)
+        torch.compile(
+            lambda key: random.normal(key, (9,)), backend="eager", fullgraph=True
+        )(KEY)
         assert calls == ["some"]
     random.normal(KEY, (9,))
     assert calls == ["some"]
@@ -326,7 +362,9 @@ def test_the_compiled_draw_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPat
 def test_compiled_step_draws_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
-        philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args)
+        philox,
+        "_compiled",
+        lambda make, backend: lambda *args: calls.append(make) or make(*args),
     )
     tx, ps = (
         fo.chain(fo.noisy_sgd(0.1, key=0), fo.stochastic_round(1)),
@@ -340,10 +378,14 @@ def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) 
     """It counts for each parameter; its noise is that of `update`."""
     calls = []
     monkeypatch.setattr(
-        philox, "_compiled", lambda make, backend: lambda *args: calls.append(make) or make(*args)
+        philox,
+        "_compiled",
+        lambda make, backend: lambda *args: calls.append(make) or make(*args),
     )
     tx, ps = fo.noisy_sgd(0.1, key=0), [torch.zeros(9), torch.zeros(5)]
-    opt = fo.optim.Optimizer([torch.nn.Parameter(p.clone()) for p in ps], tx, compile=True)
+    opt = fo.optim.Optimizer(
+        [torch.nn.Parameter(p.clone()) for p in ps], tx, compile=True
+    )
     monkeypatch.setattr(CompiledStep, "__init__", _with_backend("eager"))
     state = tx.init(ps)
     for _ in range(2):
@@ -393,7 +435,9 @@ def test_compiled_draws_equal_eager_ones() -> None:
             )
     assert torch.equal(uniform, random.uniform(KEY, shape)[part])
     torch.testing.assert_close(normal, random.normal(KEY, (n,)), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(other, random.normal(random.key(8), (3, 333)), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        other, random.normal(random.key(8), (3, 333)), rtol=2e-6, atol=2e-6
+    )
     assert torch.equal(later, normal[21 : n - 5])
 
 
@@ -403,7 +447,9 @@ def test_without_a_compiler_it_warns_once_and_draws() -> None:
 
     with philox.compiled(broken):
         with pytest.warns(UserWarning, match="drawn eagerly, for compiling failed"):
-            assert torch.equal(random.normal(KEY, (9,)), random.normal(KEY, (12,), (slice(9),)))
+            assert torch.equal(
+                random.normal(KEY, (9,)), random.normal(KEY, (12,), (slice(9),))
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             random.normal(KEY, (9,))
@@ -420,7 +466,9 @@ def test_compiled_draws_that_are_wrong_are_not_used(kind: str) -> None:
         return run
 
     with philox.compiled(backend):
-        with pytest.warns(UserWarning, match=r"drawn eagerly.*the compiled code.*report it"):
+        with pytest.warns(
+            UserWarning, match=r"drawn eagerly.*the compiled code.*report it"
+        ):
             drawn = random.normal(KEY, (9,))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

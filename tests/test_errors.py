@@ -42,13 +42,19 @@ def without_head(**changed: Any) -> dict:
 
 
 def update(
-    tx: fo.GradientTransformation, updates: Any, ps: Any = "same", state: Any = None, **extra: Any
+    tx: fo.GradientTransformation,
+    updates: Any,
+    ps: Any = "same",
+    state: Any = None,
+    **extra: Any,
 ) -> partial:
     """One update from a state after one good step; with `ps` None, without params."""
     if state is None:
         needed = {name: 1.0 for name, required in tx.extra_args.items() if required}
         _, state = tx.update(params(), tx.init(params()), params(), **needed)
-    return partial(tx.update, updates, state, params() if isinstance(ps, str) else ps, **extra)
+    return partial(
+        tx.update, updates, state, params() if isinstance(ps, str) else ps, **extra
+    )
 
 
 def sparse() -> Tensor:
@@ -71,7 +77,9 @@ def exhausted() -> partial:
 def reads_value() -> fo.GradientTransformation:
     return fo.chain(
         fo.scale(1.0),
-        fo.leafwise(lambda g, value: g * value, lambda *, value, flag=1: {"value": value}),
+        fo.leafwise(
+            lambda g, value: g * value, lambda *, value, flag=1: {"value": value}
+        ),
     )
 
 
@@ -112,7 +120,12 @@ def loading(state_dict: Any) -> partial:
 
 
 def hyper(
-    factory: Callable, name: str, given: Any, error: type[Exception], instead: str, **others: Any
+    factory: Callable,
+    name: str,
+    given: Any,
+    error: type[Exception],
+    instead: str,
+    **others: Any,
 ) -> Case:
     """A hyperparameter that the factory itself refuses."""
     return Case(
@@ -578,7 +591,9 @@ def snapshot(call: partial) -> Any:
     """All that a call is given: structure, values, and how often each tensor was written to."""
     leaves, spec = tree.flatten([*call.args, call.keywords])
     shown = [
-        (x.dtype, x.layout, x.to_dense().tolist(), x._version) if isinstance(x, Tensor) else repr(x)
+        (x.dtype, x.layout, x.to_dense().tolist(), x._version)
+        if isinstance(x, Tensor)
+        else repr(x)
         for x in leaves
     ]
     return str(spec), shown
@@ -611,11 +626,16 @@ def test_training_goes_on_after_an_error(tx: fo.GradientTransformation) -> None:
     """An error leaves no trace in the transformation either."""
     state = tx.init(params())
     expected = tx.update(params(), state, params())
-    for bad in (params(head=ones(1)), without_head(), params(enc={"w": ones(2, 3), "b": sparse()})):
+    for bad in (
+        params(head=ones(1)),
+        without_head(),
+        params(enc={"w": ones(2, 3), "b": sparse()}),
+    ):
         with pytest.raises(ValueError, match=r"head|enc/b"):
             tx.update(bad, state, params())
     again = tx.update(params(), state, params())
     assert tree.paths(again) == tree.paths(expected)
     assert all(
-        torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(expected), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(tree.leaves(again), tree.leaves(expected), strict=True)
     )

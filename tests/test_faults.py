@@ -47,8 +47,12 @@ def lines(process: subprocess.Popen) -> Iterator[list[str]]:
         yield line.split()
 
 
-@pytest.mark.parametrize("how", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", ["eager", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(
+    how: str, tmp_path: Path
+) -> None:
     """kill -9 while it trains on; AdamW, noise, a schedule inside, a scheduler outside, the average: parameters and state bit for bit."""
     begun = [0]
     with start(tmp_path / "whole.pt", how) as whole:
@@ -76,7 +80,10 @@ def make_params(
     dtype: torch.dtype = torch.float32, shapes: tuple = ((2, 3), (2,)), seed: int = 0
 ) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape in shapes
+    ]
 
 
 def one_step(opt: torch.optim.Optimizer, step: int) -> None:
@@ -92,13 +99,16 @@ def groups_of(params: list) -> list[dict]:
 
 def noisy() -> fo.GradientTransformation:
     return fo.chain(
-        fo.add_noise(0.1, 0.5, key=7), fo.adam(fo.linear_schedule(0.1, 0.0, 9)), fo.params_ema(0.9)
+        fo.add_noise(0.1, 0.5, key=7),
+        fo.adam(fo.linear_schedule(0.1, 0.0, 9)),
+        fo.params_ema(0.9),
     )
 
 
 def parted() -> fo.GradientTransformation:
     return fo.partition(
-        {"m": fo.adam(0.1), "v": fo.sgd(0.1, 0.9)}, lambda path, p: "m" if p.ndim > 1 else "v"
+        {"m": fo.adam(0.1), "v": fo.sgd(0.1, 0.9)},
+        lambda path, p: "m" if p.ndim > 1 else "v",
     )
 
 
@@ -112,7 +122,10 @@ BUILDERS: dict[str, tuple[Callable, dict]] = {
     "Rprop": (fo.optim.Rprop, {}),
     "Adafactor": (fo.optim.Adafactor, {}),
     "Muon": (fo.optim.Muon, {"shapes": ((2, 3), (3, 2))}),
-    "factory": (lambda ps: fo.optim.Optimizer(groups_of(ps), fo.adamw, learning_rate=0.1), {}),
+    "factory": (
+        lambda ps: fo.optim.Optimizer(groups_of(ps), fo.adamw, learning_rate=0.1),
+        {},
+    ),
     "chain": (lambda ps: fo.optim.Optimizer(ps, noisy()), {}),
     "partition": (lambda ps: fo.optim.Optimizer(ps, parted()), {}),
     "master": (
@@ -137,7 +150,9 @@ def bits(value: Any) -> Any:
 
 def everything(opt: torch.optim.Optimizer) -> Any:
     params = [p for group in opt.param_groups for p in group["params"]]
-    return bits([params, [opt.state.get(p, {}) for p in params], len(opt.state), opt.param_groups])
+    return bits(
+        [params, [opt.state.get(p, {}) for p in params], len(opt.state), opt.param_groups]
+    )
 
 
 class Bench:
@@ -265,7 +280,9 @@ def check(name: str, made: list[tuple], strict: bool) -> str:
     whole = True
     for p, number in zip(bench.params, numbers, strict=True):
         entry = {
-            key: value for key, value in saved["state"].get(number, {}).items() if value is not None
+            key: value
+            for key, value in saved["state"].get(number, {}).items()
+            if value is not None
         }
         for key, value in opt.state.get(p, {}).items():
             assert (
@@ -322,16 +339,22 @@ def module_and_data() -> tuple[nn.Module, Tensor]:
 
 
 PLACES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
-    "module forward pre-hook": lambda model, opt: model[2].register_forward_pre_hook(fail),
-    "module forward hook": lambda model, opt: model[2].register_forward_hook(fail),
-    "module backward pre-hook": lambda model, opt: model[2].register_full_backward_pre_hook(fail),
-    "module backward hook": lambda model, opt: model[2].register_full_backward_hook(fail),
-    "gradient hook": lambda model, opt: model[0].weight.register_hook(fail),
-    "post-accumulate hook": lambda model, opt: model[0].bias.register_post_accumulate_grad_hook(
+    "module forward pre-hook": lambda model, opt: model[2].register_forward_pre_hook(
         fail
     ),
+    "module forward hook": lambda model, opt: model[2].register_forward_hook(fail),
+    "module backward pre-hook": lambda model, opt: model[
+        2
+    ].register_full_backward_pre_hook(fail),
+    "module backward hook": lambda model, opt: model[2].register_full_backward_hook(fail),
+    "gradient hook": lambda model, opt: model[0].weight.register_hook(fail),
+    "post-accumulate hook": lambda model, opt: model[
+        0
+    ].bias.register_post_accumulate_grad_hook(fail),
     "step pre-hook": lambda model, opt: opt.register_step_pre_hook(fail),
-    "global step pre-hook": lambda model, opt: optimizer.register_optimizer_step_pre_hook(fail),
+    "global step pre-hook": lambda model, opt: optimizer.register_optimizer_step_pre_hook(
+        fail
+    ),
 }
 
 

@@ -79,7 +79,9 @@ def test_clipping_to_a_norm_of_zero_gives_zero(updates: dict[str, Tensor]) -> No
     assert all((u == 0).all() for u in tree.leaves(clipped(zero)))
     of_two = vmap(clipped)(torch.tensor([0.0, 1.0]))
     assert all((u[0] == 0).all() for u in tree.leaves(of_two))
-    torch.testing.assert_close(tree.map(lambda u: u[1], of_two), clipped(torch.tensor(1.0)))
+    torch.testing.assert_close(
+        tree.map(lambda u: u[1], of_two), clipped(torch.tensor(1.0))
+    )
 
     def total(max_norm: Tensor, updates: Any) -> Tensor:
         return sum(u.sum() for u in tree.leaves(clipped(max_norm, updates)))
@@ -126,7 +128,9 @@ FACTORIES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "given"), FACTORIES, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("factory", "given"), FACTORIES, ids=lambda x: getattr(x, "__name__", "")
+)
 def test_injected_values_are_taken_as_the_numbers_are(factory: Any, given: Any) -> None:
     """No factory refuses, or understands otherwise, a number that comes as a tensor."""
     plain, injected = factory(**given), fo.inject_hyperparams(factory)(**given)
@@ -142,7 +146,9 @@ def test_slots_may_start_at_a_tensor() -> None:
         params = {"w": torch.ones(2)}
         return fo.get(fo.scale_by_rms(initial_scale=scale).init(params), "nu")["w"]
 
-    assert torch.equal(vmap(first)(torch.tensor([0.5, 2.0]))[:, 0], torch.tensor([0.5, 2.0]))
+    assert torch.equal(
+        vmap(first)(torch.tensor([0.5, 2.0]))[:, 0], torch.tensor([0.5, 2.0])
+    )
     assert torch.equal(jacrev(first)(torch.tensor(0.5)), torch.ones(2))
     start = fo.scale_by_rss(0.5).init([torch.ones(1, dtype=torch.complex64)])
     assert fo.get(start, "sum")[0] == 0.5 + 0.5j

@@ -30,7 +30,9 @@ def test_the_step_is_that_of_the_paper() -> None:
 def test_without_temperature_it_is_gradient_descent() -> None:
     p, g = torch.zeros(4), torch.tensor([1.0, -2.0, 0.5, 3.0])
     cold, plain = fo.sgld(0.1, 0.0, key=0), fo.sgd(0.1)
-    torch.testing.assert_close(cold.update(g, cold.init(p))[0], plain.update(g, plain.init(p))[0])
+    torch.testing.assert_close(
+        cold.update(g, cold.init(p))[0], plain.update(g, plain.init(p))[0]
+    )
 
 
 @pytest.mark.parametrize(("rate", "temperature"), [(0.1, 1.0), (0.5, 2.0), (1.0, 0.3)])

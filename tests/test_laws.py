@@ -142,15 +142,20 @@ def test_two_inits_share_nothing(row: Row, variant: dict) -> None:
     ids=str,
 )
 @cases
-def test_structure_shape_and_dtype_stay(row: Row, variant: dict, dtype: torch.dtype) -> None:
+def test_structure_shape_and_dtype_stay(
+    row: Row, variant: dict, dtype: torch.dtype
+) -> None:
     tx = row.build(variant)
     ps = params(dtype)
     state = tx.init(ps)
-    shapes = [(s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]]
+    shapes = [
+        (s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]
+    ]
     for step in range(3):
         updates, state = tx.update(grads(step, dtype), state, ps)
         assert [
-            (s, [(x.shape, x.dtype) for x in leaves]) for leaves, s in [tree.flatten(state)]
+            (s, [(x.shape, x.dtype) for x in leaves])
+            for leaves, s in [tree.flatten(state)]
         ] == shapes
         for p, u in zip(tree.leaves(ps), tree.leaves(updates), strict=True):
             assert u.shape == p.shape
@@ -205,7 +210,11 @@ def test_vmap_equals_a_loop(row: Row, variant: dict) -> None:
 
     batched = vmap(train)(varied, stacked(stack), *[stacked(g) for g in gs])
     looped = [
-        train({name: value[i] for name, value in varied.items()}, stack[i], *[g[i] for g in gs])
+        train(
+            {name: value[i] for name, value in varied.items()},
+            stack[i],
+            *[g[i] for g in gs],
+        )
         for i in range(3)
     ]
     assert_same(batched, stacked(looped), rtol=1e-12, atol=1e-12)
@@ -228,7 +237,9 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
         state = tx.init(ps)
         for step in range(3):
             updates, state = tx.update(
-                tree.map(lambda g, p: g * (1 + 0.1 * shift) + 0.2 * p, grads(step), ps), state, ps
+                tree.map(lambda g, p: g * (1 + 0.1 * shift) + 0.2 * p, grads(step), ps),
+                state,
+                ps,
             )
             ps = fo.apply_updates(ps, updates)
         return sum(p.sum() + (p**2).sum() for p in tree.leaves(ps))
@@ -244,7 +255,11 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
         finite = (at(h) - at(-h)) / (2 * h)
         exact = derivative[1] if name is None else derivative[0][name]
         torch.testing.assert_close(
-            exact, finite, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name or 'params'}: {m}"
+            exact,
+            finite,
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, name=name: f"{name or 'params'}: {m}",
         )
 
 
@@ -284,7 +299,9 @@ def test_a_param_that_is_none_is_nothing(row: Row, variant: dict) -> None:
 
 
 @cases
-def test_zero_gradient_and_zero_learning_rate_move_nothing(row: Row, variant: dict) -> None:
+def test_zero_gradient_and_zero_learning_rate_move_nothing(
+    row: Row, variant: dict
+) -> None:
     tx = row.build(variant)
     ps, state = params(), None
     state = tx.init(ps)
@@ -331,7 +348,9 @@ def test_resumed_equals_uninterrupted(row: Row, variant: dict) -> None:
     assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.written], ids=lambda row: row.id)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.written], ids=lambda row: row.id
+)
 def test_repr_reads_as_the_call_and_pickles(row: Row) -> None:
     tx = row.build()
     again = pickle.loads(pickle.dumps(tx))
@@ -364,7 +383,9 @@ def test_moment_dtypes_overrule() -> None:
 
 def test_the_data_exercises_the_laws() -> None:
     for step in range(4):
-        assert all(g.numel() == 0 or (g.abs() > 1e-6).all() for g in tree.leaves(grads(step)))
+        assert all(
+            g.numel() == 0 or (g.abs() > 1e-6).all() for g in tree.leaves(grads(step))
+        )
     assert math.prod(grads(0)["none"].shape) == 0
 
 
@@ -383,7 +404,9 @@ class Counting:
 
 
 @cases
-def test_compiles_to_one_graph_for_every_count_and_hyperparameter(row: Row, variant: dict) -> None:
+def test_compiles_to_one_graph_for_every_count_and_hyperparameter(
+    row: Row, variant: dict
+) -> None:
     """The whole step, transformation built inside: what changes between calls are tensors, so nothing recompiles."""
     if row.unrolls:
         pytest.skip("its loop is unrolled, which takes long: see test_line_search.py")

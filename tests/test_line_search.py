@@ -72,13 +72,21 @@ def test_zoom_meets_both_conditions() -> None:
         p = torch.randn(5, generator=generator, dtype=F64)
         g, value = grad_and_value(rosenbrock)(p)
         u = -g * 10 ** torch.empty((), dtype=F64).uniform_(-4, 1, generator=generator)
-        tx = fo.scale_by_zoom_linesearch(40, approx_dec_rtol=None, slope_rtol=1e-3, curv_rtol=0.3)
-        step, state = tx.update(u, tx.init(p), p, value=value, grad=g, value_fn=rosenbrock)
+        tx = fo.scale_by_zoom_linesearch(
+            40, approx_dec_rtol=None, slope_rtol=1e-3, curv_rtol=0.3
+        )
+        step, state = tx.update(
+            u, tx.init(p), p, value=value, grad=g, value_fn=rosenbrock
+        )
         new_g, new = grad_and_value(rosenbrock)(p + step)
         a = fo.get(state, "learning_rate")
         torch.testing.assert_close(step, a * u)
-        torch.testing.assert_close((fo.get(state, "value"), fo.get(state, "grad")), (new, new_g))
-        assert new <= value + 1e-3 * a * (g @ u) and (new_g @ u).abs() <= 0.3 * (g @ u).abs()
+        torch.testing.assert_close(
+            (fo.get(state, "value"), fo.get(state, "grad")), (new, new_g)
+        )
+        assert (
+            new <= value + 1e-3 * a * (g @ u) and (new_g @ u).abs() <= 0.3 * (g @ u).abs()
+        )
         tried += int(fo.get(state, "num_linesearch_steps"))
     assert tried > 90  # otherwise the first guesses were good, and nothing was searched
 
@@ -87,10 +95,15 @@ def test_backtracking_takes_the_first_that_decreases_enough() -> None:
     p = torch.tensor([-1.2, 1.0], dtype=F64)
     g, value = grad_and_value(rosenbrock)(p)
     tx = fo.chain(
-        fo.scale(-1.0), fo.scale_by_backtracking_linesearch(60, slope_rtol=0.2, decrease_factor=0.5)
+        fo.scale(-1.0),
+        fo.scale_by_backtracking_linesearch(60, slope_rtol=0.2, decrease_factor=0.5),
     )
     step, state = tx.update(g, tx.init(p), p, value=value, grad=g, value_fn=rosenbrock)
-    good = [i for i in range(60) if rosenbrock(p - 0.5**i * g) <= value - 0.2 * 0.5**i * (g @ g)]
+    good = [
+        i
+        for i in range(60)
+        if rosenbrock(p - 0.5**i * g) <= value - 0.2 * 0.5**i * (g @ g)
+    ]
     assert good[0] > 3
     assert fo.get(state, "num_linesearch_steps") == good[0] + 1
     torch.testing.assert_close(step, -(0.5 ** good[0]) * g)
@@ -102,16 +115,28 @@ def test_a_search_outside_the_domain() -> None:
     def f(p: Tensor) -> Tensor:
         return (p - p.log()).sum()
 
-    for search in (fo.scale_by_zoom_linesearch(30), fo.scale_by_backtracking_linesearch(30)):
-        p, _ = minimize(fo.chain(fo.sgd(50.0), search), f, torch.tensor([3.0, 0.2], dtype=F64), 40)
+    for search in (
+        fo.scale_by_zoom_linesearch(30),
+        fo.scale_by_backtracking_linesearch(30),
+    ):
+        p, _ = minimize(
+            fo.chain(fo.sgd(50.0), search), f, torch.tensor([3.0, 0.2], dtype=F64), 40
+        )
         torch.testing.assert_close(p, torch.ones(2, dtype=F64), rtol=0, atol=1e-4)
         p = torch.ones(1)
         for _ in range(2):
             step, state = search.update(
-                p, search.init(p), p, value=f(p), grad=p, value_fn=lambda p: p.sum() * torch.nan
+                p,
+                search.init(p),
+                p,
+                value=f(p),
+                grad=p,
+                value_fn=lambda p: p.sum() * torch.nan,
             )
             assert step == 0
-        again, _ = search.update(-p, state, p, value=0.0, grad=p, value_fn=lambda p: p.sum() - 1)
+        again, _ = search.update(
+            -p, state, p, value=0.0, grad=p, value_fn=lambda p: p.sum() - 1
+        )
         assert again.isfinite() and again < 0
 
 
@@ -174,16 +199,24 @@ def test_a_hundred_problems_at_once_equal_a_loop(name: str) -> None:
     torch.testing.assert_close(
         together[0][::7], torch.stack([p for p, _ in alone]), rtol=1e-6, atol=1e-7
     )
-    sizes, steps = fo.get(together[1], "learning_rate"), fo.get(together[1], "num_linesearch_steps")
-    assert len(sizes.unique()) > 3 and len(steps.unique()) > 1  # every problem has its own
+    sizes, steps = (
+        fo.get(together[1], "learning_rate"),
+        fo.get(together[1], "num_linesearch_steps"),
+    )
+    assert (
+        len(sizes.unique()) > 3 and len(steps.unique()) > 1
+    )  # every problem has its own
     torch.testing.assert_close(
-        steps[::7], torch.stack([fo.get(state, "num_linesearch_steps") for _, state in alone])
+        steps[::7],
+        torch.stack([fo.get(state, "num_linesearch_steps") for _, state in alone]),
     )
 
 
 def test_a_hundred_problems_are_solved() -> None:
     A, b, start = convex_problems(100)
-    p, _ = vmap(lambda p, A, b: minimize(fo.lbfgs(), lambda p: convex(p, A, b), p, 60))(start, A, b)
+    p, _ = vmap(lambda p, A, b: minimize(fo.lbfgs(), lambda p: convex(p, A, b), p, 60))(
+        start, A, b
+    )
     gs = vmap(lambda p, A, b: grad_and_value(convex)(p, A, b)[0])(p, A, b)
     assert gs.abs().max() < 1e-5
 
@@ -202,7 +235,8 @@ def test_compiles_to_one_graph(batched: bool) -> None:
         return graph.forward
 
     tx = fo.lbfgs(
-        memory_size=2, linesearch=fo.scale_by_zoom_linesearch(4, initial_guess_strategy="one")
+        memory_size=2,
+        linesearch=fo.scale_by_zoom_linesearch(4, initial_guess_strategy="one"),
     )
 
     def step(p, state):
@@ -252,10 +286,14 @@ def test_first_directions_are_those_of_torch() -> None:
 
 def test_logistic_regression_on_digits_beside_torch() -> None:
     datasets = pytest.importorskip(
-        "sklearn.datasets", reason="the digits need scikit-learn: pip install scikit-learn"
+        "sklearn.datasets",
+        reason="the digits need scikit-learn: pip install scikit-learn",
     )
     digits = datasets.load_digits()
-    x, y = torch.tensor(digits.data / 16, dtype=F64)[:600], torch.tensor(digits.target)[:600]
+    x, y = (
+        torch.tensor(digits.data / 16, dtype=F64)[:600],
+        torch.tensor(digits.target)[:600],
+    )
 
     def loss(ps: dict) -> Tensor:
         return (
@@ -303,10 +341,13 @@ def stateful(tx: fo.GradientTransformation, steps: int) -> Tensor:
     return p.detach()
 
 
-@pytest.mark.parametrize("tx", [fo.polyak_sgd(0.1), fo.lbfgs(1e-3, linesearch=None)], ids=repr)
+@pytest.mark.parametrize(
+    "tx", [fo.polyak_sgd(0.1), fo.lbfgs(1e-3, linesearch=None)], ids=repr
+)
 def test_a_closure_gives_the_value(tx: fo.GradientTransformation) -> None:
     torch.testing.assert_close(
-        stateful(tx, 20), minimize(tx, rosenbrock, torch.tensor([-0.9, 1.3], dtype=F64), 20)[0]
+        stateful(tx, 20),
+        minimize(tx, rosenbrock, torch.tensor([-0.9, 1.3], dtype=F64), 20)[0],
     )
 
 
@@ -354,7 +395,11 @@ WRONG = {
         ValueError,
         "curv_rtol must be greater than 0",
     ),
-    "memory": (lambda: fo.lbfgs(memory_size=0), ValueError, "memory_size must be a whole number"),
+    "memory": (
+        lambda: fo.lbfgs(memory_size=0),
+        ValueError,
+        "memory_size must be a whole number",
+    ),
     "variant": (lambda: fo.polyak_sgd(variant="sps2"), ValueError, "'sps' or 'sps\\+'"),
     "nothing given": (
         lambda: fo.lbfgs().update(P, fo.lbfgs().init(P), P),
@@ -362,8 +407,16 @@ WRONG = {
         "reads value, grad, value_fn",
     ),
     "no params": (lambda: searched(P, None), ValueError, "reads the parameters"),
-    "two values": (lambda: searched(P, P, value=P), ValueError, "must be one real number"),
-    "no function": (lambda: searched(P, P, value_fn=3.0), TypeError, "value_fn must be a function"),
+    "two values": (
+        lambda: searched(P, P, value=P),
+        ValueError,
+        "must be one real number",
+    ),
+    "no function": (
+        lambda: searched(P, P, value_fn=3.0),
+        TypeError,
+        "value_fn must be a function",
+    ),
     "grad of another shape": (
         lambda: searched(P, P, grad=torch.ones(3)),
         ValueError,
@@ -387,7 +440,10 @@ WRONG = {
 def searched(updates, params, **given):
     tx = fo.scale_by_zoom_linesearch(5)
     return tx.update(
-        updates, tx.init(P), params, **{"value": 1.0, "grad": P, "value_fn": torch.sum, **given}
+        updates,
+        tx.init(P),
+        params,
+        **{"value": 1.0, "grad": P, "value_fn": torch.sum, **given},
     )
 
 

@@ -92,7 +92,11 @@ def test_every_export_is_on_the_api_page(module: str) -> None:
         r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE
     )
     assert len(directives) == len(set(directives)), "a name is on the API page twice"
-    shown = {name.rpartition(".")[2] for name in directives if name.rpartition(".")[0] == module}
+    shown = {
+        name.rpartition(".")[2]
+        for name in directives
+        if name.rpartition(".")[0] == module
+    }
     assert shown == set(PUBLIC[module]), (
         f"docs/api.md and the exports of {module} differ: {_difference(shown, set(PUBLIC[module]))}"
     )
@@ -124,7 +128,10 @@ def test_pydoc_shows_the_api() -> None:
 
 
 def test_every_file_with_exports_is_exported() -> None:
-    exported = {*PUBLIC["functorch_opt"].values(), *PUBLIC["functorch_opt.optim"].values()}
+    exported = {
+        *PUBLIC["functorch_opt"].values(),
+        *PUBLIC["functorch_opt.optim"].values(),
+    }
     exported |= {
         "functorch_opt",
         "functorch_opt.random.keys",
@@ -137,7 +144,9 @@ def test_every_file_with_exports_is_exported() -> None:
         for file in FILES
         if getattr(importlib.import_module(_module(file)), "__all__", None)
     }
-    assert having == exported, f"exported and having exports: {_difference(exported, having)}"
+    assert having == exported, (
+        f"exported and having exports: {_difference(exported, having)}"
+    )
 
 
 # ---- floors --------------------------------------------------------------------------------------------------------------
@@ -201,7 +210,9 @@ def _imports(file: Path) -> list[str]:
             assert node.level == 0, f"{_path(file)}: import by the full name"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                names.append(inner if inner == "torch.optim" or _file(inner) else node.module)
+                names.append(
+                    inner if inner == "torch.optim" or _file(inner) else node.module
+                )
     return names
 
 
@@ -211,7 +222,12 @@ def _file(module: str) -> Path | None:
         return None
     place = PACKAGE.parent.joinpath(*module.split("."))
     return next(
-        (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()), None
+        (
+            file
+            for file in (place.with_suffix(".py"), place / "__init__.py")
+            if file.exists()
+        ),
+        None,
     )
 
 
@@ -222,7 +238,9 @@ def test_imports_point_downwards(file: Path) -> None:
         if target := _file(module):
             there = _floor(_path(target))
             within = (
-                file.parent == target.parent and here == there and file.parent != PACKAGE / "_core"
+                file.parent == target.parent
+                and here == there
+                and file.parent != PACKAGE / "_core"
             )
             assert there < here or within, (
                 f"{_path(file)} (floor {here}) imports {module} (floor {there}); what both need moves down"
@@ -241,7 +259,9 @@ def test_the_package_needs_torch_and_optree_only(file: Path) -> None:
         if isinstance(node, ast.Import)
         for alias in node.names
     }
-    at_once |= {node.module for node in _parse(file).body if isinstance(node, ast.ImportFrom)}
+    at_once |= {
+        node.module for node in _parse(file).body if isinstance(node, ast.ImportFrom)
+    }
     for module in _imports(file):
         top = module.partition(".")[0]
         optional = top == OPTIONAL.get(_path(file)) and module not in at_once
@@ -257,7 +277,9 @@ def test_the_package_needs_torch_and_optree_only(file: Path) -> None:
             f"{_path(file)} imports torch.optim; only optim/ does"
         )
     attributes = {
-        ast.unparse(node) for node in ast.walk(_parse(file)) if isinstance(node, ast.Attribute)
+        ast.unparse(node)
+        for node in ast.walk(_parse(file))
+        if isinstance(node, ast.Attribute)
     }
     assert "torch.optim" not in attributes or _path(file).startswith("optim/"), (
         f"{_path(file)} uses torch.optim; only optim/ does"
@@ -266,10 +288,14 @@ def test_the_package_needs_torch_and_optree_only(file: Path) -> None:
 
 def test_the_floors_are_in_the_design_page() -> None:
     table = re.findall(
-        r"^\| (\d+) \| (.*?) \|", (ROOT / "docs" / "design.md").read_text(), flags=re.MULTILINE
+        r"^\| (\d+) \| (.*?) \|",
+        (ROOT / "docs" / "design.md").read_text(),
+        flags=re.MULTILINE,
     )
     shown = {
-        place: int(floor) for floor, places in table for place in re.findall(r"`([^`]+)`", places)
+        place: int(floor)
+        for floor, places in table
+        for place in re.findall(r"`([^`]+)`", places)
     }
     assert shown == FLOORS
 
@@ -284,7 +310,9 @@ def _with_doctests() -> set[str]:
     found: set[str] = set()
     for info in pkgutil.walk_packages(fo.__path__, "functorch_opt."):
         found |= {
-            test.name for test in finder.find(importlib.import_module(info.name)) if test.examples
+            test.name
+            for test in finder.find(importlib.import_module(info.name))
+            if test.examples
         }
     return found
 
@@ -294,7 +322,9 @@ def _public_names() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), _public_names(), ids=lambda value: value.removeprefix("functorch_opt.")
+    ("module", "name"),
+    _public_names(),
+    ids=lambda value: value.removeprefix("functorch_opt."),
 )
 def test_docstring(module: str, name: str) -> None:
     value = getattr(importlib.import_module(module), name)
@@ -391,7 +421,9 @@ def _tokens(file: Path) -> dict[int, int]:
     }
     silent = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
     count: dict[int, int] = collections.Counter()
-    depth = 0  # of f-strings: from Python 3.12 on they are several tokens, and count as one
+    depth = (
+        0  # of f-strings: from Python 3.12 on they are several tokens, and count as one
+    )
     for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
         name = tokenize.tok_name[token.type]
         if name.endswith("STRING_END"):
@@ -439,7 +471,9 @@ def test_the_budgets_of_a_file(file: Path) -> None:
 def test_what_is_too_long_only_shrinks() -> None:
     over = {place for file in FILES for place in _over_budget(file)}
     done = STILL_TOO_LONG.keys() - over
-    assert not done, f"these keep the budget now; take them out of STILL_TOO_LONG: {sorted(done)}"
+    assert not done, (
+        f"these keep the budget now; take them out of STILL_TOO_LONG: {sorted(done)}"
+    )
 
 
 def test_a_line_has_few_tokens() -> None:
@@ -450,5 +484,7 @@ def test_a_line_has_few_tokens() -> None:
 def test_what_counts_as_code(tmp_path: Path) -> None:
     """A docstring, a comment and a blank line are none; an f-string is one token."""
     file = tmp_path / "example.py"
-    file.write_text('"""Says what it is."""\n\n# Why.\nx = f"{1 + 1} {2}"\n"""What x is."""\n')
+    file.write_text(
+        '"""Says what it is."""\n\n# Why.\nx = f"{1 + 1} {2}"\n"""What x is."""\n'
+    )
     assert _tokens(file) == {4: 3}

@@ -16,7 +16,10 @@ import functorch_opt as fo
 
 OPTIONS: list[tuple[str, dict]] = [
     *[
-        ("SGD", dict(lr=0.1, momentum=m, dampening=d, weight_decay=w, nesterov=n, maximize=x))
+        (
+            "SGD",
+            dict(lr=0.1, momentum=m, dampening=d, weight_decay=w, nesterov=n, maximize=x),
+        )
         for m, d, w, n, x in [
             (0, 0, 0, False, False),
             (0.9, 0, 0, False, False),
@@ -27,26 +30,44 @@ OPTIONS: list[tuple[str, dict]] = [
         ]
     ],
     *[
-        (name, dict(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, amsgrad=a, maximize=x))
+        (
+            name,
+            dict(
+                lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=w, amsgrad=a, maximize=x
+            ),
+        )
         for name, w, a, x in itertools.product(
             ["Adam", "AdamW"], [0, 0.1], [False, True], [False, True]
         )
     ],
     ("Adam", dict(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
     *[
-        ("RMSprop", dict(lr=0.01, alpha=0.9, weight_decay=w, momentum=m, centered=c, maximize=x))
-        for w, m, c, x in itertools.product([0, 0.1], [0, 0.9], [False, True], [False, True])
+        (
+            "RMSprop",
+            dict(lr=0.01, alpha=0.9, weight_decay=w, momentum=m, centered=c, maximize=x),
+        )
+        for w, m, c, x in itertools.product(
+            [0, 0.1], [0, 0.9], [False, True], [False, True]
+        )
     ],
     *[
         (
             "Adagrad",
-            dict(lr=0.1, lr_decay=d, weight_decay=w, initial_accumulator_value=i, maximize=x),
+            dict(
+                lr=0.1,
+                lr_decay=d,
+                weight_decay=w,
+                initial_accumulator_value=i,
+                maximize=x,
+            ),
         )
         for d, w, i, x in itertools.product([0, 0.1], [0, 0.1], [0, 0.5], [False, True])
     ],
     *[
         ("Adadelta", dict(lr=0.5, rho=r, eps=e, weight_decay=w, maximize=x))
-        for (r, e), w, x in itertools.product([(0.9, 1e-6), (0.5, 1e-2)], [0, 0.1], [False, True])
+        for (r, e), w, x in itertools.product(
+            [(0.9, 1e-6), (0.5, 1e-2)], [0, 0.1], [False, True]
+        )
     ],
     *[
         ("Adamax", dict(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=w, maximize=x))
@@ -72,13 +93,22 @@ OPTIONS: list[tuple[str, dict]] = [
             ),
         )
         for (w, d), m, x in itertools.product(
-            [(0, False), (0.1, False), (0.1, True), (0, True)], [0, 4e-3, 0.1], [False, True]
+            [(0, False), (0.1, False), (0.1, True), (0, True)],
+            [0, 4e-3, 0.1],
+            [False, True],
         )
     ],
     *[
         (
             "RAdam",
-            dict(lr=0.1, betas=b, eps=e, weight_decay=w, decoupled_weight_decay=d, maximize=x),
+            dict(
+                lr=0.1,
+                betas=b,
+                eps=e,
+                weight_decay=w,
+                decoupled_weight_decay=d,
+                maximize=x,
+            ),
         )
         for b, e, (w, d), x in itertools.product(
             [(0.8, 0.999), (0.9, 0.9), (0.9, 0.5)],
@@ -90,7 +120,10 @@ OPTIONS: list[tuple[str, dict]] = [
     *[
         ("Rprop", dict(lr=l, etas=e, step_sizes=s, maximize=x))
         for l, e, s, x in itertools.product(
-            [0.1, 1e-8], [(0.5, 1.2), (0.3, 2.0)], [(1e-6, 50), (1e-2, 0.2)], [False, True]
+            [0.1, 1e-8],
+            [(0.5, 1.2), (0.3, 2.0)],
+            [(1e-6, 50), (1e-2, 0.2)],
+            [False, True],
         )
     ],
     *[
@@ -193,7 +226,8 @@ def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_arguments_and_defaults_are_torchs(name: str) -> None:
     ours, theirs = (
-        inspect.signature(getattr(module, name)).parameters for module in (fo.optim, torch.optim)
+        inspect.signature(getattr(module, name)).parameters
+        for module in (fo.optim, torch.optim)
     )
     *like_torch, last = [(p.name, p.default, p.kind) for p in ours.values()]
     assert like_torch == [(p.name, p.default, p.kind) for p in theirs.values()]
@@ -266,7 +300,9 @@ def test_low_precision_parameters_as_everywhere_here(name: str) -> None:
     opt = getattr(fo.optim, name)(params)
     train(opt, params, 3)
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in params)
-    assert {value.dtype for p in params for value in opt.state[p].values()} == {torch.float32}
+    assert {value.dtype for p in params for value in opt.state[p].values()} == {
+        torch.float32
+    }
 
 
 def chain_of(name: str, params: list) -> fo.GradientTransformation:
@@ -294,9 +330,13 @@ def test_the_chains_can_be_vmapped(name: str) -> None:
         1e-2 if name == "Muon" else 1e-10
     )  # a batch of bfloat16 products is summed in another order
     for together, *alone in zip(
-        torch.func.vmap(run)(batch), *(run([p[i] for p in batch]) for i in range(3)), strict=True
+        torch.func.vmap(run)(batch),
+        *(run([p[i] for p in batch]) for i in range(3)),
+        strict=True,
     ):
-        torch.testing.assert_close(together, torch.stack(alone), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            together, torch.stack(alone), rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.slow
@@ -326,7 +366,9 @@ def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
     step = fo.compiled_step(tx)
     state, twin = tx.init(ps), tx.init(qs)
     for k in range(4):
-        gradients = [None if k == 2 and i == 1 else (p * (k + 1.0)).sin() for i, p in enumerate(ps)]
+        gradients = [
+            None if k == 2 and i == 1 else (p * (k + 1.0)).sin() for i, p in enumerate(ps)
+        ]
         updates, state = tx.update(gradients, state, ps)
         ps = fo.apply_updates(ps, updates)
         qs, twin = step(qs, gradients, twin)

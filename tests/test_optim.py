@@ -37,7 +37,9 @@ def test_any_transformation_equals_its_functional_self(
     for step in range(4):
         set_grads(params, step)
         gs = [p.grad for p in params]
-        updates, state = tx.update(dict(zip(names, gs, strict=True)) if named else gs, state, ps)
+        updates, state = tx.update(
+            dict(zip(names, gs, strict=True)) if named else gs, state, ps
+        )
         ps = fo.apply_updates(ps, updates)
         opt.step()
     for p, q in zip(params, ps.values() if named else ps, strict=True):
@@ -48,16 +50,22 @@ def test_any_transformation_equals_its_functional_self(
 def test_compiled_equals_eager() -> None:
     """Two groups with their own numbers, missing gradients, a scheduler: in place, through compiled blocks."""
 
-    def factory(learning_rate: float, weight_decay: float = 0.1) -> fo.GradientTransformation:
+    def factory(
+        learning_rate: float, weight_decay: float = 0.1
+    ) -> fo.GradientTransformation:
         return fo.chain(
-            fo.clip_by_global_norm(1.0), fo.adamw(learning_rate, weight_decay=weight_decay)
+            fo.clip_by_global_norm(1.0),
+            fo.adamw(learning_rate, weight_decay=weight_decay),
         )
 
     torch._dynamo.reset()
     runs = []
     for compile in (False, True):
         params = make_params()
-        groups = [{"params": params[:2], "lr": 0.2}, {"params": params[2:], "weight_decay": 0.0}]
+        groups = [
+            {"params": params[:2], "lr": 0.2},
+            {"params": params[2:], "weight_decay": 0.0},
+        ]
         opt = fo.optim.Optimizer(
             groups, factory, compile=compile, learning_rate=0.1, weight_decay=0.1
         )
@@ -67,7 +75,10 @@ def test_compiled_equals_eager() -> None:
             opt.step()
             sched.step()
         runs.append(
-            [*(p.detach() for p in params), *(v for p in params for v in opt.state[p].values())]
+            [
+                *(p.detach() for p in params),
+                *(v for p in params for v in opt.state[p].values()),
+            ]
         )
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -88,7 +99,9 @@ def test_the_state_of_a_stage_that_runs_eagerly_is_kept_under_compile(name: str)
                 lambda path, p: "matrix" if p.ndim > 1 else "rest",
             )
             opt = fo.optim.Optimizer(params, tx, compile=compile)
-        runs.append([*train(opt, params, 4), *(v for p in params for v in opt.state[p].values())])
+        runs.append(
+            [*train(opt, params, 4), *(v for p in params for v in opt.state[p].values())]
+        )
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -97,7 +110,9 @@ def test_one_tree_for_all_groups() -> None:
     """A factory's clip sees the norm of all groups; each group has its own numbers."""
 
     def factory(learning_rate, max_norm=1.0):
-        return fo.chain(fo.clip_by_global_norm(max_norm), fo.scale_by_learning_rate(learning_rate))
+        return fo.chain(
+            fo.clip_by_global_norm(max_norm), fo.scale_by_learning_rate(learning_rate)
+        )
 
     params = make_params()
     opt = fo.optim.Optimizer(
@@ -106,11 +121,16 @@ def test_one_tree_for_all_groups() -> None:
         learning_rate=0.1,
     )
     set_grads(params, 0)
-    before, norm = [p.detach().clone() for p in params], tree.norm([p.grad for p in params])
+    before, norm = (
+        [p.detach().clone() for p in params],
+        tree.norm([p.grad for p in params]),
+    )
     assert norm > 1
     opt.step()
     for i, (p, q) in enumerate(zip(params, before, strict=True)):
-        torch.testing.assert_close(p.detach(), q - (0.5 if i < 2 else 0.1) * p.grad / norm)
+        torch.testing.assert_close(
+            p.detach(), q - (0.5 if i < 2 else 0.1) * p.grad / norm
+        )
 
 
 def test_a_schedule_as_learning_rate_stays_inside_and_lr_multiplies_it() -> None:
@@ -129,7 +149,10 @@ def test_a_schedule_as_learning_rate_stays_inside_and_lr_multiplies_it() -> None
 def test_an_error_in_a_closure_or_in_the_update_leaves_everything_as_it_was() -> None:
     params = make_params()
     opt = fo.optim.Optimizer(
-        [{"params": params[:1], "nesterov": False}, {"params": params[1:], "nesterov": True}],
+        [
+            {"params": params[:1], "nesterov": False},
+            {"params": params[1:], "nesterov": True},
+        ],
         fo.sgd,
         learning_rate=0.1,
         momentum=0.9,
@@ -148,7 +171,9 @@ def test_an_error_in_a_closure_or_in_the_update_leaves_everything_as_it_was() ->
     with pytest.raises(RuntimeError, match="backward failed"):
         opt.step(closure)
     after = (opt.state_dict(), params)
-    for a, b in zip(tree.leaves(before[0]["state"]), tree.leaves(after[0]["state"]), strict=True):
+    for a, b in zip(
+        tree.leaves(before[0]["state"]), tree.leaves(after[0]["state"]), strict=True
+    ):
         assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(before[1], params, strict=True))
 
@@ -183,7 +208,11 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             TypeError,
             "must be a transformation or a function",
         ),
-        (lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rat=0.1), TypeError, "learning_rat"),
+        (
+            lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rat=0.1),
+            TypeError,
+            "learning_rat",
+        ),
         (
             lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=-0.1),
             ValueError,
@@ -194,7 +223,11 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             ValueError,
             "Invalid learning rate: -1.0. It must be in",
         ),
-        (lambda ps: fo.optim.AdamW(ps, lr=float("nan")), ValueError, "Invalid learning rate: nan"),
+        (
+            lambda ps: fo.optim.AdamW(ps, lr=float("nan")),
+            ValueError,
+            "Invalid learning rate: nan",
+        ),
         (
             lambda ps: fo.optim.AdamW(ps, betas=(0.9, 1.0)),
             ValueError,
@@ -210,7 +243,11 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             ValueError,
             "Nesterov momentum requires a momentum and zero dampening",
         ),
-        (lambda ps: fo.optim.Adadelta(ps, eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),
+        (
+            lambda ps: fo.optim.Adadelta(ps, eps=-1.0),
+            ValueError,
+            "Invalid epsilon value: -1.0",
+        ),
         (
             lambda ps: fo.optim.Rprop(ps, etas=(0.5, 1.0)),
             ValueError,
@@ -231,7 +268,11 @@ def test_low_precision_parameters_keep_float32_moments() -> None:
             ValueError,
             "Invalid momentum value: -0.1",
         ),
-        (lambda ps: fo.optim.Muon(ps[4:], ns_steps=100), ValueError, "ns_steps must be in"),
+        (
+            lambda ps: fo.optim.Muon(ps[4:], ns_steps=100),
+            ValueError,
+            "ns_steps must be in",
+        ),
         (
             lambda ps: fo.optim.Muon(ps[4:], ns_coefficients=(1.0, 2.0)),
             ValueError,

@@ -23,7 +23,9 @@ from functorch_opt import tree
 
 def close(a: Any, b: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
     assert tree.flatten(a)[1] == tree.flatten(b)[1]
-    for path, x, y in zip(tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True):
+    for path, x, y in zip(
+        tree.paths(a), tree.flatten(a)[0], tree.flatten(b)[0], strict=True
+    ):
         assert (x is None) == (y is None), path
         if x is not None:
             torch.testing.assert_close(
@@ -55,7 +57,9 @@ def models() -> dict[str, Model]:
     w, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     return {
         "function": Model(
-            lambda ps, x: torch.tanh(x @ ps["w"]) + ps["rest"][0], {"w": w, "rest": [b, None]}, (4,)
+            lambda ps, x: torch.tanh(x @ ps["w"]) + ps["rest"][0],
+            {"w": w, "rest": [b, None]},
+            (4,),
         ),
         "bare tensor": Model(lambda p, x: x @ p, w, (4,)),
         "mlp": of_module(
@@ -82,7 +86,9 @@ MODELS = models()
 TARGETS = torch.eye(3, dtype=torch.float64)
 LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "mse": lambda out, y, reduction: F.mse_loss(out, TARGETS[y], reduction=reduction),
-    "cross entropy": lambda out, y, reduction: F.cross_entropy(out, y, reduction=reduction),
+    "cross entropy": lambda out, y, reduction: F.cross_entropy(
+        out, y, reduction=reduction
+    ),
     "huber": lambda out, y, reduction: F.huber_loss(
         out, TARGETS[y], reduction=reduction, delta=0.5
     ),
@@ -116,7 +122,9 @@ def gradient(loss: Callable[..., Tensor], params: Any, *rest: Any) -> Any:
     return tree.unflatten(spec, [found.get(i) for i in range(len(ps))])
 
 
-problems = st.tuples(st.sampled_from([*MODELS]), st.sampled_from([*LOSSES]), st.integers(1, 7))
+problems = st.tuples(
+    st.sampled_from([*MODELS]), st.sampled_from([*LOSSES]), st.integers(1, 7)
+)
 chunk_sizes = st.one_of(st.none(), st.integers(1, 8))
 
 
@@ -137,14 +145,18 @@ def test_the_sum_is_the_gradient_of_the_batch(
     close(tree.map(lambda g: g.sum(0), each), gradient(loss, params, x, y))
     loss, *_ = problem(*of, reduction="mean")
     close(
-        tree.map(lambda g: g.mean(0), fo.per_example_grads(loss, chunk_size)(params, x, y)),
+        tree.map(
+            lambda g: g.mean(0), fo.per_example_grads(loss, chunk_size)(params, x, y)
+        ),
         gradient(loss, params, x, y),
     )
 
 
 @bounded
 @given(
-    problems, chunk_sizes, st.lists(st.sampled_from([0.0, 1.0, -0.5, 2.0]), min_size=7, max_size=7)
+    problems,
+    chunk_sizes,
+    st.lists(st.sampled_from([0.0, 1.0, -0.5, 2.0]), min_size=7, max_size=7),
 )
 def test_the_weighted_sum_is_the_gradient_of_the_weighted_loss(
     of: tuple[str, str, int], chunk_size: int | None, weights: list[float]
@@ -180,7 +192,8 @@ def test_each_gradient_is_clipped_as_a_whole(
     bound = float(norms.median())
     by_hand = tree.map(
         lambda *gs: sum(
-            g * min(1, bound / max(norm, 1e-300)) for g, norm in zip(gs, norms, strict=True)
+            g * min(1, bound / max(norm, 1e-300))
+            for g, norm in zip(gs, norms, strict=True)
         ),
         *each,
     )
@@ -243,7 +256,9 @@ def test_batches_may_be_trees() -> None:
         torch.rand(5, dtype=torch.float64),
         torch.randn(5, dtype=torch.float64),
     )
-    grads = fo.per_example_grads(loss, chunk_size=2)(w, {"x": x, "scale": [scale], "mask": None}, y)
+    grads = fo.per_example_grads(loss, chunk_size=2)(
+        w, {"x": x, "scale": [scale], "mask": None}, y
+    )
     close(grads.sum(0), gradient(loss, w, {"x": x, "scale": [scale], "mask": None}, y))
 
 
@@ -255,7 +270,9 @@ def test_an_empty_batch_gives_zeros(chunk_size: int | None) -> None:
     )
     close(clipped.sum, tree.map(torch.zeros_like, params))
     assert clipped.norms.shape == clipped.values.shape == (0,)
-    assert fo.per_example_grads(loss, chunk_size)(params, x[:0], y[:0])["0.weight"].shape == (
+    assert fo.per_example_grads(loss, chunk_size)(params, x[:0], y[:0])[
+        "0.weight"
+    ].shape == (
         0,
         *params["0.weight"].shape,
     )
@@ -288,7 +305,10 @@ def test_dropout() -> None:
     each = fo.per_example_grads(loss, chunk_size=3, randomness="different")(w, x)
     assert len({tuple(g.tolist()) for g in each}) == 6
     each = fo.per_example_grads(loss, randomness="same")(w, x)
-    assert len({tuple(g.tolist()) for g in each}) == 1 and each.unique().tolist() == [0, 2]
+    assert len({tuple(g.tolist()) for g in each}) == 1 and each.unique().tolist() == [
+        0,
+        2,
+    ]
 
 
 def test_what_is_not_finite_is_not_hidden() -> None:
@@ -316,11 +336,15 @@ def test_vmapped_over_models_equals_a_loop(model: str) -> None:
     def clipped(leaves: list[Tensor], bound: Tensor) -> Any:
         found = iter(leaves)
         return tree.leaves(
-            fo.clipped_grad_sum(loss, bound, 2)(tree.map(lambda _: next(found), params), x, y)[:2]
+            fo.clipped_grad_sum(loss, bound, 2)(
+                tree.map(lambda _: next(found), params), x, y
+            )[:2]
         )
 
     leaves = [tree.leaves(p) for p in several]
-    batched = vmap(clipped)([torch.stack(row) for row in zip(*leaves, strict=True)], bounds)
+    batched = vmap(clipped)(
+        [torch.stack(row) for row in zip(*leaves, strict=True)], bounds
+    )
     looped = [clipped(p, bound) for p, bound in zip(leaves, bounds, strict=True)]
     close(batched, [torch.stack(row) for row in zip(*looped, strict=True)])
 
@@ -332,14 +356,17 @@ def test_differentiable_through_the_clip() -> None:
 
     def moved(w: Tensor, bound: Tensor) -> Tensor:
         return (
-            fo.clipped_grad_sum(lambda w, x, y: ((x @ w).sin() - y).square().sum(), bound, 2)(
-                w, x, y
-            )
+            fo.clipped_grad_sum(
+                lambda w, x, y: ((x @ w).sin() - y).square().sum(), bound, 2
+            )(w, x, y)
             .sum.square()
             .sum()
         )
 
-    point = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    point = (
+        torch.tensor([0.3, -0.2], dtype=torch.float64),
+        torch.tensor(1.0, dtype=torch.float64),
+    )
     torch.autograd.gradcheck(moved, tuple(p.requires_grad_() for p in point))
     exact = jacrev(moved, argnums=(0, 1))(*point)
     assert all(g.isfinite().all() and (g != 0).all() for g in exact)
@@ -401,7 +428,9 @@ def test_memory_is_that_of_a_chunk() -> None:
 
     x = torch.randn(64, 100)
     fused = {
-        (n, c): most_alive(lambda n=n, c=c: fo.clipped_grad_sum(loss, 1.0, c)(params, x[:n]))
+        (n, c): most_alive(
+            lambda n=n, c=c: fo.clipped_grad_sum(loss, 1.0, c)(params, x[:n])
+        )
         for n in (32, 64)
         for c in (4, 8)
     }

@@ -24,7 +24,8 @@ def make_params(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"w": (16, 8), "b": (8,), "s": ()}
     return {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in shapes.items()
     }
 
 
@@ -33,7 +34,11 @@ def grads(step: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def run(
-    tx: fo.GradientTransformation, ps: dict, state: object, steps: range, dtype: torch.dtype
+    tx: fo.GradientTransformation,
+    ps: dict,
+    state: object,
+    steps: range,
+    dtype: torch.dtype,
 ) -> tuple[dict, object]:
     for step in steps:
         updates, state = tx.update(grads(step, dtype), state, ps)
@@ -61,7 +66,9 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
     new, copied = fo.apply_updates([p], updates)[0], state["kept"].slots["master"][0]
     rounded = copied.to(p.dtype)
     assert copied.dtype == torch.float32 and new.dtype == p.dtype
-    alike = (new.view(torch.int16) == rounded.view(torch.int16)) | (new.isnan() & rounded.isnan())
+    alike = (new.view(torch.int16) == rounded.view(torch.int16)) | (
+        new.isnan() & rounded.isnan()
+    )
     assert alike.all()
     in_place = p.clone().add_(updates[0])  # as the stateful optimizers write it
     assert (
@@ -77,7 +84,9 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
         & (exact.sign() == p.float().sign())
     )
     assert torch.equal(copied[near], exact[near])
-    largest = torch.maximum(p.float().abs(), exact.abs()).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = torch.maximum(p.float().abs(), exact.abs()).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     assert ((copied - exact).abs()[ordinary] <= 2.0**-23 * largest[ordinary]).all()
 
 
@@ -94,7 +103,10 @@ def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype
     )  # of the float32 bits between two neighbours
     for _ in range(12):
         master = (
-            bits + torch.randint(-half, half, bits.shape, generator=generator, dtype=torch.int32)
+            bits
+            + torch.randint(
+                -half, half, bits.shape, generator=generator, dtype=torch.int32
+            )
         ).view(torch.float32)
         rounds = master.to(dtype).view(torch.int16) == p.view(torch.int16)
         master = torch.where(rounds, master, p.float())
@@ -136,7 +148,10 @@ def test_the_exact_sum_could_not_be_reached_by_adding() -> None:
 
 
 def test_an_overflow_takes_the_copy_along() -> None:
-    tx, p = fo.keep_master_weights(fo.identity()), [torch.tensor([65504.0], dtype=torch.float16)]
+    tx, p = (
+        fo.keep_master_weights(fo.identity()),
+        [torch.tensor([65504.0], dtype=torch.float16)],
+    )
     updates, state = tx.update([torch.tensor([5000.0])], tx.init(p), p)
     p = fo.apply_updates(p, updates)
     assert p[0].isinf() and fo.get(state, "master")[0] == 70504.0
@@ -203,9 +218,14 @@ def test_what_was_set_from_outside_counts() -> None:
         )
         ps = {"w": fo.apply_updates(ps, updates)["w"].clamp(-0.75, 0.75)}
     torch.testing.assert_close(
-        fo.get(state, "master")["w"], torch.tensor([1.0, 0.5 - 4 * 0.25e-3]), rtol=1e-3, atol=0
+        fo.get(state, "master")["w"],
+        torch.tensor([1.0, 0.5 - 4 * 0.25e-3]),
+        rtol=1e-3,
+        atol=0,
     )
-    updates, _ = tx.update({"w": torch.tensor([1.0, 0.0], dtype=torch.bfloat16)}, state, ps)
+    updates, _ = tx.update(
+        {"w": torch.tensor([1.0, 0.0], dtype=torch.bfloat16)}, state, ps
+    )
     assert fo.apply_updates(ps, updates)["w"][0] == 0.5
 
 
@@ -241,11 +261,16 @@ def test_vmapped_equals_a_loop() -> None:
             ps = fo.apply_updates(ps, updates)
         return ps, state
 
-    gs = [[make_params(torch.bfloat16, 10 * i + step) for i in range(3)] for step in range(3)]
+    gs = [
+        [make_params(torch.bfloat16, 10 * i + step) for i in range(3)]
+        for step in range(3)
+    ]
     stacked = [tree.map(lambda *xs: torch.stack(xs), *trees) for trees in (stacks, *gs)]
     together = vmap(train)(*stacked)
     alone = [train(stacks[i], *[g[i] for g in gs]) for i in range(3)]
-    for a, b in zip(tree.leaves(together), zip(*map(tree.leaves, alone), strict=True), strict=True):
+    for a, b in zip(
+        tree.leaves(together), zip(*map(tree.leaves, alone), strict=True), strict=True
+    ):
         torch.testing.assert_close(a, torch.stack(b), rtol=1e-6, atol=1e-6)
 
 
@@ -260,7 +285,8 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
     ]:
         params = [nn.Parameter(p) for p in make_params(dtype).values()]
         opt = fo.optim.Optimizer(
-            params, fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)))
+            params,
+            fo.chain(fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1))),
         )
         return params, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.7)
 
@@ -277,7 +303,9 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
             sched.step()
             for p in params:
                 master = opt.state[p]["keep_master_weights/kept/master"]
-                assert master.dtype == torch.float32 and torch.equal(p.detach(), master.to(dtype))
+                assert master.dtype == torch.float32 and torch.equal(
+                    p.detach(), master.to(dtype)
+                )
 
     params, opt, sched = build()
     train(params, opt, sched, range(3))
@@ -303,7 +331,9 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
     tx = fo.chain(
         fo.clip_by_global_norm(1.0),
         fo.keep_master_weights(
-            fo.chain(fo.adamw(0.1), fo.scale_by_schedule(fo.exponential_decay(1.0, 1, 0.7)))
+            fo.chain(
+                fo.adamw(0.1), fo.scale_by_schedule(fo.exponential_decay(1.0, 1, 0.7))
+            )
         ),
     )
     ps = make_params(dtype)
@@ -343,20 +373,26 @@ def test_part_of_a_model() -> None:
 @pytest.mark.slow
 def test_compiled_in_place_equals_update() -> None:
     tx = fo.chain(
-        fo.clip_by_global_norm(1.0), fo.keep_master_weights(fo.adamw(0.1)), fo.params_ema(0.9)
+        fo.clip_by_global_norm(1.0),
+        fo.keep_master_weights(fo.adamw(0.1)),
+        fo.params_ema(0.9),
     )
     ps = make_params(torch.bfloat16)
     PROGRAMS.clear()
     state, step = tx.init(ps), fo.compiled_step(tx, donate=False)
     mine, ours = ps, state
-    graph = torch.compile(lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="aot_eager")
+    graph = torch.compile(
+        lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="aot_eager"
+    )
     for i in range(4):
         gs = grads(i, torch.bfloat16)
         compiled, _ = graph(gs, state, ps)
         updates, state = tx.update(gs, state, ps)
         ps = fo.apply_updates(ps, updates)
         mine, ours = step(mine, gs, ours)
-        for a, b in zip(tree.leaves((updates, state)), tree.leaves((compiled, ours)), strict=True):
+        for a, b in zip(
+            tree.leaves((updates, state)), tree.leaves((compiled, ours)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         for p, q, m in zip(
             ps.values(), mine.values(), fo.get(ours, "master").values(), strict=True
@@ -373,14 +409,17 @@ def test_the_adapter_compiled() -> None:
     runs = []
     for compile in (False, True):
         params = [nn.Parameter(p) for p in make_params(torch.bfloat16).values()]
-        opt = fo.optim.Optimizer(params, fo.keep_master_weights(fo.adamw(0.1)), compile=compile)
+        opt = fo.optim.Optimizer(
+            params, fo.keep_master_weights(fo.adamw(0.1)), compile=compile
+        )
         for step in range(4):
             for p, g in zip(params, grads(step, torch.bfloat16).values(), strict=True):
                 p.grad = g
             opt.step()
         masters = [opt.state[p]["keep_master_weights/kept/master"] for p in params]
         assert all(
-            torch.equal(p.detach(), m.bfloat16()) for p, m in zip(params, masters, strict=True)
+            torch.equal(p.detach(), m.bfloat16())
+            for p, m in zip(params, masters, strict=True)
         )
         runs.append([*(p.detach() for p in params), *masters])
     for a, b in zip(*runs, strict=True):
@@ -389,7 +428,11 @@ def test_the_adapter_compiled() -> None:
 
 def test_it_prints_pickles_and_teaches() -> None:
     tx = fo.keep_master_weights(fo.adamw(0.1))
-    assert repr(tx) == repr(pickle.loads(pickle.dumps(tx))) == "keep_master_weights(adamw(0.1))"
+    assert (
+        repr(tx)
+        == repr(pickle.loads(pickle.dumps(tx)))
+        == "keep_master_weights(adamw(0.1))"
+    )
     p = {"w": torch.ones(2, dtype=torch.bfloat16)}
     with pytest.raises(
         TypeError, match=r"takes a transformation, e\.g\. adamw\(1e-3\); got float 0\.1"
@@ -402,7 +445,8 @@ def test_it_prints_pickles_and_teaches() -> None:
     ):
         tx.update(p, fo.adamw(0.1).init(p), p)
     with pytest.raises(
-        ValueError, match=r"keep_master_weights looks at the new parameters.*last.*clip after it"
+        ValueError,
+        match=r"keep_master_weights looks at the new parameters.*last.*clip after it",
     ):
         fo.chain(tx, fo.clip(1.0))
 
@@ -414,13 +458,18 @@ def test_it_prints_pickles_and_teaches() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (lambda ps: fo.optim.AdamW(ps, lr=0.01), lambda ps: torch.optim.AdamW(ps, lr=0.01)),
+        (
+            lambda ps: fo.optim.AdamW(ps, lr=0.01),
+            lambda ps: torch.optim.AdamW(ps, lr=0.01),
+        ),
         (
             lambda ps: fo.optim.SGD(ps, lr=0.01, momentum=0.9),
             lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9),
         ),
         (
-            lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.01, weight_decay=0.01),
+            lambda ps: fo.optim.Optimizer(
+                ps, fo.adamw, learning_rate=0.01, weight_decay=0.01
+            ),
             lambda ps: torch.optim.AdamW(ps, lr=0.01),
         ),
     ],
@@ -444,7 +493,10 @@ def test_low_precision_parameters_with_float32_state(
         for p, q in zip(params, wide, strict=True):
             largest = float(q.detach().abs().max())
             torch.testing.assert_close(
-                p.detach(), q.detach().to(dtype), rtol=0, atol=2 * torch.finfo(dtype).eps * largest
+                p.detach(),
+                q.detach().to(dtype),
+                rtol=0,
+                atol=2 * torch.finfo(dtype).eps * largest,
             )
             assert (p.detach() == q.detach().to(dtype)).float().mean() > 0.95
     for p, q in zip(params, wide, strict=True):
@@ -475,28 +527,39 @@ def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 PAIRS = {
-    "AdamW": (lambda ps: fo.optim.AdamW(ps, lr=0.01), lambda ps: torch.optim.AdamW(ps, lr=0.01)),
+    "AdamW": (
+        lambda ps: fo.optim.AdamW(ps, lr=0.01),
+        lambda ps: torch.optim.AdamW(ps, lr=0.01),
+    ),
     "SGD": (
         lambda ps: fo.optim.SGD(ps, lr=0.05, momentum=0.9),
         lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
     ),
     "generic": (
-        lambda ps: fo.optim.Optimizer(ps, fo.adamw, learning_rate=0.01, weight_decay=0.01),
+        lambda ps: fo.optim.Optimizer(
+            ps, fo.adamw, learning_rate=0.01, weight_decay=0.01
+        ),
         lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.01),
     ),
 }
 
 
 def same_trajectory(
-    pair: tuple[Callable, Callable], loop: Callable[[nn.Module, torch.optim.Optimizer], list[float]]
+    pair: tuple[Callable, Callable],
+    loop: Callable[[nn.Module, torch.optim.Optimizer], list[float]],
 ) -> None:
     model, *_ = model_and_data()
     twin, start = copy.deepcopy(model), copy.deepcopy(model)
-    losses = [loop(m, build(m.parameters())) for m, build in zip((model, twin), pair, strict=True)]
+    losses = [
+        loop(m, build(m.parameters()))
+        for m, build in zip((model, twin), pair, strict=True)
+    ]
     torch.testing.assert_close(
         torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4
     )
-    for p, q, s in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
+    for p, q, s in zip(
+        model.parameters(), twin.parameters(), start.parameters(), strict=True
+    ):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
         assert not torch.equal(p, s)
 
@@ -547,9 +610,9 @@ def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> Non
             still = all(map(torch.equal, tree.leaves(before[0]), tree.leaves(after[0])))
             assert still == (step in (0, 7))
             if still:
-                assert all(map(torch.equal, tree.leaves(before[1]), tree.leaves(after[1]))) and len(
-                    before[1]
-                ) == len(after[1])
+                assert all(
+                    map(torch.equal, tree.leaves(before[1]), tree.leaves(after[1]))
+                ) and len(before[1]) == len(after[1])
             scales.append(scaler.get_scale())
         assert min(scales) == 512.0 and max(scales) > 2048.0
         return scales

@@ -28,7 +28,10 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 def per_example(n: int) -> dict[str, Tensor]:
     """Gradients with norms below and above C."""
     scale = torch.logspace(-2, 1, n, dtype=torch.float64)
-    return {"w": drawn(n, 2, 3) * scale[:, None, None], "b": drawn(n, 3, seed=1) * scale[:, None]}
+    return {
+        "w": drawn(n, 2, 3) * scale[:, None, None],
+        "b": drawn(n, 3, seed=1) * scale[:, None],
+    }
 
 
 def params() -> dict[str, Tensor]:
@@ -49,7 +52,9 @@ def test_it_is_the_clipped_sum_and_the_noise_over_the_batch_size(
 ) -> None:
     """The noise is that of `add_noise` with the same key, and ``sigma sqrt(sum_k C_k^2)`` for its standard deviation."""
     ps, grads = params(), per_example(9)
-    tx = fo.differentially_private_aggregate(bounds, SIGMA, key=5, expected_batch_size=expected)
+    tx = fo.differentially_private_aggregate(
+        bounds, SIGMA, key=5, expected_batch_size=expected
+    )
     sensitivity = C if bounds is C else math.sqrt(0.5**2 + 0.2**2)
     noise = fo.add_noise((SIGMA * sensitivity) ** 2, 0.0, key=5)
     state, other = tx.init(ps), noise.init(ps)
@@ -58,7 +63,9 @@ def test_it_is_the_clipped_sum_and_the_noise_over_the_batch_size(
         updates, state = tx.update(grads, state, ps)
         noisy, other = noise.update(clipped.sum, other, ps)
         for name, u in updates.items():
-            torch.testing.assert_close(u, noisy[name] / (expected or 9), rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(
+                u, noisy[name] / (expected or 9), rtol=1e-12, atol=1e-15
+            )
             assert not torch.allclose(u, clipped.sum[name] / (expected or 9), rtol=0.01)
 
 
@@ -99,7 +106,9 @@ def test_the_noise_is_normal() -> None:
     cdf = torch.special.ndtr(z)
     rank = torch.arange(len(z) + 1, dtype=torch.float64) / len(z)
     distance = max((cdf - rank[:-1]).max(), (rank[1:] - cdf).max())
-    assert distance < 1.63 / math.sqrt(len(z))  # 1% of draws are farther off; the key is fixed
+    assert distance < 1.63 / math.sqrt(
+        len(z)
+    )  # 1% of draws are farther off; the key is fixed
 
 
 def test_noise_by_a_schedule() -> None:
@@ -123,7 +132,9 @@ def test_an_empty_batch_is_its_noise() -> None:
     for name, u in updates.items():
         assert torch.equal(u, expected[name]) and (u != 0).all()
     assert fo.get(state, "count") == 1
-    with pytest.raises(ValueError, match=r"no example to average over\. Give expected_batch_size"):
+    with pytest.raises(
+        ValueError, match=r"no example to average over\. Give expected_batch_size"
+    ):
         fo.dp_sgd(1.0, C, SIGMA, key=3).update(empty, tx.init(ps), ps)
 
 
@@ -158,14 +169,23 @@ def test_dp_adam_is_adam_on_private_gradients() -> None:
 
 
 @pytest.mark.parametrize("make", [fo.dp_sgd, fo.dp_adam])
-def test_repr_reads_as_the_call_and_pickles(make: Callable[..., fo.GradientTransformation]) -> None:
+def test_repr_reads_as_the_call_and_pickles(
+    make: Callable[..., fo.GradientTransformation],
+) -> None:
     tx = make(
-        0.1, l2_norm_clip={"w": 1.0, "b": 0.5}, noise_multiplier=1.1, key=7, expected_batch_size=9
+        0.1,
+        l2_norm_clip={"w": 1.0, "b": 0.5},
+        noise_multiplier=1.1,
+        key=7,
+        expected_batch_size=9,
     )
-    assert repr(eval(repr(tx), vars(fo))) == repr(pickle.loads(pickle.dumps(tx))) == repr(tx)
+    assert (
+        repr(eval(repr(tx), vars(fo))) == repr(pickle.loads(pickle.dumps(tx))) == repr(tx)
+    )
     ps = params()
     one, two = (
-        t.update(per_example(9), t.init(ps), ps)[0] for t in (tx, pickle.loads(pickle.dumps(tx)))
+        t.update(per_example(9), t.init(ps), ps)[0]
+        for t in (tx, pickle.loads(pickle.dumps(tx)))
     )
     assert all(torch.equal(one[name], two[name]) for name in ps)
 
@@ -233,14 +253,18 @@ def test_poisson_sampling_at_its_ends() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.8, 2.0])
-def test_privacy_of_one_step_on_everything_is_that_of_the_gaussian_mechanism(sigma: float) -> None:
+def test_privacy_of_one_step_on_everything_is_that_of_the_gaussian_mechanism(
+    sigma: float,
+) -> None:
     """Balle & Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem 8."""
     epsilon = fo.privacy_spent(sigma, sampling_rate=1.0, steps=1, delta=1e-5)
-    delta = normal_cdf(1 / (2 * sigma) - epsilon * sigma) - math.exp(epsilon) * normal_cdf(
-        -1 / (2 * sigma) - epsilon * sigma
-    )
+    delta = normal_cdf(1 / (2 * sigma) - epsilon * sigma) - math.exp(
+        epsilon
+    ) * normal_cdf(-1 / (2 * sigma) - epsilon * sigma)
     assert 0.99 < delta / 1e-5 <= 1 + 1e-6
-    assert fo.privacy_spent(sigma, sampling_rate=1.0, steps=4, delta=1e-5) == pytest.approx(
+    assert fo.privacy_spent(
+        sigma, sampling_rate=1.0, steps=4, delta=1e-5
+    ) == pytest.approx(
         fo.privacy_spent(sigma / 2, sampling_rate=1.0, steps=1, delta=1e-5), rel=1e-3
     )  # k steps with sigma are one with sigma / sqrt(k)
 
@@ -251,7 +275,9 @@ def test_without_dp_accounting_the_error_says_what_to_install(
     import sys
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "functorch_opt\[privacy\]"'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'pip install "functorch_opt\[privacy\]"'
+    ):
         fo.privacy_spent(1.0, 0.1, 10, 1e-5)
 
 
@@ -264,8 +290,13 @@ def test_clipping_is_optaxs() -> None:
     leaves = [g.numpy() for g in grads.values()]
     whole, _ = optax.per_example_global_norm_clip(leaves, C)
     parts, _ = optax.per_example_layer_norm_clip(leaves, C)
-    for bound, expected in ((C, whole), ({name: C / math.sqrt(2) for name in grads}, parts)):
-        for ours, theirs in zip(fo.clip_and_sum(grads, bound).sum.values(), expected, strict=True):
+    for bound, expected in (
+        (C, whole),
+        ({name: C / math.sqrt(2) for name in grads}, parts),
+    ):
+        for ours, theirs in zip(
+            fo.clip_and_sum(grads, bound).sum.values(), expected, strict=True
+        ):
             torch.testing.assert_close(
                 ours, torch.from_numpy(theirs.__array__().copy()), rtol=1e-5, atol=1e-6
             )
@@ -283,12 +314,17 @@ def test_dp_sgd_without_noise_is_optaxs() -> None:
             contrib.dpsgd(0.1, C, 0.0, 0, **options),
         )
         mine, state = ps, ours.init(ps)
-        their, other = (there := {name: p.numpy() for name, p in ps.items()}), theirs.init(there)
+        their, other = (
+            (there := {name: p.numpy() for name, p in ps.items()}),
+            theirs.init(there),
+        )
         for seed in range(3):
             gs = {name: (g * (1 + seed)).float() for name, g in per_example(9).items()}
             updates, state = ours.update(gs, state, mine)
             mine = fo.apply_updates(mine, updates)
-            steps, other = theirs.update({name: g.numpy() for name, g in gs.items()}, other, their)
+            steps, other = theirs.update(
+                {name: g.numpy() for name, g in gs.items()}, other, their
+            )
             their = optax.apply_updates(their, steps)
         for name, p in mine.items():
             torch.testing.assert_close(
@@ -315,7 +351,11 @@ def opacus_optimizer(
     model: nn.Module, bound: Any, noise: float, lr: float, **given: Any
 ) -> torch.optim.Optimizer:
     optimizers = pytest.importorskip("opacus.optimizers")
-    return (optimizers.DPPerLayerOptimizer if isinstance(bound, list) else optimizers.DPOptimizer)(
+    return (
+        optimizers.DPPerLayerOptimizer
+        if isinstance(bound, list)
+        else optimizers.DPOptimizer
+    )(
         torch.optim.SGD(model.parameters(), lr=lr, **given),
         noise_multiplier=noise,
         max_grad_norm=bound,
@@ -339,7 +379,9 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
         return scaled_loss(functional_call(model, ps, x), y)
 
     gradients = fo.clipped_grad_sum(loss, bound, chunk_size=3)
-    tx = fo.dp_sgd(1e-4, bound, 0.0, key=0, momentum=momentum or None, expected_batch_size=10)
+    tx = fo.dp_sgd(
+        1e-4, bound, 0.0, key=0, momentum=momentum or None, expected_batch_size=10
+    )
     state, over = tx.init(ps), []
     for step in range(3):
         x, y = drawn(7, 1, 8, 8, seed=step), torch.arange(7) % 3
@@ -351,12 +393,18 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
         ps = fo.apply_updates(ps, updates)
         over += [
             norms > b
-            for norms, b in zip(tree.leaves(clipped.norms), tree.leaves(bound), strict=True)
+            for norms, b in zip(
+                tree.leaves(clipped.norms), tree.leaves(bound), strict=True
+            )
         ]
     assert 0.1 < torch.cat(over).double().mean() < 0.9  # some are clipped, some are not
     for (name, p), other in zip(ps.items(), theirs.parameters(), strict=True):
         torch.testing.assert_close(
-            p, other.detach(), rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            p,
+            other.detach(),
+            rtol=1e-7,
+            atol=1e-9,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
         assert (p - start[name]).abs().max() > 1e-4
 
@@ -375,13 +423,18 @@ def test_with_noise_it_is_opacus_in_distribution() -> None:
         (0 * theirs(drawn(3, 1, 8, 8))).sum().backward()
         opt.step()
         moved[0].extend(
-            (p.detach() - old).flatten() for p, old in zip(theirs.parameters(), before, strict=True)
+            (p.detach() - old).flatten()
+            for p, old in zip(theirs.parameters(), before, strict=True)
         )
-        updates, state = tx.update(tree.map(lambda p: p.new_zeros(3, *p.shape), ps), state, ps)
+        updates, state = tx.update(
+            tree.map(lambda p: p.new_zeros(3, *p.shape), ps), state, ps
+        )
         moved[1].extend(u.flatten() for u in updates.values())
     a, b = (torch.cat(of) for of in moved)
     assert len(a) == len(b) > 10_000
-    above = torch.where(torch.cat([a, b]).argsort() < len(a), 1.0, -1.0).cumsum(0) / len(a)
+    above = torch.where(torch.cat([a, b]).argsort() < len(a), 1.0, -1.0).cumsum(0) / len(
+        a
+    )
     assert above.abs().max() < 1.63 * math.sqrt(
         2 / len(a)
     )  # 1% of pairs are farther apart; key and seed are fixed
@@ -431,6 +484,8 @@ def test_the_picture_of_the_guide_is_drawn(tmp_path: Path) -> None:
         str(Path(__file__).parent.parent / "docs" / "pictures" / "per_example.py")
     )
     assert (
-        script["draw"](tmp_path / "picture.png", steps=2, every=2, sigmas=(8.0,)).stat().st_size
+        script["draw"](tmp_path / "picture.png", steps=2, every=2, sigmas=(8.0,))
+        .stat()
+        .st_size
         > 10_000
     )

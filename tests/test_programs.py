@@ -74,7 +74,11 @@ def test_and_of_programs_that_nobody_has_seen(k: int) -> None:
     obey(BEGIN + k, [*EAGER])
 
 
-OF_STEP = ["compiled_step, donate", "compiled_step, donate=False", "Optimizer, compile=True"]
+OF_STEP = [
+    "compiled_step, donate",
+    "compiled_step, donate=False",
+    "Optimizer, compile=True",
+]
 OF_USER = [name for name in INDUCTOR if name not in OF_STEP]
 
 
@@ -194,7 +198,9 @@ def writes_slots_one_after_another(drawn: Program, plan: Plan) -> Seen:
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         new, after = pure_step(tx)(params, grads, state)
-        return new, tree.map(lambda old, x: old.copy_(x), tree.map(torch.clone, state), after)
+        return new, tree.map(
+            lambda old, x: old.copy_(x), tree.map(torch.clone, state), after
+        )
 
     def overwriting(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         new, after = pure_step(tx)(params, grads, state)
@@ -215,7 +221,9 @@ def counts_every_step(drawn: Program, plan: Plan) -> Seen:
     tx = plan.tx()
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
-        before = [x for path, x in zip(tree.paths(state), tree.leaves(state), strict=True)]
+        before = [
+            x for path, x in zip(tree.paths(state), tree.leaves(state), strict=True)
+        ]
         new, state = pure_step(tx)(params, grads, state)
         leaves, spec = tree.flatten(state)
         counted = [
@@ -232,7 +240,9 @@ def takes_gradients_as_contiguous(drawn: Program, plan: Plan) -> Seen:
     tx = plan.tx()
 
     def in_memory(g: Any) -> Any:
-        straight = g.is_contiguous() or g.numel() != g.untyped_storage().nbytes() // g.itemsize
+        straight = (
+            g.is_contiguous() or g.numel() != g.untyped_storage().nbytes() // g.itemsize
+        )
         return g if straight else g.as_strided(g.shape, torch.empty(g.shape).stride())
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
@@ -247,7 +257,9 @@ def keeps_what_it_was_given(drawn: Program, plan: Plan) -> Seen:
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         result = pure_step(tx)(params, grads, state)
-        tree.map(torch.zero_, [g.detach() for g in tree.leaves(grads) if 0 not in g.stride()])
+        tree.map(
+            torch.zero_, [g.detach() for g in tree.leaves(grads) if 0 not in g.stride()]
+        )
         return result
 
     return run(plan, step, tx)
@@ -266,7 +278,9 @@ def keeps_what_it_was_given(drawn: Program, plan: Plan) -> Seen:
 def test_wrong_executions_are_found(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A law that never fails is no law: each kind of fault shows in some of a hundred programs."""
     monkeypatch.setitem(executions.ALL, "wrong", wrong)
-    found = [seed for seed in range(100) if not unfit(seed) and check(program(seed), ["wrong"])]
+    found = [
+        seed for seed in range(100) if not unfit(seed) and check(program(seed), ["wrong"])
+    ]
     assert len(found) > 1
 
 
@@ -274,7 +288,9 @@ LIBRARY = [
     fo.adamw(0.1, weight_decay=0.1),
     fo.chain(fo.clip_by_global_norm(1.0), fo.trace(0.9), fo.scale_by_learning_rate(0.1)),
     fo.chain(fo.add_noise(0.1, 0.5, key=1), fo.sgd(fo.linear_schedule(0.3, 0.1, 2))),
-    fo.partition({"x": fo.adam(0.1), "y": fo.lamb(0.1)}, lambda path, p: "xy"[p.dim() > 1]),
+    fo.partition(
+        {"x": fo.adam(0.1), "y": fo.lamb(0.1)}, lambda path, p: "xy"[p.dim() > 1]
+    ),
 ]
 
 
@@ -283,6 +299,8 @@ def test_what_the_library_has_obeys(k: int, monkeypatch: pytest.MonkeyPatch) -> 
     """The law can be kept: ready-made optimizers with the parameters and gradients of programs."""
     monkeypatch.setattr(Plan, "tx", lambda plan: LIBRARY[k])
     for seed in range(12):
-        drawn = replace(program(seed), part=programs.Library(f"LIBRARY[{k}]", counted=True))
+        drawn = replace(
+            program(seed), part=programs.Library(f"LIBRARY[{k}]", counted=True)
+        )
         for failure in check(drawn, [*EAGER]):
             pytest.fail(str(failure), pytrace=False)

@@ -54,7 +54,9 @@ KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: key, counter, output
 
 @pytest.mark.parametrize(("key", "counter", "output"), KNOWN_ANSWERS)
 def test_philox_known_answers(key: str, counter: str, output: str) -> None:
-    k, c, wanted = ([int(word, 16) for word in words.split()] for words in (key, counter, output))
+    k, c, wanted = (
+        [int(word, 16) for word in words.split()] for words in (key, counter, output)
+    )
     got = philox.philox(*(torch.tensor(word) for word in k + c))
     assert [word.item() for word in got] == wanted
     seed, count = (
@@ -131,14 +133,19 @@ def assert_standard_normal(z: Tensor) -> None:
     z, n = z.double().flatten(), z.numel()
     for k, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], 1):
         assert abs((z**k).mean() - moment) < 4 * math.sqrt(variance / n), f"moment {k}"
-    cdf, steps = torch.special.ndtr(z.sort().values), torch.arange(n + 1, dtype=torch.float64) / n
+    cdf, steps = (
+        torch.special.ndtr(z.sort().values),
+        torch.arange(n + 1, dtype=torch.float64) / n,
+    )
     distance = torch.maximum((steps[1:] - cdf).max(), (cdf - steps[:-1]).max())
     assert distance * math.sqrt(n) < 1.95
 
 
 def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
     for x, y in ((a, b), (a**2 - 1, b**2 - 1)):
-        correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1]
+        correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[
+            0, 1
+        ]
         assert abs(correlation) < 4 / math.sqrt(a.numel())
 
 
@@ -243,7 +250,9 @@ def everything(key: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("seed", [0, 2**63 + 5])
 def test_compiled_equals_eager(seed: int) -> None:
     compiled = torch.compile(everything, backend="aot_eager", fullgraph=True)
-    for got, wanted in zip(compiled(random.key(seed)), everything(random.key(seed)), strict=True):
+    for got, wanted in zip(
+        compiled(random.key(seed)), everything(random.key(seed)), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -268,18 +277,30 @@ def params() -> dict:
     }
 
 
-BLOCKS = {"a": (0, 5), "b/0": (2, 8), "b/1": (4, 0), "c": (4, 6), "d": (6, 1), "e": (7, 7)}
+BLOCKS = {
+    "a": (0, 5),
+    "b/0": (2, 8),
+    "b/1": (4, 0),
+    "c": (4, 6),
+    "d": (6, 1),
+    "e": (7, 7),
+}
 """For every leaf of `params`: its first block, and how many numbers it takes."""
 
 
 def drawn(
-    tx: fo.GradientTransformation, state: Any = None, count: Any = 0, gs: dict | None = None
+    tx: fo.GradientTransformation,
+    state: Any = None,
+    count: Any = 0,
+    gs: dict | None = None,
 ) -> dict[str, Tensor]:
     """The noise of one step, by path: what is added to gradients of zero."""
     ps = params()
     state = tx.init(ps) if state is None else state
     state = state._replace(shared={**state.shared, "count": torch.as_tensor(count)})
-    updates, _ = tx.update(tree.map(torch.zeros_like, ps) if gs is None else gs, state, ps)
+    updates, _ = tx.update(
+        tree.map(torch.zeros_like, ps) if gs is None else gs, state, ps
+    )
     return fo.state_dict(updates)
 
 
@@ -303,7 +324,9 @@ def test_variance(eta: float, gamma: float) -> None:
 
 def test_noise_is_added_to_the_update() -> None:
     tx, g = fo.add_noise(1.0, 0.0, key=1), torch.tensor([10.0, -20.0])
-    assert torch.equal(tx.update(g, tx.init(g))[0], g + tx.update(torch.zeros(2), tx.init(g))[0])
+    assert torch.equal(
+        tx.update(g, tx.init(g))[0], g + tx.update(torch.zeros(2), tx.init(g))[0]
+    )
     silent = fo.add_noise(0.0, 0.0, key=1)
     assert torch.equal(silent.update(g, silent.init(g))[0], g)
 
@@ -345,12 +368,17 @@ def test_two_stages_with_split_keys_are_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("missing", [{"a"}, {"b/0", "c"}, {"d", "e"}])
-def test_a_missing_gradient_does_not_move_the_streams_of_the_others(missing: set[str]) -> None:
+def test_a_missing_gradient_does_not_move_the_streams_of_the_others(
+    missing: set[str],
+) -> None:
     tx, gs = fo.add_noise(1.0, 0.5, key=7), tree.map(torch.zeros_like, params())
     leaves, spec = tree.flatten(gs)
     gs = tree.unflatten(
         spec,
-        [None if path in missing else g for path, g in zip(tree.paths(gs), leaves, strict=True)],
+        [
+            None if path in missing else g
+            for path, g in zip(tree.paths(gs), leaves, strict=True)
+        ],
     )
     got, whole = drawn(tx, count=3, gs=gs), drawn(tx, count=3)
     assert got.keys() == whole.keys() - missing
@@ -373,7 +401,8 @@ def test_one_count_per_leaf() -> None:
     counts = [0, 4, 1, 2, 7, 4]
     got = drawn(tx, count=torch.tensor(counts))
     assert_equal(
-        got, {path: drawn(tx, count=t)[path] for path, t in zip(BLOCKS, counts, strict=True)}
+        got,
+        {path: drawn(tx, count=t)[path] for path, t in zip(BLOCKS, counts, strict=True)},
     )
     state = tx.init(params())
     state = state._replace(shared={**state.shared, "count": torch.tensor(counts)})
@@ -433,7 +462,9 @@ def test_vmapped_noise_equals_a_loop() -> None:
 
     batched = vmap(step)(keys, counts)
     looped = [step(key, count) for key, count in zip(keys, counts, strict=True)]
-    assert_equal(batched, {path: torch.stack([one[path] for one in looped]) for path in batched})
+    assert_equal(
+        batched, {path: torch.stack([one[path] for one in looped]) for path in batched}
+    )
     assert not torch.equal(batched["a"][0], batched["a"][1])
 
 

@@ -18,14 +18,21 @@ low = pytest.mark.parametrize("dtype", LOW, ids=str)
 
 def values(dtype: torch.dtype) -> Tensor:
     """Every finite value of a 16-bit type, in order, as float32."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int32)
+        .to(torch.int16)
+        .view(dtype)
+        .float()
+    )
     return every[every.isfinite()].unique()
 
 
 def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The largest value of `dtype` that is at most x, and the smallest that is at least x."""
     every = values(dtype)
-    return every[torch.searchsorted(every, x, right=True) - 1], every[torch.searchsorted(every, x)]
+    return every[torch.searchsorted(every, x, right=True) - 1], every[
+        torch.searchsorted(every, x)
+    ]
 
 
 def rounded(p: Tensor, u: Tensor, count: int = 0, key: int = 0) -> tuple[Tensor, Tensor]:
@@ -41,7 +48,9 @@ def spread(n: int, dtype: torch.dtype, seed: int, reach: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     info = torch.finfo(dtype)
     least = math.log2(info.tiny * info.eps)
-    exponents = least + torch.rand(n, generator=generator, dtype=torch.float64) * (reach - least)
+    exponents = least + torch.rand(n, generator=generator, dtype=torch.float64) * (
+        reach - least
+    )
     signs = 2 * torch.randint(2, (n,), generator=generator) - 1
     return (signs * 2**exponents).float()
 
@@ -51,7 +60,9 @@ def test_the_sum_becomes_one_of_its_two_neighbours(dtype: torch.dtype) -> None:
     """Over all sizes of parameter and update, subnormal sums included; and p + u' is that value before it is rounded, up to float32."""
     p, u = spread(200_000, dtype, 0, 12).to(dtype), spread(200_000, dtype, 1, 12)
     same = torch.arange(0, 200_000, 3)
-    u[same] = p[same].float() * torch.linspace(-1.5, 0.5, len(same))  # where most of it cancels
+    u[same] = p[same].float() * torch.linspace(
+        -1.5, 0.5, len(same)
+    )  # where most of it cancels
     new, result = rounded(p, u)
     exact = p.float() + u
     below, above = neighbours(exact, dtype)
@@ -121,7 +132,9 @@ def test_bfloat16_training_goes_on_where_plain_rounding_stops() -> None:
     assert distance(fo.stochastic_round(0)) < 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.complex64], ids=str
+)
 def test_wide_parameters_are_left_alone(dtype: torch.dtype) -> None:
     ps = {"wide": torch.randn(7, dtype=dtype), "low": torch.ones(7, dtype=torch.bfloat16)}
     us = {"wide": torch.randn(7, dtype=dtype), "low": torch.full((7,), 1e-3)}
@@ -135,7 +148,9 @@ def test_wide_parameters_are_left_alone(dtype: torch.dtype) -> None:
 def test_infinities_and_nan_stay_and_zero_moves_nothing(dtype: torch.dtype) -> None:
     p = spread(1000, dtype, 2, 8).to(dtype)
     assert torch.equal(rounded(p, torch.zeros(1000))[1], p)
-    _, result = rounded(torch.ones(3, dtype=dtype), torch.tensor([math.inf, -math.inf, math.nan]))
+    _, result = rounded(
+        torch.ones(3, dtype=dtype), torch.tensor([math.inf, -math.inf, math.nan])
+    )
     assert result[0] == math.inf
     assert result[1] == -math.inf
     assert result[2].isnan()
@@ -148,7 +163,9 @@ def test_two_steps_round_otherwise() -> None:
 
 
 def chain() -> fo.GradientTransformation:
-    return fo.chain(fo.trace(0.9), fo.scale_by_learning_rate(1e-3), fo.stochastic_round(2))
+    return fo.chain(
+        fo.trace(0.9), fo.scale_by_learning_rate(1e-3), fo.stochastic_round(2)
+    )
 
 
 def test_in_a_compiled_step() -> None:
@@ -192,4 +209,6 @@ def test_as_a_torch_optimizer() -> None:
     p.grad = torch.ones_like(p)
     opt.step()
     assert set(p.detach().float().unique().tolist()) == {1.0, 1 - 2**-8}
-    assert abs(p.detach().double().mean() - 0.999) < 4.5 * 2**-8 * math.sqrt(0.25 * 0.75 / 1000)
+    assert abs(p.detach().double().mean() - 0.999) < 4.5 * 2**-8 * math.sqrt(
+        0.25 * 0.75 / 1000
+    )

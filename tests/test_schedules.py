@@ -28,7 +28,9 @@ def line(t: int, start: float, end: float, steps: int) -> float:
     return end if t >= steps else start + (end - start) * t / steps
 
 
-def half_cosine(t: int, start: float, end: float, steps: int, exponent: float = 1.0) -> float:
+def half_cosine(
+    t: int, start: float, end: float, steps: int, exponent: float = 1.0
+) -> float:
     """``cos(x / 2)^2`` in place of ``(1 + cos x) / 2``, so that it is not the same line of code twice."""
     return (
         end
@@ -57,11 +59,18 @@ def cosine_decay(t, init_value, decay_steps, alpha=0.0, exponent=1.0):
 
 
 def exponential(
-    t, init_value, transition_steps, decay_rate, transition_begin=0, staircase=False, end_value=None
+    t,
+    init_value,
+    transition_steps,
+    decay_rate,
+    transition_begin=0,
+    staircase=False,
+    end_value=None,
 ):
     t = max(t - transition_begin, 0)
     value = init_value * math.exp(
-        (t // transition_steps if staircase else t / transition_steps) * math.log(decay_rate)
+        (t // transition_steps if staircase else t / transition_steps)
+        * math.log(decay_rate)
     )
     if end_value is None:
         return value
@@ -157,7 +166,9 @@ class Row:
     """Builds the schedule from `hyper` and `fixed`, where that is not simply a call of the function."""
 
     def build(self, **hyper: Any) -> Any:
-        return (self.make or getattr(fo, self.name))(**{**self.hyper, **hyper}, **self.fixed)
+        return (self.make or getattr(fo, self.name))(
+            **{**self.hyper, **hyper}, **self.fixed
+        )
 
     def expect(self, t: int) -> float:
         return self.formula(t, **self.hyper, **self.fixed)
@@ -166,7 +177,9 @@ class Row:
 def scales_of(function: Callable[..., Any], *leading: Any) -> Callable[..., Any]:
     """``at_10=0.5`` stands for ``{10: 0.5}``, so that the scales are arguments like any other."""
     return lambda init_value, **scales: function(
-        *leading, init_value, {int(name.removeprefix("at_")): s for name, s in scales.items()}
+        *leading,
+        init_value,
+        {int(name.removeprefix("at_")): s for name, s in scales.items()},
     )
 
 
@@ -226,7 +239,12 @@ CYCLES = {"peak_value": 0.6, "div_factor": 4.0, "final_div_factor": 10.0}
 ROWS = [
     Row("constant_schedule", constant, {"value": 0.3}),
     Row("constant_schedule", constant, {"value": -2.0}),
-    Row("polynomial_schedule", polynomial, {**LINE, "power": 2.0}, {"transition_steps": 20}),
+    Row(
+        "polynomial_schedule",
+        polynomial,
+        {**LINE, "power": 2.0},
+        {"transition_steps": 20},
+    ),
     Row(
         "polynomial_schedule",
         polynomial,
@@ -247,7 +265,12 @@ ROWS = [
         {"transition_steps": 30, "transition_begin": 4},
     ),
     Row("exponential_decay", exponential, DECAY, {"transition_steps": 5}),
-    Row("exponential_decay", exponential, DECAY, {"transition_steps": 5, "staircase": True}),
+    Row(
+        "exponential_decay",
+        exponential,
+        DECAY,
+        {"transition_steps": 5, "staircase": True},
+    ),
     Row(
         "exponential_decay",
         exponential,
@@ -314,7 +337,10 @@ ROWS = [
     Row("warmup_constant_schedule", warmup_constant, WARM, {"warmup_steps": 10}),
     Row("warmup_constant_schedule", warmup_constant, WARM, {"warmup_steps": 0}),
     Row(
-        "warmup_cosine_decay_schedule", warmup_cosine, WARM, {"warmup_steps": 8, "decay_steps": 40}
+        "warmup_cosine_decay_schedule",
+        warmup_cosine,
+        WARM,
+        {"warmup_steps": 8, "decay_steps": 40},
     ),
     Row(
         "warmup_cosine_decay_schedule",
@@ -344,16 +370,31 @@ ROWS = [
         "warmup_exponential_decay_schedule",
         warmup_exponential,
         {**FALL, "end_value": 0.3},
-        {"warmup_steps": 5, "transition_steps": 4, "transition_begin": 3, "staircase": True},
+        {
+            "warmup_steps": 5,
+            "transition_steps": 4,
+            "transition_begin": 3,
+            "staircase": True,
+        },
     ),
-    Row("linear_onecycle_schedule", linear_onecycle, {"peak_value": 0.6}, {"transition_steps": 40}),
+    Row(
+        "linear_onecycle_schedule",
+        linear_onecycle,
+        {"peak_value": 0.6},
+        {"transition_steps": 40},
+    ),
     Row(
         "linear_onecycle_schedule",
         linear_onecycle,
         CYCLES,
         {"transition_steps": 30, "pct_start": 0.45, "pct_final": 0.7},
     ),
-    Row("cosine_onecycle_schedule", cosine_onecycle, {"peak_value": 0.6}, {"transition_steps": 40}),
+    Row(
+        "cosine_onecycle_schedule",
+        cosine_onecycle,
+        {"peak_value": 0.6},
+        {"transition_steps": 40},
+    ),
     Row(
         "cosine_onecycle_schedule",
         cosine_onecycle,
@@ -372,7 +413,9 @@ rows = pytest.mark.parametrize(
 )
 
 
-def tensors(hyper: dict[str, float], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def tensors(
+    hyper: dict[str, float], dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=dtype) for name, value in hyper.items()}
 
 
@@ -433,7 +476,9 @@ def test_compiles_in_one_graph_without_recompiling(row: Row) -> None:
 
     torch._dynamo.reset()
     schedule = row.build()
-    compiled = torch.compile(lambda count: schedule(count), fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        lambda count: schedule(count), fullgraph=True, backend=backend
+    )
     for t in (0, 1, 5, 10, 11, LAST, 3):
         torch.testing.assert_close(compiled(torch.tensor(t)), schedule(t), rtol=0, atol=0)
     assert len(graphs) == 1
@@ -449,7 +494,9 @@ def test_derivatives_by_hyperparameters_equal_finite_differences(row: Row) -> No
     assert derivatives.keys() == row.hyper.keys()
     for name, derivative in derivatives.items():
         assert derivative.isfinite().all(), name
-        up, down = (row.build(**{**hyper, name: hyper[name] + delta})(counts) for delta in (h, -h))
+        up, down = (
+            row.build(**{**hyper, name: hyper[name] + delta})(counts) for delta in (h, -h)
+        )
         torch.testing.assert_close(
             derivative,
             (up - down) / (2 * h),
@@ -468,7 +515,10 @@ def test_vmap_over_hyperparameters_equals_a_loop(row: Row) -> None:
     many = {name: value * factors for name, value in tensors(row.hyper).items()}
     batched = vmap(lambda hyper: row.build(**hyper)(counts))(many)
     looped = torch.stack(
-        [row.build(**{name: value[i] for name, value in many.items()})(counts) for i in range(3)]
+        [
+            row.build(**{name: value[i] for name, value in many.items()})(counts)
+            for i in range(3)
+        ]
     )
     torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-16)
 
@@ -477,14 +527,19 @@ def test_vmap_over_hyperparameters_equals_a_loop(row: Row) -> None:
 def test_float32_hyperparameters_give_float64_values(row: Row) -> None:
     value = row.build(**tensors(row.hyper, torch.float32))(torch.arange(LAST + 1))
     assert value.dtype == torch.float64
-    torch.testing.assert_close(value, row.build()(torch.arange(LAST + 1)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        value, row.build()(torch.arange(LAST + 1)), rtol=1e-5, atol=1e-6
+    )
 
 
 @rows
 def test_repr_reads_as_the_call_and_pickles(row: Row) -> None:
     schedule, counts = row.build(), torch.arange(LAST + 1)
     assert repr(schedule).startswith(f"{row.name}(")
-    for again in (eval(repr(schedule), dict(vars(fo))), pickle.loads(pickle.dumps(schedule))):
+    for again in (
+        eval(repr(schedule), dict(vars(fo))),
+        pickle.loads(pickle.dumps(schedule)),
+    ):
         assert repr(again) == repr(schedule)
         assert torch.equal(again(counts), schedule(counts))
 
@@ -538,7 +593,9 @@ def test_no_warmup_starts_at_the_peak(name: str) -> None:
     }[name]
     arguments = {"init_value": 0.0, "peak_value": 0.7, "warmup_steps": 0, **arguments}
     schedule = (
-        fo.sgdr_schedule([arguments]) if name == "sgdr_schedule" else getattr(fo, name)(**arguments)
+        fo.sgdr_schedule([arguments])
+        if name == "sgdr_schedule"
+        else getattr(fo, name)(**arguments)
     )
     assert schedule(0).item() == pytest.approx(0.7, rel=1e-15)
 
@@ -668,12 +725,18 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         "transition_begin must be a whole number of updates, at least 0; got -1",
     ),
     (lambda: fo.linear_schedule(NAN, 1, 10), "init_value must be a finite number"),
-    (lambda: fo.linear_schedule(0, INF, 10), "end_value must be a finite number .* got inf"),
+    (
+        lambda: fo.linear_schedule(0, INF, 10),
+        "end_value must be a finite number .* got inf",
+    ),
     (lambda: fo.polynomial_schedule(0, 1, 2, 0), NO_STEPS),
     (lambda: fo.polynomial_schedule(0, 1, 0, 10), "power must be greater than 0; got 0"),
     (lambda: fo.polynomial_schedule(0, 1, NAN, 10), "power must be a finite number"),
     (lambda: fo.exponential_decay(1.0, 0, 0.5), NO_STEPS),
-    (lambda: fo.exponential_decay(1.0, 10, 0.0), r"decay_rate must be greater than 0; got 0\.0"),
+    (
+        lambda: fo.exponential_decay(1.0, 10, 0.0),
+        r"decay_rate must be greater than 0; got 0\.0",
+    ),
     (lambda: fo.exponential_decay(1.0, 10, -0.5), "decay_rate must be greater than 0"),
     (lambda: fo.exponential_decay(1.0, 10, NAN), "decay_rate must be a finite number"),
     (lambda: fo.exponential_decay(1.0, 10, 0.5, -3), "transition_begin .* got -3"),
@@ -686,8 +749,14 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         "decay_steps must be a whole number of updates, at least 1; got 0",
     ),
     (lambda: fo.cosine_decay_schedule(NAN, 10), "init_value must be a finite number"),
-    (lambda: fo.cosine_decay_schedule(1.0, 10, alpha=INF), "alpha must be a finite number"),
-    (lambda: fo.cosine_decay_schedule(1.0, 10, exponent=0.0), "exponent must be greater than 0"),
+    (
+        lambda: fo.cosine_decay_schedule(1.0, 10, alpha=INF),
+        "alpha must be a finite number",
+    ),
+    (
+        lambda: fo.cosine_decay_schedule(1.0, 10, exponent=0.0),
+        "exponent must be greater than 0",
+    ),
     (
         lambda: fo.join_schedules([], []),
         "one boundary fewer than schedules; got 0 schedules and 0 boundaries",
@@ -712,7 +781,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [2.5]),
         r"boundaries must be .* whole numbers.* got 2\.5",
     ),
-    (lambda: fo.piecewise_constant_schedule(NAN, {10: 0.1}), "init_value must be a finite number"),
+    (
+        lambda: fo.piecewise_constant_schedule(NAN, {10: 0.1}),
+        "init_value must be a finite number",
+    ),
     (
         lambda: fo.piecewise_constant_schedule(1.0, {10: NAN}),
         "the scale at 10 must be a finite number",
@@ -741,8 +813,14 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.warmup_constant_schedule(0.0, 1.0, -1),
         "warmup_steps must be a whole number of updates, at least 0; got -1",
     ),
-    (lambda: fo.warmup_constant_schedule(NAN, 1.0, 10), "init_value must be a finite number"),
-    (lambda: fo.warmup_constant_schedule(0.0, NAN, 10), "peak_value must be a finite number"),
+    (
+        lambda: fo.warmup_constant_schedule(NAN, 1.0, 10),
+        "init_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_constant_schedule(0.0, NAN, 10),
+        "peak_value must be a finite number",
+    ),
     (
         lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 10),
         "decay_steps counts the warmup too, .* greater than warmup_steps; got 10 and 10",
@@ -776,7 +854,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, exponent=-1.0),
         "exponent must be greater than 0",
     ),
-    (lambda: fo.warmup_exponential_decay_schedule(0.0, 1.0, -2, 5, 0.5), "warmup_steps .* got -2"),
+    (
+        lambda: fo.warmup_exponential_decay_schedule(0.0, 1.0, -2, 5, 0.5),
+        "warmup_steps .* got -2",
+    ),
     (lambda: fo.warmup_exponential_decay_schedule(0.0, 1.0, 2, 0, 0.5), NO_STEPS),
     (
         lambda: fo.warmup_exponential_decay_schedule(NAN, 1.0, 2, 5, 0.5),
@@ -800,7 +881,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.linear_onecycle_schedule(100, 1.0, pct_start=0.9, pct_final=0.5),
         "boundaries must be increasing .* got 50 after 90",
     ),
-    (lambda: fo.linear_onecycle_schedule(2, 1.0), "boundaries must be increasing .* got 0"),
+    (
+        lambda: fo.linear_onecycle_schedule(2, 1.0),
+        "boundaries must be increasing .* got 0",
+    ),
     (
         lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=0.0),
         "div_factor must be greater than 0",
@@ -815,7 +899,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.cosine_onecycle_schedule(100, 1.0, final_div_factor=NAN),
         "final_div_factor must be a finite number",
     ),
-    (lambda: fo.cosine_onecycle_schedule(2, 1.0), "boundaries must be increasing .* got 0"),
+    (
+        lambda: fo.cosine_onecycle_schedule(2, 1.0),
+        "boundaries must be increasing .* got 0",
+    ),
     (lambda: fo.sgdr_schedule([]), "at least one cycle"),
     (
         lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "decay_steps": 1}]),
@@ -826,7 +913,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         "peak_value must be a finite number",
     ),
     # what multiplies a value must not turn its sign
-    (lambda: fo.piecewise_constant_schedule(1.0, {3: -2.0}), "the scale at 3 must be 0 or greater"),
+    (
+        lambda: fo.piecewise_constant_schedule(1.0, {3: -2.0}),
+        "the scale at 3 must be 0 or greater",
+    ),
     (
         lambda: fo.piecewise_interpolate_schedule("linear", 1.0, {5: -3}),
         "at 5 must be 0 or greater",
@@ -836,8 +926,14 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 2, 5, -0.1),
         "end_value must be 0 or greater",
     ),
-    (lambda: fo.sgdr_schedule([{**CYCLE, "end_value": -0.1}]), "end_value must be 0 or greater"),
-    (lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=-2.0), "div_factor must be greater"),
+    (
+        lambda: fo.sgdr_schedule([{**CYCLE, "end_value": -0.1}]),
+        "end_value must be 0 or greater",
+    ),
+    (
+        lambda: fo.linear_onecycle_schedule(100, 1.0, div_factor=-2.0),
+        "div_factor must be greater",
+    ),
 ]
 
 
@@ -845,7 +941,8 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     ("make", "match"),
     ERRORS,
     ids=[
-        f"{i}-{re.sub('[^a-z_]+', ' ', match)[:24].strip()}" for i, (_, match) in enumerate(ERRORS)
+        f"{i}-{re.sub('[^a-z_]+', ' ', match)[:24].strip()}"
+        for i, (_, match) in enumerate(ERRORS)
     ],
 )
 def test_refused_when_made(make: Callable[[], Any], match: str) -> None:

@@ -25,7 +25,11 @@ def with_sums(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
         "n": lambda g: g.numel(),
     }
     return fo.leafwise(
-        _rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, sums=sums
+        _rule,
+        _prepare,
+        slots={"mean": tree.zeros_like},
+        hyper={"weight": weight},
+        sums=sums,
     )
 
 
@@ -41,10 +45,16 @@ def _rule(g, p, mean, gg, pm, signs, n, t):
 def with_the_whole_tensor(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
     def rule(g, p, mean, weight, t, other):
         signs = (g * other > 0).to(g.dtype).sum()
-        return _rule(g, p, mean, weight * (g**2).sum(), (p * mean).sum(), signs, g.numel(), t)
+        return _rule(
+            g, p, mean, weight * (g**2).sum(), (p * mean).sum(), signs, g.numel(), t
+        )
 
     return fo.leafwise(
-        rule, _prepare, slots={"mean": tree.zeros_like}, hyper={"weight": weight}, kind="tensorwise"
+        rule,
+        _prepare,
+        slots={"mean": tree.zeros_like},
+        hyper={"weight": weight},
+        kind="tensorwise",
     )
 
 
@@ -72,7 +82,9 @@ def steps(
     ps = drawn(0, dtype)
     state, seen = tx.init(ps), []
     for i in range(3):
-        updates, state = tx.update(drawn(i + 1, dtype), state, ps, other=drawn(i + 10, dtype))
+        updates, state = tx.update(
+            drawn(i + 1, dtype), state, ps, other=drawn(i + 10, dtype)
+        )
         ps = fo.apply_updates(ps, updates)
         seen.append(ps)
     return seen
@@ -93,25 +105,36 @@ def test_complex_tensors_are_pairs_of_reals() -> None:
 
 def test_mapped_and_differentiated() -> None:
     ps, gs, other = (
-        {n: x for n, x in drawn(i).items() if x.dim() == 2 and x.numel()} for i in (0, 1, 2)
+        {n: x for n, x in drawn(i).items() if x.dim() == 2 and x.numel()}
+        for i in (0, 1, 2)
     )
 
     def after(make, weight: Tensor, scale: Tensor) -> Tensor:
         tx = make(weight)
-        updates, _ = tx.update({n: scale * g for n, g in gs.items()}, tx.init(ps), ps, other=other)
+        updates, _ = tx.update(
+            {n: scale * g for n, g in gs.items()}, tx.init(ps), ps, other=other
+        )
         return sum(u.square().sum() for u in updates.values())
 
-    weights, scales = torch.tensor([0.5, 2.0, 0.1]).double(), torch.tensor([1.0, 0.3, 3.0]).double()
+    weights, scales = (
+        torch.tensor([0.5, 2.0, 0.1]).double(),
+        torch.tensor([1.0, 0.3, 3.0]).double(),
+    )
     for of in (after, grad(after, argnums=1), grad(after, argnums=2)):
         mapped = vmap(lambda w, s, of=of: of(with_sums, w, s))(weights, scales)
         expected = torch.stack(
-            [of(with_the_whole_tensor, w, s) for w, s in zip(weights, scales, strict=True)]
+            [
+                of(with_the_whole_tensor, w, s)
+                for w, s in zip(weights, scales, strict=True)
+            ]
         )
         torch.testing.assert_close(mapped, expected)
         assert expected.abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_compiled(backend: str) -> None:
     """In one pass with what stands before and after, and as one program for all tensors that are no scalars."""
     PROGRAMS.clear()
@@ -135,8 +158,14 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_compiled_sums_over_a_master_copy(dtype: torch.dtype) -> None:
     """Not over the rounded parameter."""
-    tx = fo.keep_master_weights(fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.sgd(0.1)))
-    step, ps, mine = CompiledStep(tx, True, backend="eager"), drawn(0, dtype), drawn(0, dtype)
+    tx = fo.keep_master_weights(
+        fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.sgd(0.1))
+    )
+    step, ps, mine = (
+        CompiledStep(tx, True, backend="eager"),
+        drawn(0, dtype),
+        drawn(0, dtype),
+    )
     state, ours = tx.init(ps), tx.init(mine)
     for i in range(3):
         gs, other = drawn(i + 1, dtype), drawn(i + 10, dtype)
@@ -175,7 +204,9 @@ def test_numbers_and_rows_that_many_elements_read(shape: tuple[int, ...]) -> Non
         row = g.mean(dim=-1, keepdim=True)
         size = (g.square().sum() + 1).sqrt()
         first = p[..., :1] * size
-        return (g - row) / size + torch.where(size > 2, first, row) + (row * 2).exp() / size
+        return (
+            (g - row) / size + torch.where(size > 2, first, row) + (row * 2).exp() / size
+        )
 
     tx = fo.chain(fo.leafwise(rule, kind="tensorwise"), fo.sgd(0.1, momentum=0.9))
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +226,10 @@ def test_factors_that_wait_for_another_sum() -> None:
     """They are taken out of sums. What guards them, what is overwritten in between, and sums of zeros stay right."""
 
     def scaled(g, p, mean, total, n):
-        kept, mean = torch.where(g * p > 0, g * (n / (total + 1)), 0.0), torch.lerp(mean, g, 0.3)
+        kept, mean = (
+            torch.where(g * p > 0, g * (n / (total + 1)), 0.0),
+            torch.lerp(mean, g, 0.3),
+        )
         return kept, {"mean": mean}
 
     def guarded(g, most):
@@ -212,14 +246,19 @@ def test_factors_that_wait_for_another_sum() -> None:
         return g / (gg + total.abs() + 1).sqrt()
 
     sums = {"total": lambda g, p: (g * p > 0).to(g.dtype).sum(), "n": lambda g: g.numel()}
-    of_norm = {"gg": lambda g: g.square().sum(), "total": lambda g: (g * g * 3.0 + g).sum()}
+    of_norm = {
+        "gg": lambda g: g.square().sum(),
+        "total": lambda g: (g * g * 3.0 + g).sum(),
+    }
     tx = fo.chain(
         fo.leafwise(scaled, slots={"mean": tree.zeros_like}, sums=sums),
         fo.leafwise(norm, sums=of_norm),
         fo.leafwise(guarded, sums={"most": lambda g: g.abs().sum()}),
         fo.leafwise(norm, sums=of_norm),
         fo.leafwise(
-            of_old, slots={"held": torch.ones_like}, sums={"hh": lambda held: held.square().sum()}
+            of_old,
+            slots={"held": torch.ones_like},
+            sums={"hh": lambda held: held.square().sum()},
         ),
         fo.leafwise(norm, sums=of_norm),
         fo.leafwise(
@@ -268,7 +307,9 @@ def test_which_factors_are_taken_out() -> None:
         sums = [node for node in graph.nodes if node.target is torch.ops.aten.sum.default]
         before: dict[object, set[object]] = {}
         for node in graph.nodes:
-            before[node] = {n for above in node.all_input_nodes for n in (above, *before[above])}
+            before[node] = {
+                n for above in node.all_input_nodes for n in (above, *before[above])
+            }
         return [not before[node] & {*sums} for node in sums]
 
     examples = torch.randn(7, generator=torch.Generator().manual_seed(0)).unbind()

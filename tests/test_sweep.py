@@ -21,7 +21,9 @@ N, BATCH, EPOCHS = 22, 5, 3  # four minibatches an epoch, two examples left over
 
 
 def draw(seed: int, n: int = N) -> tuple[Tensor, Tensor]:
-    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return x, torch.sin(x.sum(1, keepdim=True))
 
 
@@ -32,7 +34,9 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
 
-run = functools.partial(fo.sweep, make_model, DATA, loss=mse_loss, epochs=EPOCHS, batch_size=BATCH)
+run = functools.partial(
+    fo.sweep, make_model, DATA, loss=mse_loss, epochs=EPOCHS, batch_size=BATCH
+)
 
 
 def stacked(result: fo.Sweep) -> Tensor:
@@ -44,7 +48,9 @@ def stacked(result: fo.Sweep) -> Tensor:
 
 
 def train_alone(
-    seed: int, make_optimizer: Callable[[Any], torch.optim.Optimizer], bound: float = math.inf
+    seed: int,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    bound: float = math.inf,
 ) -> tuple[list[float], nn.Module]:
     """An ordinary loop, with nothing of ours."""
     with torch.random.fork_rng():
@@ -91,7 +97,11 @@ def test_every_run_equals_a_loop_of_torch_optim(seed: Any) -> None:
         losses, model = train_alone(
             own_seed,
             functools.partial(
-                torch.optim.AdamW, lr=lr, betas=(b1, 0.999), eps=1e-6, weight_decay=weight_decay
+                torch.optim.AdamW,
+                lr=lr,
+                betas=(b1, 0.999),
+                eps=1e-6,
+                weight_decay=weight_decay,
             ),
         )
         torch.testing.assert_close(
@@ -103,7 +113,9 @@ def test_every_run_equals_a_loop_of_torch_optim(seed: Any) -> None:
             rtol=1e-8,
             atol=1e-11,
         )
-    assert len(result.curves[:, -1].unique()) == len(combinations)  # every hyperparameter matters
+    assert len(result.curves[:, -1].unique()) == len(
+        combinations
+    )  # every hyperparameter matters
 
 
 def test_float32_runs_stay_float32() -> None:
@@ -116,7 +128,11 @@ def test_float32_runs_stay_float32() -> None:
         steps=2,
         learning_rate=[0.1, 0.2],
     )
-    assert {p.dtype for p in result.params.values()} == {torch.float32} == {result.curves.dtype}
+    assert (
+        {p.dtype for p in result.params.values()}
+        == {torch.float32}
+        == {result.curves.dtype}
+    )
 
 
 def test_a_chain_of_ones_own_and_frozen_parameters() -> None:
@@ -127,7 +143,13 @@ def test_a_chain_of_ones_own_and_frozen_parameters() -> None:
         return fo.chain(fo.clip_by_global_norm(max_norm), fo.sgd(learning_rate))
 
     result = fo.sweep(
-        model, DATA, own, loss=mse_loss, steps=3, learning_rate=[0.1, 1.0], max_norm=[0.01, 100.0]
+        model,
+        DATA,
+        own,
+        loss=mse_loss,
+        steps=3,
+        learning_rate=[0.1, 1.0],
+        max_norm=[0.01, 100.0],
     )
     assert sorted(result.params) == ["0.weight", "2.bias", "2.weight"]
     for i, (lr, max_norm) in enumerate(itertools.product([0.1, 1.0], [0.01, 100.0])):
@@ -175,7 +197,10 @@ def test_a_loss_function_without_data_and_an_optimizer_that_reads_the_loss() -> 
 
 def test_diverging_runs_are_marked_and_the_others_do_not_notice() -> None:
     tame, wild = [0.01, 0.1, 0.3], [1e30, 1e150]
-    result, alone = run(fo.sgd, learning_rate=[*tame, *wild]), run(fo.sgd, learning_rate=tame)
+    result, alone = (
+        run(fo.sgd, learning_rate=[*tame, *wild]),
+        run(fo.sgd, learning_rate=tame),
+    )
     assert result.diverged.tolist() == [False] * 3 + [True] * 2
     assert torch.equal(result.curves[:3], alone.curves)
     assert torch.equal(stacked(result)[:3], stacked(alone))
@@ -220,7 +245,9 @@ def test_a_run_depends_on_its_own_seed_only() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert several.settings["seed"].tolist() == [5, 0, 7] * 2
     torch.testing.assert_close(several.curves[5], one.curves[0], rtol=1e-12, atol=0)
-    assert len(several.curves[:, 0].unique()) == 3  # three beginnings, each with both settings
+    assert (
+        len(several.curves[:, 0].unique()) == 3
+    )  # three beginnings, each with both settings
     assert one.best == {"learning_rate": 0.1}
     assert several.best.keys() == {"learning_rate"}
 
@@ -272,7 +299,9 @@ def test_each_seed_has_its_own_noise_and_each_setting_the_same() -> None:
     tx = noise_only(1.0, fo.random.fold_in(fo.random.key(3), 1))
     gs = {name: torch.zeros_like(p[0]) for name, p in result.params.items()}
     updates, _ = tx.update(gs, tx.init(gs))
-    torch.testing.assert_close(torch.cat([u.flatten() for u in updates.values()]), -drawn[1])
+    torch.testing.assert_close(
+        torch.cat([u.flatten() for u in updates.values()]), -drawn[1]
+    )
 
 
 def test_dropout_is_reproducible_and_off_in_validation() -> None:
@@ -304,8 +333,12 @@ def test_dropout_is_reproducible_and_off_in_validation() -> None:
 
 
 def test_batches_may_come_from_anywhere() -> None:
-    batches = [(DATA[0][i : i + 8], DATA[1][i : i + 8]) for i in range(0, N, 8)]  # the last has six
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*DATA), batch_size=8)
+    batches = [
+        (DATA[0][i : i + 8], DATA[1][i : i + 8]) for i in range(0, N, 8)
+    ]  # the last has six
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*DATA), batch_size=8
+    )
     sweep = functools.partial(
         fo.sweep, make_model, optimizer=fo.adam, loss=mse_loss, learning_rate=[0.1, 0.01]
     )
@@ -331,7 +364,8 @@ def test_validation_decides() -> None:
     result = run(fo.sgd, learning_rate=[1e-3, 0.3], validation=HELD_OUT)
     for i in range(2):
         torch.testing.assert_close(
-            result.losses[i], mse_loss(result.module(i)(HELD_OUT[0]), HELD_OUT[1]).detach()
+            result.losses[i],
+            mse_loss(result.module(i)(HELD_OUT[0]), HELD_OUT[1]).detach(),
         )
     uneven = [tuple(t[:20] for t in HELD_OUT), tuple(t[20:] for t in HELD_OUT)]
     torch.testing.assert_close(
@@ -349,7 +383,9 @@ def test_validation_decides() -> None:
 def test_the_best_as_a_module() -> None:
     model = nn.Sequential(make_model(), nn.BatchNorm1d(1).double().eval())
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = fo.sweep(model, DATA, fo.adam, loss=mse_loss, steps=5, learning_rate=[1e-4, 0.1])
+    result = fo.sweep(
+        model, DATA, fo.adam, loss=mse_loss, steps=5, learning_rate=[1e-4, 0.1]
+    )
     best = result.module()
     torch.testing.assert_close(dict(best.named_parameters()), result.params_of(1))
     assert all(
@@ -357,7 +393,9 @@ def test_the_best_as_a_module() -> None:
     )  # what was given is left alone
     assert fo.adam(**result.best).name == "adam"
     best[0][0].weight.data.zero_()
-    assert not torch.equal(result.params["0.0.weight"][1], torch.zeros(4, 3).double())  # a copy
+    assert not torch.equal(
+        result.params["0.0.weight"][1], torch.zeros(4, 3).double()
+    )  # a copy
 
 
 def test_the_table_shows_the_best_first() -> None:
@@ -376,7 +414,9 @@ def test_the_table_shows_the_best_first() -> None:
 @pytest.mark.parametrize(("seed", "weight_decay"), [(0, 0.0), (range(2), [0.0, 0.1])])
 def test_the_picture(seed: Any, weight_decay: Any, tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
-    result = run(fo.adamw, learning_rate=[1e-3, 0.1, 1e200], weight_decay=weight_decay, seed=seed)
+    result = run(
+        fo.adamw, learning_rate=[1e-3, 0.1, 1e200], weight_decay=weight_decay, seed=seed
+    )
     figure = result.plot()
     left, right = figure.axes[:2]
     assert (left.get_xlabel(), left.get_xscale(), right.get_ylabel()) == (
@@ -432,16 +472,29 @@ def test_compiled_equals_eager_and_compiles_once() -> None:
     compiled = run(fo.sgd, compile=True, **kwargs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
     torch.testing.assert_close(compiled.curves[:8], eager.curves[:8], rtol=1e-9, atol=0)
-    assert compiled.diverged.tolist() == eager.diverged.tolist() == [False] * 8 + [True] * 4
+    assert (
+        compiled.diverged.tolist() == eager.diverged.tolist() == [False] * 8 + [True] * 4
+    )
     tame = run(fo.sgd, compile=True, **{**kwargs, "learning_rate": [1e-3, 0.1, 0.2]})
-    assert torch.equal(compiled.curves[:8], tame.curves[:8])  # not a bit of those that diverged
+    assert torch.equal(
+        compiled.curves[:8], tame.curves[:8]
+    )  # not a bit of those that diverged
 
 
-def test_long_sweeps_are_compiled_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sweeps_are_compiled_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda step, **_: (compiled.append(step), step)[1])
+    monkeypatch.setattr(
+        torch, "compile", lambda step, **_: (compiled.append(step), step)[1]
+    )
     monkeypatch.setattr("functorch_opt.sweeps.sweep.COMPILE_FROM", 6)
-    for steps, compile, times in ((5, None, 0), (6, None, 1), (6, False, 1), (5, True, 2)):
+    for steps, compile, times in (
+        (5, None, 0),
+        (6, None, 1),
+        (6, False, 1),
+        (5, True, 2),
+    ):
         fo.sweep(
             lambda ps, x: (ps["w"] * x).sum(),
             (torch.ones(3),),
@@ -458,7 +511,9 @@ def test_long_sweeps_are_compiled_unless_told_otherwise(monkeypatch: pytest.Monk
 def test_every_sweep_of_a_process_compiles_however_many_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )
     for i in range(3):  # a function that gives up warns, and warnings are errors
         loss = lambda p, i=i: (p**2 + i).sum()  # noqa: E731
         with torch._dynamo.config.patch(recompile_limit=1):
@@ -474,14 +529,18 @@ def test_every_sweep_of_a_process_compiles_however_many_there_are(
         assert result.curves[0, 0] == 2 + 2 * i
 
 
-def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_runs_eagerly_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fails(*args: Any) -> None:
         raise RuntimeError("no working C++ compiler")
 
     eager = run(fo.sgd, learning_rate=[0.1, 0.2])
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: fails)
     with pytest.warns(UserWarning, match=r"runs eagerly.*no working C\+\+ compiler"):
-        assert torch.equal(run(fo.sgd, learning_rate=[0.1, 0.2], compile=True).curves, eager.curves)
+        assert torch.equal(
+            run(fo.sgd, learning_rate=[0.1, 0.2], compile=True).curves, eager.curves
+        )
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------
@@ -550,7 +609,11 @@ ERRORS = {
         TypeError,
         r"params= goes with a function loss\(params",
     ),
-    "no module": (bad(lambda: 3, DATA, fo.adam, steps=1, **LR), TypeError, "it made int 3"),
+    "no module": (
+        bad(lambda: 3, DATA, fo.adam, steps=1, **LR),
+        TypeError,
+        "it made int 3",
+    ),
     "batch norm": (
         bad(nn.Sequential(nn.BatchNorm1d(3)), DATA, fo.adam, steps=1, **LR),
         TypeError,

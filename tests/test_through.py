@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._core.checkpoint import state_dict
 
 
 def _train(tx: fo.GradientTransformation, ps: dict, gradients: list) -> list:
@@ -38,7 +39,9 @@ def test_derivatives_at_zero_gradients_are_finite(
         hyper["eps"] = torch.tensor(1e-8, dtype=torch.float64)  # the row's own is large
     start = params(dtype)
     rest = _train(
-        row.build(variant, **hyper), start, [lambda ps: tree.map(torch.zeros_like, ps)] * 3
+        row.build(variant, **hyper),
+        start,
+        [lambda ps: tree.map(torch.zeros_like, ps)] * 3,
     )
 
     def end(hyper: dict, shift: Tensor, stiffness: Tensor) -> Tensor:
@@ -46,14 +49,18 @@ def test_derivatives_at_zero_gradients_are_finite(
             lambda ps, there=there: tree.map(lambda p, q: stiffness * (p - q), ps, there)
             for there in rest[:3]
         ]
-        after = _train(row.build(variant, **hyper), tree.map(lambda p: p + shift, start), pulls)[-1]
+        after = _train(
+            row.build(variant, **hyper), tree.map(lambda p: p + shift, start), pulls
+        )[-1]
         return torch.cat([p.flatten() for p in tree.leaves(after)])
 
     at = hyper, torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
-    torch.testing.assert_close(end(*at), torch.cat([p.flatten() for p in tree.leaves(rest[-1])]))
+    torch.testing.assert_close(
+        end(*at), torch.cat([p.flatten() for p in tree.leaves(rest[-1])])
+    )
     # Under vmap torch gives a 0-dim float32 tensor times a number a float64 tangent, and lerp rejects it: forward mode in float64 only.
     for jac in (jacrev, jacfwd) if dtype == torch.float64 else (jacrev,):
-        derivative = tree.state_dict(jac(end, argnums=(0, 1, 2))(*at))
+        derivative = state_dict(jac(end, argnums=(0, 1, 2))(*at))
         wrong = [path for path, d in derivative.items() if not d.isfinite().all()]
         assert not wrong, (jac.__name__, wrong)
 
@@ -95,7 +102,9 @@ def test_checkpointed_steps_give_the_same_hypergradient_and_keep_less() -> None:
             with torch.enable_grad():
                 loss = sum((p.sin() * p).sum() for p in leaves)
                 gs = torch.autograd.grad(loss, leaves, create_graph=True)
-            updates, state = tx.update(tree.unflatten(tree.flatten(ps)[1], list(gs)), state, ps)
+            updates, state = tx.update(
+                tree.unflatten(tree.flatten(ps)[1], list(gs)), state, ps
+            )
             return fo.apply_updates(ps, updates), state
 
         seen: dict[int, int] = {}

@@ -30,7 +30,8 @@ from torch import Tensor, ones, tensor, zeros
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._core import structure
+from functorch_opt._core import numerics, structure
+from functorch_opt._core.state import StageState
 
 
 def t(*shape: int) -> Tensor:
@@ -51,7 +52,7 @@ EXAMPLES = {  # name: (tree, paths of its leaves)
     "global-dataclass": (Block([t(2)]), ["layers/0"]),
     "deque": (deque([t(2), t()]), ["0", "1"]),
     "state": (
-        tree.StageState({"count": tensor(0)}, {"mu": {"w": t(2)}}),
+        StageState({"count": tensor(0)}, {"mu": {"w": t(2)}}),
         ["shared/count", "slots/mu/w"],
     ),
     "nested": (
@@ -59,7 +60,13 @@ EXAMPLES = {  # name: (tree, paths of its leaves)
             "encoder": [Layer(t(2, 3), Pair(t(1), None)), ()],
             "head": OrderedDict(z={"x": t()}, a=(t(0), {})),
         },
-        ["encoder/0/kernel", "encoder/0/bias/w", "encoder/0/bias/b", "head/z/x", "head/a/0"],
+        [
+            "encoder/0/kernel",
+            "encoder/0/bias/w",
+            "encoder/0/bias/b",
+            "head/z/x",
+            "head/a/0",
+        ],
     ),
     "empty-dict": ({}, []),
     "empty-list": ([], []),
@@ -73,7 +80,7 @@ examples = pytest.mark.parametrize(("example", "paths"), EXAMPLES.values(), ids=
 
 @examples
 def test_paths(example: Any, paths: list[str]) -> None:
-    assert tree.paths(example) == paths == tree.unique_paths(example)
+    assert tree.paths(example) == paths == structure.unique_paths(example)
     assert len(tree.flatten(example)[0]) == len(paths)
 
 
@@ -110,9 +117,13 @@ def test_map(example: Any, paths: list[str]) -> None:
         assert y is None if x is None else torch.equal(y, 21 * x)
 
 
-def test_map_hands_over_none_leaves_of_the_first_tree_and_gives_those_of_the_others() -> None:
+def test_map_hands_over_none_leaves_of_the_first_tree_and_gives_those_of_the_others() -> (
+    None
+):
     seen = []
-    result = tree.map(lambda x, y: seen.append((x, y)) or x, [1, None, 3], [None, t(), t()])
+    result = tree.map(
+        lambda x, y: seen.append((x, y)) or x, [1, None, 3], [None, t(), t()]
+    )
     assert seen == [(1, None), (3, t())]
     assert result == [1, None, 3]
 
@@ -125,7 +136,7 @@ def test_map_names_the_trees_in_its_error() -> None:
 
 
 def test_map_leaves_sees_none_too() -> None:
-    assert tree.map_leaves(repr, {"a": None, "b": [True, "x"]}) == {
+    assert structure.map_leaves(repr, {"a": None, "b": [True, "x"]}) == {
         "a": "None",
         "b": ["True", "'x'"],
     }
@@ -136,7 +147,9 @@ def test_match_with_itself(example: Any, paths: list[str]) -> None:
     leaves, spec = tree.flatten(example)
     assert all(
         a is b
-        for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True)
+        for a, b in zip(
+            structure.match(example, spec, example, names=("a", "b")), leaves, strict=True
+        )
     )
 
 
@@ -145,8 +158,12 @@ def test_match_goes_by_key_not_by_order() -> None:
     w, b = t(2), t()
     for reference in ({"w": 1, "b": 2}, OrderedDict(w=1, b=2), OrderedDict(b=2, w=1)):
         for other in ({"w": w, "b": b}, OrderedDict(w=w, b=b), OrderedDict(b=b, w=w)):
-            matched = tree.match(reference, tree.flatten(reference)[1], other, names=("a", "b"))
-            assert [x is w for x in matched] == [path == "w" for path in tree.paths(reference)]
+            matched = structure.match(
+                reference, tree.flatten(reference)[1], other, names=("a", "b")
+            )
+            assert [x is w for x in matched] == [
+                path == "w" for path in tree.paths(reference)
+            ]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +190,10 @@ def test_match_refuses_every_other_structure(same: str) -> None:
             and not (same == "namedtuple" and name.startswith(same))
         ):
             with pytest.raises(
-                ValueError, match=r"^one and two differ in structure: at .* one has .* and two has "
+                ValueError,
+                match=r"^one and two differ in structure: at .* one has .* and two has ",
             ):
-                tree.match(reference, spec, other, names=("one", "two"))
+                structure.match(reference, spec, other, names=("one", "two"))
 
 
 @pytest.mark.parametrize(
@@ -198,30 +216,38 @@ def test_match_refuses_every_other_structure(same: str) -> None:
 def test_the_first_difference(one: Any, two: Any, place: str | None) -> None:
     spec = tree.flatten(one)[1]
     if place is None:
-        assert tree.match(one, spec, two, names=("one", "two")) == [None]
+        assert structure.match(one, spec, two, names=("one", "two")) == [None]
         return
     with pytest.raises(ValueError, match=f"differ in structure: at {place} one has"):
-        tree.match(one, spec, two, names=("one", "two"))
+        structure.match(one, spec, two, names=("one", "two"))
 
 
 def test_broadcast() -> None:
     below = {"a": {"w": t(2), "b": None}, "z": (t(), [])}
     names = ("mask", "params")
-    assert tree.broadcast(True, below, names=names) == [True] * 3
-    assert tree.broadcast({"a": 1, "z": 2}, below, names=names) == [1, 1, 2]
-    assert tree.broadcast({"a": {"b": 1, "w": 2}, "z": (3, [])}, below, names=names) == [1, 2, 3]
-    assert tree.broadcast(OrderedDict(z=2, a={"w": 3, "b": None}), below, names=names) == [
+    assert structure.broadcast(True, below, names=names) == [True] * 3
+    assert structure.broadcast({"a": 1, "z": 2}, below, names=names) == [1, 1, 2]
+    assert structure.broadcast(
+        {"a": {"b": 1, "w": 2}, "z": (3, [])}, below, names=names
+    ) == [
+        1,
+        2,
+        3,
+    ]
+    assert structure.broadcast(
+        OrderedDict(z=2, a={"w": 3, "b": None}), below, names=names
+    ) == [
         None,
         3,
         2,
     ]
-    assert tree.broadcast("x", t(), names=names) == ["x"]
-    assert tree.broadcast("x", {}, names=names) == []
+    assert structure.broadcast("x", t(), names=names) == ["x"]
+    assert structure.broadcast("x", {}, names=names) == []
     with pytest.raises(
         ValueError,
         match=r"^mask and params differ in structure: at 'a' mask has nothing and params has dict",
     ):
-        tree.broadcast({"z": 1}, below, names=names)
+        structure.broadcast({"z": 1}, below, names=names)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
@@ -250,9 +276,13 @@ def test_norm_is_computed_in_float32_at_least() -> None:
     small = torch.full(
         (4096,), 2.0**-7, dtype=torch.bfloat16
     )  # the sum of squares stops growing in bfloat16
-    assert tree.norm([small, small]).item() == pytest.approx(math.sqrt(2 * 4096) / 128, rel=1e-6)
+    assert tree.norm([small, small]).item() == pytest.approx(
+        math.sqrt(2 * 4096) / 128, rel=1e-6
+    )
     assert (
-        tree.norm([ones(2), ones(2, dtype=torch.float64), ones(1, dtype=torch.bfloat16)]).dtype
+        tree.norm(
+            [ones(2), ones(2, dtype=torch.float64), ones(1, dtype=torch.bfloat16)]
+        ).dtype
         == torch.float64
     )
 
@@ -270,7 +300,10 @@ def test_gradient_of_the_norm_at_zero_is_zero(dtype: torch.dtype) -> None:
     ]
     tree.norm(example).backward()
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in example)
-    half = [zeros(2, dtype=dtype, requires_grad=True), ones(2, dtype=dtype).requires_grad_()]
+    half = [
+        zeros(2, dtype=dtype, requires_grad=True),
+        ones(2, dtype=dtype).requires_grad_(),
+    ]
     tree.norm(half).backward()
     assert torch.equal(half[0].grad, torch.zeros_like(half[0]))
     torch.testing.assert_close(half[1].grad, half[1].detach() / math.sqrt(2))
@@ -279,7 +312,9 @@ def test_gradient_of_the_norm_at_zero_is_zero(dtype: torch.dtype) -> None:
 def test_functional_gradient_of_the_norm_at_zero_is_zero() -> None:
     ps = {"a": zeros(3), "b": [zeros(())]}
     assert_same_bits(torch.func.grad(tree.norm)(ps), ps)
-    assert torch.func.jvp(tree.norm, (ps,), (tree.map(torch.ones_like, ps),))[1].isfinite()
+    assert torch.func.jvp(tree.norm, (ps,), (tree.map(torch.ones_like, ps),))[
+        1
+    ].isfinite()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,15 +326,19 @@ def test_zeros_like(dtype: torch.dtype) -> None:
     )
     assert z.shape == x.shape
     assert not z.any()
-    assert tree.zeros_like(x, torch.complex128 if dtype.is_complex else torch.bfloat16).dtype in (
+    assert tree.zeros_like(
+        x, torch.complex128 if dtype.is_complex else torch.bfloat16
+    ).dtype in (
         torch.complex128,
         torch.bfloat16,
     )
 
 
 def test_cast() -> None:
-    example = Pair({"w": t(2), "n": tensor(3)}, [None, t().to(torch.complex64), t().double()])
-    half = tree.cast(example, torch.bfloat16)
+    example = Pair(
+        {"w": t(2), "n": tensor(3)}, [None, t().to(torch.complex64), t().double()]
+    )
+    half = numerics.cast(example, torch.bfloat16)
     assert [x.dtype for x in tree.leaves(half)] == [
         torch.int64,
         torch.bfloat16,
@@ -307,7 +346,7 @@ def test_cast() -> None:
         torch.bfloat16,
     ]
     assert half.b[0] is None
-    assert tree.cast(example, None) is example
+    assert numerics.cast(example, None) is example
 
 
 # ---- reading a state ---------------------------------------------------------------------------------------------------
@@ -323,7 +362,10 @@ def test_get() -> None:
     assert fo.get(state, "adam") is state["adam"]
     assert fo.get(state, "scale_by_adam") is state["adam"]["scale_by_adam"]
     assert fo.get(state, "scale_by_lion/mu") is state["scale_by_lion"].slots["mu"]
-    assert fo.get(state, "adam/scale_by_adam/mu") is state["adam"]["scale_by_adam"].slots["mu"]
+    assert (
+        fo.get(state, "adam/scale_by_adam/mu")
+        is state["adam"]["scale_by_adam"].slots["mu"]
+    )
     assert tree.paths(fo.get(state, "nu")) == tree.paths(PARAMS)
 
 
@@ -371,10 +413,13 @@ def test_describe_says_what_each_model_has_of_its_own() -> None:
     ]
     assert "4 x (3, 2)" in lines[0]
     assert "5 x (4,)" in fo.describe(x, in_dims=-1)
-    with pytest.raises(ValueError, match=r"'shared/count' has shape \(\).*vmap\(tx.init\)"):
+    with pytest.raises(
+        ValueError, match=r"'shared/count' has shape \(\).*vmap\(tx.init\)"
+    ):
         fo.describe(tx.init(params), in_dims=0)
     with pytest.raises(
-        ValueError, match=r"'1' has shape \(5, 4\): 5 models along dimension 0, where others have 4"
+        ValueError,
+        match=r"'1' has shape \(5, 4\): 5 models along dimension 0, where others have 4",
     ):
         fo.describe((x, x.T), in_dims=(0, 0))
 
@@ -386,7 +431,9 @@ def test_describe_says_what_each_model_has_of_its_own() -> None:
 def test_state_dict_and_back(example: Any, paths: list[str]) -> None:
     flat = fo.state_dict(example)
     assert list(flat) == [
-        path for path, leaf in zip(paths, tree.flatten(example)[0], strict=True) if leaf is not None
+        path
+        for path, leaf in zip(paths, tree.flatten(example)[0], strict=True)
+        if leaf is not None
     ]
     assert all(a is b for a, b in zip(flat.values(), tree.leaves(example), strict=True))
     again = fo.load_state_dict(tree.map(torch.zeros_like, example), flat)
@@ -414,9 +461,12 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
         fo.adamw(0.1),
         fo.masked(fo.adam(0.1), {"b": True, "w": False, "z": True}),
         fo.masked(fo.adam(0.1), lambda path, p: path != "w", otherwise="zero"),
-        fo.partition({"a": fo.adam(0.1), "b": fo.sgd(0.3)}, {"b": "a", "w": "b", "z": "a"}),
         fo.partition(
-            {"b": fo.adam(0.1), "w": fo.sgd(0.3), "z": fo.trace(0.5)}, lambda path, p: path
+            {"a": fo.adam(0.1), "b": fo.sgd(0.3)}, {"b": "a", "w": "b", "z": "a"}
+        ),
+        fo.partition(
+            {"b": fo.adam(0.1), "w": fo.sgd(0.3), "z": fo.trace(0.5)},
+            lambda path, p: path,
         ),
         fo.chain(fo.clip_by_global_norm(0.5), fo.inject_hyperparams(fo.rmsprop)(0.1)),
     ],
@@ -424,16 +474,25 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
 )
 def test_gradients_in_another_kind_of_dict(tx: fo.GradientTransformation) -> None:
     """What belongs together is found by key: an OrderedDict keeps its order, a dict is flattened in the order of its keys."""
-    ps, gs = {"w": t(3), "b": t(3), "z": t(3)}, {"w": -t(3), "b": 2 * t(3), "z": t(3) ** 2}
+    ps, gs = (
+        {"w": t(3), "b": t(3), "z": t(3)},
+        {"w": -t(3), "b": 2 * t(3), "z": t(3) ** 2},
+    )
     wanted, wanted_state = tx.update(gs, tx.init(ps), ps)
     for order in (["w", "b", "z"], ["z", "w", "b"]):
-        updates, state = tx.update(OrderedDict((k, gs[k]) for k in order), tx.init(ps), ps)
+        updates, state = tx.update(
+            OrderedDict((k, gs[k]) for k in order), tx.init(ps), ps
+        )
         assert list(updates) == order
         for key in order:
-            torch.testing.assert_close(updates[key], wanted[key])  # a norm adds in another order
+            torch.testing.assert_close(
+                updates[key], wanted[key]
+            )  # a norm adds in another order
         for path, value in fo.state_dict(wanted_state).items():
             torch.testing.assert_close(fo.state_dict(state)[path], value)
-        torch.testing.assert_close(fo.apply_updates(ps, updates), fo.apply_updates(ps, wanted))
+        torch.testing.assert_close(
+            fo.apply_updates(ps, updates), fo.apply_updates(ps, wanted)
+        )
 
 
 # ---- drawn trees: the functions ----------------------------------------------------------------------------------------
@@ -444,17 +503,23 @@ def test_gradients_in_another_kind_of_dict(tx: fo.GradientTransformation) -> Non
 def test_functions_on_drawn_trees(plan: Any) -> None:
     example = params_like(plan)
     leaves, spec = tree.flatten(example)
-    assert len(tree.paths(example)) == len(set(tree.unique_paths(example))) == len(leaves)
+    assert (
+        len(tree.paths(example))
+        == len(set(structure.unique_paths(example)))
+        == len(leaves)
+    )
     assert_same_bits(tree.unflatten(spec, leaves), example)
     assert_same_bits(tree.map(lambda x, y: y, example, params_like(plan)), example)
     assert all(
         a is b
-        for a, b in zip(tree.match(example, spec, example, names=("a", "b")), leaves, strict=True)
+        for a, b in zip(
+            structure.match(example, spec, example, names=("a", "b")), leaves, strict=True
+        )
     )
-    assert tree.broadcast(True, example, names=("a", "b")) == [True] * len(leaves)
-    assert tree.broadcast(tree.map_leaves(lambda x: 7, example), example, names=("a", "b")) == [
-        7
-    ] * len(leaves)
+    assert structure.broadcast(True, example, names=("a", "b")) == [True] * len(leaves)
+    assert structure.broadcast(
+        structure.map_leaves(lambda x: 7, example), example, names=("a", "b")
+    ) == [7] * len(leaves)
     assert_same_bits(fo.load_state_dict(example, fo.state_dict(example)), example)
     size = sum(x.numel() * x.element_size() for x in tree.leaves(example))
     assert fo.describe(example).splitlines()[-1].split() == ["total", f"{size:,}", "B"]
@@ -483,7 +548,9 @@ def test_two_drawn_trees_fit_or_the_error_tells_where_not(one: Any, two: Any) ->
     else:
         assert tree.paths(updated) == tree.paths(a)
         for x, y in zip(
-            tree.flatten(a)[0], tree.match(a, tree.flatten(a)[1], b, names=("a", "b")), strict=True
+            tree.flatten(a)[0],
+            structure.match(a, tree.flatten(a)[1], b, names=("a", "b")),
+            strict=True,
         ):
             assert y is None or x.shape == y.shape
 

@@ -123,7 +123,11 @@ def _reports(checker: str, cache: Path) -> dict[int, str]:
         done = subprocess.run(
             [sys.executable, "-m", checker, *command, str(script)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1",
+            },
             capture_output=True,
             text=True,
         )
@@ -136,7 +140,9 @@ def _reports(checker: str, cache: Path) -> dict[int, str]:
             if report["severity"] == "error"
         }
     assert done.returncode in (0, 1), done.stderr
-    found = re.findall(r"^script\.py:(\d+): error: (.*)$", done.stdout, flags=re.MULTILINE)
+    found = re.findall(
+        r"^script\.py:(\d+): error: (.*)$", done.stdout, flags=re.MULTILINE
+    )
     return {int(line): message for line, message in found}
 
 
@@ -158,7 +164,9 @@ def test_right_calls_pass(reports: dict[int, str]) -> None:
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_each_wrong_call_is_reported_at_its_line(reports: dict[int, str]) -> None:
     first = len(RIGHT.splitlines()) + 1
-    unseen = [line for n, line in enumerate(WRONG.splitlines(), first) if n not in reports]
+    unseen = [
+        line for n, line in enumerate(WRONG.splitlines(), first) if n not in reports
+    ]
     assert not unseen
 
 

@@ -30,35 +30,74 @@ def circle(a, b, c, d):
 
 
 CASES = {
-    "history of gradients": (lambda g, p, a, b: [(1, p - g - a - b), (2, g), (3, a)], "4 vectors"),
-    "history, the other way round": (lambda g, p, a, b: [(3, a), (2, g), (1, p - a)], "4 vectors"),
-    "history cloned": (lambda g, a, b, c: [(3, b.clone()), (2, a.clone()), (1, g)], "4 vectors"),
-    "a clone that is read late": (lambda a, b: [(0, b * 2), (1, a.clone() + 1)], "2 vectors"),
+    "history of gradients": (
+        lambda g, p, a, b: [(1, p - g - a - b), (2, g), (3, a)],
+        "4 vectors",
+    ),
+    "history, the other way round": (
+        lambda g, p, a, b: [(3, a), (2, g), (1, p - a)],
+        "4 vectors",
+    ),
+    "history cloned": (
+        lambda g, a, b, c: [(3, b.clone()), (2, a.clone()), (1, g)],
+        "4 vectors",
+    ),
+    "a clone that is read late": (
+        lambda a, b: [(0, b * 2), (1, a.clone() + 1)],
+        "2 vectors",
+    ),
     "delayed by a step": (lambda g, p, old: [(1, p + old), (2, g)], "3 vectors"),
     "the parameter before": (lambda g, p, old: [(1, p - g + old), (2, p)], "3 vectors"),
-    "the parameter from a slot": (lambda p, slot: [(0, slot), (1, slot / 2)], "2 vectors"),
+    "the parameter from a slot": (
+        lambda p, slot: [(0, slot), (1, slot / 2)],
+        "2 vectors",
+    ),
     "swap": (swap, "2 vectors"),
     "swap of clones": (lambda a, b: [(0, b.clone()), (1, a.clone())], "2 vectors"),
     "swap of views": (lambda a, b: [(0, b.view(-1).view(b.shape)), (1, a)], [WIDE, WIDE]),
     "swap of transposes": (lambda a, b: [(0, b.t()), (1, a.t())], [WIDE, TALL]),
-    "swap of bits": (lambda a, b: [(0, b.view(torch.int32)), (1, a.view(torch.float32))], "bits"),
+    "swap of bits": (
+        lambda a, b: [(0, b.view(torch.int32)), (1, a.view(torch.float32))],
+        "bits",
+    ),
     "circle": (circle, "4 vectors"),
-    "circle and who reads it": (lambda a, b, c: [(2, a), (0, b), (1, a.clone())], "3 vectors"),
-    "nothing new": (lambda a, b, c: [(0, a), (1, b.clone()), (2, c.detach())], "3 vectors"),
+    "circle and who reads it": (
+        lambda a, b, c: [(2, a), (0, b), (1, a.clone())],
+        "3 vectors",
+    ),
+    "nothing new": (
+        lambda a, b, c: [(0, a), (1, b.clone()), (2, c.detach())],
+        "3 vectors",
+    ),
     "transpose of itself": (lambda a, b: [(0, a.t()), (1, a + b)], [SQUARE, SQUARE]),
-    "contiguous transpose": (lambda a, b: [(0, a.t().contiguous()), (1, a)], [SQUARE, SQUARE]),
+    "contiguous transpose": (
+        lambda a, b: [(0, a.t().contiguous()), (1, a)],
+        [SQUARE, SQUARE],
+    ),
     "flipped": (lambda a, b: [(0, a.flip(0)), (1, a.flip(0, 1))], [WIDE, WIDE]),
     "rolled": (lambda a, b: [(0, a.roll(1)), (1, a)], [WIDE, WIDE]),
     "a row for all": (lambda a, b: [(0, b[:1].expand(b.shape)), (1, a)], [WIDE, WIDE]),
-    "a row of itself": (lambda a, b: [(0, a[:, :1].expand_as(a)), (1, a * 2)], [WIDE, WIDE]),
+    "a row of itself": (
+        lambda a, b: [(0, a[:, :1].expand_as(a)), (1, a * 2)],
+        [WIDE, WIDE],
+    ),
     "means": (lambda a, b: [(0, b.mean(-1, True).expand_as(b)), (1, a)], [WIDE, WIDE]),
-    "a number": (lambda a, b, n: [(0, a * n), (1, n.expand(b.shape)), (2, b.sum())], "number"),
-    "narrow and wide": (lambda g, p, a, b: [(1, p + g), (2, g), (3, p)], "narrow and wide"),
+    "a number": (
+        lambda a, b, n: [(0, a * n), (1, n.expand(b.shape)), (2, b.sum())],
+        "number",
+    ),
+    "narrow and wide": (
+        lambda g, p, a, b: [(1, p + g), (2, g), (3, p)],
+        "narrow and wide",
+    ),
     "swap of dtypes": (swap, "dtypes"),
     "swap of integers": (swap, "integers"),
     "swap of booleans": (swap, "booleans"),
     "rounded integers": (lambda a, b: [(0, b.floor()), (1, a.ceil())], "integers"),
-    "in place, on its own": (lambda a, b: [(0, torch.zeros_like(a).add_(b)), (1, a)], "2 vectors"),
+    "in place, on its own": (
+        lambda a, b: [(0, torch.zeros_like(a).add_(b)), (1, a)],
+        "2 vectors",
+    ),
 }
 KINDS = {
     "number": [((9,), None), ((9,), None), ((), None)],
@@ -106,7 +145,9 @@ def test_all_is_read_before_anything_is_written(name: str, backend: str) -> None
     assert_same(args, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_rules_that_return_what_they_were_given(backend: str) -> None:
     """Over steps, in a chain, against `update` and `apply_updates`."""
 
@@ -126,7 +167,10 @@ def test_rules_that_return_what_they_were_given(backend: str) -> None:
         fo.leafwise(turns, slots=ones),
         fo.leafwise(momentum, slots={"old": torch.clone}),
     )
-    ps, step = [torch.randn(4, 3), torch.randn(5)], CompiledStep(tx, True, backend=backend)
+    ps, step = (
+        [torch.randn(4, 3), torch.randn(5)],
+        CompiledStep(tx, True, backend=backend),
+    )
     mine = tree.map(torch.clone, ps)
     state, ours = tx.init(ps), tx.init(mine)
     for _ in range(4):
@@ -190,7 +234,12 @@ def test_a_rule_that_cannot_be_traced_says_so() -> None:
 
 def test_a_rule_must_not_write_into_what_it_is_given() -> None:
     with pytest.raises(Untraceable, match="writes into a tensor that it was given"):
-        Program(lambda args: [(0, args[1].add_(1))], [torch.ones(3), torch.ones(3)], 1, "eager")
+        Program(
+            lambda args: [(0, args[1].add_(1))],
+            [torch.ones(3), torch.ones(3)],
+            1,
+            "eager",
+        )
 
 
 def test_a_tie_is_no_wrong_code() -> None:

@@ -8,7 +8,13 @@ from torch.optim import lr_scheduler
 
 import functorch_opt as fo
 
-SHAPES = {"conv": (2, 3, 1, 2), "bias": (2,), "scalar": (), "empty": (0, 2), "matrix": (4, 3)}
+SHAPES = {
+    "conv": (2, 3, 1, 2),
+    "bias": (2,),
+    "scalar": (),
+    "empty": (0, 2),
+    "matrix": (4, 3),
+}
 
 
 SHAPES_OF = {
@@ -19,7 +25,13 @@ SHAPES_OF = {
         "row": (1, 5),
         "matrix": (4, 3),
     },
-    "Muon": {"tall": (4, 3), "wide": (3, 4), "square": (5, 5), "row": (1, 6), "large": (20, 30)},
+    "Muon": {
+        "tall": (4, 3),
+        "wide": (3, 4),
+        "square": (5, 5),
+        "row": (1, 6),
+        "large": (20, 30),
+    },
 }
 """Where a class does not take every shape. torch's Adafactor divides by the size of a tensor, and so has no empty ones."""
 
@@ -30,12 +42,16 @@ def make_params(
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES_OF.get(of, SHAPES).values()
     return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        nn.Parameter(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        )
         for shape in shapes
     ]
 
 
-def set_grads(params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
+def set_grads(
+    params: list[nn.Parameter], step: int, missing: tuple[int, ...] = ()
+) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for i, p in enumerate(params):
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -95,7 +111,9 @@ SCHEDULERS = {
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 8),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(
+        o, 4
+    ),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=24),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),

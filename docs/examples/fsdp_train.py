@@ -40,9 +40,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm_1(x))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         x = x + self.out(
-            scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
         )
         return x + self.mlp(self.norm_2(x))
 
@@ -76,7 +82,10 @@ def batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 def save(model: nn.Module, opt: torch.optim.Optimizer, folder: Path, step: int) -> None:
     model_state, opt_state = get_state_dict(model, opt)
-    dcp.save({"model": model_state, "optimizer": opt_state}, checkpoint_id=folder / f"{step:08d}")
+    dcp.save(
+        {"model": model_state, "optimizer": opt_state},
+        checkpoint_id=folder / f"{step:08d}",
+    )
 
 
 def resume(model: nn.Module, opt: torch.optim.Optimizer, folder: Path) -> int:
@@ -85,7 +94,9 @@ def resume(model: nn.Module, opt: torch.optim.Optimizer, folder: Path) -> int:
     if not finished:
         return 0
     model_state, opt_state = get_state_dict(model, opt)
-    dcp.load({"model": model_state, "optimizer": opt_state}, checkpoint_id=finished[-1].parent)
+    dcp.load(
+        {"model": model_state, "optimizer": opt_state}, checkpoint_id=finished[-1].parent
+    )
     set_state_dict(model, opt, model_state_dict=model_state, optim_state_dict=opt_state)
     return int(finished[-1].parent.name)
 
@@ -97,9 +108,14 @@ def main() -> None:
         "--every", type=int, default=100, help="steps between checkpoints and lines"
     )
     parser.add_argument(
-        "--folder", type=Path, default=None, help="of checkpoints; by default none are written"
+        "--folder",
+        type=Path,
+        default=None,
+        help="of checkpoints; by default none are written",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the step of the optimizer")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step of the optimizer"
+    )
     args = parser.parse_args()
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +124,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    assert BATCH % world == 0, f"{BATCH} rows cannot be divided evenly among {world} ranks"
+    assert BATCH % world == 0, (
+        f"{BATCH} rows cannot be divided evenly among {world} ranks"
+    )
 
     torch.manual_seed(0)  # the same first parameters on every rank
     model = Transformer().to(device)
@@ -117,9 +135,13 @@ def main() -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    schedule = fo.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=20, decay_steps=1000)
+    schedule = fo.warmup_cosine_decay_schedule(
+        0.0, 3e-3, warmup_steps=20, decay_steps=1000
+    )
     tx = fo.chain(
-        fo.clip_by_global_norm(1.0),  # the norm of the whole gradient, not of this rank's part
+        fo.clip_by_global_norm(
+            1.0
+        ),  # the norm of the whole gradient, not of this rank's part
         fo.adamw(schedule, weight_decay=0.1, mask=lambda name, p: p.ndim > 1),
     )
     opt = fo.optim.Optimizer(
@@ -144,7 +166,9 @@ def main() -> None:
             if args.folder:
                 save(model, opt, args.folder, step + 1)
 
-    held = sum(fo.tree.part_of(x).nbytes for state in opt.state.values() for x in state.values())
+    held = sum(
+        fo.tree.part_of(x).nbytes for state in opt.state.values() for x in state.values()
+    )
     everybodys: list[int] = [0] * world
     dist.all_gather_object(everybodys, held)
     if rank == 0:

@@ -45,12 +45,16 @@ def learning_rates() -> Figure:
 
 def model_per_image() -> Figure:
     """A network from coordinates to brightness for each digit, drawn at four times the size."""
-    images = torch.tensor(load_digits().images[:10] / 16, dtype=torch.float32)  # [10, 8, 8]
+    images = torch.tensor(
+        load_digits().images[:10] / 16, dtype=torch.float32
+    )  # [10, 8, 8]
     axis = torch.linspace(-1, 1, 8)
     pixels = torch.cartesian_prod(axis, axis)  # [64, 2]
     fine = torch.cartesian_prod(*[torch.linspace(-1, 1, 32)] * 2)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    net = nn.Sequential(
+        nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+    )
     start = {name: p.detach() for name, p in net.named_parameters()}
     tx = fo.adam(0.01)
 
@@ -71,7 +75,9 @@ def model_per_image() -> Figure:
     for k in range(1001):
         if k in (0, 30, 200, 1000):
             drawn[k] = (
-                vmap(lambda p: functional_call(net, p, fine))(params).detach().view(10, 32, 32)
+                vmap(lambda p: functional_call(net, p, fine))(params)
+                .detach()
+                .view(10, 32, 32)
             )
         params, state, value = vmap(step)(params, state, images)
         values.append(value.mean())
@@ -96,7 +102,9 @@ def rosenbrock_valley() -> Figure:
 
     ways = {
         "lbfgs": fo.lbfgs(),
-        "sgd, backtracking search": fo.chain(fo.sgd(1.0), fo.scale_by_backtracking_linesearch(30)),
+        "sgd, backtracking search": fo.chain(
+            fo.sgd(1.0), fo.scale_by_backtracking_linesearch(30)
+        ),
         "sgd(1e-3)": fo.sgd(1e-3),
         "adam(0.02)": fo.adam(0.02),
     }
@@ -109,7 +117,9 @@ def rosenbrock_valley() -> Figure:
             gradient, value = grad_and_value(f)(p)
             values.append(value)
             known = {"value": value, "grad": gradient, "value_fn": f}
-            updates, state = tx.update(gradient, state, p, **{e: known[e] for e in tx.extra_args})
+            updates, state = tx.update(
+                gradient, state, p, **{e: known[e] for e in tx.extra_args}
+            )
             p = fo.apply_updates(p, updates)
         ax.semilogy(torch.stack(values).clamp_min(1e-16), label=name)
     ax.set(xlabel="step", ylabel="value of the Rosenbrock function")
@@ -167,7 +177,10 @@ def ensemble() -> Figure:
         updates, state = fo.adam(rate).update(gradients, state, params)
         return fo.apply_updates(params, updates), state, value
 
-    params = {name: p.detach().expand(64, *p.shape).clone() for name, p in net.named_parameters()}
+    params = {
+        name: p.detach().expand(64, *p.shape).clone()
+        for name, p in net.named_parameters()
+    }
     state, values = vmap(fo.adam(0.1).init)(params), []
     for _ in range(300):
         params, state, value = vmap(step)(params, state, rates)
@@ -179,7 +192,9 @@ def ensemble() -> Figure:
     for curve, color in zip(curves.T, colors, strict=True):
         ax.semilogy(curve, color=color, linewidth=0.8)
     ax.set(xlabel="step", ylabel="loss of each model", ylim=(1e-6, 10))
-    figure.colorbar(ScalarMappable(LogNorm(1e-4, 1.0), "viridis"), ax=ax, label="its learning rate")
+    figure.colorbar(
+        ScalarMappable(LogNorm(1e-4, 1.0), "viridis"), ax=ax, label="its learning rate"
+    )
     return figure
 
 
@@ -226,12 +241,16 @@ def executions() -> Figure:
     def write(x: float, y: float, text: str, **style: object) -> None:
         ax.text(x, y, text, ha="center", va="center", **{"fontsize": 9, **style})
 
-    def box(x: float, y: float, width: float, height: float, colors: tuple[str, str]) -> None:
+    def box(
+        x: float, y: float, width: float, height: float, colors: tuple[str, str]
+    ) -> None:
         """A box around the point (x, y)."""
         face, edge = colors
         corner = (x - width / 2, y - height / 2)
         style = "round,pad=0,rounding_size=0.6"
-        ax.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge))
+        ax.add_patch(
+            FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge)
+        )
 
     def arrow(x: float, above: float, below: float) -> None:
         line = {"arrowstyle": "->", "color": "#57606a", "shrinkA": 0, "shrinkB": 0}
@@ -244,7 +263,9 @@ def executions() -> Figure:
         44.2,
         "prepare, once a step;  rule, for one tensor;  the names of their arguments",
     )
-    write(45, 42.0, "combined by chain, masked, partition, inject_hyperparams, wraps, gates")
+    write(
+        45, 42.0, "combined by chain, masked, partition, inject_hyperparams, wraps, gates"
+    )
     for x, (name, (what, *steps)) in zip((16, 45, 74), EXECUTIONS.items(), strict=True):
         arrow(x, 40.5, 37.8)
         write(x, 36.4, name, family="monospace", fontsize=10.5)
@@ -274,7 +295,9 @@ AS_SVG = ("executions",)
 if __name__ == "__main__":
     torch.set_num_threads(1)
     rcParams["svg.hashsalt"] = "functorch_opt"  # The same picture is the same file.
-    rcParams["svg.fonttype"] = "none"  # Letters stay letters, which takes a fifth of the space.
+    rcParams["svg.fonttype"] = (
+        "none"  # Letters stay letters, which takes a fifth of the space.
+    )
     for name in sys.argv[1:] or PICTURES:
         file = HERE / f"{name}.{'svg' if name in AS_SVG else 'png'}"
         metadata = {"Date": None} if name in AS_SVG else None

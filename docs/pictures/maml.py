@@ -24,9 +24,9 @@ def main() -> None:
         ("trained on all tasks together", names["pretrained"]),
     ):
         losses = [
-            names["vmap"](lambda s, q, params=params, k=k: names["adapted"](params, s, q, k))(
-                names["support"], names["query"]
-            ).mean()
+            names["vmap"](
+                lambda s, q, params=params, k=k: names["adapted"](params, s, q, k)
+            )(names["support"], names["query"]).mean()
             for k in range(11)
         ]
         axes.plot(range(11), losses, marker="o", markersize=3, label=label)

@@ -22,9 +22,9 @@ def digits() -> tuple[Tensor, Tensor]:
     """1,797 digits of 8x8, in an order that is always the same."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[
-        order
-    ]
+    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(
+        data.target
+    )[order]
 
 
 def model() -> nn.Module:
@@ -74,13 +74,19 @@ def private_run(sigma: float, steps: int, every: int) -> list[tuple[float, float
         if step % every == 0:
             right = functional_call(net, params, x[test]).argmax(1) == y[test]
             found.append(
-                (fo.privacy_spent(sigma, BATCH / 1400, step, DELTA), float(right.float().mean()))
+                (
+                    fo.privacy_spent(sigma, BATCH / 1400, step, DELTA),
+                    float(right.float().mean()),
+                )
             )
     return found
 
 
 def draw(
-    path: Path, steps: int = 200, every: int = 25, sigmas: tuple[float, ...] = (8.0, 4.0, 2.0)
+    path: Path,
+    steps: int = 200,
+    every: int = 25,
+    sigmas: tuple[float, ...] = (8.0, 4.0, 2.0),
 ) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -102,7 +108,9 @@ def draw(
     left.set_title("Wrong labels stand out", loc="left", fontsize=10)
     for sigma, colour in zip(sigmas, (BLUE, GREEN, ORANGE), strict=False):
         epsilons, accuracies = zip(*private_run(sigma, steps, every), strict=True)
-        right.plot(epsilons, accuracies, "o-", ms=4, color=colour, label=f"$\\sigma$ = {sigma:g}")
+        right.plot(
+            epsilons, accuracies, "o-", ms=4, color=colour, label=f"$\\sigma$ = {sigma:g}"
+        )
     right.set_xlabel(f"$\\epsilon$ spent, at $\\delta$ = {DELTA:g}")
     right.set_ylabel("accuracy on held-out digits")
     right.set_title(f"{steps} private steps", loc="left", fontsize=10)

@@ -51,7 +51,11 @@ class Chain(GradientTransformation):
             )
 
     def _update(
-        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        self,
+        updates: PyTree,
+        state: dict[str, PyTree],
+        params: PyTree | None,
+        **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
         self.check_state(state)
         new: dict[str, PyTree] = {}
@@ -64,7 +68,9 @@ class Chain(GradientTransformation):
                 new |= dict(zip(names, states, strict=True))
             else:
                 mine = {e: extra[e] for e in stages[0].extra_args if e in extra}
-                updates, new[names[0]] = stages[0].update(updates, state[names[0]], params, **mine)
+                updates, new[names[0]] = stages[0].update(
+                    updates, state[names[0]], params, **mine
+                )
         return updates, new
 
     def _passes(self) -> list[list[str]]:

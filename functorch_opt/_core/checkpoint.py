@@ -78,7 +78,9 @@ class Fit(NamedTuple):
             "not expected": self.unexpected,
             "under another name": moved,
         }
-        listed = "; ".join(f"{what} {shorten(names, 20)}" for what, names in left.items() if names)
+        listed = "; ".join(
+            f"{what} {shorten(names, 20)}" for what, names in left.items() if names
+        )
         return f"This state dict does not fit exactly: {listed}."
 
 
@@ -133,7 +135,9 @@ def _ends(name: Path) -> list[Path]:
 # ---- loading -------------------------------------------------------------------------------------
 
 
-def load_state_dict(state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True) -> PyTree:
+def load_state_dict(
+    state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True
+) -> PyTree:
     """A state of the structure of `state` with the values of `saved`; the inverse of `state_dict`.
 
     Args:

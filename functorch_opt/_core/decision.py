@@ -29,4 +29,6 @@ def chosen(flag: Any, new: Tensor | None, old: Tensor | None) -> Tensor | None:
         return old if new is None else new
     if isinstance(flag, bool):
         return new if flag else old
-    return torch.where(flag, new, old.to(new.dtype) if old.dtype is not new.dtype else old)
+    return torch.where(
+        flag, new, old.to(new.dtype) if old.dtype is not new.dtype else old
+    )

@@ -11,8 +11,9 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.once import Once, check_declared, check_reads
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["gate"]
 
@@ -25,7 +26,9 @@ class Gate(GradientTransformation):
         self.name, self.last = once.name, inner.last
         self.extra_args = {**once.extra_args, **inner.extra_args}
 
-    def rebuilt(self, f: Callable[[GradientTransformation], GradientTransformation]) -> Gate:
+    def rebuilt(
+        self, f: Callable[[GradientTransformation], GradientTransformation]
+    ) -> Gate:
         """The same around what `f` makes of the inner transformation."""
         return Gate(f(self.inner), self.once, self.otherwise)
 
@@ -63,10 +66,17 @@ class Gate(GradientTransformation):
         return (active if host is None else host), new
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
-        return {"inner": self.inner.init(params), "gate": StageState(self.once.first(params), {})}
+        return {
+            "inner": self.inner.init(params),
+            "gate": StageState(self.once.first(params), {}),
+        }
 
     def _update(
-        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        self,
+        updates: PyTree,
+        state: dict[str, PyTree],
+        params: PyTree | None,
+        **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
         active, shared = self.decided(updates, state, params, extra)
         kept = StageState(shared, {})
@@ -75,8 +85,12 @@ class Gate(GradientTransformation):
         mine = {name: extra[name] for name in self.inner.extra_args if name in extra}
         moved, inner = self.inner.update(updates, state["inner"], params, **mine)
         if active is not True:
-            moved = tree.map(lambda u, g: chosen(active, u, g), moved, self.instead(updates))
-            inner = tree.map(lambda new, old: chosen(active, new, old), inner, state["inner"])
+            moved = tree.map(
+                lambda u, g: chosen(active, u, g), moved, self.instead(updates)
+            )
+            inner = tree.map(
+                lambda new, old: chosen(active, new, old), inner, state["inner"]
+            )
         return moved, {"inner": inner, "gate": kept}
 
     def instead(self, updates: PyTree) -> PyTree:
@@ -130,7 +144,9 @@ def gate(
         raise ValueError(f"otherwise must be 'zero' or 'pass'; got {otherwise!r}.")
     check_declared(None, shared, None)
     once = Once("gate", active, {}, shared or {}, one_clock=True)
-    check_reads("gate", "active", once.reads, {"updates", "params", "count", *once.shared})
+    check_reads(
+        "gate", "active", once.reads, {"updates", "params", "count", *once.shared}
+    )
     once.result = _decision
     return Gate(inner, once, otherwise)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 from functorch_opt._core.leaf import is_part, part_of_tree
 from functorch_opt._core.rule import identity
+from functorch_opt._core.structure import Path
 from functorch_opt._core.transformation import GradientTransformation, transformation
-from functorch_opt.tree import Path, PyTree
+from functorch_opt.tree import PyTree
 
 __all__ = ["masked", "partition"]
 
@@ -58,13 +60,17 @@ class Groups(GradientTransformation):
         self.name, self.last = "groups", any(tx.last for tx in inside.values())
         self.extra_args = joined_arguments(inside.values())
 
-    def rebuilt(self, f: Callable[[GradientTransformation], GradientTransformation]) -> Groups:
+    def rebuilt(
+        self, f: Callable[[GradientTransformation], GradientTransformation]
+    ) -> Groups:
         """The same with `f` applied to what is inside, also for the leaves that pass."""
         rest = {"rest": f(identity())} if self.otherwise == "pass" else {}
         inside = {**{label: f(tx) for label, tx in self.inside.items()}, **rest}
         return Groups(inside, self.labels, self.what, self.otherwise, self.read)
 
-    def assigned(self, updates: PyTree, paths: list[Path], ps: list[Any], known: bool) -> list[Any]:
+    def assigned(
+        self, updates: PyTree, paths: list[Path], ps: list[Any], known: bool
+    ) -> list[Any]:
         """The label of every leaf. The params decide, where they are `known`: then it is the same
         at every step. Otherwise `ps` are the updates."""
         if callable(self.labels):
@@ -75,7 +81,8 @@ class Groups(GradientTransformation):
                     "is None: call update(updates, state, params)."
                 )
             found = [
-                None if p is None else self.labels(q, p) for q, p in zip(paths, ps, strict=True)
+                None if p is None else self.labels(q, p)
+                for q, p in zip(paths, ps, strict=True)
             ]
         else:
             found = labels_of(self.labels, updates, paths, self.what)
@@ -89,7 +96,9 @@ class Groups(GradientTransformation):
 
     def _check(self, paths: list[Path], labels: list[Any]) -> None:
         known = [*self.inside, _NO_LEAF]
-        unknown = {repr(x): path for x, path in zip(labels, paths, strict=True) if x not in known}
+        unknown = {
+            repr(x): path for x, path in zip(labels, paths, strict=True) if x not in known
+        }
         if unknown and self.otherwise == "error":
             given = ", ".join(f"{label} (at {path!r})" for label, path in unknown.items())
             raise ValueError(
@@ -108,8 +117,8 @@ class Groups(GradientTransformation):
         return state[label]
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
-        tree.unique_paths(params)
-        leaves, paths = tree.flatten_tensors(params, "params")[0], tree.paths(params)
+        structure.unique_paths(params)
+        leaves, paths = structure.flatten_tensors(params, "params")[0], tree.paths(params)
         labels = self.assigned(params, paths, leaves, True)
         state = {}
         for label, tx in self.inside.items():
@@ -120,12 +129,16 @@ class Groups(GradientTransformation):
         return state
 
     def _update(
-        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        self,
+        updates: PyTree,
+        state: dict[str, PyTree],
+        params: PyTree | None,
+        **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        us, spec = tree.flatten_tensors(updates, "updates")
+        us, spec = structure.flatten_tensors(updates, "updates")
         paths, known = tree.paths(updates), params is not None
         names = ("updates", "params")
-        ps = tree.match(updates, spec, params, names=names) if known else us
+        ps = structure.match(updates, spec, params, names=names) if known else us
         labels = self.assigned(updates, paths, ps, known)
         new_state, changed = {}, {}
         for label, tx in self.inside.items():
@@ -135,7 +148,9 @@ class Groups(GradientTransformation):
                 part_state = self.part_of_state(state, label)
                 mine = {name: extra[name] for name in tx.extra_args if name in extra}
                 with part_of_tree(_numbers(paths, part)):
-                    part, new_state[label] = tx.update(part, part_state, part_params, **mine)
+                    part, new_state[label] = tx.update(
+                        part, part_state, part_params, **mine
+                    )
                 changed.update(part)
         if self.otherwise == "zero":
             us = [None if u is None else torch.zeros_like(u) for u in us]
@@ -143,7 +158,9 @@ class Groups(GradientTransformation):
         return tree.unflatten(spec, merged), new_state
 
 
-def joined_arguments(transformations: Iterable[GradientTransformation]) -> dict[str, bool]:
+def joined_arguments(
+    transformations: Iterable[GradientTransformation],
+) -> dict[str, bool]:
     """The extra arguments that any of these reads; required, where one requires them."""
     declared: dict[str, bool] = {}
     for tx in transformations:
@@ -159,7 +176,7 @@ def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> 
     still be that of the whole params: there a label is found by the path.
     """
     try:
-        return tree.broadcast(labels, updates, names=(what, "params"))
+        return structure.broadcast(labels, updates, names=(what, "params"))
     except ValueError:
         found = _labels_by_path(labels, paths) if is_part() else None
         if found is None:
@@ -169,8 +186,12 @@ def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> 
 
 def _labels_by_path(labels: PyTree, paths: list[Path]) -> list[Any] | None:
     """For every path the label that `labels` has there or above; None if one of them has none."""
-    known = dict(zip(tree.unique_paths(labels), tree.flatten(labels)[0], strict=True))
-    found = [[place for place in _at_or_above(path) if place in known][:1] for path in paths]
+    known = dict(
+        zip(structure.unique_paths(labels), tree.flatten(labels)[0], strict=True)
+    )
+    found = [
+        [place for place in _at_or_above(path) if place in known][:1] for path in paths
+    ]
     return [known[place] for (place,) in found] if all(found) else None
 
 
@@ -180,7 +201,9 @@ def _at_or_above(path: Path) -> list[Path]:
     return ["/".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
-def _part(paths: list[Path], leaves: list[Any], labels: list[Any], label: Any) -> dict[Path, Any]:
+def _part(
+    paths: list[Path], leaves: list[Any], labels: list[Any], label: Any
+) -> dict[Path, Any]:
     rows = zip(paths, leaves, labels, strict=True)
     return {path: leaf for path, leaf, mine in rows if mine == label}
 
@@ -193,7 +216,9 @@ def _numbers(paths: list[Path], part: dict[Path, Any]) -> list[int]:
 
 @transformation
 def masked(
-    inner: GradientTransformation, mask: MaskOrFn, otherwise: Literal["pass", "zero"] = "pass"
+    inner: GradientTransformation,
+    mask: MaskOrFn,
+    otherwise: Literal["pass", "zero"] = "pass",
 ) -> GradientTransformation:
     """Apply `inner` to the chosen leaves only.
 
@@ -227,7 +252,9 @@ def masked(
         return "inner" if value else "rest"
 
     if not callable(mask):
-        tree.map_leaves(label, mask)  # what is no bool is an error now, not at the first use
+        structure.map_leaves(
+            label, mask
+        )  # what is no bool is an error now, not at the first use
     return Groups({"inner": inner}, mask, "mask", otherwise, label)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.transformation import (
     Expression,
     GradientTransformation,
@@ -55,8 +56,14 @@ class Injected(GradientTransformation):
         inner: GradientTransformation,
     ) -> None:
         self.factory, self.numbers, self.fixed = factory, numbers, fixed
-        self.schedules = {name: value for name, value in numbers.items() if callable(value)}
-        self.name, self.last, self.extra_args = factory.__name__, inner.last, inner.extra_args
+        self.schedules = {
+            name: value for name, value in numbers.items() if callable(value)
+        }
+        self.name, self.last, self.extra_args = (
+            factory.__name__,
+            inner.last,
+            inner.extra_args,
+        )
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         device = tree.leaves(params)[0].device
@@ -94,21 +101,30 @@ class Injected(GradientTransformation):
         return {**held, **scheduled}, {"count": count + 1}
 
     def _update(
-        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        self,
+        updates: PyTree,
+        state: dict[str, PyTree],
+        params: PyTree | None,
+        **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
         values, counter = self.next(state)
-        updates, inner = self.made(values).update(updates, state["inner"], params, **extra)
+        updates, inner = self.made(values).update(
+            updates, state["inner"], params, **extra
+        )
         return updates, {"hyperparams": values, "inner": inner, **counter}
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.clone()  # not detached: that would take a forward-mode derivative away
-    return torch.tensor(float(value), dtype=tree.real_dtype(device), device=device)
+        return (
+            value.clone()
+        )  # not detached: that would take a forward-mode derivative away
+    return torch.tensor(float(value), dtype=numerics.real_dtype(device), device=device)
 
 
 def inject_hyperparams(
-    inner_factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] = ()
+    inner_factory: Callable[..., GradientTransformation],
+    static_args: tuple[str, ...] = (),
 ) -> Callable[..., GradientTransformation]:
     """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
 
@@ -181,7 +197,10 @@ def hyperparameters(
         )
         number = isinstance(value, float | Tensor) or (
             annotated
-            and (callable(value) or (isinstance(value, int) and not isinstance(value, bool)))
+            and (
+                callable(value)
+                or (isinstance(value, int) and not isinstance(value, bool))
+            )
         )
         (numbers if number and name not in static_args else fixed)[name] = value
     return numbers, fixed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt.tree import PyTree
 
 __all__ = ["Each"]
@@ -45,7 +46,9 @@ _PARTS = _Parts()
 @contextmanager
 def part_of_tree(indices: list[int]) -> Iterator[None]:
     """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
-    _PARTS.stack.append([_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices)
+    _PARTS.stack.append(
+        [_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices
+    )
     try:
         yield
     finally:
@@ -83,7 +86,7 @@ def uniform_dtype(
 ) -> torch.dtype | None:
     """Of ordinary real tensors that are all of one dtype, which rules compute in: that dtype. Nothing is wrong with such an update."""
     dtype = g.dtype
-    if type(g) is not Tensor or type(p) not in tree.PLAIN or dtype not in _PLAIN:
+    if type(g) is not Tensor or type(p) not in sharding.PLAIN or dtype not in _PLAIN:
         return None
     if p.dtype is not dtype or p.shape != g.shape or g.layout is not torch.strided:  # type: ignore[union-attr]
         return None
@@ -96,19 +99,15 @@ def uniform_dtype(
 _PLAIN = (torch.float32, torch.float64)
 
 
-def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()) -> str | None:
+def wrong_update(
+    g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()
+) -> str | None:
     """What is wrong with an update, and its cure; None if nothing is."""
-    plain = (
-        type(g) is Tensor and type(p) in tree.PLAIN and all(type(slot) is Tensor for slot in slots)
-    )
-    if (
-        plain
-        and p.dtype is g.dtype
-        and g.dtype.is_floating_point
-        and g.shape == p.shape
-        and g.layout is torch.strided
-    ):  # type: ignore[union-attr]
-        return None
+    plain = p is not None and type(g) is Tensor and type(p) in sharding.PLAIN
+    if plain and all(type(slot) is Tensor for slot in slots):
+        fits = p.dtype is g.dtype and p.shape == g.shape  # type: ignore[union-attr]
+        if fits and g.dtype.is_floating_point and g.layout is torch.strided:
+            return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
         return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
     if p is None or any(slot is None for slot in slots):
@@ -118,14 +117,18 @@ def wrong_update(g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = (
         return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
     if g.is_complex() and not p.is_complex():
         return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
-    return tree.unlike(g, p, [slot for slot in slots if slot is not None])
+    return sharding.unlike(g, p, [slot for slot in slots if slot is not None])
 
 
 def outline(value: Any) -> str:
     """A returned value in a few words: types, and the names in a dict."""
     if isinstance(value, dict):
         return f"a dict of {[*value]}"
-    return f"({', '.join(map(outline, value))})" if type(value) is tuple else type(value).__name__
+    return (
+        f"({', '.join(map(outline, value))})"
+        if type(value) is tuple
+        else type(value).__name__
+    )
 
 
 def check_value(name: str, value: Any) -> None:
@@ -136,7 +139,9 @@ def check_value(name: str, value: Any) -> None:
     if large or not isinstance(value, (int, float, Tensor)):
         given = f"a tensor of shape {tuple(value.shape)}" if large else outline(value)
         wanted = "a number, a 0-dim tensor, a 1-dim tensor with one entry per leaf, or Each(a tree"
-        raise TypeError(f"{name} is {given}; what a rule may read is {wanted} of tensors).")
+        raise TypeError(
+            f"{name} is {given}; what a rule may read is {wanted} of tensors)."
+        )
 
 
 class PerLeaf:
@@ -148,7 +153,9 @@ class PerLeaf:
         for name, value in now.items():
             check_value(name, value)
             if isinstance(value, Each):
-                self.rows[name] = tree.match(reference, spec, value.tree, names=("updates", name))
+                self.rows[name] = structure.match(
+                    reference, spec, value.tree, names=("updates", name)
+                )
             elif isinstance(value, Tensor) and value.dim() == 1:
                 check_entries(name, value, spec.num_leaves)
                 self.rows[name] = value
@@ -158,7 +165,9 @@ class PerLeaf:
 
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
         fixed, rows = self.of(dtype)
-        return {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+        return (
+            {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
+        )
 
     def raw(self, i: int) -> dict[str, Any]:
         """What the leaf reads, as `prepare` gave it."""
@@ -174,7 +183,10 @@ class PerLeaf:
                 else list(_to(row, real).unbind())
                 for name, row in self.rows.items()
             }
-            self.cast[dtype] = {name: _to(value, real) for name, value in self.fixed.items()}, rows
+            self.cast[dtype] = (
+                {name: _to(value, real) for name, value in self.fixed.items()},
+                rows,
+            )
         return self.cast[dtype]
 
 
@@ -190,14 +202,22 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return (
+        value.to(dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+    )
 
 
 def working_dtype(*values: Tensor | None) -> torch.dtype:
     """What a rule computes in: the widest of its floating and complex tensors, at least float32."""
     found: torch.dtype | None = None
     for x in values:
-        if x is not None and x.dtype != found and (x.is_floating_point() or x.is_complex()):
+        if (
+            x is not None
+            and x.dtype != found
+            and (x.is_floating_point() or x.is_complex())
+        ):
             dtype = tree.at_least_float32(x.dtype)
             found = dtype if found is None else torch.promote_types(found, dtype)
     return found or torch.float32

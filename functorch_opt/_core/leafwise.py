@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.leaf import Misfit, PerLeaf, uniform_dtype, working_dtype, wrong_update
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt._core import structure
+from functorch_opt._core.leaf import (
+    Misfit,
+    PerLeaf,
+    uniform_dtype,
+    working_dtype,
+    wrong_update,
+)
+from functorch_opt._core.state import StageState
+from functorch_opt.tree import PyTree
 
 
 def update_in_one_pass(
@@ -29,15 +37,23 @@ def update_in_one_pass(
     Only the first stage may look at all updates. Of sharded tensors only the first may have sums,
     since the ranks exchange those of all tensors in one message; so there it is several passes.
     """
-    gs, spec = tree.flatten_tensors(updates, "updates")
+    gs, spec = structure.flatten_tensors(updates, "updates")
     later = next((k for k, tx in enumerate(stages) if k and tx.on_tensor.sums), None)
     if later and any(map(tree.is_sharded, gs)):
-        updates, first = update_in_one_pass(stages[:later], updates, states[:later], params, extra)
-        updates, rest = update_in_one_pass(stages[later:], updates, states[later:], params, extra)
+        updates, first = update_in_one_pass(
+            stages[:later], updates, states[:later], params, extra
+        )
+        updates, rest = update_in_one_pass(
+            stages[later:], updates, states[later:], params, extra
+        )
         return updates, first + rest
     names = ("updates", "params")
     no_params = params is None
-    ps = [None] * len(gs) if no_params else tree.match(updates, spec, params, names=names)
+    ps = (
+        [None] * len(gs)
+        if no_params
+        else structure.match(updates, spec, params, names=names)
+    )
     states_of = zip(stages, states, strict=True)
     running = [_Stage(tx, state, updates, spec, params) for tx, state in states_of]
     dtypes = _uniform_dtypes(running, updates, gs, gs if no_params else ps)
@@ -69,7 +85,9 @@ def _leaf_by_leaf(
 ) -> list[Any]:
     """The updates that the rules make of all leaves; the new slots are kept in `running`."""
     found = {dtype for dtype in dtypes if dtype is not None}
-    arguments = {dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in found}
+    arguments = {
+        dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in found
+    }
     new_columns = [column for stage in running for column in stage.new.values()]
     us: list[Any] = []
     stage = running[0]
@@ -87,7 +105,9 @@ def _leaf_by_leaf(
             us.append(u)
     except Misfit as misfit:
         path = tree.paths(updates)[len(us)]
-        raise ValueError(f"{stage.tx.name}: the update at {path!r} {misfit}") from misfit.__cause__
+        raise ValueError(
+            f"{stage.tx.name}: the update at {path!r} {misfit}"
+        ) from misfit.__cause__
     return us
 
 
@@ -95,7 +115,12 @@ class _Stage:
     """A stage in the middle of an update: its slots, old and new, and what its rule may read."""
 
     def __init__(
-        self, tx: Any, state: StageState, updates: PyTree, spec: Any, params: PyTree | None
+        self,
+        tx: Any,
+        state: StageState,
+        updates: PyTree,
+        spec: Any,
+        params: PyTree | None,
     ) -> None:
         tx.check_state(state)
         if params is None and tx.reads_params:
@@ -104,7 +129,9 @@ class _Stage:
             )
         self.tx, self.state = tx, state
         self.old = {
-            name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}"))
+            name: structure.match(
+                updates, spec, slot, names=("updates", f"the state's {name}")
+            )
             for name, slot in state.slots.items()
         }
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
@@ -134,7 +161,9 @@ class _Stage:
         if tx.on_tensor.sums and any(map(tree.is_sharded, gs)):
             now |= tx.sums_before(updates, spec, gs, ps, self.old, now)
             names += tuple(tx.on_tensor.sums.functions)
-        self.per_leaf = PerLeaf(updates, spec, {name: now[name] for name in names if name in now})
+        self.per_leaf = PerLeaf(
+            updates, spec, {name: now[name] for name in names if name in now}
+        )
 
     def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
         """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""
@@ -152,14 +181,16 @@ class _Stage:
         u = None
         if g is not None:
             dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
-            u, slots = self.tx.on_tensor.apply(g, p, slots, self.per_leaf.at(i, dtype), dtype)
+            u, slots = self.tx.on_tensor.apply(
+                g, p, slots, self.per_leaf.at(i, dtype), dtype
+            )
         for name, value in slots.items():
             self.new[name].append(value)
         return u
 
     def next_state(self, spec: Any) -> StageState:
         slots = {
-            name: tree.like(self.state.slots[name], tree.unflatten(spec, column))
+            name: structure.like(self.state.slots[name], tree.unflatten(spec, column))
             for name, column in self.new.items()
         }
         return StageState(self.shared, slots)
@@ -188,7 +219,11 @@ def _quickly(
                 result, new = result
                 for name, column in stage.old.items():
                     x, old = new[name], column[i]
-                    if type(x) is not Tensor or x.dtype is not old.dtype or x.shape != old.shape:
+                    if (
+                        type(x) is not Tensor
+                        or x.dtype is not old.dtype
+                        or x.shape != old.shape
+                    ):
                         return None
                     kept.append(x)
             if type(result) is not Tensor:
@@ -199,7 +234,9 @@ def _quickly(
     return (u, kept) if u.dtype is g.dtype and u.shape == g.shape else None
 
 
-def _refuse(running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]) -> NoReturn:
+def _refuse(
+    running: list[_Stage], updates: PyTree, gs: list[Any], ps: list[Any]
+) -> NoReturn:
     """Say which update is wrong, and for which stage."""
     for stage in running:
         for i, (g, p) in enumerate(zip(gs, ps, strict=True)):

@@ -97,14 +97,17 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor([0., 0.])
     """
     if dtype is not None and (
-        dtype.is_complex != x.is_complex() or not (dtype.is_floating_point or dtype.is_complex)
+        dtype.is_complex != x.is_complex()
+        or not (dtype.is_floating_point or dtype.is_complex)
     ):
         wanted = "complex" if x.is_complex() else "floating"
         raise TypeError(
             f"a slot of dtype {dtype} cannot hold what is worked out for {x.dtype}: "
             f"give a {wanted} dtype, or None."
         )
-    return torch.zeros_like(x, dtype=at_least_float32(x.dtype) if dtype is None else dtype)
+    return torch.zeros_like(
+        x, dtype=at_least_float32(x.dtype) if dtype is None else dtype
+    )
 
 
 def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:

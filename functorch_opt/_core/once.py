@@ -44,7 +44,9 @@ class Once:
         self.schedules = tuple(name for name, value in hyper.items() if callable(value))
         self.counts = counts or "count" in self.reads
         self.count_from = "clock" if one_clock else "count"
-        kept = ([self.count_from] if self.counts else []) + (["clock"] if self.schedules else [])
+        kept = ([self.count_from] if self.counts else []) + (
+            ["clock"] if self.schedules else []
+        )
         self.keys = tuple(dict.fromkeys((*shared, *kept)))
 
     @property
@@ -56,8 +58,12 @@ class Once:
     def first(self, params: PyTree) -> dict[str, Tensor]:
         """The shared values and counts before the first step."""
         device = tree.leaves(params)[0].device
-        shared = {name: value.to(device, copy=True) for name, value in self.shared.items()}
-        counts = {name: tree.zero_count(params) for name in self.keys if name not in shared}
+        shared = {
+            name: value.to(device, copy=True) for name, value in self.shared.items()
+        }
+        counts = {
+            name: tree.zero_count(params) for name in self.keys if name not in shared
+        }
         return shared | counts
 
     def hypers(self, shared: Mapping[str, Tensor], n: int) -> dict[str, Any]:
@@ -100,7 +106,9 @@ class Once:
         now, new = dict(known), dict(shared)
         if self.prepare is not None:
             values = {**known, **trees}
-            result = self.result(self.prepare(*[values[name] for name in self.reads], **extra))
+            result = self.result(
+                self.prepare(*[values[name] for name in self.reads], **extra)
+            )
             result, changed = self._checked(result)
             now.update({name: tree.whole(value) for name, value in result.items()})
             new.update({name: tree.whole(value) for name, value in changed.items()})
@@ -133,7 +141,9 @@ def check_names(name: str, **declared: Mapping[str, Any]) -> None:
         )
 
 
-def check_reads(name: str, reader: str, reads: tuple[str, ...], allowed: set[str]) -> None:
+def check_reads(
+    name: str, reader: str, reads: tuple[str, ...], allowed: set[str]
+) -> None:
     """Raise TypeError where a function reads a name that nothing provides."""
     if unknown := [each for each in reads if each not in allowed]:
         raise TypeError(

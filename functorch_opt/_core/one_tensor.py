@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding
 from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.leaf import Misfit, PerLeaf, enter, outline, working_dtype
 from functorch_opt._core.sums import Sums
@@ -45,7 +46,9 @@ class OneTensor:
         self.rule_reads = positional(rule)
         self.work_reads = positional(rare.work) if rare else ()
         kept = self.slot_names if rare else ()  # those of a step without the work
-        names = dict.fromkeys((*self.rule_reads, *self.sums.reads, *self.work_reads, *kept))
+        names = dict.fromkeys(
+            (*self.rule_reads, *self.sums.reads, *self.work_reads, *kept)
+        )
         due = (DUE,) if rare else ()
         self.reads = (*due, *[name for name in names if name not in sums])
         """What has to be there for all three, but for the sums themselves."""
@@ -98,7 +101,9 @@ class OneTensor:
         if type(g) is not Tensor and tree.is_sharded(g):
             p = p if "p" in self.reads else None
             in_parts = self.kind == "elementwise"
-            return tree.on_shards(self.apply, in_parts, g, p, slots, now, dtype, exact)
+            return sharding.on_shards(
+                self.apply, in_parts, g, p, slots, now, dtype, exact
+            )
         values = {**now, **slots, "g": g, "p": p}
         pairs = dtype.is_complex and self.kind == "elementwise"
         values |= self._entered(values, dtype, pairs)
@@ -119,10 +124,15 @@ class OneTensor:
             kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
         return self._leave(u, g, "the update", g, pairs), kept
 
-    def _entered(self, values: dict[str, Any], dtype: torch.dtype, pairs: bool) -> dict[str, Any]:
+    def _entered(
+        self, values: dict[str, Any], dtype: torch.dtype, pairs: bool
+    ) -> dict[str, Any]:
         """What rule and sums read, as they compute with it."""
         names = [name for name in self.reads if name in values]
-        same = (not isinstance(x := values[name], Tensor) or x.dtype == dtype for name in names)
+        same = (
+            not isinstance(x := values[name], Tensor) or x.dtype == dtype
+            for name in names
+        )
         if not pairs and all(same):
             return {}
         return {name: enter(values[name], dtype, pairs) for name in names}
@@ -144,18 +154,29 @@ class OneTensor:
 
     def check_pair(self, result: Any) -> None:
         """Raise TypeError where a rule with slots did not return an update and all slots."""
-        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        pair = (
+            isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        )
         if not pair or result[1].keys() != set(self.slot_names):
-            wanted = f"(update, {{slot: new value}}) with the slots {sorted(self.slot_names)}"
+            wanted = (
+                f"(update, {{slot: new value}}) with the slots {sorted(self.slot_names)}"
+            )
             given = outline(result)
-            raise TypeError(f"{self.name}: rule must return {wanted}; it returned {given}.")
+            raise TypeError(
+                f"{self.name}: rule must return {wanted}; it returned {given}."
+            )
 
     def _leave(self, x: Any, like: Tensor, what: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked.
 
         A rule that broadcasts has met a state of other params, or is wrong.
         """
-        if type(x) is Tensor and x.dtype is like.dtype and x.shape == like.shape and not pairs:
+        if (
+            type(x) is Tensor
+            and x.dtype is like.dtype
+            and x.shape == like.shape
+            and not pairs
+        ):
             return x
         if not isinstance(x, Tensor):
             given = f"{type(x).__name__} {x!r} as {what}"
@@ -199,13 +220,17 @@ def sums_of_leaves(
             found.append(dict.fromkeys(sums.functions))
             continue
         of = sums.of(values).items()
-        found.append({name: torch.as_tensor(x, device=values["g"].device) for name, x in of})
+        found.append(
+            {name: torch.as_tensor(x, device=values["g"].device) for name, x in of}
+        )
     if any(map(tree.is_sharded, gs)):
         return sums.joined_over_ranks(found, gs)
     return {name: [row[name] for row in found] for name in sums.functions}
 
 
-def leaf_values(updates: PyTree, now: Mapping[str, Any], names: tuple[str, ...]) -> PerLeaf:
+def leaf_values(
+    updates: PyTree, now: Mapping[str, Any], names: tuple[str, ...]
+) -> PerLeaf:
     """What functions of one tensor read of the values of a step."""
     spec = tree.flatten(updates)[1]
     return PerLeaf(updates, spec, {name: now[name] for name in names if name in now})

@@ -7,15 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.gate import Gate
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
 from functorch_opt._core.leaf import PerLeaf
 from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.structure import Path
 from functorch_opt._core.transformation import GradientTransformation, positional
 from functorch_opt._core.wrap import Wrap
-from functorch_opt.tree import Path, PyTree
+from functorch_opt.tree import PyTree
 
 __all__ = ["eval_params"]
 
@@ -47,7 +49,10 @@ def points(tx: GradientTransformation, state: Any, params: PyTree) -> Found:
     """
     found: Found = {}
     if isinstance(tx, (Leafwise, Wrap)) and tx.point is not None:
-        _add(found, _of_stage(tx, state if isinstance(tx, Leafwise) else state["kept"], params))
+        _add(
+            found,
+            _of_stage(tx, state if isinstance(tx, Leafwise) else state["kept"], params),
+        )
     if isinstance(tx, Chain):
         tx.check_state(state)
         for name, stage in tx.stages.items():
@@ -79,9 +84,9 @@ def _add(found: Found, more: Found) -> None:
 
 
 def _of_stage(tx: Leafwise | Wrap, state: Any, params: PyTree) -> Found:
-    ps, spec = tree.flatten_tensors(params, "params")
+    ps, spec = structure.flatten_tensors(params, "params")
     columns = {
-        name: tree.match(params, spec, slot, names=("params", f"the state's {name}"))
+        name: structure.match(params, spec, slot, names=("params", f"the state's {name}"))
         for name, slot in state.slots.items()
     }
     now = tx.once.hypers(state.shared, len(ps))
@@ -140,8 +145,12 @@ def eval_params(tx: GradientTransformation, state: PyTree, params: PyTree) -> Py
             "put params_ema(decay) last in the chain."
         )
     found = points(tx, state, params)
-    ps, spec = tree.flatten_tensors(params, "params")
+    ps, spec = structure.flatten_tensors(params, "params")
     here = zip(tree.paths(params), ps, strict=True)
     return tree.unflatten(
-        spec, [p if p is None or path not in found else found[path].to(p.dtype) for path, p in here]
+        spec,
+        [
+            p if p is None or path not in found else found[path].to(p.dtype)
+            for path, p in here
+        ],
     )

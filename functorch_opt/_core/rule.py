@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 from functorch_opt._core.decision import known
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.leafwise import update_in_one_pass
@@ -46,6 +47,7 @@ from functorch_opt._core.one_tensor import (
     leaf_values,
     sums_of_leaves,
 )
+from functorch_opt._core.state import StageState
 from functorch_opt._core.sums import Sums
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -54,7 +56,7 @@ from functorch_opt._core.transformation import (
     positional,
     transformation,
 )
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["every", "identity", "leafwise"]
 
@@ -86,8 +88,12 @@ class Leafwise(GradientTransformation):
         last: bool,
     ) -> None:
         if kind not in ("elementwise", "tensorwise"):
-            whole = "What looks at the whole tree is a GradientTransformation(init, update)."
-            raise ValueError(f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}")
+            whole = (
+                "What looks at the whole tree is a GradientTransformation(init, update)."
+            )
+            raise ValueError(
+                f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}"
+            )
         self.name = name = enclosing_name(rule)
         if sums and kind == "tensorwise":
             raise ValueError(
@@ -105,11 +111,13 @@ class Leafwise(GradientTransformation):
         self.extra_args = self.once.extra_args
         self._check(rule, prepare, slots, shared, hyper, sums, totals, rare)
 
-    def _check(self, rule, prepare, slots, shared, hyper, sums, totals, rare) -> None:  # type: ignore[no-untyped-def]
+    def _check(self, rule, prepare, slots, shared, hyper, sums, totals, rare) -> None:
         """Raise TypeError for names that clash, and for names that nothing provides."""
         name = self.name
         check_no_keywords(name, "rule", rule)
-        check_names(name, slots=slots, shared=shared, hyper=hyper, sums=sums, totals=totals)
+        check_names(
+            name, slots=slots, shared=shared, hyper=hyper, sums=sums, totals=totals
+        )
         of_step = {"count", *hyper, *shared}
         of_leaf = {"g", "p", *slots, *of_step, *totals}
         reads = self.once.reads
@@ -143,7 +151,7 @@ class Leafwise(GradientTransformation):
                 )
         slots = {name: tree.map(make, params) for name, make in self.slots.items()}
         for name, slot in slots.items():
-            tree.flatten_tensors(slot, f"{self.name}'s slot {name}")
+            structure.flatten_tensors(slot, f"{self.name}'s slot {name}")
         return StageState(self.once.first(params), slots)
 
     def _update(
@@ -178,7 +186,9 @@ class Leafwise(GradientTransformation):
         provided = {"g", "p", DUE, *self.slots, *now}
         if missing := [name for name in self.reads if name not in provided]:
             names = ", ".join(missing)
-            raise TypeError(f"{self.name}: rule reads {names}, which prepare did not return.")
+            raise TypeError(
+                f"{self.name}: rule reads {names}, which prepare did not return."
+            )
         return now | due, new
 
     def sums_before(
@@ -195,7 +205,9 @@ class Leafwise(GradientTransformation):
         rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)
         rows = [row and row | self.on_tensor.after_work(row) for row in rows]
         columns = sums_of_leaves(self.on_tensor.sums, rows, gs)
-        return {name: Each(tree.unflatten(spec, column)) for name, column in columns.items()}
+        return {
+            name: Each(tree.unflatten(spec, column)) for name, column in columns.items()
+        }
 
     def check_state(self, state: Any) -> None:
         expected = set(self.once.keys)
@@ -245,7 +257,9 @@ def every(due: int | Callable[..., Any], work: Callable[..., Any]) -> Every:
     if callable(due):
         return Every(due, work)
     if isinstance(due, bool) or not isinstance(due, int) or due < 1:
-        raise ValueError(f"due must be a whole number from 1 on, or a function; got {due!r}.")
+        raise ValueError(
+            f"due must be a whole number from 1 on, or a function; got {due!r}."
+        )
     k = due
     return Every(lambda count: count % k == 0, work)
 
@@ -329,7 +343,9 @@ def identity() -> Leafwise:
     return leafwise(lambda g: g)
 
 
-def at_point(tx: Leafwise, p: Tensor, slots: Mapping[str, Any], now: Mapping[str, Any]) -> Tensor:
+def at_point(
+    tx: Leafwise, p: Tensor, slots: Mapping[str, Any], now: Mapping[str, Any]
+) -> Tensor:
     """The parameter that a stage wants to be evaluated with, in the place of `p`."""
     assert tx.point is not None
     values = {**now, **slots, "p": p}

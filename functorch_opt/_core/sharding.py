@@ -95,9 +95,9 @@ def cut(x: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(
-        placements=_settled(like)
-    )
+    return DTensor.from_local(
+        x, like.device_mesh, everywhere, run_check=False
+    ).redistribute(placements=_settled(like))
 
 
 def on_shards(
@@ -146,7 +146,10 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    terms = [placement if placement.is_replicate() else Partial() for placement in _settled(like)]
+    terms = [
+        placement if placement.is_replicate() else Partial()
+        for placement in _settled(like)
+    ]
     return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(
         grad_placements=terms
     )
@@ -160,7 +163,11 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
     given = is_sharded(g)
     for name, x in (
         ("its parameter", p),
-        *(("the state there", slot) for slot in slots if slot.dim() and slot.shape == g.shape),
+        *(
+            ("the state there", slot)
+            for slot in slots
+            if slot.dim() and slot.shape == g.shape
+        ),
     ):
         if is_sharded(x) != given:
             called = ("a DTensor", "an ordinary tensor")
@@ -175,7 +182,9 @@ def _settled(x: Any) -> list[Any]:
     """
     from torch.distributed.tensor import Replicate
 
-    return [Replicate() if placement.is_partial() else placement for placement in x.placements]
+    return [
+        Replicate() if placement.is_partial() else placement for placement in x.placements
+    ]
 
 
 def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:

@@ -62,7 +62,9 @@ def get(state: PyTree, name: str) -> Any:
         tensor(0)
     """
     known = dict(entries(state))
-    hits = [name] if name in known else [path for path in known if path.endswith("/" + name)]
+    hits = (
+        [name] if name in known else [path for path in known if path.endswith("/" + name)]
+    )
     if len(hits) == 1:
         return known[hits[0]]
     if hits:

@@ -48,7 +48,9 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     return optree.tree_flatten(tree, **_OPTREE)
 
 
-def flatten_tensors(tree: PyTree, name: str) -> tuple[list[Tensor | None], optree.PyTreeSpec]:
+def flatten_tensors(
+    tree: PyTree, name: str
+) -> tuple[list[Tensor | None], optree.PyTreeSpec]:
     """`flatten`, for a tree that must hold nothing but tensors and ``None``.
 
     The error calls the tree `name`.
@@ -124,10 +126,14 @@ def like(reference: PyTree, tree: PyTree) -> PyTree:
     Gradients may come as an OrderedDict where the params are a dict.
     """
     spec = flatten(reference)[1]
-    return unflatten(spec, match(reference, spec, tree, names=("the state", "the new state")))
+    return unflatten(
+        spec, match(reference, spec, tree, names=("the state", "the new state"))
+    )
 
 
-def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()) -> PyTree:
+def map(
+    f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()
+) -> PyTree:
     """Apply `f` to every leaf of `tree` that is not ``None``, and to the leaves of `rest` beside it.
 
     Args:
@@ -156,7 +162,11 @@ def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ..
         for other, name in zip(rest, names[1:], strict=True)
     ]
     return unflatten(
-        spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)]
+        spec,
+        [
+            None if row[0] is None else f(*row)
+            for row in zip(first, *columns, strict=True)
+        ],
     )
 
 
@@ -167,7 +177,9 @@ def _has_empty(tree: PyTree) -> bool:
     return isinstance(tree, (list, tuple)) and any(_has_empty(child) for child in tree)
 
 
-def _map_in_a_graph(f: Callable[..., Any], tree: PyTree, rest: tuple[PyTree, ...]) -> PyTree:
+def _map_in_a_graph(
+    f: Callable[..., Any], tree: PyTree, rest: tuple[PyTree, ...]
+) -> PyTree:
     """`map`, for the ordinary containers, without optree."""
     if isinstance(tree, dict):
         return {
@@ -257,7 +269,11 @@ def _difference(
     place = f"at {_path(entries)!r}" if entries else "at the root"
     here = f"{names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
     same = "Give both the same structure; write None where a parameter has no gradient."
-    cure = "Write one value for each, or one for all that is below a place." if prefix else same
+    cure = (
+        "Write one value for each, or one for all that is below a place."
+        if prefix
+        else same
+    )
     here = f"{place} {names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
     return f"{names[0]} and {names[1]} differ in structure: {here}. {cure}"
 
@@ -275,7 +291,10 @@ def _first_difference(
     if (
         above is None
         or below is None
-        or not (type(upper) is type(lower) or (isinstance(upper, dict) and isinstance(lower, dict)))
+        or not (
+            type(upper) is type(lower)
+            or (isinstance(upper, dict) and isinstance(lower, dict))
+        )
     ):
         return (), upper, lower
     for entry in {**above, **below}:

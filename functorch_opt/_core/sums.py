@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
+from functorch_opt._core import numerics, sharding
 from functorch_opt._core.sharding import largest_over_ranks
 from functorch_opt._core.transformation import positional
 
@@ -75,19 +75,28 @@ class Sums:
     ) -> dict[str, list[Any]]:
         """For each leaf what the ranks have of it together, in one message for each way to join."""
         whole: dict[str, list[Any]] = {}
-        for maximum, join in ((False, tree.sum_over_ranks), (True, largest_over_ranks)):
+        for maximum, join in (
+            (False, sharding.sum_over_ranks),
+            (True, largest_over_ranks),
+        ):
             pairs = zip(self.functions, self.largest, strict=True)
             names = [key for key, is_largest in pairs if is_largest is maximum]
             if names:
-                values = join([row[key] for key in names for row in rows], leaves * len(names))
-                columns = [values[k * len(leaves) :][: len(leaves)] for k in range(len(names))]
+                values = join(
+                    [row[key] for key in names for row in rows], leaves * len(names)
+                )
+                columns = [
+                    values[k * len(leaves) :][: len(leaves)] for k in range(len(names))
+                ]
                 whole |= dict(zip(names, columns, strict=True))
         return whole
 
     def over_all(self, columns: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         """Of the values for each leaf, the total over the leaves."""
         totals = {}
-        for (key, column), maximum in zip(columns.items(), self._order(columns), strict=True):
+        for (key, column), maximum in zip(
+            columns.items(), self._order(columns), strict=True
+        ):
             present = [torch.as_tensor(x) for x in column if x is not None]
             if not present:  # no tensor has an update
                 totals[key] = torch.zeros((), dtype=torch.float64)
@@ -102,4 +111,4 @@ class Sums:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return tree.real_dtype(x.device) if x.is_floating_point() else x.dtype
+    return numerics.real_dtype(x.device) if x.is_floating_point() else x.dtype

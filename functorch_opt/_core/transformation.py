@@ -60,7 +60,9 @@ def _written(value: Any) -> str:
     return value.__name__ if isinstance(value, (FunctionType, type)) else repr(value)
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     return function(*args, **kwargs)
 
 
@@ -170,7 +172,9 @@ class GradientTransformation(Expression):
                 f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}."
             )
         missing = [
-            name for name, required in self.extra_args.items() if required and name not in extra
+            name
+            for name, required in self.extra_args.items()
+            if required and name not in extra
         ]
         if missing:
             raise TypeError(
@@ -199,7 +203,11 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     new = []
     for i, (p, u) in enumerate(zip(ps, us, strict=True)):
         if u is not None:
-            if p is None or p.shape != u.shape or (p.dtype is not u.dtype and _rank(u) > _rank(p)):
+            if (
+                p is None
+                or p.shape != u.shape
+                or (p.dtype is not u.dtype and _rank(u) > _rank(p))
+            ):
                 there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
                 given = f"{u.dtype} of shape {tuple(u.shape)}"
                 raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt._core.leaf import PerLeaf
 from functorch_opt._core.once import (
     Once,
@@ -16,12 +17,13 @@ from functorch_opt._core.once import (
     check_no_keywords,
     check_reads,
 )
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     positional,
 )
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["wrap"]
 
@@ -55,7 +57,9 @@ class Wrap(GradientTransformation):
     @property
     def changes_p(self) -> bool:
         """Whether the inner transformation sees other parameters."""
-        return self.before is not None and ("p" in self.before_reads or not self.changes_g)
+        return self.before is not None and (
+            "p" in self.before_reads or not self.changes_g
+        )
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -68,7 +72,9 @@ class Wrap(GradientTransformation):
         """Whether ``update`` needs params."""
         return "p" in (*self.before_reads, *self.after_reads) or self.once.needs_params
 
-    def rebuilt(self, f: Callable[[GradientTransformation], GradientTransformation]) -> Wrap:
+    def rebuilt(
+        self, f: Callable[[GradientTransformation], GradientTransformation]
+    ) -> Wrap:
         """The same around what `f` makes of the inner transformation."""
         return Wrap(
             f(self.inner),
@@ -99,7 +105,12 @@ class Wrap(GradientTransformation):
         return (result, p) if self.changes_g else (g, result)
 
     def left(
-        self, u: Tensor, g: Tensor, p: Any, slots: Mapping[str, Tensor], now: Mapping[str, Any]
+        self,
+        u: Tensor,
+        g: Tensor,
+        p: Any,
+        slots: Mapping[str, Tensor],
+        now: Mapping[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The update of one leaf, and its new slots."""
         if self.after is None:
@@ -108,7 +119,9 @@ class Wrap(GradientTransformation):
         result = self.after(*[values[name] for name in self.after_reads])
         if not slots:
             return self._checked(result, g, "the update"), {}
-        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        pair = (
+            isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        )
         if not pair or result[1].keys() != slots.keys():
             raise TypeError(
                 f"{self.name}: after must return (update, {{slot: new value}}) "
@@ -144,7 +157,7 @@ class Wrap(GradientTransformation):
         def leave(x: Any) -> Any:
             if isinstance(x, dict):
                 return {name: leave(of) for name, of in x.items()}
-            return tree.join(x, like) if isinstance(x, Tensor) else x
+            return sharding.join(x, like) if isinstance(x, Tensor) else x
 
         first, second = f(*map(enter, given))
         return leave(first), leave(second)
@@ -174,7 +187,9 @@ class Wrap(GradientTransformation):
         """What `before` and `after` may read of this step, and the next shared values."""
         now = self.once.hypers(shared, n)
         mine = {name: extra[name] for name in self.once.extra_args if name in extra}
-        now, new = self.once.prepared(now, shared, {"updates": updates, "params": params}, mine)
+        now, new = self.once.prepared(
+            now, shared, {"updates": updates, "params": params}, mine
+        )
         if missing := [n for n in self.reads if n not in now and n not in self.slots]:
             names = ", ".join(missing)
             raise TypeError(f"{self.name} reads {names}, which prepare did not return.")
@@ -188,11 +203,15 @@ class Wrap(GradientTransformation):
         now: Mapping[str, Any],
     ) -> Leaves:
         """The leaves of a step, with what is read of each."""
-        gs, spec = tree.flatten_tensors(updates, "updates")
+        gs, spec = structure.flatten_tensors(updates, "updates")
         return Leaves(self, updates, spec, gs, params, slots, now)
 
     def _update(
-        self, updates: PyTree, state: dict[str, PyTree], params: PyTree | None, **extra: Any
+        self,
+        updates: PyTree,
+        state: dict[str, PyTree],
+        params: PyTree | None,
+        **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
         self.check_state(state)
         if params is None and self.reads_params:
@@ -206,9 +225,11 @@ class Wrap(GradientTransformation):
         leaves = self.leaves(updates, params, kept.slots, now)
         seen, seen_params = leaves.before()
         mine = {name: extra[name] for name in self.inner.extra_args if name in extra}
-        inner_updates, inner = self.inner.update(seen, state["inner"], seen_params, **mine)
+        inner_updates, inner = self.inner.update(
+            seen, state["inner"], seen_params, **mine
+        )
         names = ("updates", "the inner updates")
-        us = tree.match(updates, leaves.spec, inner_updates, names=names)
+        us = structure.match(updates, leaves.spec, inner_updates, names=names)
         updates, slots = leaves.after(us)
         return updates, {"inner": inner, "kept": StageState(shared, slots)}
 
@@ -229,12 +250,20 @@ class Leaves:
         self.tx, self.spec, self.gs, self.slots, self.params = tx, spec, gs, slots, params
         names = ("updates", "params")
         no_params = params is None
-        self.ps = [None] * len(gs) if no_params else tree.match(updates, spec, params, names=names)
+        self.ps = (
+            [None] * len(gs)
+            if no_params
+            else structure.match(updates, spec, params, names=names)
+        )
         self.columns = {
-            name: tree.match(updates, spec, slot, names=("updates", f"the state's {name}"))
+            name: structure.match(
+                updates, spec, slot, names=("updates", f"the state's {name}")
+            )
             for name, slot in slots.items()
         }
-        per_leaf = PerLeaf(updates, spec, {name: now[name] for name in tx.reads if name in now})
+        per_leaf = PerLeaf(
+            updates, spec, {name: now[name] for name in tx.reads if name in now}
+        )
         self.now = [per_leaf.raw(i) for i in range(len(gs))]
 
     def before(self) -> tuple[PyTree, PyTree | None]:
@@ -266,7 +295,7 @@ class Leaves:
             for name, x in slots.items():
                 new[name].append(x)
         slots_of = {
-            name: tree.like(self.slots[name], tree.unflatten(self.spec, column))
+            name: structure.like(self.slots[name], tree.unflatten(self.spec, column))
             for name, column in new.items()
         }
         return tree.unflatten(self.spec, new_us), slots_of
@@ -335,7 +364,10 @@ def wrap(
     check_names("wrap", slots=slots, shared=shared, hyper=hyper)
     of_step = {"count", *hyper, *shared}
     check_reads("wrap", "prepare", once.reads, {"updates", "params", *of_step})
-    for what, f, also in (("before", before, {"g", "p"}), ("after", after, {"u", "g", "p"})):
+    for what, f, also in (
+        ("before", before, {"g", "p"}),
+        ("after", after, {"u", "g", "p"}),
+    ):
         if f is not None:
             check_no_keywords("wrap", what, f)
             if prepare is None:

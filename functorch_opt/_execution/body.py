@@ -47,7 +47,11 @@ class Entry:
         """What user's code it runs."""
         if self.kind == "rule":
             rule = self.stage.on_tensor
-            return [rule.rule, *rule.sums.functions.values(), *([rule.work] if rule.work else [])]
+            return [
+                rule.rule,
+                *rule.sums.functions.values(),
+                *([rule.work] if rule.work else []),
+            ]
         if self.kind == "enter":
             return [f for f in (self.stage.before, self.stage.after) if f is not None]
         return []
@@ -64,12 +68,22 @@ class Entry:
             else (self.stage.before_reads, self.stage.after_reads)
         )
         of_functions = tuple([m.now() for m in meanings(self.stage, self.functions)])
-        return self.kind, of_functions, self.slots, reads, getattr(self.stage, "kind", None)
+        return (
+            self.kind,
+            of_functions,
+            self.slots,
+            reads,
+            getattr(self.stage, "kind", None),
+        )
 
     @property
     def unknown(self) -> str | None:
         """What it reads that nobody can look into."""
-        found = [m.unknown for m in meanings(self.stage, self.functions)] if self.functions else []
+        found = (
+            [m.unknown for m in meanings(self.stage, self.functions)]
+            if self.functions
+            else []
+        )
         return next((x for x in found if x), None)
 
 
@@ -93,10 +107,16 @@ class Body:
     """
 
     def __init__(
-        self, entries: list[Entry], now: list[dict[str, Any]], into: int | None, as_inputs: bool
+        self,
+        entries: list[Entry],
+        now: list[dict[str, Any]],
+        into: int | None,
+        as_inputs: bool,
     ) -> None:
         self.entries, self.now, self.into = entries, now, into
-        self.whole = any(getattr(entry.stage, "kind", None) == "tensorwise" for entry in entries)
+        self.whole = any(
+            getattr(entry.stage, "kind", None) == "tensorwise" for entry in entries
+        )
         self.fixed: list[dict[str, Any]] = []
         self.exact: list[dict[str, Tensor]] = []
         self.shared: list[dict[str, Tensor]] = []
@@ -111,8 +131,12 @@ class Body:
         self.n_slots = sum(len(entry.slots) for entry in entries)
         self.width = 2 + self.n_slots + self.n_rows + (into == self.n_rows)
         self.place = None if into is None else 2 + self.n_slots + into
-        tensors = tuple([(n, x.dtype, x.device) for of in self.shared for n, x in of.items()])
-        names = tuple([(*of, *rows) for of, rows in zip(self.shared, self.rows, strict=True)])
+        tensors = tuple(
+            [(n, x.dtype, x.device) for of in self.shared for n, x in of.items()]
+        )
+        names = tuple(
+            [(*of, *rows) for of, rows in zip(self.shared, self.rows, strict=True)]
+        )
         self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
         self.numbers = tuple([_written(of) for of in self.fixed])
         self.key = self.base, self.numbers, tuple([tuple(of) for of in self.exact])
@@ -192,7 +216,9 @@ class _Leaf:
                 self.stack.append((self.u, now[ACTIVE]))
             else:
                 before, active = self.stack.pop()
-                instead = before if entry.stage.otherwise == "pass" else zeros_like(before)
+                instead = (
+                    before if entry.stage.otherwise == "pass" else zeros_like(before)
+                )
                 self.u = chosen(active, self.u, instead)  # type: ignore[assignment]
         if b.place is not None:
             return [*self.new, (b.place, self.u)]
@@ -203,7 +229,9 @@ class _Leaf:
     def _mine(self, stage: Any) -> dict[str, tuple[int, Tensor]]:
         return {name: next(self.slots) for name in stage.slots}
 
-    def _rule(self, stage: Leafwise, seen: Tensor, now: dict[str, Any], wide: Any) -> None:
+    def _rule(
+        self, stage: Leafwise, seen: Tensor, now: dict[str, Any], wide: Any
+    ) -> None:
         mine = self._mine(stage)
         slots = {name: x for name, (_, x) in mine.items()}
         active = now.pop(ACTIVE, True)
@@ -224,7 +252,7 @@ class _Leaf:
         slots = {name: x for name, (_, x) in mine.items()}
         self.u, new = stage.left(self.u, g, seen, slots, now)
         self._keep(mine, new, now.get(ACTIVE, True))
-        return seen  # type: ignore[no-any-return]
+        return seen
 
     def _keep(self, mine: Any, new: dict[str, Tensor], active: Any) -> None:
         for name, (place, old) in mine.items():

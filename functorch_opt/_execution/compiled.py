@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body
@@ -78,7 +79,9 @@ class Route(NamedTuple):
 class CompiledStep:
     """What `compiled_step` makes. It keeps which code serves which leaf of which model."""
 
-    def __init__(self, tx: GradientTransformation, donate: bool, backend: Any = "inductor") -> None:
+    def __init__(
+        self, tx: GradientTransformation, donate: bool, backend: Any = "inductor"
+    ) -> None:
         self.tx, self.donate, self.backend = tx, donate, backend
         self.segments: dict[Any, list[Segment]] = {}
         self.views: OrderedDict[Any, View] = OrderedDict()
@@ -106,15 +109,20 @@ class CompiledStep:
         return params, new
 
     def run(
-        self, params: PyTree, grads: PyTree, state: PyTree, extra: dict[str, Any], known: bool
+        self,
+        params: PyTree,
+        grads: PyTree,
+        state: PyTree,
+        extra: dict[str, Any],
+        known: bool,
     ) -> PyTree:
         """The new state; parameters and slots are overwritten.
 
         A state that is not `known`, for it did not come from this step, may share memory with
         parameters or gradients, or within itself. Such tensors are replaced by copies.
         """
-        ps, spec = tree.flatten_tensors(params, "params")
-        us = tree.match(params, spec, grads, names=("params", "grads"))
+        ps, spec = structure.flatten_tensors(params, "params")
+        us = structure.match(params, spec, grads, names=("params", "grads"))
         if not known:
             state = with_memory_of_its_own(state, [*ps, *us])
         us = apart_from_params(us, ps)
@@ -143,7 +151,9 @@ class CompiledStep:
         waiting, walk.waiting = walk.waiting, []
         if not waiting and not add:
             return
-        jobs = [self._job(walk, waiting, route, add) for route in self._routes(walk, waiting)]
+        jobs = [
+            self._job(walk, waiting, route, add) for route in self._routes(walk, waiting)
+        ]
         for segment, columns, _ in jobs:
             segment.check(columns)
         for segment, columns, body in jobs:
@@ -213,15 +223,19 @@ class CompiledStep:
 
     # ---- what is not made of rules ---------------------------------------------------------------
 
-    def _aside(self, walk: Walk, view: View, tx: GradientTransformation, state: PyTree) -> PyTree:
+    def _aside(
+        self, walk: Walk, view: View, tx: GradientTransformation, state: PyTree
+    ) -> PyTree:
         """Run a stage that cannot be taken apart, eagerly."""
         self._say(tx)
         extra = {name: walk.extra[name] for name in tx.extra_args if name in walk.extra}
         updates, new = tx.update(view.tree(walk.us), state, view.tree(walk.ps), **extra)
         reference, names = view.tree(walk.ps), ("params", "updates")
-        moved = tree.match(reference, view.spec, updates, names=names)
+        moved = structure.match(reference, view.spec, updates, names=names)
         columns = [walk.ps, *walk.columns]
-        written = {memory_of(x) for column in columns for x in column if x is not None} - {0}
+        written = {
+            memory_of(x) for column in columns for x in column if x is not None
+        } - {0}
         view.write(walk.us, [apart_from(written, u) for u in moved])
         return tree.map(partial(apart_from, written), new)
 
@@ -251,7 +265,9 @@ def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
         ways.setdefault(way, []).append(leaf)
     routes = []
     for way, leaves in ways.items():
-        places = [_unless_all([where[k][leaf] for leaf in leaves], len(where[k])) for k in way]
+        places = [
+            _unless_all([where[k][leaf] for leaf in leaves], len(where[k])) for k in way
+        ]
         routes.append(Route([*way], _unless_all(leaves, n), places))
     return routes
 
@@ -316,10 +332,12 @@ def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
 
 def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
     """The gradients, with copies of those that are a parameter's memory."""
-    pointers = {p.data_ptr() for p in ps if type(p) in tree.PLAIN} - {0}
+    pointers = {p.data_ptr() for p in ps if type(p) in sharding.PLAIN} - {0}
     return [
         u.clone()
-        if type(u) in tree.PLAIN and u.layout is torch.strided and u.data_ptr() in pointers
+        if type(u) in sharding.PLAIN
+        and u.layout is torch.strided
+        and u.data_ptr() in pointers
         else u
         for u in us
     ]
@@ -329,7 +347,7 @@ def check_memory(walk: Walk) -> None:
     """Raise ValueError where two parameters share memory."""
     seen: dict[int, int] = {}
     for i, p in enumerate(walk.ps):
-        if type(p) in tree.PLAIN and p.numel():
+        if type(p) in sharding.PLAIN and p.numel():
             first = seen.setdefault(p.data_ptr(), i)
             if first != i:
                 raise ValueError(

@@ -102,7 +102,9 @@ def store_what_many_read(graph: Graph) -> None:
         is_view = getattr(node.target, "is_view", False)
         if node.op != "call_function" or is_view or not isinstance(x, Tensor):
             continue
-        if readers := [user for user in node.users if _is_repeated(x, user.meta.get("val"))]:
+        if readers := [
+            user for user in node.users if _is_repeated(x, user.meta.get("val"))
+        ]:
             stored = _stored(graph, node)
             for user in readers:
                 user.replace_input_with(node, stored)

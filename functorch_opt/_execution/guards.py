@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None), type(...))
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    type(None),
+    type(...),
+)
 OF_LIBRARIES = (
     "torch",
     "math",
@@ -89,13 +100,20 @@ class _Reader:
         if isinstance(x, types.FunctionType):
             return self._function(x)
         if isinstance(x, partial):
-            return "partial", self.value(x.func), self.value(x.args), self.value(x.keywords)
+            return (
+                "partial",
+                self.value(x.func),
+                self.value(x.args),
+                self.value(x.keywords),
+            )
         if isinstance(x, (tuple, list, frozenset, set)):
             self.mutable |= isinstance(x, (list, set))
             return type(x), tuple([self.value(of) for of in x])
         if isinstance(x, dict):
             self.mutable = True
-            return dict, tuple([(self.value(name), self.value(of)) for name, of in x.items()])
+            return dict, tuple(
+                [(self.value(name), self.value(of)) for name, of in x.items()]
+            )
         if isinstance(x, types.ModuleType):
             return self._module(x)
         if isinstance(x, Tensor):
@@ -134,7 +152,10 @@ class _Reader:
             return module.__name__
         there = [name for name in sorted(self.names) if name in vars(module)]
         get = vars(module).get
-        found = [(name, self._watched(partial(get, name, _ABSENT), get(name))) for name in there]
+        found = [
+            (name, self._watched(partial(get, name, _ABSENT), get(name)))
+            for name in there
+        ]
         return module.__name__, tuple(found)
 
     def _object(self, x: Any) -> Any:
@@ -159,7 +180,8 @@ def _computed(cls: type, names: frozenset[str]) -> bool:
     if special & here.keys():
         return True
     return any(
-        callable(here[name]) or hasattr(here[name], "__get__") for name in names & here.keys()
+        callable(here[name]) or hasattr(here[name], "__get__")
+        for name in names & here.keys()
     )
 
 
@@ -185,7 +207,12 @@ def _content(cell: types.CellType) -> Any:
 def _of_library(x: Any) -> bool:
     module = getattr(x, "__module__", None) or ""
     return str(module).partition(".")[0] in OF_LIBRARIES or isinstance(
-        x, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+        x,
+        (
+            types.BuiltinFunctionType,
+            types.MethodDescriptorType,
+            types.WrapperDescriptorType,
+        ),
     )
 
 
@@ -201,7 +228,9 @@ class _Same:
         self.number = id(value)
         try:
             self.reference: Any = weakref.ref(value)
-        except TypeError:  # some built-in objects take no weak reference; they live on anyway
+        except (
+            TypeError
+        ):  # some built-in objects take no weak reference; they live on anyway
             self.reference = lambda: value
 
     def __eq__(self, other: object) -> bool:

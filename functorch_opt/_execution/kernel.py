@@ -59,7 +59,9 @@ class Program:
             `scratch`, and `sizes`.
     """
 
-    def __init__(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
+    def __init__(
+        self, f: Pure, examples: list[Tensor], threads: int, backend: Any
+    ) -> None:
         self.kernel: Callable[..., None] | None = None
         self.arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
         self.dims: list[tuple[int, int]] = []
@@ -82,7 +84,9 @@ class Program:
         if help_cpu:
             store_what_many_read(graph.graph)
         graph.recompile()
-        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs = [
+            node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"
+        ]
         self.env = inputs[0].fake_mode.shape_env
         if backend == "inductor":
             self._run = _inductor(graph, inputs, threads, on_cpu)
@@ -131,7 +135,9 @@ def _trace(f: Pure, examples: list[Tensor], backend: Any) -> tuple[Any, list[int
 
     table: Any = None
     if backend == "inductor":
-        from torch._inductor.decomposition import select_decomp_table  # takes seconds to import
+        from torch._inductor.decomposition import (
+            select_decomp_table,
+        )  # takes seconds to import
 
         table = select_decomp_table()
     targets: list[int] = []
@@ -142,10 +148,14 @@ def _trace(f: Pure, examples: list[Tensor], backend: Any) -> tuple[Any, list[int
         return [value for _, value in writes]
 
     def traced(function: Any) -> Any:
-        return make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*examples)
+        return make_fx(function, decomposition_table=table, tracing_mode="symbolic")(
+            *examples
+        )
 
     symbols: Any = _config
-    with symbols.patch(use_duck_shape=False):  # two sizes that happen to be equal are two symbols
+    with symbols.patch(
+        use_duck_shape=False
+    ):  # two sizes that happen to be equal are two symbols
         graph = traced(values)
         if _writes(graph):  # into tensors that the rule has made
             graph = traced(torch.func.functionalize(values))
@@ -163,7 +173,9 @@ def _writes(graph: Any) -> bool:
 # ---- Inductor ------------------------------------------------------------------------------------
 
 
-def _inductor(graph: Any, inputs: list[Any], threads: int, on_cpu: bool) -> Callable[..., Any]:
+def _inductor(
+    graph: Any, inputs: list[Any], threads: int, on_cpu: bool
+) -> Callable[..., Any]:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -174,7 +186,11 @@ def _inductor(graph: Any, inputs: list[Any], threads: int, on_cpu: bool) -> Call
     }
     if not on_cpu:
         options |= {k: v for k, v in _COMBINE.items() if hasattr(config, k)}
-    with config.patch(options), _as_if_traced(inputs[0].fake_mode), warnings.catch_warnings():
+    with (
+        config.patch(options),
+        _as_if_traced(inputs[0].fake_mode),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # torch's, about itself
         compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
     return compiled
@@ -238,14 +254,18 @@ def _find_kernel(compiled: Any, inputs: list[Any]) -> _Kernel | None:
     if given is None:
         return None
     own = {id(x) for x in samples}
-    buffers = [*{id(x): x for x in given if isinstance(x, Tensor) and id(x) not in own}.values()]
+    buffers = [
+        *{id(x): x for x in given if isinstance(x, Tensor) and id(x) not in own}.values()
+    ]
     place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
     of_size = {n: i for i, n in enumerate(telling.values())}
     order = [
         of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
         for x in given
     ]
-    if None in order or any(n != 1 and n not in of_size for x in buffers for n in x.shape):
+    if None in order or any(
+        n != 1 and n not in of_size for x in buffers for n in x.shape
+    ):
         return None
     sizes = [([of_size[n] for n in x.shape if n != 1], x.dtype) for x in buffers]
     function = _function(call).__globals__[name]
@@ -265,7 +285,8 @@ def _symbols(inputs: list[Any]) -> dict[Any, tuple[int, int]]:
 def samples_of(inputs: list[Any], sizes: dict[Any, int]) -> list[Tensor]:
     """Tensors like `inputs`, the symbols in their shapes replaced."""
     shapes = [
-        [sizes[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape] for x in inputs
+        [sizes[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape]
+        for x in inputs
     ]
     return [
         torch.empty(shape, dtype=x.dtype, device=x.device)

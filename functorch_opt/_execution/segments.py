@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding
 from functorch_opt._core.leaf import Misfit, wrong_update
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.guards import surroundings
@@ -101,7 +102,7 @@ class Part:
 
     @cached_property
     def scratch(self) -> list[tuple[int, torch.dtype]]:
-        return self.program.scratch(self.sizes)  # type: ignore[no-any-return]
+        return self.program.scratch(self.sizes)
 
     def run(self, columns: list[list[Tensor]], scalars: list[Tensor], body: Body) -> None:
         """Apply the body to these leaves."""
@@ -123,7 +124,10 @@ class Part:
         for k in range(0, len(leaves), self.size):
             block = leaves[k : k + self.size]
             missing = self.size - len(block)
-            block += [[x.new_empty(2 if x.dim() else ()) for x in block[0]] for _ in range(missing)]
+            block += [
+                [x.new_empty(2 if x.dim() else ()) for x in block[0]]
+                for _ in range(missing)
+            ]
             self.program([*joined.from_iterable(block), *scalars])
 
     def _run_kernel(self, columns: list[list[Tensor]], scalars: list[Tensor]) -> None:
@@ -183,13 +187,14 @@ class Segment:
                 return None
             leaf = tuple(map(_local, leaf))
             p = leaf[1]
-        plain = all(type(x) in tree.PLAIN and not x.is_complex() for x in leaf)
+        plain = all(type(x) in sharding.PLAIN and not x.is_complex() for x in leaf)
         if p.numel() < 2 or not plain:
             return None
         if not all(x.is_contiguous() and _is_aligned(x) for x in leaf[1:end]):
             return None
         if not all(
-            x.device == p.device and (whole or not x.dim() or x.shape == p.shape) for x in leaf
+            x.device == p.device and (whole or not x.dim() or x.shape == p.shape)
+            for x in leaf
         ):
             return None
         written = {x.data_ptr() for x in leaf[1:end]}
@@ -197,7 +202,10 @@ class Segment:
             return None  # a gradient that is the parameter itself
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
         shapes = tuple(
-            [tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim()) for x in leaf]
+            [
+                tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim())
+                for x in leaf
+            ]
         )
         return p.device, threads, shapes, tuple([x.dtype for x in leaf])
 
@@ -205,19 +213,23 @@ class Segment:
         """The columns with the entries of compiled leaves only, of sharded ones the shards."""
         if self.compiled != list(range(len(columns[0]))):
             columns = [[column[i] for i in self.compiled] for column in columns]
-        return [list(map(_local, column)) for column in columns] if self.sharded else columns
+        return (
+            [list(map(_local, column)) for column in columns] if self.sharded else columns
+        )
 
     def _parts(self, sorts: dict[Any, list[int]], mine: list[list[Tensor]]) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
-        whole = self.body.whole
-        flat = [[x.contiguous() if whole else _flat(x) for x in column] for column in mine]
+        lie = Tensor.contiguous if self.body.whole else _flat
+        flat = [[lie(x) for x in column] for column in mine]
         parts: list[Part] = []
         for sort, indices in sorts.items():
             of_program: dict[int, Part] = {}
             for i in indices:
                 leaf = [column[number[i]] for column in flat]
                 program, size = self._program(sort, leaf)
-                part = of_program.setdefault(id(program), Part(program, size, _narrow(leaf)))
+                part = of_program.setdefault(
+                    id(program), Part(program, size, _narrow(leaf))
+                )
                 part.indices.append(number[i])
                 part.sizes.append(program.sizes(leaf) if size == 1 else ())
             parts += of_program.values()
@@ -258,7 +270,9 @@ class Segment:
 
     def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
         """A new program, or what stands in for it where there can be none."""
-        codes = tuple([f.__code__ for entry in self.body.entries for f in entry.functions])
+        codes = tuple(
+            [f.__code__ for entry in self.body.entries for f in entry.functions]
+        )
         family = codes, self.body.base[1:], sort, str(self.backend)
         PROGRAMS.made[family] += 1
         try:
@@ -277,7 +291,9 @@ class Segment:
 
     def knows(self, columns: list[list[Any]]) -> bool:
         """Whether these leaves are of the kind that it was made for."""
-        if [u is not None for u in columns[0]] != self.present or self.around != surroundings():
+        if [
+            u is not None for u in columns[0]
+        ] != self.present or self.around != surroundings():
             return False
         tensors = [x for column in self._mine(columns) for x in column]
         if not self.compiled:
@@ -285,14 +301,18 @@ class Segment:
         if any(tensors[k] is not tensors[place] for k, place in self.again):
             return False
         return bool(
-            self.guards.check(*([tensors[k] for k in self.once] if self.again else tensors))
+            self.guards.check(
+                *([tensors[k] for k in self.once] if self.again else tensors)
+            )
         )
 
     def check(self, columns: list[list[Any]]) -> None:
         """Raise ValueError for a leaf that runs eagerly, and does not fit."""
         for i in self.eager:
             if wrong := wrong_update(columns[0][i], columns[1][i]):
-                raise ValueError(f"compiled_step: the update at {self.where[i]!r} {wrong}")
+                raise ValueError(
+                    f"compiled_step: the update at {self.where[i]!r} {wrong}"
+                )
 
     def run(self, columns: list[list[Any]], body: Body) -> None:
         """Apply `body`, which has the key that this was made for, to leaves that it knows."""
@@ -314,7 +334,9 @@ class Segment:
                 run_eagerly(plain, [*leaf, *plain.scalars])
             except Misfit as misfit:
                 where = self.where[i]
-                raise ValueError(f"compiled_step: the update at {where!r} {misfit}") from misfit
+                raise ValueError(
+                    f"compiled_step: the update at {where!r} {misfit}"
+                ) from misfit
 
     def _scalars(self, narrow: bool) -> list[Tensor]:
         return narrowed(self.body) if narrow else self.body.scalars
@@ -326,7 +348,9 @@ class TooMany(RuntimeError):
     cure = "Give what changes as a hyperparameter, or as a value that prepare returns."
 
     def __init__(self) -> None:
-        super().__init__(f"{MOST} programs were made of the same rules, for what they read changes")
+        super().__init__(
+            f"{MOST} programs were made of the same rules, for what they read changes"
+        )
 
 
 class Unreadable(RuntimeError):
@@ -342,7 +366,11 @@ class Unreadable(RuntimeError):
 def narrowed(body: Body) -> list[Tensor]:
     """The scalars, those of float64 in float32. A rule would do this itself, but a kernel would do
     it again for every vector of every tensor. Numbers that became inputs stay what they were."""
-    wide = [x for x in body.scalars if x.dtype is torch.float64 and id(x) not in body.kept_wide]
+    wide = [
+        x
+        for x in body.scalars
+        if x.dtype is torch.float64 and id(x) not in body.kept_wide
+    ]
     if not wide or len({x.device for x in wide}) > 1:
         return body.scalars
     left = iter(torch.stack(wide).to(torch.float32).unbind())
@@ -358,7 +386,7 @@ def _narrow(leaf: list[Any]) -> bool:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1) if x.dim() else x
+    return x.reshape(-1).contiguous() if x.dim() else x
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -39,7 +39,9 @@ def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
     """Say `what` is done eagerly, why, and what helps."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     cure = getattr(error, "cure", "On a CPU it needs a C++ compiler, e.g. g++.")
-    warnings.warn(f"{what}, for compiling failed: {reason}. {cure}", stacklevel=stacklevel)
+    warnings.warn(
+        f"{what}, for compiling failed: {reason}. {cure}", stacklevel=stacklevel
+    )
 
 
 # ---- a trial -------------------------------------------------------------------------------------
@@ -51,7 +53,11 @@ MOST = 1 << 16
 
 
 def try_out(
-    program: Any, f: Pure, inputs: list[Any], examples: list[Tensor], tolerances: dict[int, float]
+    program: Any,
+    f: Pure,
+    inputs: list[Any],
+    examples: list[Tensor],
+    tolerances: dict[int, float],
 ) -> None:
     """Compare `program` with `f` run eagerly.
 
@@ -88,7 +94,9 @@ def _difference(
     try:
         program(args)
     except Exception as error:
-        raise WrongCode(f"the compiled code raised {type(error).__name__}: {error}") from error
+        raise WrongCode(
+            f"the compiled code raised {type(error).__name__}: {error}"
+        ) from error
     for i, (x, y) in enumerate(zip(args, expected, strict=True)):
         tolerance = tolerances.get(i, 0.0) if x.is_floating_point() else 0.0
         if not torch.allclose(x, y, rtol=tolerance, atol=tolerance / 10, equal_nan=True):
@@ -119,7 +127,9 @@ def _drawn(shapes: list[list[int]], like: list[Tensor], seed: int) -> list[Tenso
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-def _shapes(program: Any, inputs: list[Any], examples: list[Tensor]) -> Iterator[list[list[int]]]:
+def _shapes(
+    program: Any, inputs: list[Any], examples: list[Tensor]
+) -> Iterator[list[list[int]]]:
     """Shapes that `program` takes."""
     on_cpu = examples[0].device.type == "cpu"
     of_examples = [[*x.shape] for x in examples]

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.leaf import part_of_tree
 from functorch_opt.tree import PyTree
@@ -45,8 +46,10 @@ class View:
         try:
             found = self.spec.flatten_up_to(given)
         except (ValueError, TypeError):
-            found = tree.match(self.tree(ps), self.spec, given, names=("params", name))
-        return found  # type: ignore[no-any-return]
+            found = structure.match(
+                self.tree(ps), self.spec, given, names=("params", name)
+            )
+        return found
 
     def write(self, values: list[Any], column: list[Any]) -> None:
         """Put its leaves back into `values`."""

@@ -23,12 +23,20 @@ from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
 from functorch_opt._core.leaf import part_of_tree
 from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.body import ACTIVE, Entry
+from functorch_opt._execution.fusing import (
+    can_be_fused,
+    fits_inside,
+    looks_around,
+    made_once,
+    rules_of,
+)
 from functorch_opt._execution.views import View
 from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 NewState = Callable[[], PyTree]
 
@@ -106,7 +114,9 @@ class Walk:
             values, counter = tx.next(state)
             inner = self.look(made_once(tx, values), state["inner"], view)
             return lambda: {"hyperparams": values, "inner": inner(), **counter}
-        if isinstance(tx, Gate) and (self.on_host or _fits_inside(tx.inner, True, False, False)):
+        if isinstance(tx, Gate) and (
+            self.on_host or fits_inside(tx.inner, True, False, False)
+        ):
             return self._gate(tx, state, view)
         if isinstance(tx, Wrap):
             return self._wrap(tx, state, view)
@@ -115,10 +125,13 @@ class Walk:
     def _do(self, action: Callable[[], None]) -> None:
         self.todo.append(([*self.doors], action))
 
-    def _columns(self, tx: Any, slots: dict[str, PyTree], view: View) -> dict[str, list[Any]]:
+    def _columns(
+        self, tx: Any, slots: dict[str, PyTree], view: View
+    ) -> dict[str, list[Any]]:
         """The slots of a stage, a list of leaves for each."""
         columns = {
-            name: view.column(self.ps, slot, f"the state's {name}") for name, slot in slots.items()
+            name: view.column(self.ps, slot, f"the state's {name}")
+            for name, slot in slots.items()
         }
         if not self.known:
             for name, column in columns.items():
@@ -155,7 +168,11 @@ class Walk:
             now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
             if tx.on_tensor.sums and self.sharded:
                 self.flush(self)
-                us, ps, reference = view.leaves(self.us), view.leaves(self.ps), view.tree(self.us)
+                us, ps, reference = (
+                    view.leaves(self.us),
+                    view.leaves(self.ps),
+                    view.tree(self.us),
+                )
                 now |= tx.sums_before(reference, view.spec, us, ps, columns, now)
             self._wait(Entry("rule", tx), view, columns, now)
 
@@ -184,7 +201,9 @@ class Walk:
         for label, inner in tx.inside.items():
             if label in views:
                 self.settled = began
-                new[label] = self.look(inner, tx.part_of_state(state, label), views[label])
+                new[label] = self.look(
+                    inner, tx.part_of_state(state, label), views[label]
+                )
                 ended |= not self.settled
         self.settled = began and not ended
         if None in views and tx.otherwise == "zero":
@@ -204,7 +223,9 @@ class Walk:
         if self._is_certain() and (first or not reads):
             decide()
         else:
-            self._do(lambda: (self.flush(self) if reads else None, decide())[1])
+            if reads:
+                self._do(lambda: self.flush(self))
+            self._do(decide)
         known = isinstance(door.active, bool)
         if not known:
             self._do(lambda: self._open(tx, door, view))
@@ -219,7 +240,9 @@ class Walk:
 
     def _open(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
-            self.waiting.append(Waiting(Entry("open", tx), view, {}, {ACTIVE: door.active}))
+            self.waiting.append(
+                Waiting(Entry("open", tx), view, {}, {ACTIVE: door.active})
+            )
 
     def _close(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
@@ -284,7 +307,9 @@ class Walk:
         self.todo = []
 
 
-def check_shapes(tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]) -> None:
+def check_shapes(
+    tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]
+) -> None:
     """Raise ValueError for a slot that has not the shape which its first value has."""
     for x, p, path in zip(column, ps, paths, strict=True):
         if x is None or p is None or x.shape == p.shape:
@@ -314,49 +339,6 @@ def _after_gate(door: Door, inner: NewState | None, old: PyTree) -> PyTree:
     return {"inner": new, "gate": kept}
 
 
-def made_once(tx: Injected, values: dict[str, Tensor]) -> GradientTransformation:
-    """The transformation for these hyperparameters; the last one again if they are the same objects."""
-    last = vars(tx).get("_made")
-    if last is not None and all(values[name] is x for name, x in last[0].items()):
-        return last[1]  # type: ignore[no-any-return]
-    made = tx.made(values)
-    tx._made = values, made  # type: ignore[attr-defined]
-    return made
-
-
-def rules_of(tx: GradientTransformation) -> list[GradientTransformation]:
-    """The stages of `tx`, those of chains in it too."""
-    if isinstance(tx, Chain):
-        return [rule for stage in tx.stages.values() for rule in rules_of(stage)]
-    return [tx]
-
-
-def looks_around(tx: GradientTransformation) -> bool:
-    return isinstance(tx, Leafwise) and tx.looks_around
-
-
-def can_be_fused(tx: Wrap, sharded: bool) -> bool:
-    """Whether nothing inside a wrapper has to see whole trees of what only the wrapper shows it."""
-    if "updates" in tx.once.reads:
-        return False
-    return _fits_inside(tx.inner, tx.changes_g, tx.changes_p, sharded)
-
-
-def _fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> bool:
-    if isinstance(tx, Gate) and not set(tx.once.reads) & {"updates", "params"}:
-        return _fits_inside(tx.inner, g, p, sharded)
-    for k, rule in enumerate(rules_of(tx)):
-        if isinstance(rule, Gate) and len(rules_of(tx)) == 1:
-            return False
-        if not isinstance(rule, Leafwise) or (p and "params" in rule.once.reads):
-            return False
-        if rule.looks_around and (g or k or rule.totals):
-            return False
-        if sharded and rule.on_tensor.sums:
-            return False
-    return True
-
-
 def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     """A wrapper whose inner transformation sees trees of its own, in a walk of its own."""
     kept = state["kept"]
@@ -379,14 +361,3 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     writes = [(i, x) for i, x in enumerate(new) if x is not None]
     run_eagerly(lambda _: writes, old)
     return {"inner": inner(), "kept": StageState(shared, kept.slots)}
-
-
-def always_counts(tx: GradientTransformation) -> bool:
-    """Whether each step of `tx` is counted by all its stages: it is of rules, and has no gate."""
-    if isinstance(tx, Chain):
-        return all(map(always_counts, tx.stages.values()))
-    if isinstance(tx, Groups):
-        return all(map(always_counts, tx.inside.values()))
-    if isinstance(tx, Injected):
-        return always_counts(tx.factory(**tx.fixed, **tx.numbers))
-    return always_counts(tx.inner) if isinstance(tx, Wrap) else isinstance(tx, Leafwise)

@@ -49,6 +49,8 @@ def memory_of(x: Any) -> int:
 
     Of a sharded tensor it is that of this rank's part.
     """
+    if x is None:
+        return 0
     try:
         return int(getattr(x, "_local_tensor", x).untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):
@@ -90,7 +92,9 @@ def write_in_place(graph: Graph, targets: list[int]) -> None:
     *_, output = graph.nodes
     values = dict(zip([places[i] for i in targets], output.args[0], strict=True))
     output.args = ((),)
-    left = {target: value for target, value in values.items() if not _is_all_of(value, target)}
+    left = {
+        target: value for target, value in values.items() if not _is_all_of(value, target)
+    }
     stands = _standing(graph)
     with graph.inserting_before(output):
         while left:
@@ -164,7 +168,9 @@ def _may_be_its_input(node: Node) -> bool:
 def _is_all_of(value: Node, target: Node) -> bool:
     """Whether `value` is `target` as it stands, every element in its place."""
     last = value
-    while value is not target and name_of(value) in _KEEP_ORDER and _may_be_its_input(value):
+    while (
+        value is not target and name_of(value) in _KEEP_ORDER and _may_be_its_input(value)
+    ):
         value = value.all_input_nodes[0]
     return value is target and _layout(last) == _layout(target)
 

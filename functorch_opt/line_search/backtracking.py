@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
@@ -35,7 +36,7 @@ from functorch_opt.line_search.line import (
     violation,
     where,
 )
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["scale_by_backtracking_linesearch"]
 
@@ -172,7 +173,9 @@ def _search(line: Line, state: StageState, rule: _Rule) -> tuple[Tensor, ...]:
 
 def _first_size(last: Tensor, rule: _Rule) -> Tensor:
     """Somewhat more than the last step size; the largest, after a step of 0."""
-    largest = torch.as_tensor(rule.max_learning_rate, dtype=last.dtype, device=last.device)
+    largest = torch.as_tensor(
+        rule.max_learning_rate, dtype=last.dtype, device=last.device
+    )
     factor = rule.increase_factor
     if not isinstance(factor, Tensor) and factor == float("inf"):
         return largest.expand_as(last).clone()

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt._core.chain import chain
 from functorch_opt._core.rule import identity
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -34,7 +36,7 @@ from functorch_opt._core.transformation import (
 from functorch_opt.line_search.line import check_state, value_dtype
 from functorch_opt.line_search.zoom import scale_by_zoom_linesearch
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["lbfgs", "scale_by_lbfgs"]
 
@@ -68,15 +70,23 @@ def scale_by_lbfgs(
         >>> u
         tensor([0.6000, 0.8000])
     """
-    if isinstance(memory_size, bool) or not isinstance(memory_size, int) or memory_size < 1:
-        raise ValueError(f"memory_size must be a whole number, 1 or greater; got {memory_size!r}.")
+    if (
+        isinstance(memory_size, bool)
+        or not isinstance(memory_size, int)
+        or memory_size < 1
+    ):
+        raise ValueError(
+            f"memory_size must be a whole number, 1 or greater; got {memory_size!r}."
+        )
 
     def init(params: PyTree) -> StageState:
         def memory(p: Tensor) -> Tensor:
             return tree.zeros_like(p).new_zeros((memory_size, *p.shape))
 
         makes: tuple[Any, ...] = (tree.zeros_like, tree.zeros_like, memory, memory)
-        slots = {name: tree.map(make, params) for name, make in zip(_SLOTS, makes, strict=True)}
+        slots = {
+            name: tree.map(make, params) for name, make in zip(_SLOTS, makes, strict=True)
+        }
         return StageState({"count": tree.zero_count(params)}, slots)
 
     def update(
@@ -91,7 +101,7 @@ def scale_by_lbfgs(
         new = _remembered(gs, ps, old, begun=(state.shared["count"] > 0).all())
         us = _directions(gs, new, scale_init_precond)
         slots = {
-            name: tree.like(state.slots[name], tree.unflatten(spec, column))
+            name: structure.like(state.slots[name], tree.unflatten(spec, column))
             for name, column in new.items()
         }
         return tree.unflatten(spec, us), StageState(count, slots)
@@ -115,19 +125,21 @@ def _columns(
         raise ValueError(
             "scale_by_lbfgs reads the parameters: call update(updates, state, params)."
         )
-    gs, spec = tree.flatten_tensors(updates, "updates")
-    tree.refuse_sharded("scale_by_lbfgs", gs)
-    ps = tree.match(updates, spec, params, names=("updates", "params"))
+    gs, spec = structure.flatten_tensors(updates, "updates")
+    sharding.refuse_sharded("scale_by_lbfgs", gs)
+    ps = structure.match(updates, spec, params, names=("updates", "params"))
     old = {}
     for name in _SLOTS:
         names = ("updates", f"the state's {name}")
-        old[name] = tree.match(updates, spec, state.slots[name], names=names)
+        old[name] = structure.match(updates, spec, state.slots[name], names=names)
     return gs, ps, old
 
 
 def _check_shapes(updates: PyTree, gs: list[Any], ps: list[Any], old: Columns) -> None:
     """Raise ValueError where a gradient, its parameter and the state have different shapes."""
-    for path, g, p, before in zip(tree.paths(updates), gs, ps, old["updates"], strict=True):
+    for path, g, p, before in zip(
+        tree.paths(updates), gs, ps, old["updates"], strict=True
+    ):
         if g is None:
             continue
         if p is None or before is None or not g.shape == p.shape == before.shape:
@@ -145,7 +157,9 @@ def _remembered(gs: list[Any], ps: list[Any], old: Columns, begun: Tensor) -> Co
     """The slots after this step: the new pair is kept if there is one, and it is curved."""
     keep = _is_curved(gs, ps, old) & begun
 
-    def remember(memory: Tensor, now: Tensor, before: Tensor, has_gradient: bool) -> Tensor:
+    def remember(
+        memory: Tensor, now: Tensor, before: Tensor, has_gradient: bool
+    ) -> Tensor:
         row = now - before if has_gradient else torch.zeros_like(before)
         longer = torch.cat([memory[1:], row[None].to(memory.dtype)])
         return torch.where(keep, longer, memory)
@@ -173,7 +187,9 @@ def _is_curved(gs: list[Any], ps: list[Any], old: Columns) -> Tensor:
 
 def _real_dtype(gs: list[Any], old: Columns) -> torch.dtype:
     """The dtype that a step is computed in."""
-    return value_dtype([x for g, x in zip(gs, old["updates"], strict=True) if g is not None])
+    return value_dtype(
+        [x for g, x in zip(gs, old["updates"], strict=True) if g is not None]
+    )
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,7 +304,9 @@ def lbfgs(
         >>> p
         tensor([1., 1.], dtype=torch.float64)
     """
-    sized = scale(-1.0) if learning_rate is None else scale_by_learning_rate(learning_rate)
+    sized = (
+        scale(-1.0) if learning_rate is None else scale_by_learning_rate(learning_rate)
+    )
     return chain(
         scale_by_lbfgs(memory_size, scale_init_precond),
         sized,

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from functorch_opt import tree
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt._core import sharding, structure
+from functorch_opt._core.state import StageState
+from functorch_opt.tree import PyTree
 
 # ---- a loop whose length depends on values -------------------------------------------------------
 
@@ -93,12 +95,14 @@ class Line:
                 f"got {type(value_fn).__name__}."
             )
         self.name, self.params, self.value_fn = name, params, value_fn
-        us, spec = tree.flatten_tensors(updates, "updates")
-        tree.refuse_sharded(name, us)
-        self.ps = tree.match(updates, spec, params, names=("updates", "params"))
-        gs = tree.match(updates, spec, grad, names=("updates", "grad"))
+        us, spec = structure.flatten_tensors(updates, "updates")
+        sharding.refuse_sharded(name, us)
+        self.ps = structure.match(updates, spec, params, names=("updates", "params"))
+        gs = structure.match(updates, spec, grad, names=("updates", "grad"))
         for path, u, p, g in zip(tree.paths(updates), us, self.ps, gs, strict=True):
-            if u is not None and (p is None or g is None or not u.shape == p.shape == g.shape):
+            if u is not None and (
+                p is None or g is None or not u.shape == p.shape == g.shape
+            ):
                 shapes = [None if x is None else tuple(x.shape) for x in (u, p, g)]
                 raise ValueError(
                     f"{name}: at {path!r} the update, the parameter and grad have the shapes "
@@ -113,7 +117,11 @@ class Line:
 
     def _checked(self, value: Any) -> Tensor:
         # A Python number takes the dtype of the line at once: the default dtype may be narrower.
-        value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=self.dtype)
+        value = (
+            value
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, dtype=self.dtype)
+        )
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{self.name}: the value must be one real number; "
@@ -125,7 +133,9 @@ class Line:
         ps = list(self.ps)
         for i, p in zip(self.moved, moved, strict=True):
             ps[i] = p
-        return self._checked(self.value_fn(tree.unflatten(tree.flatten(self.params)[1], ps)))
+        return self._checked(
+            self.value_fn(tree.unflatten(tree.flatten(self.params)[1], ps))
+        )
 
     def _point(self, size: Tensor) -> list[Tensor]:
         return [
@@ -154,12 +164,14 @@ class Line:
         leaves, spec = tree.flatten(updates)
         slots = {}
         if gs is not None:
-            kept = tree.match(
+            kept = structure.match(
                 updates, spec, state.slots["grad"], names=("updates", "the state's grad")
             )
             for i, g in zip(self.moved, gs, strict=True):
                 kept[i] = g.to(kept[i].dtype)
-            slots["grad"] = tree.like(state.slots["grad"], tree.unflatten(spec, kept))
+            slots["grad"] = structure.like(
+                state.slots["grad"], tree.unflatten(spec, kept)
+            )
         scaled = [None if u is None else size.to(u.real.dtype) * u for u in leaves]
         return tree.unflatten(spec, scaled), StageState(shared, slots)
 
@@ -186,10 +198,14 @@ def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
         "num_linesearch_steps": tree.zero_count(params),
     }
     shared |= {name: number(float("inf")) for name in errors}
-    return StageState(shared, {"grad": tree.map(tree.zeros_like, params)} if store_grad else {})
+    return StageState(
+        shared, {"grad": tree.map(tree.zeros_like, params)} if store_grad else {}
+    )
 
 
-def check_state(name: str, state: Any, shared: tuple[str, ...], slots: tuple[str, ...]) -> None:
+def check_state(
+    name: str, state: Any, shared: tuple[str, ...], slots: tuple[str, ...]
+) -> None:
     """Raise ValueError for what is not a state of this stage."""
     if (
         not isinstance(state, StageState)
@@ -197,7 +213,9 @@ def check_state(name: str, state: Any, shared: tuple[str, ...], slots: tuple[str
         or state.slots.keys() != set(slots)
     ):
         held = (
-            [*state.shared, *state.slots] if isinstance(state, StageState) else type(state).__name__
+            [*state.shared, *state.slots]
+            if isinstance(state, StageState)
+            else type(state).__name__
         )
         raise ValueError(
             f"this is not a state of {name}, which keeps {[*shared, *slots]}: it holds {held}. "

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from functorch_opt import tree
+from functorch_opt._core.state import get
 from functorch_opt.line_search.line import any_of
 from functorch_opt.tree import PyTree
 
@@ -48,7 +49,7 @@ def value_and_grad_from_state(
     """
 
     def value_and_grad(params: PyTree, state: PyTree) -> tuple[Tensor, PyTree]:
-        value, grad = tree.get(state, "value"), tree.get(state, "grad")
+        value, grad = get(state, "value"), get(state, "grad")
         unknown = ~value.isfinite()
         if not any_of(unknown):
             return value, grad

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
@@ -36,7 +37,7 @@ from functorch_opt.line_search.line import (
     violation,
     where,
 )
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["scale_by_zoom_linesearch"]
 
@@ -136,7 +137,13 @@ def _check(rule: _Rule) -> None:
     check_range(0, infinity, approx_dec_rtol=rule.approx_dec_rtol)
 
 
-_KEPT = ("learning_rate", "value", "num_linesearch_steps", "decrease_error", "curvature_error")
+_KEPT = (
+    "learning_rate",
+    "value",
+    "num_linesearch_steps",
+    "decrease_error",
+    "curvature_error",
+)
 
 
 def _transformation(rule: _Rule, keep: bool) -> GradientTransformation:
@@ -166,7 +173,10 @@ def _transformation(rule: _Rule, keep: bool) -> GradientTransformation:
             now = where(now.searching, _step(now, line, guess, rule), now)
         size, value, _ = now.last
         found = (size, value, now.steps, now.decrease_error, now.curvature_error)
-        shared = {key: x.to(state.shared[key].dtype) for key, x in zip(_KEPT, found, strict=True)}
+        shared = {
+            key: x.to(state.shared[key].dtype)
+            for key, x in zip(_KEPT, found, strict=True)
+        }
         return line.finish(updates, size, now.grads, state, shared)
 
     return GradientTransformation(init, update)
@@ -238,7 +248,9 @@ def _step(now: _Search, line: Line, guess: Tensor, rule: _Rule) -> _Search:
     good = torch.maximum(decrease_error, curvature_error) <= rule.tol
     bracket, ends = _widened(now, trial, decrease_error)
     found = ends | good
-    ends_and_third = where(now.found, _zoomed(now, trial, decrease_error), (*bracket, bracket[0]))
+    ends_and_third = where(
+        now.found, _zoomed(now, trial, decrease_error), (*bracket, bracket[0])
+    )
     low, high, third = ends_and_third
 
     enough = (decrease_error <= rule.tol) & (~now.found | (trial.value < now.safe.value))
@@ -302,7 +314,9 @@ def _widened(
     return where(turned, (trial, now.last), (now.last, trial)), high | turned
 
 
-def _zoomed(now: _Search, trial: _Trial, decrease_error: Tensor) -> tuple[_Trial, _Trial, _Trial]:
+def _zoomed(
+    now: _Search, trial: _Trial, decrease_error: Tensor
+) -> tuple[_Trial, _Trial, _Trial]:
     """The bracket with a trial in place of one end, and the end that is given up (alg. 3.6).
 
     On which side the minimum is, the slope says.

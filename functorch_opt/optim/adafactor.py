@@ -84,10 +84,20 @@ class Adafactor(TorchNamed):
         self._begin(locals())
 
     def _chain(
-        self, lr: Any, beta2_decay: Any, eps: Any, d: Any, weight_decay: Any, maximize: bool
+        self,
+        lr: Any,
+        beta2_decay: Any,
+        eps: Any,
+        d: Any,
+        weight_decay: Any,
+        maximize: bool,
     ) -> GradientTransformation:
         eps1, eps2 = eps
-        lowest = {"epsilon1": (eps1, 0), "epsilon2": (eps2, 0), "Clipping threshold d": (d, 1)}
+        lowest = {
+            "epsilon1": (eps1, 0),
+            "epsilon2": (eps2, 0),
+            "Clipping threshold d": (d, 1),
+        }
         for what, (value, low) in lowest.items():
             if isinstance(value, (int, float)) and not value >= low:
                 raise ValueError(f"{what} should be >= {low} but is {value}.")

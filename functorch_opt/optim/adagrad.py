@@ -84,7 +84,9 @@ class RMSprop(TorchNamed):
     def _chain(
         self, alpha: Any, eps: Any, momentum: Any, centered: bool, **rest: Any
     ) -> GradientTransformation:
-        root = (scale_by_stddev if centered else scale_by_rms)(alpha, eps, eps_in_sqrt=False)
+        root = (scale_by_stddev if centered else scale_by_rms)(
+            alpha, eps, eps_in_sqrt=False
+        )
         return descent(root, None if is_zero(momentum) else trace(momentum), **rest)
 
 
@@ -183,7 +185,10 @@ class Adadelta(TorchNamed):
         ['acc_delta', 'square_avg', 'step']
     """
 
-    _names: ClassVar = {"scale_by_adadelta/e_g": "square_avg", "scale_by_adadelta/e_x": "acc_delta"}
+    _names: ClassVar = {
+        "scale_by_adadelta/e_g": "square_avg",
+        "scale_by_adadelta/e_x": "acc_delta",
+    }
     _structural: ClassVar = ("weight_decay",)
 
     def __init__(

@@ -74,7 +74,9 @@ class Adam(TorchNamed):
     ) -> None:
         self._begin(locals())
 
-    def _chain(self, betas: Any, eps: Any, amsgrad: bool, **rest: Any) -> GradientTransformation:
+    def _chain(
+        self, betas: Any, eps: Any, amsgrad: bool, **rest: Any
+    ) -> GradientTransformation:
         b1, b2 = betas
         adam = scale_by_adam(b1, b2, eps, amsgrad="torch" if amsgrad else False)
         return descent(adam, **rest)

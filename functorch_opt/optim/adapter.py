@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.chain import Chain, chain
+from functorch_opt._core.checkpoint import LEFT_OVER, Fit
 from functorch_opt._core.inject import hyperparameters
 from functorch_opt._core.points import has_point
 from functorch_opt._core.rule import leafwise
@@ -32,7 +33,6 @@ from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.options import FLAGS, check_like, check_number, only_sets_up
 from functorch_opt.optim.plan import Make, Plan, layout
-from functorch_opt.tree import LEFT_OVER, Fit
 
 __all__ = ["Optimizer"]
 
@@ -120,7 +120,11 @@ class Optimizer(torch.optim.Optimizer):
         self._setup(params, {"lr": lr, **numbers, **plain}, ("lr", *numbers), compile)
 
     def _setup(
-        self, params: Iterable[Any], defaults: dict[str, Any], numbers: Iterable[str], compile: bool
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        numbers: Iterable[str],
+        compile: bool,
     ) -> None:
         """What every constructor ends with; `numbers` names the options that are hyperparameters."""
         self._compile = compile
@@ -244,13 +248,15 @@ class Optimizer(torch.optim.Optimizer):
     def _initialized(self) -> bool:
         for fixed, groups in self._buckets():
             plan = self._plans.get(fixed)
-            if any(p.grad is not None for group in groups for p in group["params"]) and not (
-                plan and plan.serves(groups, self.state)
-            ):
+            if any(
+                p.grad is not None for group in groups for p in group["params"]
+            ) and not (plan and plan.serves(groups, self.state)):
                 return False
         return True
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = False) -> None:
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *, strict: bool = False
+    ) -> None:
         """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
 
         What is called alike is loaded, so the checkpoint of a chain outlives a stage that is put in or taken out. A chain that was put into
@@ -302,7 +308,8 @@ class Optimizer(torch.optim.Optimizer):
                 fill(self)
             if found[0].missing or found[0].unexpected:
                 warnings.warn(
-                    f"{found[0]} {LEFT_OVER} With strict=True this is an error.", stacklevel=2
+                    f"{found[0]} {LEFT_OVER} With strict=True this is an error.",
+                    stacklevel=2,
                 )
         except BaseException:
             self.__setstate__({"state": before[0], "param_groups": before[1]})
@@ -310,6 +317,24 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _expected(self) -> dict[Tensor, dict[str, Expected]]:
+        """What belongs into the state of each parameter."""
+        expected: dict[Tensor, dict[str, Expected]] = {}
+        for fixed, groups in self._buckets():
+            params = [p for group in groups for p in group["params"]]
+            if params:
+                try:
+                    expected |= zip(
+                        params,
+                        expectations(self._plan(fixed, groups), params),
+                        strict=True,
+                    )
+                except Exception as error:
+                    raise ValueError(
+                        f"the options of this state dict make no optimizer of these parameters: {error}"
+                    ) from error
+        return expected
 
     def _fill(self, given: dict[str, Any]) -> Fit:
         """Take over the tensors of a state dict whose groups are loaded already."""
@@ -320,29 +345,25 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"group {k} of this state dict has options that do not fit: {error}"
                 ) from error
-        expected: dict[Tensor, dict[str, Expected]] = {}
-        for fixed, groups in self._buckets():
-            params = [p for group in groups for p in group["params"]]
-            if params:
-                try:
-                    expected |= zip(
-                        params, expectations(self._plan(fixed, groups), params), strict=True
-                    )
-                except Exception as error:
-                    raise ValueError(
-                        f"the options of this state dict make no optimizer of these parameters: {error}"
-                    ) from error
+        expected = self._expected()
         params = [p for group in self.param_groups for p in group["params"]]
         other = {
-            key: value for key, value in given["state"].items() if not isinstance(value, Mapping)
+            key: value
+            for key, value in given["state"].items()
+            if not isinstance(value, Mapping)
         }  # a hook's own, as in torch
         given = {
             **given,
-            "state": {key: entry for key, entry in given["state"].items() if key not in other},
+            "state": {
+                key: entry for key, entry in given["state"].items() if key not in other
+            },
         }
-        entries, found = fitted(given, params, [expected[p] for p in params], self._uncounted)
+        entries, found = fitted(
+            given, params, [expected[p] for p in params], self._uncounted
+        )
         self.state = defaultdict(
-            dict, {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other
+            dict,
+            {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other,
         )
         self._plans = {}
         return found
@@ -407,7 +428,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":
-                    group.setdefault(name, value.clone() if isinstance(value, Tensor) else value)
+                    group.setdefault(
+                        name, value.clone() if isinstance(value, Tensor) else value
+                    )
 
     # ---- a step ------------------------------------------------------------------------------------------------------------
 
@@ -419,7 +442,9 @@ class Optimizer(torch.optim.Optimizer):
             self.init_state()
             return
         writes = [
-            self._plan(fixed, groups).compute(groups, self.state, self._maker(fixed), loss)
+            self._plan(fixed, groups).compute(
+                groups, self.state, self._maker(fixed), loss
+            )
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])
         ]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
+from functorch_opt._core.checkpoint import Fit, fit, state_dict
 from functorch_opt.optim.plan import Plan
 
 
@@ -31,9 +31,10 @@ class Expected(NamedTuple):
 
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
-    first = tree.state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
+    first = state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
     keys: list[dict[str, Expected]] = [
-        {key: Expected("count", torch.zeros(())) for key in plan.counts.keys} for _ in params
+        {key: Expected("count", torch.zeros(())) for key in plan.counts.keys}
+        for _ in params
     ]
     for place in plan.flat:
         if place and place.kind in ("slot", "joint"):
@@ -56,16 +57,17 @@ def check_form(given: Any) -> None:
             "'state' must be a dict from the number of a parameter to the dict of its tensors."
         )
     if not isinstance(groups, (list, tuple)) or not all(
-        isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups
+        isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple))
+        for g in groups
     ):
         raise TypeError(
             "'param_groups' must be a list of dicts with the numbers of their parameters under "
             "'params'."
         )
     numbers = _numbers(given)
-    if not all(isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) < len(
-        numbers
-    ):
+    if not all(isinstance(number, (int, str)) for number in numbers) or len(
+        set(numbers)
+    ) < len(numbers):
         raise ValueError(
             "every parameter needs a number of its own in 'param_groups'; "
             f"got {[list(group['params']) for group in groups]}."
@@ -81,7 +83,7 @@ def fitted(
     params: list[Tensor],
     expected: list[dict[str, Expected]],
     optional: Collection[str],
-) -> tuple[list[dict[str, Tensor]], tree.Fit]:
+) -> tuple[list[dict[str, Tensor]], Fit]:
     """The entries of ``state[p]``, copied from a state dict, and how well its names fitted.
 
     Those in `optional` may be missing.
@@ -94,7 +96,7 @@ def fitted(
     numbers = _numbers(given)
     saved = [_entry(given, number) for number in numbers]
     keys_here = [key for keys in expected for key in keys]
-    names = tree.fit(keys_here, [key for entry in saved for key in entry])
+    names = fit(keys_here, [key for entry in saved for key in entry])
     entries: list[dict[str, Tensor]] = []
     source: dict[str, str] = {}
     missing: dict[str, list[Any]] = {}
@@ -109,16 +111,20 @@ def fitted(
         entries.append(checked)
         source |= mine
         # A parameter that never had a gradient has no state of its own.
-        has_state = any(keys[key].kind != "joint" for key in mine) or len(mine) < len(entry)
+        own = any(keys[key].kind != "joint" for key in mine)
+        has_state = own or len(mine) < len(entry)
         begun += has_state
         absent = [key for key in keys if key not in mine and key not in optional]
         for key in absent:
             if has_state or (keys[key].kind == "joint" and any(saved)):
                 missing.setdefault(key, []).append(number)
-        unexpected |= dict.fromkeys(str(there) for there in entry if there not in mine.values())
-    strays = [f"all of parameter {number!r}" for number in given["state"] if number not in numbers]
+        unexpected |= dict.fromkeys(
+            str(there) for there in entry if there not in mine.values()
+        )
+    others = [number for number in given["state"] if number not in numbers]
+    strays = [f"all of parameter {number!r}" for number in others]
     told = [_missing(name, those, begun, expected) for name, those in missing.items()]
-    return entries, tree.Fit(source, told, [*unexpected, *strays])
+    return entries, Fit(source, told, [*unexpected, *strays])
 
 
 def _entry(given: Mapping[str, Any], number: Any) -> dict[str, Any]:
@@ -127,7 +133,9 @@ def _entry(given: Mapping[str, Any], number: Any) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if value is not None}
 
 
-def _missing(name: str, numbers: list[Any], begun: int, expected: list[dict[str, Expected]]) -> str:
+def _missing(
+    name: str, numbers: list[Any], begun: int, expected: list[dict[str, Expected]]
+) -> str:
     """A missing name, and of which parameters, if it is not missing of all."""
     joint = any(name in keys and keys[name].kind == "joint" for keys in expected)
     if joint or len(numbers) == begun:
@@ -158,7 +166,9 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
 
 def _count(value: Any, name: str, key: str) -> Tensor:
     """A count as it is kept: int64, but ``step`` floating, as torch has it."""
-    dense = isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
+    dense = (
+        isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
+    )
     number = value.item() if dense else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(
@@ -181,7 +191,9 @@ def _kind(x: Tensor) -> Any:
 
     Slots that are no floating numbers are noise keys and the like, of which no bit may change.
     """
-    return "floating" if x.is_floating_point() else "complex" if x.is_complex() else x.dtype
+    return (
+        "floating" if x.is_floating_point() else "complex" if x.is_complex() else x.dtype
+    )
 
 
 def _told(value: Any) -> str:

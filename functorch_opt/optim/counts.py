@@ -19,7 +19,9 @@ class Counts:
     the training. It lies with each parameter that moved, and the largest is what time it is.
     """
 
-    def __init__(self, counts: list[str], clocks: list[str], device: torch.device) -> None:
+    def __init__(
+        self, counts: list[str], clocks: list[str], device: torch.device
+    ) -> None:
         self.clocks, self.device = clocks, device
         self.counts = counts or ([] if clocks else ["step"])
         self.keys = [*self.counts, *clocks]
@@ -56,7 +58,12 @@ class Counts:
         return None
 
     def advance(
-        self, key: str, counts: list[Tensor], by: Any, entries: Entries | None, in_place: bool
+        self,
+        key: str,
+        counts: list[Tensor],
+        by: Any,
+        entries: Entries | None,
+        in_place: bool,
     ) -> None:
         """Add `by`, a number or one for each, to these counts.
 

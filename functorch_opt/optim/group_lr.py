@@ -10,7 +10,9 @@ from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
 
 
-def then(tx: GradientTransformation, stage: GradientTransformation) -> GradientTransformation:
+def then(
+    tx: GradientTransformation, stage: GradientTransformation
+) -> GradientTransformation:
     """`tx` and then `stage`; but `stage` before an average of the parameters, and inside of a wrapper that keeps them."""
     if isinstance(tx, Chain):
         stages = list(tx.stages.values())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
+from functorch_opt._core import numerics
 
 Groups = list[dict[str, Any]]
 
@@ -16,14 +16,16 @@ Groups = list[dict[str, Any]]
 class Numbers:
     """The options that are hyperparameters: one number, or with several groups one for each parameter."""
 
-    def __init__(self, names: list[str], groups: Groups, n: int, device: torch.device) -> None:
+    def __init__(
+        self, names: list[str], groups: Groups, n: int, device: torch.device
+    ) -> None:
         shape = () if len(groups) == 1 else (n,)
 
         def buffer(value: Any) -> Any:
             """Where a hyperparameter is written at every step; the transformation reads it there."""
             if isinstance(value, tuple):
                 return tuple(buffer(part) for part in value)
-            return torch.zeros(shape, dtype=tree.real_dtype(device), device=device)
+            return torch.zeros(shape, dtype=numerics.real_dtype(device), device=device)
 
         self.buffers = {name: buffer(groups[0][name]) for name in names}
         self.written: dict[str, list[Any]] = {}
@@ -36,7 +38,9 @@ class Numbers:
             if values == self.written.get(name) and not tensors:
                 continue
             if isinstance(target, tuple):
-                for part, of_groups in zip(target, zip(*values, strict=True), strict=True):
+                for part, of_groups in zip(
+                    target, zip(*values, strict=True), strict=True
+                ):
                     _write(part, of_groups, groups)
             else:
                 _write(target, values, groups)
@@ -51,7 +55,9 @@ class Numbers:
             values = [group[name] for group in groups]
             if isinstance(target, tuple):
                 pairs = zip(target, zip(*values, strict=True), strict=True)
-                numbers[name] = tuple([_read(part, of_groups, groups) for part, of_groups in pairs])
+                numbers[name] = tuple(
+                    [_read(part, of_groups, groups) for part, of_groups in pairs]
+                )
             else:
                 numbers[name] = _read(target, values, groups)
         return numbers

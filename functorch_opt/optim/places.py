@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.state import StageState
 from functorch_opt._execution.compiled import computed
 from functorch_opt._execution.writes import apart_from, memory_of
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 Kind = Literal["slot", "count", "clock", "joint"]
 
@@ -61,7 +62,8 @@ class Places:
         if children is None:
             return Place("joint", path, real)
         places = [
-            self.of(child, _under(path, name), _under(real, name)) for name, child in children
+            self.of(child, _under(path, name), _under(real, name))
+            for name, child in children
         ]
         return _rebuilt(state, places)
 
@@ -69,12 +71,16 @@ class Places:
         kinds: dict[str, Kind] = {"count": "count", "clock": "clock"}
         shared = {
             name: Place(
-                kinds.get(name, "joint"), _under(path, name), _under(real, f"shared/{name}")
+                kinds.get(name, "joint"),
+                _under(path, name),
+                _under(real, f"shared/{name}"),
             )
             for name in state.shared
         }
         slots = {
-            name: self._slot(slot, _under(path, name), _under(real, f"slots/{name}"), False)
+            name: self._slot(
+                slot, _under(path, name), _under(real, f"slots/{name}"), False
+            )
             for name, slot in state.slots.items()
         }
         return StageState(shared, slots)  # type: ignore[arg-type]
@@ -130,7 +136,9 @@ def assemble(places: PyTree, values: list[Any]) -> PyTree:
     return _rebuilt(places, children)
 
 
-def differences(places: PyTree, old: PyTree, new: PyTree, path: str = "") -> list[tuple[int, Any]]:
+def differences(
+    places: PyTree, old: PyTree, new: PyTree, path: str = ""
+) -> list[tuple[int, Any]]:
     """The places where `new` has another object than `old`, and that object.
 
     Raises:
@@ -177,7 +185,9 @@ def _shown(x: Any) -> str:
         return f"{x.dtype} of shape {tuple(x.shape)}"
     children = _children(x)
     return (
-        repr(x) if children is None else f"{type(x).__name__} of {[name for name, _ in children]}"
+        repr(x)
+        if children is None
+        else f"{type(x).__name__} of {[name for name, _ in children]}"
     )
 
 

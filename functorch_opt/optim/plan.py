@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import tree
+from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import compiled_step, with_memory_of_its_own
-from functorch_opt._execution.walk import always_counts
+from functorch_opt._execution.fusing import always_counts
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.numbers import Groups, Numbers
-from functorch_opt.optim.places import Places, apart, assemble, differences
+from functorch_opt.optim.places import Places, assemble, differences
+from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
 
 Make = Callable[[dict[str, Any]], GradientTransformation]
 """The transformation of a bucket, from its hyperparameters."""
-State = dict[Tensor, dict[str, Any]]
-Pairs = list[tuple[Tensor, Tensor]]
-_NOTHING: dict[str, Any] = {}
 
 
 class Plan:
@@ -70,8 +69,12 @@ class Plan:
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
-        self.counted = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"]
-        self.clocked = [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "clock"]
+        self.counted = [
+            (k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"
+        ]
+        self.clocked = [
+            (k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "clock"
+        ]
         own, clocks = (
             [*dict.fromkeys(key for _, key in of)] for of in (self.counted, self.clocked)
         )
@@ -98,11 +101,11 @@ class Plan:
         moved = [p for p in params if p.grad is not None]
         kept = zip(self.kept, self.where, strict=True)
         slots = [
-            key in state.get(params[i], _NOTHING)
+            key in state.get(params[i], NOTHING)
             for k, (i, key) in kept
             if params[i].grad is not None or self.flat[k].whole
         ]
-        counts = [key in state.get(p, _NOTHING) for p in moved for key in self.counts.keys]
+        counts = [key in state.get(p, NOTHING) for p in moved for key in self.counts.keys]
         return all(slots) and all(counts)
 
     # ---- a step ----------------------------------------------------------------------------------
@@ -126,12 +129,14 @@ class Plan:
         moved = [i for i, g in enumerate(gradients) if g is not None]
         entries, began = self._entries(state, params, moved)
         flat = self._values(entries, moved)
-        step = _Step(self, params, moved, entries, flat, self._assembled(flat))
+        step = Step(self, params, moved, entries, flat, self._assembled(flat))
         grads = self._tree(gradients)
         extra = self._extra(loss, grads)
         if self.compiled is not None and tx is self.tx:
             return self._compiled(step, grads, extra, state if began else None)
-        updates, new = tx.update(grads, step.old, self._tree([p.detach() for p in params]), **extra)
+        updates, new = tx.update(
+            grads, step.old, self._tree([p.detach() for p in params]), **extra
+        )
         us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
         write = step.writes([us[i] for i in moved], new)
 
@@ -143,14 +148,16 @@ class Plan:
         return act
 
     def _compiled(
-        self, step: _Step, grads: PyTree, extra: dict[str, Any], state: State | None
+        self, step: Step, grads: PyTree, extra: dict[str, Any], state: State | None
     ) -> Callable[[], None]:
         """The step as one compiled pass. Whatever can fail by then has not failed."""
         assert self.compiled is not None
         if not self.checked and not self.always_counts:
             params = self._tree([p.detach() for p in step.params])
             differences(
-                self.numbered, step.old, self.tx.update(grads, step.old, params, **extra)[1]
+                self.numbered,
+                step.old,
+                self.tx.update(grads, step.old, params, **extra)[1],
             )
         compiled, known = self.compiled, self.checked
         self.tx.check_extra(extra)
@@ -168,7 +175,7 @@ class Plan:
         self, state: State, params: list[Tensor], moved: list[int]
     ) -> tuple[list[dict[str, Any]], bool]:
         """The state of each parameter, and whether some of it begins with this step."""
-        entries = [state.get(p, _NOTHING) for p in params]
+        entries = [state.get(p, NOTHING) for p in params]
         if not self._lacks(entries, set(moved)):
             return entries, False
         entries = [dict(entry) for entry in entries]
@@ -192,7 +199,9 @@ class Plan:
         for k, (i, key) in zip(self.kept, self.where, strict=True):
             flat[k] = entries[i].get(key)
         own = {
-            key: self.counts.own(key, [entries[i][key] for i in moved], moved, len(entries))
+            key: self.counts.own(
+                key, [entries[i][key] for i in moved], moved, len(entries)
+            )
             for _, key in self.counted
         }
         for k, key in self.counted:
@@ -247,9 +256,10 @@ class Plan:
             everything = any(place.kind == "joint" or place.whole for place in absent)
             wanted = {place.i for place in absent}
             given = [
-                p.detach() if everything or i in wanted else None for i, p in enumerate(params)
+                p.detach() if everything or i in wanted else None
+                for i, p in enumerate(params)
             ]
-            first = tree.state_dict(self.tx.init(self._tree(given)))
+            first = state_dict(self.tx.init(self._tree(given)))
             mine = {place.path: first[place.path] for place in absent}
             mine = with_memory_of_its_own(mine, params)
             for place in absent:
@@ -263,111 +273,25 @@ class Plan:
             return {}
         self.numbers.write(groups)
         params = [p for group in groups for p in group["params"]]
-        entries = [state.get(p, _NOTHING) for p in params]
+        entries = [state.get(p, NOTHING) for p in params]
         first = self.counts.keys[0]
         moved = [i for i, entry in enumerate(entries) if first in entry]
-        if not moved:  # two stages for one parameter are an error before the first step too
+        if (
+            not moved
+        ):  # two stages for one parameter are an error before the first step too
             blank = self._tree([p.detach().to("meta") for p in params])
             points(self.tx, self.tx.init(blank), blank)
             return {}
         old = tree.unflatten(self.spec, self._values(entries, moved))
         number = {path: i for i, path in enumerate(self.paths)}
         found = points(self.tx, old, self._tree([p.detach() for p in params]))
-        return {params[number[path]]: x for path, x in found.items() if number[path] in moved}
-
-
-class _Step:
-    """What one step reads and writes."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        params: list[Tensor],
-        moved: list[int],
-        entries: list[dict[str, Any]],
-        flat: list[Any],
-        old: PyTree,
-    ) -> None:
-        self.plan, self.params, self.moved = plan, params, moved
-        self.entries, self.flat, self.old = entries, flat, old
-
-    def keep(self, state: State) -> None:
-        """Keep state that begins with this step."""
-        for p, entry in zip(self.params, self.entries, strict=True):
-            if entry:
-                state[p].update(entry)
-        self.entries = [state.get(p, _NOTHING) for p in self.params]
-
-    def writes(self, us: list[Tensor], new: PyTree) -> Callable[[], None]:
-        """What writes updates and state, once nothing can fail any more.
-
-        All is read before anything is overwritten: a rule may return what it was given.
-        """
-        targets = [self.params[i] for i in self.moved]
-        us = apart(us, targets)
-        changed = self.changes(new, targets)
-
-        def write() -> None:
-            pairs = list(zip(targets, us, strict=True))
-            _foreach(torch._foreach_add_, Tensor.add_, pairs)
-            self.write_state(changed, False)
-
-        return write
-
-    def changes(self, new: PyTree, targets: list[Tensor]) -> list[tuple[int, Any]]:
-        """What of the state is another tensor now, in memory that writing does not touch."""
-        changed = differences(self.plan.numbered, self.old, new)
-        kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
-        found = dict(changed)
-        values = apart([found[k] for k in kept], [*targets, *[self.flat[k] for k in kept]])
-        found.update(zip(kept, values, strict=True))
-        return [*found.items()]
-
-    def write_state(self, changed: list[tuple[int, Any]], in_place: bool) -> None:
-        """Write slots and counts."""
-        plan, counts = self.plan, self.plan.counts
-        kinds = {k: plan.flat[k].kind for k, _ in changed}
-        copies = [(self.flat[k], x) for k, x in changed if kinds[k] in ("slot", "joint")]
-        _foreach(torch._foreach_copy_, Tensor.copy_, copies)
-        found = dict(changed)
-        mine = [self.entries[i] for i in self.moved]
-        everybody = mine if len(mine) == len(self.params) else None
-        number = {key: k for k, key in plan.counted}
-        for key in counts.counts:
-            by = self._advance(number.get(key), found)
-            if not (isinstance(by, int) and by == 0):
-                counts.advance(key, [entry[key] for entry in mine], by, everybody, in_place)
-        for k, key in plan.clocked:
-            if k in found:
-                counts.set_time(key, found[k], mine)
-
-    def _advance(self, k: int | None, found: dict[int, Any]) -> Any:
-        """By how much a count went on: what update returned, less what it was given."""
-        if k is None or (self.plan.always_counts and k in found):
-            return 1
-        if k not in found:
-            return 0
-        by = found[k] - self.flat[k]
-        return by[torch.tensor(self.moved, device=by.device)] if by.dim() else by
-
-
-def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: Pairs) -> None:
-    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them.
-
-    It refuses DTensors beside plain ones. In a graph one by one, but by foreach (torch 2.13):
-    together, Inductor loses a write of amsgrad; and of a plain write to a 0-dim float64 tensor
-    Dynamo may lose any.
-    """
-    if torch.compiler.is_compiling():
-        for a, b in pairs:
-            many([a], [b])
-    elif pairs and all(type(a) in tree.PLAIN for a, _ in pairs):
-        many([a for a, _ in pairs], [b for _, b in pairs])
-    else:
-        for a, b in pairs:
-            one(a, b)
+        return {
+            params[number[path]]: x for path, x in found.items() if number[path] in moved
+        }
 
 
 def layout(groups: Groups) -> list[Any]:
     """What a plan was made for."""
-    return [([id(p) for p in group["params"]], group.get("param_names")) for group in groups]
+    return [
+        ([id(p) for p in group["params"]], group.get("param_names")) for group in groups
+    ]

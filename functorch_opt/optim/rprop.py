@@ -69,7 +69,9 @@ class Rprop(TorchNamed):
     ) -> None:
         self._begin(locals())
 
-    def _chain(self, lr: Any, etas: Any, step_sizes: Any, maximize: bool) -> GradientTransformation:
+    def _chain(
+        self, lr: Any, etas: Any, step_sizes: Any, maximize: bool
+    ) -> GradientTransformation:
         etaminus, etaplus = etas
         tensors = isinstance(etaminus, Tensor) or isinstance(etaplus, Tensor)
         if not (tensors or 0 < etaminus < 1 < etaplus < float("inf")):
@@ -77,4 +79,6 @@ class Rprop(TorchNamed):
                 f"Invalid eta values: {etaminus}, {etaplus}. The first must be in (0, 1), the "
                 "second greater than 1."
             )
-        return parts(ascend(maximize), scale_by_rprop(lr, *etas, *step_sizes), scale(-1.0))
+        return parts(
+            ascend(maximize), scale_by_rprop(lr, *etas, *step_sizes), scale(-1.0)
+        )

@@ -77,4 +77,6 @@ class SGD(TorchNamed):
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening; got {given}."
             )
-        return descent(None if still else trace(momentum, nesterov, dampening=dampening), **rest)
+        return descent(
+            None if still else trace(momentum, nesterov, dampening=dampening), **rest
+        )

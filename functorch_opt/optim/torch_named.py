@@ -81,7 +81,9 @@ class TorchNamed(Optimizer):
     def _check(self, options: dict[str, Any]) -> None:
         for name, (what, low, high) in self._ranges.items():
             value = options.get(name)
-            for i, number in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+            for i, number in enumerate(
+                value if isinstance(value, (tuple, list)) else (value,)
+            ):
                 if isinstance(number, (int, float)) and not low <= number < high:
                     place = f" at index {i}" if isinstance(value, (tuple, list)) else ""
                     raise ValueError(

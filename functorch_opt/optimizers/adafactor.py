@@ -68,7 +68,9 @@ def _mean_slot(dims_of, k):
 
 def _prepare(step_offset):
     def prepare(count, decay_rate):
-        return {"weight": tree.as_real(count + 1 - step_offset) ** -decay_rate}  # 1 - b2_t
+        return {
+            "weight": tree.as_real(count + 1 - step_offset) ** -decay_rate
+        }  # 1 - b2_t
 
     return prepare
 
@@ -128,7 +130,9 @@ def _torchs(prepare, hyper, epsilon):
         square, smallest = _square(g), _smallest(epsilon, g)
         v_row = _mean(v_row, square, -1, weight)  # [..., n, 1]
         v_col = _mean(v_col, square, -2, weight)  # [..., 1, m]
-        v = v_row * v_col / v_row.mean(-2, keepdim=True).clamp(min=smallest)  # [..., n, m]
+        v = (
+            v_row * v_col / v_row.mean(-2, keepdim=True).clamp(min=smallest)
+        )  # [..., n, m]
         u = g * v.clamp(min=smallest**2).rsqrt()
         return u, {"v_row": v_row, "v_col": v_col}
 
@@ -218,7 +222,10 @@ def step_by_torchs_adafactor(lr, eps2, d, weight_decay) -> GradientTransformatio
     """torch's step, clipped and relative: one rule, so that ranks exchange its sums in one message."""
 
     def prepare(count, lr, weight_decay):
-        return {"rho": (tree.as_real(count + 1) ** -0.5).clamp(max=lr), "decay": lr * weight_decay}
+        return {
+            "rho": (tree.as_real(count + 1) ** -0.5).clamp(max=lr),
+            "decay": lr * weight_decay,
+        }
 
     def rule(g, p, gg, pp, n, rho, eps2, d, decay):
         size = rho * rms(pp, n).clamp(min=eps2) / (rms(gg, n) / d).clamp(min=1)
@@ -280,7 +287,9 @@ def adafactor(
         >>> updates
         tensor([-0.0200,  0.0200, -0.0200,  0.0200])
     """
-    root = scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)
+    root = scale_by_factored_rms(
+        factored, decay_rate, decay_offset, min_dim_size_to_factor, eps
+    )
     stages = [root]
     if clipping_threshold is not None:
         stages.append(clip_by_block_rms(clipping_threshold))

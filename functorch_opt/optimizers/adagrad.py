@@ -64,7 +64,10 @@ def _weights(bias_correction):
         return {"weight": 1 - decay, "correction": 1.0}
 
     def prepare_corrected(decay, count):
-        return {"weight": 1 - decay, "correction": 1 / (1 - decay ** tree.as_real(count + 1))}
+        return {
+            "weight": 1 - decay,
+            "correction": 1 / (1 - decay ** tree.as_real(count + 1)),
+        }
 
     return prepare_corrected if bias_correction else prepare
 
@@ -166,7 +169,9 @@ def scale_by_rss(
         >>> tx.update([torch.tensor(3.0)], tx.init([torch.tensor(0.0)]))[0]
         [tensor(0.6000)]
     """
-    check_range(0, float("inf"), initial_accumulator_value=initial_accumulator_value, eps=eps)
+    check_range(
+        0, float("inf"), initial_accumulator_value=initial_accumulator_value, eps=eps
+    )
 
     def rule(g, sum, eps):
         sum = sum + g * g
@@ -256,7 +261,11 @@ def rmsprop(
     )
     check_range(0, float("inf"), momentum=momentum)
     step = scale_by_learning_rate(learning_rate)
-    return chain(root, step) if momentum is None else chain(root, step, trace(momentum, nesterov))
+    return (
+        chain(root, step)
+        if momentum is None
+        else chain(root, step, trace(momentum, nesterov))
+    )
 
 
 @transformation
@@ -280,7 +289,8 @@ def adagrad(
         adagrad(0.1)
     """
     return chain(
-        scale_by_rss(initial_accumulator_value, eps), scale_by_learning_rate(learning_rate)
+        scale_by_rss(initial_accumulator_value, eps),
+        scale_by_learning_rate(learning_rate),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.chain import chain
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
@@ -42,7 +43,7 @@ def decaying_step(learning_rate, lambd, alpha) -> GradientTransformation:
         return -eta * (g + lambd * p), {"eta": next_eta.clone()}
 
     hyper = {"lr": learning_rate, "lambd": lambd, "alpha": alpha}
-    return leafwise(rule, prepare, slots={"eta": tree.scalar_slot(0.0)}, hyper=hyper)
+    return leafwise(rule, prepare, slots={"eta": numerics.scalar_slot(0.0)}, hyper=hyper)
 
 
 @transformation
@@ -56,7 +57,7 @@ def average_params(t0) -> GradientTransformation:
     def rule(g, p, mu, ax, next_mu):
         return g, {"mu": next_mu.clone(), "ax": torch.lerp(ax, p + g, mu)}
 
-    slots = {"mu": tree.scalar_slot(1.0), "ax": tree.zeros_like}
+    slots = {"mu": numerics.scalar_slot(1.0), "ax": tree.zeros_like}
     tx = leafwise(rule, prepare, slots=slots, hyper={"t0": t0})
     tx.last = True
     return tx

@@ -53,7 +53,9 @@ def scale_by_trust_ratio(
         >>> tx.update([torch.tensor([0.0, 0.1])], tx.init(params), params)[0]
         [tensor([0., 5.])]
     """
-    check_range(0, float("inf"), min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+    check_range(
+        0, float("inf"), min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps
+    )
 
     def rule(g, pp, gg, min_norm, trust_coefficient, eps):
         p_norm = torch.clamp(_root(pp), min=min_norm)
@@ -147,7 +149,8 @@ def lars(
     return chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
         masked(
-            scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask
+            scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps),
+            trust_ratio_mask,
         ),
         scale_by_learning_rate(learning_rate),
         trace(momentum, nesterov),

@@ -25,7 +25,10 @@ __all__ = ["sgld"]
 
 @transformation
 def sgld(
-    learning_rate: ScalarOrSchedule, temperature: ScalarOrSchedule = 1.0, *, key: Tensor | int
+    learning_rate: ScalarOrSchedule,
+    temperature: ScalarOrSchedule = 1.0,
+    *,
+    key: Tensor | int,
 ) -> GradientTransformation:
     """Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
 
@@ -63,7 +66,9 @@ def sgld(
         sigma = (2 * learning_rate * temperature) ** 0.5
         return {
             "sigma": sigma,
-            "noise": Each(random.normal_like(key, sized("sgld", updates, params), count), own=True),
+            "noise": Each(
+                random.normal_like(key, sized("sgld", updates, params), count), own=True
+            ),
         }
 
     def rule(g, noise, learning_rate, sigma):

@@ -29,7 +29,9 @@ __all__ = ["lion", "scale_by_lion"]
 
 @transformation
 def scale_by_lion(
-    b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.99, mu_dtype: torch.dtype | None = None
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.99,
+    mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """``u = sign((1 - b1) g + b1 mu)``; then ``mu = b2 mu + (1 - b2) g``.
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.chain import chain
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
@@ -69,11 +70,15 @@ def scale_by_nadam(
         [tensor(0.4501)]
     """
     check_range(0, 1, b1=b1, b2=b2)
-    check_range(0, float("inf"), eps=eps, eps_root=eps_root, momentum_decay=momentum_decay)
+    check_range(
+        0, float("inf"), eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
+    )
 
     def prepare(count, b1, b2, eps_root, momentum_decay):
         t = tree.as_real(count + 1)
-        mu_t, mu_next = (b1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))
+        mu_t, mu_next = (
+            b1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1)
+        )
         c2, root = 1 - b2**t, eps_root + tree.TINY
         weights = {"w1": 1 - b1, "w2": 1 - b2, "c2": c2, "root": root}
         return {**weights, "mu_t": mu_t, "mu_next": mu_next}
@@ -89,10 +94,12 @@ def scale_by_nadam(
     slots: dict[str, Any] = {
         "mu": partial(tree.zeros_like, dtype=mu_dtype),
         "nu": tree.zeros_like,
-        "mu_product": tree.scalar_slot(1.0),
+        "mu_product": numerics.scalar_slot(1.0),
     }
     decays = {"b1": b1, "b2": b2, "momentum_decay": momentum_decay}
-    return leafwise(rule, prepare, slots=slots, hyper={**decays, "eps": eps, "eps_root": eps_root})
+    return leafwise(
+        rule, prepare, slots=slots, hyper={**decays, "eps": eps, "eps_root": eps_root}
+    )
 
 
 @transformation
@@ -127,5 +134,7 @@ def nadam(
     if momentum_decay is None:
         direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=True)
     else:
-        direction = scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay)
+        direction = scale_by_nadam(
+            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay
+        )
     return chain(direction, scale_by_learning_rate(learning_rate))

@@ -38,12 +38,21 @@ def _prepare(of_torch):
         rho_inf = 2 / (1 - b2) - 1
         rho = rho_inf - 2 * t * b2**t / c2
         trusted = rho > threshold if of_torch else rho >= threshold
-        r_squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        r = torch.where(trusted, r_squared, 1.0).sqrt()  # elsewhere r_squared may be negative
+        r_squared = (
+            (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        )
+        r = torch.where(
+            trusted, r_squared, 1.0
+        ).sqrt()  # elsewhere r_squared may be negative
         # r / (sqrt(nu/c2 + eps_root) + eps)  =  k / (sqrt(nu + root) + floor)
         k, root = r * c2.sqrt(), eps_root * c2 + tree.TINY
         floor = eps if of_torch else eps * c2.sqrt()
-        weights = {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "ahead": c1 / (1 - b1 ** (t + 1))}
+        weights = {
+            "w1": 1 - b1,
+            "w2": 1 - b2,
+            "c1": c1,
+            "ahead": c1 / (1 - b1 ** (t + 1)),
+        }
         return {**weights, "trusted": trusted, "k": k, "root": root, "floor": floor}
 
     return prepare
@@ -108,7 +117,13 @@ def scale_by_radam(
         nesterov_rule if nesterov else radam_rule,
         _prepare(variant == "torch"),
         slots={"mu": tree.zeros_like, "nu": tree.zeros_like},
-        hyper={"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "threshold": threshold},
+        hyper={
+            "b1": b1,
+            "b2": b2,
+            "eps": eps,
+            "eps_root": eps_root,
+            "threshold": threshold,
+        },
     )
 
 
@@ -143,5 +158,7 @@ def radam(
         >>> fo.apply_updates(params, updates)
         {'w': tensor(0.5000)}
     """
-    direction = scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, variant=variant)
+    direction = scale_by_radam(
+        b1, b2, eps, eps_root, threshold, nesterov=nesterov, variant=variant
+    )
     return chain(direction, scale_by_learning_rate(learning_rate))

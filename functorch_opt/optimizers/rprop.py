@@ -65,8 +65,19 @@ def scale_by_rprop(
     check_range(1, float("inf"), above=True, eta_plus=eta_plus)
     check_range(0, float("inf"), above=True, max_step_size=max_step_size)
 
-    def rule(g, prev, step_size, learning_rate, eta_minus, eta_plus, min_step_size, max_step_size):
-        step_size = torch.where(step_size == 0, learning_rate, step_size)  # 0: it had no step yet
+    def rule(
+        g,
+        prev,
+        step_size,
+        learning_rate,
+        eta_minus,
+        eta_plus,
+        min_step_size,
+        max_step_size,
+    ):
+        step_size = torch.where(
+            step_size == 0, learning_rate, step_size
+        )  # 0: it had no step yet
         same, changed = g * prev > 0, g * prev < 0
         shrunk = torch.where(changed, step_size * eta_minus, step_size)
         step_size = torch.where(same, step_size * eta_plus, shrunk)

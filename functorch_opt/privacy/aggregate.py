@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt.tree import PyTree
 
 __all__ = ["ClippedSum", "clip_and_sum"]
@@ -44,7 +45,9 @@ class ClippedSum(NamedTuple):
     """The loss of each example, [B], where the gradients were made from one."""
 
 
-def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None) -> ClippedSum:
+def clip_and_sum(
+    grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = None
+) -> ClippedSum:
     """Clip the gradient of each example to norm C, and sum.
 
     The formula is ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
@@ -75,17 +78,17 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
         >>> clipped.sum, clipped.norms
         ({'w': tensor([0.9000, 1.2000])}, tensor([5.0000, 0.5000]))
     """
-    gs, spec = tree.flatten_tensors(grads, "grads")
-    tree.refuse_sharded("clip_and_sum", gs)
+    gs, spec = structure.flatten_tensors(grads, "grads")
+    sharding.refuse_sharded("clip_and_sum", gs)
     n = examples(grads, "grads")
     check_weights(weights, n)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
     names = ("l2_norm_clip", "grads")
     # An error here shows the bounds; below it would show their numbers.
-    tree.broadcast(l2_norm_clip, grads, names=names)
+    structure.broadcast(l2_norm_clip, grads, names=names)
     numbers = tree.unflatten(bounds_spec, list(range(len(bounds))))
-    part = tree.broadcast(numbers, grads, names=names)
+    part = structure.broadcast(numbers, grads, names=names)
     norms, factors = [], []
     for k, bound in enumerate(bounds):
         mine = [g for g, j in zip(gs, part, strict=True) if j == k and g is not None]
@@ -96,7 +99,9 @@ def clip_and_sum(grads: PyTree, l2_norm_clip: Norms, weights: Tensor | None = No
     total: list[Tensor | None] = []
     for g, k in zip(gs, part, strict=True):
         total.append(None if g is None else _weighted_sum(factors[k], g))
-    return ClippedSum(tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip)
+    return ClippedSum(
+        tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip
+    )
 
 
 def _factor(norm: Tensor, bound: Any) -> Tensor:
@@ -112,7 +117,8 @@ def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
     """The norm of each of `n` examples, over all tensors together."""
     rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
     each = [
-        torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype)) for row in rows
+        torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype))
+        for row in rows
     ] or [torch.zeros(n, dtype=torch.float32)]
     norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norm if weights is None else norm * weights.abs()
@@ -125,7 +131,7 @@ def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
 
 def examples(batch: PyTree, name: str) -> int:
     """How many examples there are: the size of the first axis, which all leaves must share."""
-    leaves, _ = tree.flatten_tensors(batch, name)
+    leaves, _ = structure.flatten_tensors(batch, name)
     sizes = {
         path: tuple(x.shape[:1])
         for path, x in zip(tree.paths(batch), leaves, strict=True)

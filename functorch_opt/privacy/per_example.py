@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
+from functorch_opt._core import structure
 from functorch_opt.privacy.aggregate import (
     ClippedSum,
     Norms,
@@ -75,13 +76,20 @@ def per_example_grads(
             _of_chunk(loss, params, chunk, randomness)[0]
             for chunk, _ in _chunks(batch, None, chunk_size)
         ]
-        return chunks[0] if len(chunks) == 1 else tree.map(lambda *gs: torch.cat(gs), *chunks)
+        return (
+            chunks[0]
+            if len(chunks) == 1
+            else tree.map(lambda *gs: torch.cat(gs), *chunks)
+        )
 
     return grads
 
 
 def clipped_grad_sum(
-    loss: Loss, l2_norm_clip: Norms, chunk_size: int | None = None, randomness: Randomness = "error"
+    loss: Loss,
+    l2_norm_clip: Norms,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
 ) -> Callable[..., ClippedSum]:
     """A function that gives the sum of the clipped gradients of the examples.
 
@@ -123,7 +131,9 @@ def clipped_grad_sum(
         grads, values = _of_chunk(loss, params, chunk, randomness)
         return clip_and_sum(grads, l2_norm_clip, weights), values
 
-    def clipped(params: PyTree, *batch: PyTree, weights: Tensor | None = None) -> ClippedSum:
+    def clipped(
+        params: PyTree, *batch: PyTree, weights: Tensor | None = None
+    ) -> ClippedSum:
         total: Any = None
         norms, values = [], []
         for chunk, w in _chunks(batch, weights, chunk_size):
@@ -133,7 +143,10 @@ def clipped_grad_sum(
             norms.append(part.norms)
             values.append(losses)
         return ClippedSum(
-            total, tree.map(lambda *ns: torch.cat(ns), *norms), l2_norm_clip, torch.cat(values)
+            total,
+            tree.map(lambda *ns: torch.cat(ns), *norms),
+            l2_norm_clip,
+            torch.cat(values),
         )
 
     return clipped
@@ -157,8 +170,8 @@ def _chunks(
 def _of_chunk(
     loss: Loss, params: PyTree, batch: tuple[PyTree, ...], randomness: Randomness
 ) -> tuple[PyTree, Tensor]:
-    ps, spec = tree.flatten_tensors(params, "params")
-    xs, batch_spec = tree.flatten_tensors(batch, "batch")
+    ps, spec = structure.flatten_tensors(params, "params")
+    xs, batch_spec = structure.flatten_tensors(batch, "batch")
 
     def value(present: dict[int, Tensor], example: dict[int, Tensor]) -> Tensor:
         one = [example[i].unsqueeze(0) if i in example else None for i in range(len(xs))]
@@ -169,9 +182,9 @@ def _of_chunk(
 
     present, stacked = _present(ps), _present(xs)
     if examples(batch, "batch"):
-        found, values = vmap(grad_and_value(value), in_dims=(None, 0), randomness=randomness)(
-            present, stacked
-        )
+        found, values = vmap(
+            grad_and_value(value), in_dims=(None, 0), randomness=randomness
+        )(present, stacked)
     else:  # what vmap makes of no examples depends on the operations
         found = {i: p.new_zeros(0, *p.shape) for i, p in present.items()}
         values = tree.leaves(params)[0].new_zeros(0)

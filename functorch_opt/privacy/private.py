@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import random, tree
+from functorch_opt._core import structure
 from functorch_opt._core.chain import chain
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -125,7 +126,9 @@ def _norm_of(bounds: list[Any]) -> float | Tensor:
     return math.hypot(*bounds)
 
 
-def _square(noise_multiplier: ScalarOrSchedule, sensitivity: float | Tensor) -> ScalarOrSchedule:
+def _square(
+    noise_multiplier: ScalarOrSchedule, sensitivity: float | Tensor
+) -> ScalarOrSchedule:
     """The variance that `add_noise` takes."""
     if callable(noise_multiplier):
         return lambda count: (noise_multiplier(count) * sensitivity) ** 2
@@ -144,11 +147,11 @@ def _differ(a: Norms, b: Norms) -> bool:
 
 def _with_examples(updates: PyTree, params: PyTree | None) -> PyTree:
     if params is not None:
-        gs, spec = tree.flatten_tensors(updates, "updates")
+        gs, spec = structure.flatten_tensors(updates, "updates")
         for path, g, p in zip(
             tree.paths(updates),
             gs,
-            tree.match(updates, spec, params, names=("updates", "params")),
+            structure.match(updates, spec, params, names=("updates", "params")),
             strict=True,
         ):
             if g is not None and p is not None and g.shape[1:] != p.shape:
@@ -250,7 +253,9 @@ def dp_adam(
     private = differentially_private_aggregate(
         l2_norm_clip, noise_multiplier, key, expected_batch_size=expected_batch_size
     )
-    return chain(private, scale_by_adam(b1, b2, eps), scale_by_learning_rate(learning_rate))
+    return chain(
+        private, scale_by_adam(b1, b2, eps), scale_by_learning_rate(learning_rate)
+    )
 
 
 # ---- sampling and accounting ---------------------------------------------------------------------
@@ -295,7 +300,9 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
 
 
-def privacy_spent(noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
+def privacy_spent(
+    noise_multiplier: float, sampling_rate: float, steps: int, delta: float
+) -> float:
     """The epsilon of (epsilon, delta)-differential privacy after `steps` of private descent.
 
     The batches must have been drawn by Poisson sampling.
@@ -325,7 +332,9 @@ def privacy_spent(noise_multiplier: float, sampling_rate: float, steps: int, del
         2.64
     """
     check_range(0, math.inf, above=True, noise_multiplier=noise_multiplier)
-    if not (0 < sampling_rate <= 1 and 0 < delta < 1 and steps >= 0 and steps == int(steps)):
+    if not (
+        0 < sampling_rate <= 1 and 0 < delta < 1 and steps >= 0 and steps == int(steps)
+    ):
         raise ValueError(
             "sampling_rate must be in (0, 1], delta in (0, 1) and steps a whole number, "
             "0 or greater; "

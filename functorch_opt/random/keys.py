@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding, structure
 from functorch_opt.random import philox
 from functorch_opt.random.places import NOWHERE, Region, blocks_of, place_in, place_of
 from functorch_opt.tree import PyTree
 
-__all__ = ["bits", "fold_in", "key", "normal", "normal_like", "split", "uniform", "uniform_like"]
+__all__ = [
+    "bits",
+    "fold_in",
+    "key",
+    "normal",
+    "normal_like",
+    "split",
+    "uniform",
+    "uniform_like",
+]
 
 _STEP_BITS = 36  # one count owns 2**36 blocks, so that the draws of two can never overlap
 
@@ -44,7 +54,9 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
         tensor([42,  0])
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number; got {type(seed).__name__} {seed!r}.")
+        raise TypeError(
+            f"seed must be a whole number; got {type(seed).__name__} {seed!r}."
+        )
     seed %= 2**64
     return torch.tensor(
         [seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device
@@ -100,7 +112,9 @@ def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
         or numbers.is_floating_point()
         or numbers.is_complex()
     ):
-        raise TypeError(f"{name} must be a whole number or an integer tensor; got {value!r}.")
+        raise TypeError(
+            f"{name} must be a whole number or an integer tensor; got {value!r}."
+        )
     if isinstance(value, int) and value < 0:
         raise ValueError(f"{name} must be 0 or greater; got {value}.")
     return numbers.to(torch.int64)
@@ -121,7 +135,9 @@ def split(key: Tensor, num: int = 2) -> Tensor:
 # ---- one tensor ----------------------------------------------------------------------------------
 
 
-def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+def bits(
+    key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None
+) -> Tensor:
     """Independent random bits, 32 in each int32. The arguments are those of `normal`.
 
     Example:
@@ -132,7 +148,9 @@ def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = N
     return _tensor(philox.bits, key, shape, part)
 
 
-def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+def uniform(
+    key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None
+) -> Tensor:
     """Independent uniform numbers in [0, 1), float32, multiples of 2**-24.
 
     The arguments are those of `normal`.
@@ -145,7 +163,9 @@ def uniform(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None 
     return _tensor(philox.uniform, key, shape, part)
 
 
-def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+def normal(
+    key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None
+) -> Tensor:
     """Independent standard normal numbers, float32.
 
     The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager
@@ -244,7 +264,7 @@ def uniform_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
 
 
 def _tree(make: philox.Make, key: Tensor, values: PyTree, count: Tensor | int) -> PyTree:
-    leaves, spec = tree.flatten_tensors(values, "tree")
+    leaves, spec = structure.flatten_tensors(values, "tree")
     return tree.unflatten(spec, draw_leaves(make, key, leaves, count))
 
 
@@ -274,4 +294,4 @@ def draw_leaves(
 
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
-    return tree.join(x, leaf) if tree.is_sharded(leaf) else x
+    return sharding.join(x, leaf) if tree.is_sharded(leaf) else x

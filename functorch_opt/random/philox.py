@@ -31,7 +31,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 """32-bit words in int64, for eager torch has few operations on unsigned integers."""
 
 
-def philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Words:
+def philox(
+    k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> Words:
     """Philox-4x32-10 of a key of two words and a counter of four."""
     for _ in range(10):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
@@ -179,7 +181,9 @@ FEW = 37
 """Blocks that are drawn to try compiled code: some vectors of them, and a rest."""
 
 
-def _try_out(kernel: Make, make: Make, key: Tensor, blocks: Tensor, n: int | None) -> None:
+def _try_out(
+    kernel: Make, make: Make, key: Tensor, blocks: Tensor, n: int | None
+) -> None:
     few = (key, blocks[:FEW], None) if n is None else (key, blocks, min(n, FEW))
     expected = make(*few)
     try:
@@ -187,7 +191,9 @@ def _try_out(kernel: Make, make: Make, key: Tensor, blocks: Tensor, n: int | Non
     except torch._dynamo.exc.BackendCompilerFailed:
         raise
     except Exception as error:
-        raise WrongCode(f"the compiled code raised {type(error).__name__}: {error}") from error
+        raise WrongCode(
+            f"the compiled code raised {type(error).__name__}: {error}"
+        ) from error
     tolerance = 1e-4 if drawn.is_floating_point() else 0.0
     if not torch.allclose(drawn, expected, rtol=tolerance, atol=tolerance):
         raise WrongCode("the compiled code drew other numbers than the generator")

@@ -133,6 +133,8 @@ def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Reg
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    settled = [Replicate() if placement.is_partial() else placement for placement in placements]
+    settled = [
+        Replicate() if placement.is_partial() else placement for placement in placements
+    ]
     sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, settled)
     return tuple(offsets), tuple(sizes)

@@ -85,7 +85,10 @@ def polynomial_schedule(
 
 @makes_schedule
 def linear_schedule(
-    init_value: Scalar, end_value: Scalar, transition_steps: int, transition_begin: int = 0
+    init_value: Scalar,
+    end_value: Scalar,
+    transition_steps: int,
+    transition_begin: int = 0,
 ) -> Callable[[Tensor], Any]:
     """From `init_value` to `end_value` along a line, then constant.
 
@@ -96,7 +99,9 @@ def linear_schedule(
         >>> fo.linear_schedule(0.0, 1.0, 10)(5)
         tensor(0.5000, dtype=torch.float64)
     """
-    return polynomial_schedule(init_value, end_value, 1, transition_steps, transition_begin)
+    return polynomial_schedule(
+        init_value, end_value, 1, transition_steps, transition_begin
+    )
 
 
 @makes_schedule
@@ -145,7 +150,9 @@ def exponential_decay(
         if end_value is None:
             return decayed
         bound = torch.as_tensor(end_value, dtype=t.dtype)
-        return torch.where(grows, torch.minimum(decayed, bound), torch.maximum(decayed, bound))
+        return torch.where(
+            grows, torch.minimum(decayed, bound), torch.maximum(decayed, bound)
+        )
 
     return value
 

@@ -69,7 +69,9 @@ def warmup_constant_schedule(
         tensor(1., dtype=torch.float64)
     """
     check_finite(init_value=init_value, peak_value=peak_value)
-    return _after_warmup(init_value, peak_value, warmup_steps, constant_schedule(peak_value))
+    return _after_warmup(
+        init_value, peak_value, warmup_steps, constant_schedule(peak_value)
+    )
 
 
 @makes_schedule
@@ -245,7 +247,9 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Callable[[Tenso
     """
     cycles = [dict(kwargs) for kwargs in cosine_kwargs]
     if not cycles:
-        raise ValueError("sgdr_schedule needs the arguments of at least one cycle; got none.")
+        raise ValueError(
+            "sgdr_schedule needs the arguments of at least one cycle; got none."
+        )
     schedules = [warmup_cosine_decay_schedule(**kwargs) for kwargs in cycles]
     ends = list(itertools.accumulate(kwargs["decay_steps"] for kwargs in cycles))
     return join_schedules(schedules, ends[:-1])

@@ -18,7 +18,11 @@ from functorch_opt.schedules.schedule import (
     since,
 )
 
-__all__ = ["join_schedules", "piecewise_constant_schedule", "piecewise_interpolate_schedule"]
+__all__ = [
+    "join_schedules",
+    "piecewise_constant_schedule",
+    "piecewise_interpolate_schedule",
+]
 
 
 @makes_schedule
@@ -77,7 +81,9 @@ def _scales(
     """The scales in the order of their boundaries, checked."""
     scales = dict(sorted((boundaries_and_scales or {}).items()))
     check_finite(init_value=init_value)
-    check_not_negative(**{f"the scale at {boundary}": scale for boundary, scale in scales.items()})
+    check_not_negative(
+        **{f"the scale at {boundary}": scale for boundary, scale in scales.items()}
+    )
     check_boundaries(scales)
     return scales
 

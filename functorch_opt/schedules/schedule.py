@@ -34,14 +34,20 @@ class Schedule(Expression):
     def __call__(self, count: Tensor | int) -> Tensor:
         t = tree.as_real(torch.as_tensor(count))
         value = self.value(t)
-        is_like_t = isinstance(value, Tensor) and value.dtype is t.dtype and value.shape == t.shape
+        is_like_t = (
+            isinstance(value, Tensor)
+            and value.dtype is t.dtype
+            and value.shape == t.shape
+        )
         return value if is_like_t else torch.zeros_like(t) + value
 
 
 P = ParamSpec("P")
 
 
-def makes_schedule(factory: Callable[P, Callable[[Tensor], Any]]) -> Callable[P, Schedule]:
+def makes_schedule(
+    factory: Callable[P, Callable[[Tensor], Any]],
+) -> Callable[P, Schedule]:
     """Decorate a function that returns a function of the count as a float64 tensor.
 
     What it makes is then a `Schedule`.
@@ -88,7 +94,9 @@ def check_finite(**values: Scalar | None) -> None:
         if value is None or isinstance(value, Tensor):
             continue
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number or a 0-dim tensor; got {value!r}.")
+            raise ValueError(
+                f"{name} must be a finite number or a 0-dim tensor; got {value!r}."
+            )
 
 
 def check_positive(**values: Scalar) -> None:
@@ -120,7 +128,11 @@ def check_boundaries(boundaries: Iterable[Any]) -> None:
     """Raise ValueError for what are not increasing whole numbers from 1 on."""
     previous = 0
     for boundary in boundaries:
-        if isinstance(boundary, bool) or not isinstance(boundary, int) or boundary <= previous:
+        if (
+            isinstance(boundary, bool)
+            or not isinstance(boundary, int)
+            or boundary <= previous
+        ):
             raise ValueError(
                 "boundaries must be increasing whole numbers, at least 1; "
                 f"got {boundary!r} after {previous}."

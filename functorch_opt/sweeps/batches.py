@@ -93,7 +93,9 @@ def _drawn_length(arrays: Batch, size: int | None) -> int:
 
 def as_batch(batch: Any, device: torch.device) -> Batch:
     """A tuple of tensors on this device; TypeError for anything else."""
-    if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
+    if not isinstance(batch, (tuple, list)) or not all(
+        isinstance(x, Tensor) for x in batch
+    ):
         raise TypeError(
             "data must be a tuple of tensors, (x, y), or a list of such tuples; "
             f"got {type(batch).__name__} {batch!r:.200}."
@@ -116,14 +118,18 @@ def _in_turn(data: Any, device: torch.device) -> Iterator[Batch]:
             )
 
 
-def _shuffled(arrays: Batch, size: int, seeds: list[int], of_seed: Tensor) -> Iterator[Batch]:
+def _shuffled(
+    arrays: Batch, size: int, seeds: list[int], of_seed: Tensor
+) -> Iterator[Batch]:
     """Minibatches, in a new order each epoch; with several seeds [runs, size, ...].
 
     The remainder of an epoch is left out.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
-        orders = torch.stack([torch.randperm(len(arrays[0]), generator=g) for g in generators])
+        orders = torch.stack(
+            [torch.randperm(len(arrays[0]), generator=g) for g in generators]
+        )
         for rows in orders.to(of_seed.device).split(size, dim=1):  # [seeds, size]
             if rows.shape[1] == size:
                 rows = rows[of_seed] if len(seeds) > 1 else rows[0]

@@ -18,7 +18,9 @@ MOST_CURVES = 64
 
 def plot(of: Sweep) -> Any:
     """The figure, with losses on the left and curves on the right."""
-    figure = viz("matplotlib.figure", "plot()").Figure(figsize=(12, 4.5), layout="constrained")
+    figure = viz("matplotlib.figure", "plot()").Figure(
+        figsize=(12, 4.5), layout="constrained"
+    )
     left, right = figure.subplots(1, 2)
     shown = _Shown(of)
     _losses(left, of, shown)
@@ -54,11 +56,15 @@ def _losses(axes: Any, of: Sweep, shown: _Shown) -> None:
         color = None if label else BLUE
         axes.plot(at, means, "-o", ms=3.5, lw=1, label=label, color=color)
     if of.seeds > 1:
-        axes.plot(x, _finite(of.losses), ".", ms=3, color=BLACK, alpha=0.5, label="single seeds")
+        axes.plot(
+            x, _finite(of.losses), ".", ms=3, color=BLACK, alpha=0.5, label="single seeds"
+        )
     if of.diverged.any():
         at_the_top = torch.full((int(of.diverged.sum()),), 0.97)
         edge = axes.get_xaxis_transform()
-        axes.plot(x[of.diverged], at_the_top, "x", color=BLACK, transform=edge, label="diverged")
+        axes.plot(
+            x[of.diverged], at_the_top, "x", color=BLACK, transform=edge, label="diverged"
+        )
     if shown.best is not None:
         label = f"best: {shown.name}={x[shown.best]:.3g}"
         mean = of.means[shown.best // of.seeds]
@@ -76,7 +82,9 @@ def _lines(of: Sweep, shown: _Shown) -> dict[str, list[int]]:
     lines: dict[str, list[int]] = {}
     for i in range(len(of.means)):
         run = i * of.seeds
-        others = ", ".join(f"{name}={of.settings[name][run]:.3g}" for name in shown.names[1:])
+        others = ", ".join(
+            f"{name}={of.settings[name][run]:.3g}" for name in shown.names[1:]
+        )
         lines.setdefault(others, []).append(i)
     return lines
 

@@ -47,7 +47,11 @@ def read_problem(
 def _of_a_function(
     model_or_loss: Any, loss: Loss | None, params: PyTree, seeds: list[int]
 ) -> Problem:
-    if isinstance(model_or_loss, nn.Module) or not callable(model_or_loss) or loss is not None:
+    if (
+        isinstance(model_or_loss, nn.Module)
+        or not callable(model_or_loss)
+        or loss is not None
+    ):
         raise TypeError(
             "params= goes with a function loss(params, *batch) in the first place, and without "
             "loss=. A module brings its parameters: leave params out and give loss=, "
@@ -56,7 +60,9 @@ def _of_a_function(
     varies = callable(params)
     make = params if callable(params) else lambda: params
     starts = _for_each_seed(make, seeds, varies=varies, what="params")
-    return Problem(None, model_or_loss, [tree.map(lambda p: p.detach(), of) for of in starts])
+    return Problem(
+        None, model_or_loss, [tree.map(lambda p: p.detach(), of) for of in starts]
+    )
 
 
 def _of_a_module(model: Any, loss: Loss, seeds: list[int]) -> Problem:

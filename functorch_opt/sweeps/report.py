@@ -63,7 +63,9 @@ class Sweep:
                 "Try smaller learning rates."
             )
         setting = int(self.means.argmin())
-        return setting * self.seeds + int(self.losses.view(-1, self.seeds)[setting].argmin())
+        return setting * self.seeds + int(
+            self.losses.view(-1, self.seeds)[setting].argmin()
+        )
 
     @property
     def best(self) -> dict[str, Any]:
@@ -72,7 +74,9 @@ class Sweep:
         return {
             **self.fixed,
             **{
-                name: column[run].item() for name, column in self.settings.items() if name != "seed"
+                name: column[run].item()
+                for name, column in self.settings.items()
+                if name != "seed"
             },
         }
 
@@ -105,13 +109,19 @@ class Sweep:
         order = means.argsort(stable=True).tolist()
         rows = []
         for i in order[:most]:
-            row = [f"{self.settings[name][i * n]:.3g}" for name in names] + [f"{means[i]:.4g}"]
+            row = [f"{self.settings[name][i * n]:.3g}" for name in names] + [
+                f"{means[i]:.4g}"
+            ]
             row += [f"{spread[i].min():.4g} to {spread[i].max():.4g}"] if n > 1 else []
             lost = "diverged" if n == 1 else f"{diverged[i]} of {n} diverged"
             rows.append([*row, lost if diverged[i] else ""])
         header = [*names, *(["mean loss", f"of {n} seeds"] if n > 1 else ["loss"]), ""]
         left = f"{len(order) - most} more settings; " if len(order) > most else ""
-        return header, rows, f"{left}{int(self.diverged.sum())} of {len(self.losses)} runs diverged"
+        return (
+            header,
+            rows,
+            f"{left}{int(self.diverged.sum())} of {len(self.losses)} runs diverged",
+        )
 
     def table(self, rows: int = 10) -> str:
         """The best settings, a line each, best first, in plain text.
@@ -122,7 +132,9 @@ class Sweep:
         header, body, last = self._rows(rows)
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
         lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            "  ".join(
+                cell.rjust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
             for row in [header, *body]
         ]
         return "\n".join([*lines, last])
@@ -133,7 +145,9 @@ class Sweep:
     def __rich__(self) -> Any:
         header, body, last = self._rows(10)
         grid = viz("rich.table", "this table").Table(
-            box=viz("rich.box", "this table").SIMPLE_HEAD, caption=last, caption_justify="left"
+            box=viz("rich.box", "this table").SIMPLE_HEAD,
+            caption=last,
+            caption_justify="left",
         )
         for name in header:
             grid.add_column(name, justify="right")

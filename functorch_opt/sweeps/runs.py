@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt import random, tree
+from functorch_opt import random
+from functorch_opt._core import numerics
 from functorch_opt._core.transformation import GradientTransformation
 
 
@@ -38,7 +39,9 @@ class Runs:
         """The values of each hyperparameter, [runs], as they are reported."""
         self.hyper = self._on_device(device)
         """The values of each hyperparameter, and the keys, as the runs take them."""
-        self.rest = {name: value for name, value in fixed.items() if name not in self.hyper}
+        self.rest = {
+            name: value for name, value in fixed.items() if name not in self.hyper
+        }
 
     def _check(self, setting: dict[str, float]) -> None:
         """Make it with plain numbers, so that one out of its range is an error now."""
@@ -50,10 +53,12 @@ class Runs:
             )
 
     def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).repeat_interleave(len(self.seeds))
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(
+            len(self.seeds)
+        )
 
     def _on_device(self, device: torch.device) -> dict[str, Tensor]:
-        dtype = tree.real_dtype(device)
+        dtype = numerics.real_dtype(device)
         hyper = {name: column.to(device, dtype) for name, column in self.columns.items()}
         if "key" in self.fixed:
             key = random.as_key(self.fixed["key"])
@@ -129,7 +134,9 @@ def _values(name: str, value: Any) -> list[float] | None:
         value = value.tolist()
     if not isinstance(value, (list, tuple, range)):
         return None
-    if not value or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+    if not value or any(
+        isinstance(v, bool) or not isinstance(v, (int, float)) for v in value
+    ):
         raise TypeError(
             f"{name}={value!r} must be numbers, one run for each. What chooses between rules "
             "(bools, strings) cannot vary within a sweep: make a sweep for each. What belongs to "

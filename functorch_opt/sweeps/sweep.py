@@ -132,10 +132,8 @@ def sweep(
         final = _evaluate_module(problem, trained.params, validation, device)
     alive = trained.alive & torch.isfinite(final)
     losses = torch.where(alive, final, math.inf)
-    settings, curves = runs.reported(), trained.curves.cpu()
-    return Sweep(
-        settings, curves, losses.cpu(), ~alive.cpu(), trained.params, fixed, problem.module
-    )
+    of_runs = runs.reported(), trained.curves.cpu(), losses.cpu(), ~alive.cpu()
+    return Sweep(*of_runs, trained.params, fixed, problem.module)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -163,7 +161,9 @@ def _step_of_all(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) ->
         updates, state = tx.update(grads, state, ps, **extra)
         curve = torch.where(alive, value, math.nan)
         alive = alive & torch.isfinite(value) & (value <= bound)
-        ps = tree.map(lambda new, old: torch.where(alive, new, old), apply_updates(ps, updates), ps)
+        ps = tree.map(
+            lambda new, old: torch.where(alive, new, old), apply_updates(ps, updates), ps
+        )
         return ps, state, alive, curve
 
     in_dims = (0, 0, 0, 0, 0 if batches_of_runs else None)
@@ -192,7 +192,9 @@ def _train(step: Any, problem: Problem, runs: Runs, batches: Batches) -> _Traine
     return _Trained(ps, alive, torch.stack(curves, 1))
 
 
-def _evaluate_module(problem: Problem, params: PyTree, data: Any, device: torch.device) -> Tensor:
+def _evaluate_module(
+    problem: Problem, params: PyTree, data: Any, device: torch.device
+) -> Tensor:
     """The mean loss of every run, with the module in evaluation mode, if there is one."""
     module = problem.module
     if module is None:

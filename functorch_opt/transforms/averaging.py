@@ -21,7 +21,9 @@ __all__ = ["params_ema"]
 
 @transformation
 def params_ema(
-    decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
+    decay: ScalarOrSchedule,
+    debias: bool = True,
+    accumulator_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """Exponential moving average of the parameters: ``m = decay m + (1 - decay) (p + u)``.
 
@@ -70,7 +72,9 @@ def params_ema(
 
     def prepare(count, decay):
         return {
-            "weight": (1 - decay) / (1 - decay ** tree.as_real(count + 1)) if debias else 1 - decay
+            "weight": (1 - decay) / (1 - decay ** tree.as_real(count + 1))
+            if debias
+            else 1 - decay
         }
 
     def rule(g, p, averaged, weight):

@@ -35,7 +35,8 @@ def clip(max_delta: Scalar) -> GradientTransformation:
     """
     check_range(0, float("inf"), max_delta=max_delta)
     return leafwise(
-        lambda g, max_delta: torch.clamp(g, -max_delta, max_delta), hyper={"max_delta": max_delta}
+        lambda g, max_delta: torch.clamp(g, -max_delta, max_delta),
+        hyper={"max_delta": max_delta},
     )
 
 

@@ -48,6 +48,7 @@ def add_decayed_weights(
         decay = leafwise(lambda g, p: torch.add(g, p, alpha=weight_decay))
     else:
         decay = leafwise(
-            lambda g, p, weight_decay: g + weight_decay * p, hyper={"weight_decay": weight_decay}
+            lambda g, p, weight_decay: g + weight_decay * p,
+            hyper={"weight_decay": weight_decay},
         )
     return decay if mask is None else masked(decay, mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -58,7 +59,9 @@ def trace(
     check_range(-float("inf"), float("inf"), dampening=dampening)
     undamped = not isinstance(dampening, Tensor) and dampening == 0
     if nesterov and not undamped and not isinstance(dampening, Tensor):
-        raise ValueError(f"Nesterov momentum needs a dampening of zero; got {dampening!r}.")
+        raise ValueError(
+            f"Nesterov momentum needs a dampening of zero; got {dampening!r}."
+        )
     slots = {"trace": partial(tree.zeros_like, dtype=accumulator_dtype)}
 
     def rule(g, trace, decay):
@@ -66,7 +69,7 @@ def trace(
         return g + decay * trace if nesterov else trace, {"trace": trace}
 
     def prepare(count, dampening):
-        dampening = torch.as_tensor(dampening, dtype=tree.real_dtype(count.device))
+        dampening = torch.as_tensor(dampening, dtype=numerics.real_dtype(count.device))
         return {"fresh": torch.where(count == 0, 1.0, 1.0 - dampening)}
 
     def damped(g, trace, decay, fresh):
@@ -75,12 +78,16 @@ def trace(
 
     if undamped:
         return leafwise(rule, slots=slots, hyper={"decay": decay})
-    return leafwise(damped, prepare, slots=slots, hyper={"decay": decay, "dampening": dampening})
+    return leafwise(
+        damped, prepare, slots=slots, hyper={"decay": decay, "dampening": dampening}
+    )
 
 
 @transformation
 def ema(
-    decay: ScalarOrSchedule, debias: bool = True, accumulator_dtype: torch.dtype | None = None
+    decay: ScalarOrSchedule,
+    debias: bool = True,
+    accumulator_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """Exponential moving average of the updates: ``m = decay m + (1 - decay) g``.
 

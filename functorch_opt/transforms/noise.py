@@ -57,7 +57,8 @@ def add_noise(
         return {
             "sigma": sigma,
             "noise": Each(
-                random.normal_like(key, sized("add_noise", updates, params), count), own=True
+                random.normal_like(key, sized("add_noise", updates, params), count),
+                own=True,
             ),
         }
 

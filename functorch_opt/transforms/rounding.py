@@ -59,7 +59,9 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
     def prepare(count, key, params):
         ps, spec = tree.flatten(params)
         low = [
-            p if p is not None and p.is_floating_point() and p.dtype.itemsize < 4 else None
+            p
+            if p is not None and p.is_floating_point() and p.dtype.itemsize < 4
+            else None
             for p in ps
         ]
         noise = random.draw_leaves(philox.uniform, key, low, count)

@@ -101,7 +101,9 @@ def scale_by_learning_rate(
         return {"step_size": sign * learning_rate}
 
     return leafwise(
-        lambda g, step_size: g * step_size, prepare, hyper={"learning_rate": learning_rate}
+        lambda g, step_size: g * step_size,
+        prepare,
+        hyper={"learning_rate": learning_rate},
     )
 
 

@@ -53,7 +53,10 @@ def MultiSteps(
 
     def prepare(count):
         n = count % k
-        return {"part": 1 / (tree.as_real(n) + 1) if use_grad_mean else 1.0, "due": n == k - 1}
+        return {
+            "part": 1 / (tree.as_real(n) + 1) if use_grad_mean else 1.0,
+            "due": n == k - 1,
+        }
 
     def added(g, acc, part):
         return acc + (g - acc) * part if use_grad_mean else acc + g
@@ -63,4 +66,6 @@ def MultiSteps(
         return u, {"acc": torch.where(due, torch.zeros_like(acc), acc)}
 
     inner = gate(opt, lambda count: count % k == k - 1)
-    return wrap(inner, slots={"acc": tree.zeros_like}, prepare=prepare, before=added, after=after)
+    return wrap(
+        inner, slots={"acc": tree.zeros_like}, prepare=prepare, before=added, after=after
+    )

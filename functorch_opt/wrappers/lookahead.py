@@ -18,7 +18,9 @@ __all__ = ["lookahead"]
 
 @transformation
 def lookahead(
-    fast_optimizer: GradientTransformation, sync_period: int, slow_step_size: ScalarOrSchedule
+    fast_optimizer: GradientTransformation,
+    sync_period: int,
+    slow_step_size: ScalarOrSchedule,
 ) -> GradientTransformation:
     """Every k steps the slow weights move towards the fast ones, which start again from there.
 

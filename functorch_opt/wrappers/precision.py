@@ -57,7 +57,9 @@ def keep_master_weights(inner: GradientTransformation) -> GradientTransformation
     def first(p):
         return p.to(tree.at_least_float32(p.dtype), copy=True)
 
-    def before(p, master):  # where p is not what the copy rounds to, somebody has set it: it counts
+    def before(
+        p, master
+    ):  # where p is not what the copy rounds to, somebody has set it: it counts
         return torch.where(master.to(p.dtype) == p, master, p.to(master.dtype))
 
     def after(u, p, master):  # the copy is what p + u is in float32, before it is rounded
@@ -66,4 +68,6 @@ def keep_master_weights(inner: GradientTransformation) -> GradientTransformation
         return u, {"master": wide + u}
 
     slots = {"master": first}
-    return wrap(inner, slots=slots, before=before, after=after, init_with="master", last=True)
+    return wrap(
+        inner, slots=slots, before=before, after=after, init_with="master", last=True
+    )

@@ -41,13 +41,19 @@ def apply_if_finite(
     """
     most = max_consecutive_errors
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
-        raise ValueError(f"max_consecutive_errors must be a whole number from 0; got {most!r}.")
+        raise ValueError(
+            f"max_consecutive_errors must be a whole number from 0; got {most!r}."
+        )
 
     def active(updates, notfinite_count, total_notfinite, last_finite):
         finite = torch.isfinite(tree.norm(updates)) & all_finite(updates)
         in_a_row = torch.where(finite, 0, notfinite_count + 1)
         total = torch.where(finite, total_notfinite, total_notfinite + 1)
-        counts = {"notfinite_count": in_a_row, "total_notfinite": total, "last_finite": finite}
+        counts = {
+            "notfinite_count": in_a_row,
+            "total_notfinite": total,
+            "last_finite": finite,
+        }
         return finite | (in_a_row > most), counts
 
     zero = torch.zeros((), dtype=torch.int64)

@@ -29,7 +29,11 @@ def _serve(rank: int, world: int, port: int, jobs: Connection) -> None:
         "127.0.0.1", port, world, is_master=rank == 0, timeout=timedelta(seconds=TIMEOUT)
     )
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
     )
     jobs.send((None, None))
     while (job := jobs.recv()) is not None:
@@ -69,7 +73,9 @@ class Ranks:
             self.processes.append(process)
         self._answers("start", TIMEOUT)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+    ) -> list[Any]:
         """``function(rank, *args)`` of every rank, in order of rank."""
         if not self.processes:
             self._start()
@@ -84,10 +90,13 @@ class Ranks:
             while len(results) < self.world:
                 missing = [rank for rank in range(self.world) if rank not in results]
                 answered = wait(
-                    [self.jobs[rank] for rank in missing], max(0, deadline - time.monotonic())
+                    [self.jobs[rank] for rank in missing],
+                    max(0, deadline - time.monotonic()),
                 )
                 if not answered:
-                    raise AssertionError(f"{name}: no answer from ranks {missing} in {timeout} s")
+                    raise AssertionError(
+                        f"{name}: no answer from ranks {missing} in {timeout} s"
+                    )
                 for rank in missing:
                     if self.jobs[rank] in answered:
                         try:
@@ -95,7 +104,9 @@ class Ranks:
                         except EOFError:
                             error = f"rank {rank} has died"
                         if error:
-                            raise AssertionError(f"{name}, rank {rank} of {self.world}:\n{error}")
+                            raise AssertionError(
+                                f"{name}, rank {rank} of {self.world}:\n{error}"
+                            )
         except BaseException:
             self.end()
             raise

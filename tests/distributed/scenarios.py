@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._core.checkpoint import state_dict
 
 STEPS, ROWS_OF_BATCH = 6, 8
 
@@ -50,7 +51,9 @@ class Net(nn.Module):
         self.gain = nn.Parameter(torch.tensor([1.0, 0.5, 2.0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.down(torch.tanh(self.norm(self.up(x))))) * self.gain)
+        return self.out(
+            torch.tanh(self.down(torch.tanh(self.norm(self.up(x))))) * self.gain
+        )
 
 
 def make_net(seed: int = 0) -> Net:
@@ -129,7 +132,10 @@ def my_rows(rank: int) -> slice:
 def muon(named: dict[str, nn.Parameter], **options: Any) -> list[torch.optim.Optimizer]:
     matrices = [p for p in named.values() if p.ndim == 2]
     rest = [p for p in named.values() if p.ndim != 2]
-    return [fo.optim.Muon(matrices, lr=0.02, **options), fo.optim.AdamW(rest, lr=0.05, **options)]
+    return [
+        fo.optim.Muon(matrices, lr=0.02, **options),
+        fo.optim.AdamW(rest, lr=0.05, **options),
+    ]
 
 
 def generic(make: Callable[..., Any], **hyper: Any) -> Any:
@@ -157,12 +163,18 @@ OURS: dict[str, Any] = {
         )
     ),
     "lamb": generic(fo.lamb, learning_rate=0.05, weight_decay=0.1),
-    "lamb, master": generic(lambda: fo.keep_master_weights(fo.lamb(0.05, weight_decay=0.1))),
+    "lamb, master": generic(
+        lambda: fo.keep_master_weights(fo.lamb(0.05, weight_decay=0.1))
+    ),
     "lars": generic(fo.lars, learning_rate=0.5, weight_decay=0.1, trust_coefficient=0.1),
     "centralize": generic(lambda: fo.chain(fo.centralize(), fo.sgd(0.05, momentum=0.9))),
     "Muon": muon,
-    "NAdam": lambda named, **options: [fo.optim.NAdam(named.values(), lr=0.05, **options)],
-    "Adafactor": lambda named, **options: [fo.optim.Adafactor(named.values(), lr=0.05, **options)],
+    "NAdam": lambda named, **options: [
+        fo.optim.NAdam(named.values(), lr=0.05, **options)
+    ],
+    "Adafactor": lambda named, **options: [
+        fo.optim.Adafactor(named.values(), lr=0.05, **options)
+    ],
 }
 REFERENCES = OURS | {"AdamW": torchs_adamw}
 
@@ -172,7 +184,11 @@ REFERENCES = OURS | {"AdamW": torchs_adamw}
 
 def counts(entry: dict[str, Any]) -> set[float]:
     """How many steps the state of a parameter says that it has made: one number, if all is well."""
-    return {float(value) for key, value in entry.items() if key == "step" or key.endswith("/count")}
+    return {
+        float(value)
+        for key, value in entry.items()
+        if key == "step" or key.endswith("/count")
+    }
 
 
 def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
@@ -199,7 +215,12 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
         "placements": {key: same for (key, shaped), same in placements.items() if shaped},
         "scalars": sorted({key for key, shaped in placements if not shaped}),
         "steps": sorted(
-            {n for opt in opts for p in opt.param_groups[0]["params"] for n in counts(opt.state[p])}
+            {
+                n
+                for opt in opts
+                for p in opt.param_groups[0]["params"]
+                for n in counts(opt.state[p])
+            }
         ),
         "compiled": sum(
             len(segment.compiled)
@@ -237,7 +258,13 @@ def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
         torchs_clip,
     )
     tx = fo.chain(fo.clip_by_global_norm(max_norm), fo.adamw(0.05, weight_decay=0.1))
-    train(ours, [fo.optim.Optimizer(ours.parameters(), tx)], range(STEPS), my_rows(rank), our_norm)
+    train(
+        ours,
+        [fo.optim.Optimizer(ours.parameters(), tx)],
+        range(STEPS),
+        my_rows(rank),
+        our_norm,
+    )
     a, b = gathered(ours), gathered(theirs)
     return {**seen, "error": max(float((a[n] - b[n]).abs().max()) for n in a)}
 
@@ -280,7 +307,9 @@ def values(step: int) -> dict[str, Tensor]:
 
 def place(x: Tensor, where: DeviceMesh, placements: list[Any]) -> Tensor:
     """Dims that a tensor does not have are not split."""
-    fitting = [p if p.is_replicate() or p.dim < x.dim() else Replicate() for p in placements]
+    fitting = [
+        p if p.is_replicate() or p.dim < x.dim() else Replicate() for p in placements
+    ]
     return distribute_tensor(x, where, fitting, src_data_rank=None)
 
 
@@ -293,7 +322,9 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
         for layout, where in layouts().items():
 
             def put(tensors: dict[str, Tensor], where: Any = where) -> dict[str, Tensor]:
-                return {n: x if n == "plain" else place(x, *where) for n, x in tensors.items()}
+                return {
+                    n: x if n == "plain" else place(x, *where) for n, x in tensors.items()
+                }
 
             ps = values(0)
             mine, state = put(ps), tx.init(ps)
@@ -302,11 +333,13 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
                 gs = values(step)
                 us, state = tx.update(gs, state, ps)
                 ours, held = tx.update(put(gs), held, mine)
-                assert all(isinstance(u, DTensor) == (n != "plain") for n, u in ours.items())
+                assert all(
+                    isinstance(u, DTensor) == (n != "plain") for n, u in ours.items()
+                )
                 ps, mine = fo.apply_updates(ps, us), fo.apply_updates(mine, ours)
             whole, expected = (
-                tree.state_dict(tree.map(tree.whole, (mine, held))),
-                tree.state_dict((ps, state)),
+                state_dict(tree.map(tree.whole, (mine, held))),
+                state_dict((ps, state)),
             )
             assert whole.keys() == expected.keys()
             worst = [
@@ -348,7 +381,9 @@ def traced_step(tx: fo.GradientTransformation) -> executions.CompiledStep:
 def sharded_step(put: Callable[[Tensor], Tensor], make: Callable[..., Any]) -> Any:
     def execute(drawn: Any, plan: executions.Plan) -> Any:
         tx = plan.tx()
-        return executions.run(plan, make(tx), tx, moved=lambda given: tree.map(put, given))
+        return executions.run(
+            plan, make(tx), tx, moved=lambda given: tree.map(put, given)
+        )
 
     return execute
 
@@ -370,7 +405,9 @@ def sums_not_taken(rank: int) -> float:
     partial = {n: DTensor.from_local(terms[rank][n], where, [Partial()]) for n in ps}
     us, _ = tx.update(gs, tx.init(ps), ps)
     ours, _ = tx.update(partial, tx.init(mine), mine)
-    return max(float((tree.whole(ours[n]) - u).abs().max()) for n, u in us.items() if u.numel())
+    return max(
+        float((tree.whole(ours[n]) - u).abs().max()) for n, u in us.items() if u.numel()
+    )
 
 
 def differentiated(rank: int) -> float:
@@ -436,7 +473,10 @@ def misplaced(rank: int) -> list[str]:
         (sharded, plain, plain),
         (sharded, plain, sharded),
     ):
-        for step in (tx.update, lambda gs, state, ps: fo.compiled_step(tx)(ps, gs, state)):
+        for step in (
+            tx.update,
+            lambda gs, state, ps: fo.compiled_step(tx)(ps, gs, state),
+        ):
             with pytest.raises(ValueError, match="ordinary tensor") as caught:
                 step(gs, tx.init(of), ps)
             errors.append(str(caught.value))
@@ -457,12 +497,18 @@ def hang_on_one_rank(rank: int) -> None:
 # ---- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
-def fresh_state(rank: int, name: str, options: dict[str, bool], sharded: bool) -> dict[str, Any]:
+def fresh_state(
+    rank: int, name: str, options: dict[str, bool], sharded: bool
+) -> dict[str, Any]:
     """Look at the state of a fresh optimizer by torch's function, then train: against an optimizer that nobody has looked at."""
     nets = [shard(make_net()) if sharded else make_net() for _ in range(2)]
-    (looked_at,), (left_alone,) = [OURS[name](dict(net.named_parameters())) for net in nets]
+    (looked_at,), (left_alone,) = [
+        OURS[name](dict(net.named_parameters())) for net in nets
+    ]
     before = gathered(nets[0])
-    seen = get_optimizer_state_dict(nets[0], looked_at, options=StateDictOptions(**options))
+    seen = get_optimizer_state_dict(
+        nets[0], looked_at, options=StateDictOptions(**options)
+    )
     same = all(torch.equal(p, before[n]) for n, p in gathered(nets[0]).items())
     counted = {n for entry in looked_at.state.values() for n in counts(entry)}
     mine = my_rows(rank) if sharded else slice(None)
@@ -526,7 +572,9 @@ def load(rank: int, name: str, folder: str, steps: int) -> float:
     opts = OURS[name](dict(net.named_parameters()))
     state = checkpoint(net, opts)
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(net, opts, model_state_dict=state["model"], optim_state_dict=state["optimizers"])
+    set_state_dict(
+        net, opts, model_state_dict=state["model"], optim_state_dict=state["optimizers"]
+    )
     train(net, opts, range(steps, 2 * steps), slice(None) if one else my_rows(rank))
     a, b = gathered(net), gathered(alone)
     return max(float((a[n] - b[n]).abs().max()) for n in a)
@@ -536,9 +584,12 @@ def functional_save(rank: int, folder: str) -> None:
     tx, where = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1)), mesh()
     ps = {n: place(x, where, [Shard(0)]) for n, x in values(0).items()}
     state = tx.init(ps)
-    us, state = tx.update({n: place(x, where, [Shard(0)]) for n, x in values(1).items()}, state, ps)
+    us, state = tx.update(
+        {n: place(x, where, [Shard(0)]) for n, x in values(1).items()}, state, ps
+    )
     dcp.save(
-        {"params": fo.apply_updates(ps, us), "state": fo.state_dict(state)}, checkpoint_id=folder
+        {"params": fo.apply_updates(ps, us), "state": fo.state_dict(state)},
+        checkpoint_id=folder,
     )
 
 
@@ -561,7 +612,9 @@ def functional_load(rank: int, folder: str) -> float:
     dcp.load(saved, checkpoint_id=folder)
     ps, _ = step(saved["params"], fo.load_state_dict(tx.init(ps), saved["state"]), 2, put)
     return max(
-        float((tree.whole(ps[n]) - x).abs().max()) for n, x in expected[0].items() if x.numel()
+        float((tree.whole(ps[n]) - x).abs().max())
+        for n, x in expected[0].items()
+        if x.numel()
     )
 
 
@@ -573,7 +626,9 @@ def bytes_of_state(rank: int) -> int:
     opt = fo.optim.AdamW(net.parameters())
     net(torch.ones(2, 1024)).sum().backward()
     opt.step()
-    return sum(tree.part_of(x).nbytes for entry in opt.state.values() for x in entry.values())
+    return sum(
+        tree.part_of(x).nbytes for entry in opt.state.values() for x in entry.values()
+    )
 
 
 # ---- DDP, ZeRO, optimizer in backward --------------------------------------------------------------------------------------------
@@ -588,7 +643,10 @@ def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             opt: Any = ZeroRedundancyOptimizer(
-                net.parameters(), optimizer_class=fo.optim.AdamW, lr=0.05, weight_decay=0.1
+                net.parameters(),
+                optimizer_class=fo.optim.AdamW,
+                lr=0.05,
+                weight_decay=0.1,
             )
         opts = [opt]
     else:
@@ -597,7 +655,9 @@ def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
     a, b = gathered(net), gathered(alone)
     return {
         "error": max(float((a[n] - b[n]).abs().max()) for n in a),
-        "parameters with state": sum(len(o.optim.state) if zero else len(o.state) for o in opts),
+        "parameters with state": sum(
+            len(o.optim.state) if zero else len(o.state) for o in opts
+        ),
         "parameters": len(a),
     }
 
@@ -606,7 +666,9 @@ def zero_checkpoint(rank: int) -> bool:
     """Consolidate on rank 0, give that to everybody, load it into a new optimizer, and go on alike."""
 
     def make(net: nn.Module) -> ZeroRedundancyOptimizer:
-        return ZeroRedundancyOptimizer(net.parameters(), optimizer_class=fo.optim.AdamW, lr=0.05)
+        return ZeroRedundancyOptimizer(
+            net.parameters(), optimizer_class=fo.optim.AdamW, lr=0.05
+        )
 
     net = make_net()
     wrapped, opt = DistributedDataParallel(net), make(net)

@@ -32,7 +32,12 @@ def torchrun(ranks: int, *arguments: str) -> str:
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90
+        [*command, *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -42,11 +47,15 @@ def torchrun(ranks: int, *arguments: str) -> str:
 def losses(out: str) -> dict[int, float]:
     return {
         int(step): float(loss)
-        for step, loss in re.findall(r"^step +(\d+)  loss (\S+)$", out, flags=re.MULTILINE)
+        for step, loss in re.findall(
+            r"^step +(\d+)  loss (\S+)$", out, flags=re.MULTILINE
+        )
     }
 
 
-def test_the_example_trains_saves_and_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_the_example_trains_saves_and_goes_on_with_another_number_of_ranks(
+    tmp_path: Path,
+) -> None:
     options = ["--steps", "12", "--every", "4", "--folder", str(tmp_path)]
     first = torchrun(2, *options)
     assert "ranks: 2, device: cpu, from step 0" in first

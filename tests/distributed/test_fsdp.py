@@ -17,7 +17,9 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "world", "how"), RUNS)
-def test_34_a_sharded_run_is_the_run_of_one_process(ranks, name: str, world: int, how: str) -> None:
+def test_34_a_sharded_run_is_the_run_of_one_process(
+    ranks, name: str, world: int, how: str
+) -> None:
     """AdamW against torch's own in one process; the others against theirs, which have their own tests."""
     everybody = ranks(world).run(scenarios.trajectory, name, how, False)
     for seen in everybody:
@@ -33,7 +35,8 @@ def check(seen: dict, name: str) -> None:
     assert seen["moved"] > 1e-4
     # Moments lie where their parameter does; Adafactor's factors, which have another shape, on every rank.
     assert all(
-        same == (key not in ("row_var", "col_var")) for key, same in seen["placements"].items()
+        same == (key not in ("row_var", "col_var"))
+        for key, same in seen["placements"].items()
     ), seen["placements"]
     assert seen["steps"] == [scenarios.STEPS]
 
@@ -64,9 +67,13 @@ def test_the_functional_update_can_be_compiled(ranks) -> None:
 @pytest.mark.parametrize("max_norm", [0.05, 1e6])
 def test_35_clipping_is_torchs_clip_grad_norm(ranks, max_norm: float) -> None:
     for seen in ranks(2).run(scenarios.norm_and_clip, max_norm):
-        assert seen["ours"] == pytest.approx(seen["torchs"], rel=2e-4 if max_norm < 1 else 1e-12)
+        assert seen["ours"] == pytest.approx(
+            seen["torchs"], rel=2e-4 if max_norm < 1 else 1e-12
+        )
         assert min(seen["ours"]) > 0.05
-        assert seen["error"] < (1e-5 if max_norm < 1 else 1e-12)  # torch divides by norm + 1e-6
+        assert seen["error"] < (
+            1e-5 if max_norm < 1 else 1e-12
+        )  # torch divides by norm + 1e-6
 
 
 @pytest.mark.parametrize("name", [row.name for row in ROWS if row.shards])

@@ -63,7 +63,10 @@ def test_37_an_optimizer_for_each_parameter_is_one_for_all(apply) -> None:
     assert len(start) == 120
     apply(many)
     for before, expected, p in zip(
-        start, train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), train(many), strict=True
+        start,
+        train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)),
+        train(many),
+        strict=True,
     ):
         assert torch.equal(p, expected)
         assert not torch.equal(p, before)
@@ -82,7 +85,9 @@ def test_37_all_of_them_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(segments, "PROGRAMS", segments.Programs())
     one, many = make_net(), make_net()
     by_hand(many, compile=True)
-    pairs = zip(train(many), train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), strict=True)
+    pairs = zip(
+        train(many), train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), strict=True
+    )
     for p, expected in pairs:
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
     assert len(compiled) == 1

@@ -8,7 +8,9 @@ import scenarios
 pytestmark = pytest.mark.slow
 
 OPTIONS = [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}]
-options = pytest.mark.parametrize("options", OPTIONS, ids=lambda given: next(iter(given), "plain"))
+options = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda given: next(iter(given), "plain")
+)
 
 
 @options
@@ -25,7 +27,9 @@ def test_33_looking_at_a_fresh_optimizer_leaves_it_unchanged(
 
 
 @options
-def test_33_a_masked_transformation_goes_through_strict_functions(ranks, options: dict) -> None:
+def test_33_a_masked_transformation_goes_through_strict_functions(
+    ranks, options: dict
+) -> None:
     for seen in ranks(2).run(scenarios.masked_round_trip, options):
         assert seen["equal"] and seen["moved"] > 0.01
 
@@ -38,7 +42,9 @@ def test_saved_on_four_ranks_loaded_on_two_and_on_one(ranks, tmp_path, name: str
             assert error < (1e-3 if name == "Muon" else 1e-10)
 
 
-def test_a_functional_state_saved_on_four_ranks_and_loaded_on_two(ranks, tmp_path) -> None:
+def test_a_functional_state_saved_on_four_ranks_and_loaded_on_two(
+    ranks, tmp_path
+) -> None:
     ranks(4).run(scenarios.functional_save, str(tmp_path))
     assert max(ranks(2).run(scenarios.functional_load, str(tmp_path))) < 1e-12
 
@@ -47,5 +53,6 @@ def test_state_is_divided_among_ranks(ranks) -> None:
     """Two moments in float32, of 1,024 x 1,024 weights, and a step."""
     for world in (1, 2, 4):
         assert (
-            ranks(world).run(scenarios.bytes_of_state) == [2 * 4 * 1024 * 1024 // world + 4] * world
+            ranks(world).run(scenarios.bytes_of_state)
+            == [2 * 4 * 1024 * 1024 // world + 4] * world
         )

@@ -19,7 +19,11 @@ def test_programs_on_two_ranks(ranks, first: int) -> None:
     in every run, from FO_SEED on.
     """
     seeds = [*range(first, first + 60)]
-    for checked, failures in ranks(2).run(scenarios.programs_on_shards, seeds, timeout=300):
+    for checked, failures in ranks(2).run(
+        scenarios.programs_on_shards, seeds, timeout=300
+    ):
         assert checked > 20
         if failures:
-            pytest.fail(f"{len(failures)} failures; the first is\n\n{failures[0]}", pytrace=False)
+            pytest.fail(
+                f"{len(failures)} failures; the first is\n\n{failures[0]}", pytrace=False
+            )

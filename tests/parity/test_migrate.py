@@ -18,7 +18,9 @@ def test_the_pairs_of_the_page_give_the_same_numbers() -> None:
     for example in document.examples():
         example.evaluate()
         if "theirs" in document.namespace and "ours" in document.namespace:
-            theirs, ours = (np.asarray(document.namespace.pop(name)) for name in ("theirs", "ours"))
+            theirs, ours = (
+                np.asarray(document.namespace.pop(name)) for name in ("theirs", "ours")
+            )
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
             assert np.abs(theirs).min() > 1e-3
             compared += 1

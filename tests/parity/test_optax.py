@@ -20,7 +20,9 @@ from registry import ROWS
 import functorch_opt as fo
 from functorch_opt import schedules, tree
 
-jax = pytest.importorskip("jax", reason="comparison with optax needs jax: pip install jax optax")
+jax = pytest.importorskip(
+    "jax", reason="comparison with optax needs jax: pip install jax optax"
+)
 optax = pytest.importorskip(
     "optax", reason="comparison with optax needs optax: pip install jax optax"
 )
@@ -90,7 +92,9 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
     assert a.keys() == b.keys()
     for path in a:
         assert a[path].dtype == b[path].dtype == np.float64
-        np.testing.assert_allclose(a[path], b[path], rtol=tolerance, atol=tolerance, err_msg=path)
+        np.testing.assert_allclose(
+            a[path], b[path], rtol=tolerance, atol=tolerance, err_msg=path
+        )
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
@@ -118,7 +122,10 @@ def pair(
 
 MASK = {"layer": {"w": True, "b": False}, "scales": [True]}
 LABELS = {"layer": {"w": "matrix", "b": "rest"}, "scales": ["rest"]}
-MASKS = (lambda path, p: p.ndim > 1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+MASKS = (
+    lambda path, p: p.ndim > 1,
+    lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+)
 """The same mask as a function, in either library's form."""
 FLOAT32 = {"tolerance": 1e-5}
 """For float32 moments under float64 params: optax multiplies them by their decay in float32, where we compute everything in float64."""
@@ -179,12 +186,16 @@ CASES: list[Case] = [
             o.add_decayed_weights(0.1),
             o.scale_by_learning_rate(warmup(o)),
         ),
-        lambda o: o.chain(o.chain(o.trace(0.9), o.trace(0.5)), o.clip(0.3), o.scale(-0.1)),
+        lambda o: o.chain(
+            o.chain(o.trace(0.9), o.trace(0.5)), o.clip(0.3), o.scale(-0.1)
+        ),
     ),
     *same("clip", lambda o: o.clip(0.7), lambda o: o.clip(100.0)),
     *same("clip", lambda o: o.clip(0.0), moves=False),
     *same(
-        "clip_by_block_rms", lambda o: o.clip_by_block_rms(0.5), lambda o: o.clip_by_block_rms(9.0)
+        "clip_by_block_rms",
+        lambda o: o.clip_by_block_rms(0.5),
+        lambda o: o.clip_by_block_rms(9.0),
     ),
     *same(
         "clip_by_global_norm",
@@ -192,7 +203,12 @@ CASES: list[Case] = [
         lambda o: o.clip_by_global_norm(5.0),
         lambda o: o.clip_by_global_norm(1e6),
     ),
-    *same("ema", lambda o: o.ema(0.9), lambda o: o.ema(0.9, debias=False), lambda o: o.ema(0.0)),
+    *same(
+        "ema",
+        lambda o: o.ema(0.9),
+        lambda o: o.ema(0.9, debias=False),
+        lambda o: o.ema(0.0),
+    ),
     *pair(
         "ema",
         lambda o: o.ema(0.9, accumulator_dtype=torch.float32),
@@ -204,9 +220,13 @@ CASES: list[Case] = [
         "inject_hyperparams",
         lambda o: o.inject_hyperparams(o.adamw)(learning_rate=0.1, weight_decay=0.1),
         lambda o: o.inject_hyperparams(o.adamw)(
-            learning_rate=warmup(o), b1=wide(o, o.linear_schedule(0.8, 0.95, 30)), eps=1e-3
+            learning_rate=warmup(o),
+            b1=wide(o, o.linear_schedule(0.8, 0.95, 30)),
+            eps=1e-3,
         ),
-        lambda o: o.inject_hyperparams(o.rmsprop)(0.01, centered=True, momentum=0.9, nesterov=True),
+        lambda o: o.inject_hyperparams(o.rmsprop)(
+            0.01, centered=True, momentum=0.9, nesterov=True
+        ),
         lambda o: o.inject_hyperparams(o.sgd, static_args=("momentum",))(decay(o), 0.9),
     ),
     *same(
@@ -214,7 +234,8 @@ CASES: list[Case] = [
         lambda o: o.masked(o.chain(o.trace(0.9), o.scale(-0.3)), MASK),
         lambda o: o.masked(o.clip_by_global_norm(0.5), MASK),
         lambda o: o.chain(
-            o.masked(o.adamw(0.1), MASK), o.masked(o.scale(0.5), {"layer": True, "scales": False})
+            o.masked(o.adamw(0.1), MASK),
+            o.masked(o.scale(0.5), {"layer": True, "scales": False}),
         ),
         lambda o: o.masked(o.scale_by_schedule(decay(o)), False),
     ),
@@ -226,14 +247,20 @@ CASES: list[Case] = [
     *same(
         "partition",
         lambda o: o.partition(
-            {"matrix": o.chain(o.clip_by_global_norm(0.5), o.adam(0.1)), "rest": o.sgd(0.2, 0.9)},
+            {
+                "matrix": o.chain(o.clip_by_global_norm(0.5), o.adam(0.1)),
+                "rest": o.sgd(0.2, 0.9),
+            },
             LABELS,
         ),
         lambda o: o.partition(
-            {"matrix": o.adamw(warmup(o)), "rest": o.set_to_zero(), "spare": o.lion(0.1)}, LABELS
+            {"matrix": o.adamw(warmup(o)), "rest": o.set_to_zero(), "spare": o.lion(0.1)},
+            LABELS,
         ),
         lambda o: o.chain(
-            o.partition({"a": o.scale_by_adam(), "b": o.identity()}, {"layer": "a", "scales": "b"}),
+            o.partition(
+                {"a": o.scale_by_adam(), "b": o.identity()}, {"layer": "a", "scales": "b"}
+            ),
             o.scale(-0.1),
         ),
     ),
@@ -262,7 +289,11 @@ CASES: list[Case] = [
         lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, nesterov=True),
         lambda o: o.scale_by_adam(0.0, 0.0, 1.0),
     ),
-    *pair("scale_by_adam", lambda o: o.scale_by_adam(amsgrad=True), lambda o: o.scale_by_amsgrad()),
+    *pair(
+        "scale_by_adam",
+        lambda o: o.scale_by_adam(amsgrad=True),
+        lambda o: o.scale_by_amsgrad(),
+    ),
     *pair(
         "scale_by_adam",
         lambda o: o.scale_by_adam(0.5, 0.7, 1e-2, 1e-3, amsgrad=True),
@@ -296,7 +327,9 @@ CASES: list[Case] = [
         lambda o: o.scale_by_factored_rms(True, 0.5, -3, 3),
         **FLOAT32_DECAY,
     ),
-    *same("scale_by_lion", lambda o: o.scale_by_lion(), lambda o: o.scale_by_lion(0.5, 0.7)),
+    *same(
+        "scale_by_lion", lambda o: o.scale_by_lion(), lambda o: o.scale_by_lion(0.5, 0.7)
+    ),
     *pair(
         "scale_by_lion",
         lambda o: o.scale_by_lion(mu_dtype=torch.float32),
@@ -319,7 +352,9 @@ CASES: list[Case] = [
         lambda o: o.scale_by_rms(0.99, 1e-2, 0.5),
         lambda o: o.scale_by_rms(eps=1e-3, eps_in_sqrt=False),
         lambda o: o.scale_by_rms(bias_correction=True),
-        lambda o: o.scale_by_rms(0.99, 1e-3, 0.5, eps_in_sqrt=False, bias_correction=True),
+        lambda o: o.scale_by_rms(
+            0.99, 1e-3, 0.5, eps_in_sqrt=False, bias_correction=True
+        ),
     ),
     *same(
         "scale_by_rss",
@@ -346,7 +381,12 @@ CASES: list[Case] = [
         lambda o: o.scale_by_trust_ratio(2.5, 0.3, 1e-2),
         lambda o: o.scale_by_trust_ratio(trust_coefficient=0.001, eps=0.5),
     ),
-    *same("scale_by_trust_ratio", lambda o: o.scale_by_trust_ratio(), grads=ZEROS, moves=False),
+    *same(
+        "scale_by_trust_ratio",
+        lambda o: o.scale_by_trust_ratio(),
+        grads=ZEROS,
+        moves=False,
+    ),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
     *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
     *pair(
@@ -355,7 +395,9 @@ CASES: list[Case] = [
             lambda updates, params: tree.map(lambda u, p: 0.1 * p - u, updates, params)
         ),
         lambda o: o.stateless(
-            lambda updates, params: jax.tree.map(lambda u, p: 0.1 * p - u, updates, params)
+            lambda updates, params: jax.tree.map(
+                lambda u, p: 0.1 * p - u, updates, params
+            )
         ),
     ),
     *same(
@@ -377,7 +419,11 @@ CASES: list[Case] = [
         lambda o: o.adafactor(0.01),
         lambda o: o.adafactor(decay(o), 2, momentum=0.9, dtype_momentum=None, eps=1e-3),
         lambda o: o.adafactor(
-            0.1, weight_decay_rate=0.01, weight_decay_mask=MASK, factored=False, decay_offset=-2
+            0.1,
+            weight_decay_rate=0.01,
+            weight_decay_mask=MASK,
+            factored=False,
+            decay_offset=-2,
         ),
         lambda o: o.adafactor(
             0.1, 3, 0.5, multiply_by_parameter_scale=False, clipping_threshold=None
@@ -405,12 +451,16 @@ CASES: list[Case] = [
         lambda o: o.adam(0.1, mu_dtype=jnp.float32),
         **FLOAT32,
     ),
-    *same("adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)),
+    *same(
+        "adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)
+    ),
     *same(
         "adamw",
         lambda o: o.adamw(0.1),
         lambda o: o.adamw(warmup(o), weight_decay=0.1, mask=MASK),
-        lambda o: o.adamw(0.1, 0.8, 0.95, 1e-3, 1e-4, None, decay(o), None, nesterov=True),
+        lambda o: o.adamw(
+            0.1, 0.8, 0.95, 1e-3, 1e-4, None, decay(o), None, nesterov=True
+        ),
         lambda o: o.adamw(0.1, weight_decay=0.0),
     ),
     *pair(
@@ -419,7 +469,9 @@ CASES: list[Case] = [
         lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1]),
     ),
     *same(
-        "amsgrad", lambda o: o.amsgrad(0.1), lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4)
+        "amsgrad",
+        lambda o: o.amsgrad(0.1),
+        lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4),
     ),
     *same(
         "lamb",
@@ -476,7 +528,11 @@ CASES: list[Case] = [
             )
         ),
     ),
-    *same("nadam", lambda o: o.nadam(0.1), lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4)),
+    *same(
+        "nadam",
+        lambda o: o.nadam(0.1),
+        lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4),
+    ),
     *same(
         "radam",
         lambda o: o.radam(0.1),
@@ -488,7 +544,12 @@ CASES: list[Case] = [
         lambda o: o.rmsprop(decay(o), 0.99, 1e-3, 0.5, False, momentum=0.9),
         lambda o: o.rmsprop(0.01, centered=True),
         lambda o: o.rmsprop(
-            0.01, centered=True, momentum=0.9, nesterov=True, eps=1e-2, bias_correction=True
+            0.01,
+            centered=True,
+            momentum=0.9,
+            nesterov=True,
+            eps=1e-2,
+            bias_correction=True,
         ),
         lambda o: o.rmsprop(0.01, momentum=0.9, nesterov=True, bias_correction=True),
     ),
@@ -603,10 +664,18 @@ def test_equals_optax(case: Case) -> None:
             lambda: optax.sgd(0.1, 0.9, nesterov=True),
         ),
         ("Adam", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adam(0.1, eps=1e-3)),
-        ("AdamW", {"lr": 0.1, "weight_decay": 0.1}, lambda: optax.adamw(0.1, weight_decay=0.1)),
+        (
+            "AdamW",
+            {"lr": 0.1, "weight_decay": 0.1},
+            lambda: optax.adamw(0.1, weight_decay=0.1),
+        ),
         ("Adamax", {"lr": 0.1, "eps": 1e-3}, lambda: optax.adamax(0.1, eps=1e-3)),
         ("Adadelta", {"eps": 1e-3}, lambda: optax.adadelta(1.0, eps=1e-3)),
-        ("RMSprop", {"lr": 0.01, "alpha": 0.9}, lambda: optax.rmsprop(0.01, eps_in_sqrt=False)),
+        (
+            "RMSprop",
+            {"lr": 0.01, "alpha": 0.9},
+            lambda: optax.rmsprop(0.01, eps_in_sqrt=False),
+        ),
     ],
 )
 def test_50_torchs_names_equal_optax_where_torch_does(
@@ -619,12 +688,18 @@ def test_50_torchs_names_equal_optax_where_torch_does(
         for p, leaf in zip(params, tree.leaves(g), strict=True):
             p.grad = leaf.clone()
         opt.step()
-    assert_same(tree.unflatten(spec, [p.detach() for p in params]), run_theirs(theirs())[1])
+    assert_same(
+        tree.unflatten(spec, [p.detach() for p in params]), run_theirs(theirs())[1]
+    )
 
 
 def test_the_data_exercises_the_cases() -> None:
-    everything = [torch.stack(xs) for xs in zip(*(tree.leaves(g) for g in GRADS), strict=True)]
-    assert all((g.abs() >= 0.01).all() and (g > 1).any() and (g < -1).any() for g in everything)
+    everything = [
+        torch.stack(xs) for xs in zip(*(tree.leaves(g) for g in GRADS), strict=True)
+    ]
+    assert all(
+        (g.abs() >= 0.01).all() and (g > 1).any() and (g < -1).any() for g in everything
+    )
     norms = torch.stack([tree.norm(g) for g in GRADS])
     assert (norms < 5).any()
     assert (norms > 5).any()
@@ -646,7 +721,12 @@ def test_injected_hyperparameters_read_the_same(index: int) -> None:
 
 def test_rprop_has_the_step_sizes_of_optax() -> None:
     """And moves by them at once, where optax 0.2.8 gives the step of the update before."""
-    options = {"eta_minus": 0.3, "eta_plus": 1.5, "min_step_size": 0.01, "max_step_size": 0.4}
+    options = {
+        "eta_minus": 0.3,
+        "eta_plus": 1.5,
+        "min_step_size": 0.01,
+        "max_step_size": 0.4,
+    }
     updates, _, ours = run_ours(fo.rprop(0.1, **options))
     _, _, theirs = run_theirs(optax.rprop(0.1, **options))
     assert_same(fo.get(ours, "step_size"), theirs[0].step_sizes)
@@ -674,7 +754,10 @@ def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) ->
 def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
     """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17 draws, within four deviations."""
     tx = getattr(fo, name)(
-        **({} if name == "add_noise" else {"learning_rate": 1.0}), eta=1.0, gamma=0.0, key=3
+        **({} if name == "add_noise" else {"learning_rate": 1.0}),
+        eta=1.0,
+        gamma=0.0,
+        key=3,
     )
     drawn = np.concatenate([x.ravel() for x in arrays(run_ours(tx, ZEROS)[0]).values()])
     assert abs(drawn.mean()) < 4 / drawn.size**0.5
@@ -691,7 +774,11 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     (
         "polynomial_schedule",
         lambda o: o.polynomial_schedule(
-            init_value=1.0, end_value=-1.0, power=0.5, transition_steps=40, transition_begin=17
+            init_value=1.0,
+            end_value=-1.0,
+            power=0.5,
+            transition_steps=40,
+            transition_begin=17,
         ),
     ),
     ("linear_schedule", lambda o: o.linear_schedule(0.0, 1.0, 70)),
@@ -719,7 +806,10 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
             [12, 55],
         ),
     ),
-    ("join_schedules", lambda o: o.join_schedules([o.cosine_decay_schedule(1.0, 50)], [])),
+    (
+        "join_schedules",
+        lambda o: o.join_schedules([o.cosine_decay_schedule(1.0, 50)], []),
+    ),
     ("piecewise_constant_schedule", lambda o: o.piecewise_constant_schedule(0.4)),
     (
         "piecewise_constant_schedule",
@@ -727,14 +817,19 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     ),
     (
         "piecewise_interpolate_schedule",
-        lambda o: o.piecewise_interpolate_schedule("linear", 0.4, {50: 0.1, 7: 3.0, 8: 0.5}),
+        lambda o: o.piecewise_interpolate_schedule(
+            "linear", 0.4, {50: 0.1, 7: 3.0, 8: 0.5}
+        ),
     ),
     (
         "piecewise_interpolate_schedule",
         lambda o: o.piecewise_interpolate_schedule("cosine", 0.4, {50: 0.1, 7: 3.0}),
     ),
     ("warmup_constant_schedule", lambda o: o.warmup_constant_schedule(0.1, 0.9, 25)),
-    ("warmup_cosine_decay_schedule", lambda o: o.warmup_cosine_decay_schedule(0.0, 0.9, 10, 90)),
+    (
+        "warmup_cosine_decay_schedule",
+        lambda o: o.warmup_cosine_decay_schedule(0.0, 0.9, 10, 90),
+    ),
     (
         "warmup_cosine_decay_schedule",
         lambda o: o.warmup_cosine_decay_schedule(0.1, 0.9, 10, 70, 0.05, 1.5),
@@ -749,7 +844,9 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     ),
     (
         "warmup_exponential_decay_schedule",
-        lambda o: o.warmup_exponential_decay_schedule(0.0, 0.9, 10, 20, 0.5, 5, True, 0.2),
+        lambda o: o.warmup_exponential_decay_schedule(
+            0.0, 0.9, 10, 20, 0.5, 5, True, 0.2
+        ),
     ),
     (
         "warmup_exponential_decay_schedule",
@@ -761,7 +858,10 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
         lambda o: o.linear_onecycle_schedule(77, 0.6, 0.45, 0.7, 4.0, 10.0),
     ),
     ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(90, 0.6)),
-    ("cosine_onecycle_schedule", lambda o: o.cosine_onecycle_schedule(77, 0.6, 0.45, 4.0, 10.0)),
+    (
+        "cosine_onecycle_schedule",
+        lambda o: o.cosine_onecycle_schedule(77, 0.6, 0.45, 4.0, 10.0),
+    ),
     (
         "sgdr_schedule",
         lambda o: o.sgdr_schedule(
@@ -776,9 +876,18 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
 
 REFUSED: list[tuple[str, Callable[[Any], Any]]] = [
     ("optax stays at the first value for ever", lambda o: o.linear_schedule(0.5, 1.0, 0)),
-    ("optax stays at the first value for ever", lambda o: o.polynomial_schedule(0.5, 1.0, 2.0, -3)),
-    ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 0, 0.9)),
-    ("optax stays at the first value for ever", lambda o: o.exponential_decay(0.5, 10, 0.0)),
+    (
+        "optax stays at the first value for ever",
+        lambda o: o.polynomial_schedule(0.5, 1.0, 2.0, -3),
+    ),
+    (
+        "optax stays at the first value for ever",
+        lambda o: o.exponential_decay(0.5, 0, 0.9),
+    ),
+    (
+        "optax stays at the first value for ever",
+        lambda o: o.exponential_decay(0.5, 10, 0.0),
+    ),
     ("optax takes it for 0", lambda o: o.linear_schedule(0.5, 1.0, 10, -3)),
     (
         "0^0 is 1: optax never leaves the first value",
@@ -790,11 +899,15 @@ REFUSED: list[tuple[str, Callable[[Any], Any]]] = [
     ),
     (
         "optax skips the first schedule",
-        lambda o: o.join_schedules([o.constant_schedule(1.0), o.constant_schedule(2.0)], [0]),
+        lambda o: o.join_schedules(
+            [o.constant_schedule(1.0), o.constant_schedule(2.0)], [0]
+        ),
     ),
     (
         "optax skips the second schedule",
-        lambda o: o.join_schedules([o.constant_schedule(float(i)) for i in range(3)], [5, 5]),
+        lambda o: o.join_schedules(
+            [o.constant_schedule(float(i)) for i in range(3)], [5, 5]
+        ),
     ),
     (
         "optax never reaches the last schedule",
@@ -813,7 +926,9 @@ REFUSED: list[tuple[str, Callable[[Any], Any]]] = [
 """What optax takes and we refuse when it is made, since it cannot be meant."""
 
 
-def values_of(make: Callable[[Any], Any], last: int = 120) -> tuple[np.ndarray, np.ndarray]:
+def values_of(
+    make: Callable[[Any], Any], last: int = 120
+) -> tuple[np.ndarray, np.ndarray]:
     theirs = make(optax)
     return make(fo)(torch.arange(last)).numpy(), np.asarray(
         jax.vmap(lambda count: jnp.asarray(theirs(count), jnp.float64))(jnp.arange(last))
@@ -821,7 +936,8 @@ def values_of(make: Callable[[Any], Any], last: int = 120) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(make, id=f"{name}-{i}") for i, (name, make) in enumerate(SCHEDULES)]
+    "make",
+    [pytest.param(make, id=f"{name}-{i}") for i, (name, make) in enumerate(SCHEDULES)],
 )
 def test_schedule_equals_optax(make: Callable[[Any], Any]) -> None:
     ours, theirs = values_of(make)
@@ -829,7 +945,9 @@ def test_schedule_equals_optax(make: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "make"), REFUSED, ids=[f"{i}-{reason}" for i, (reason, _) in enumerate(REFUSED)]
+    ("reason", "make"),
+    REFUSED,
+    ids=[f"{i}-{reason}" for i, (reason, _) in enumerate(REFUSED)],
 )
 def test_refused_here_and_not_in_optax(reason: str, make: Callable[[Any], Any]) -> None:
     with pytest.raises(ValueError, match=r"must be|one boundary fewer"):
@@ -860,7 +978,11 @@ def test_every_public_name_is_compared_or_explained() -> None:
 
 
 HAVING = (
-    {row.name for row in ROWS if not DIVERGENCES.get(row.name, "").startswith("optax has none")}
+    {
+        row.name
+        for row in ROWS
+        if not DIVERGENCES.get(row.name, "").startswith("optax has none")
+    }
     | set(schedules.__all__)
     | {"apply_updates"}
 )

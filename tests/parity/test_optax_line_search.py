@@ -12,7 +12,9 @@ from torch.func import grad_and_value
 
 import functorch_opt as fo
 
-jax = pytest.importorskip("jax", reason="comparison with optax needs jax: pip install jax optax")
+jax = pytest.importorskip(
+    "jax", reason="comparison with optax needs jax: pip install jax optax"
+)
 optax = pytest.importorskip(
     "optax", reason="comparison with optax needs optax: pip install jax optax"
 )
@@ -39,17 +41,25 @@ CASES = {
         bowl,
         8,
     ),
-    "zoom": (lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15)), rosenbrock, 15),
+    "zoom": (
+        lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15)),
+        rosenbrock,
+        15,
+    ),
     "zoom, strict": (
         lambda o: o.chain(
             o.sgd(1.0),
-            o.scale_by_zoom_linesearch(30, curv_rtol=0.1, slope_rtol=0.01, approx_dec_rtol=None),
+            o.scale_by_zoom_linesearch(
+                30, curv_rtol=0.1, slope_rtol=0.01, approx_dec_rtol=None
+            ),
         ),
         bowl,
         8,
     ),
     "zoom, bounded": (
-        lambda o: o.chain(o.sgd(1.0), o.scale_by_zoom_linesearch(15, max_learning_rate=0.01)),
+        lambda o: o.chain(
+            o.sgd(1.0), o.scale_by_zoom_linesearch(15, max_learning_rate=0.01)
+        ),
         bowl,
         10,
     ),
@@ -60,7 +70,8 @@ CASES = {
     ),
     "zoom, one": (
         lambda o: o.chain(
-            o.sgd(0.1), o.scale_by_zoom_linesearch(15, tol=0.1, initial_guess_strategy="one")
+            o.sgd(0.1),
+            o.scale_by_zoom_linesearch(15, tol=0.1, initial_guess_strategy="one"),
         ),
         bowl,
         10,
@@ -73,7 +84,9 @@ CASES = {
     "backtracking, rising": (
         lambda o: o.chain(
             o.sgd(1.0),
-            o.scale_by_backtracking_linesearch(9, 0.1, 0.5, 3.0, 5.0, 0.01, 0.02, store_grad=True),
+            o.scale_by_backtracking_linesearch(
+                9, 0.1, 0.5, 3.0, 5.0, 0.01, 0.02, store_grad=True
+            ),
         ),
         bowl,
         10,
@@ -96,7 +109,9 @@ def test_the_same_steps(name: str) -> None:
     tx, p = make(fo), torch.tensor(START)
     theirs, q = make(optax), jax.numpy.asarray(START)
     state, other = tx.init(p), theirs.init(q)
-    update = jax.jit(lambda g, s, q, v: theirs.update(g, s, q, value=v, grad=g, value_fn=f))
+    update = jax.jit(
+        lambda g, s, q, v: theirs.update(g, s, q, value=v, grad=g, value_fn=f)
+    )
     value_and_grad = jax.jit(jax.value_and_grad(f))
     for step in range(steps):
         g, value = grad_and_value(f)(p)
@@ -122,5 +137,7 @@ def test_the_same_steps(name: str) -> None:
                     err_msg=f"step {step}",
                 )
             info = optax.tree.get(other, "info")
-            assert int(fo.get(state, "num_linesearch_steps")) == int(info.num_linesearch_steps)
+            assert int(fo.get(state, "num_linesearch_steps")) == int(
+                info.num_linesearch_steps
+            )
     assert not np.allclose(p.numpy(), START, atol=1e-2)

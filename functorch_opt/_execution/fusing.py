@@ -1,0 +1,68 @@
+"""What may run as one pass: which stages of a transformation an execution can take together."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.gate import Gate
+from functorch_opt._core.groups import Groups
+from functorch_opt._core.inject import Injected
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._core.wrap import Wrap
+
+
+def rules_of(tx: GradientTransformation) -> list[GradientTransformation]:
+    """The stages of `tx`, those of chains in it too."""
+    if isinstance(tx, Chain):
+        return [rule for stage in tx.stages.values() for rule in rules_of(stage)]
+    return [tx]
+
+
+def looks_around(tx: GradientTransformation) -> bool:
+    """Whether a stage has to see all updates before its rule sees one."""
+    return isinstance(tx, Leafwise) and tx.looks_around
+
+
+def can_be_fused(tx: Wrap, sharded: bool) -> bool:
+    """Whether nothing inside a wrapper has to see whole trees of what only the wrapper shows it."""
+    if "updates" in tx.once.reads:
+        return False
+    return fits_inside(tx.inner, tx.changes_g, tx.changes_p, sharded)
+
+
+def fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> bool:
+    if isinstance(tx, Gate) and not set(tx.once.reads) & {"updates", "params"}:
+        return fits_inside(tx.inner, g, p, sharded)
+    for k, rule in enumerate(rules_of(tx)):
+        if isinstance(rule, Gate) and len(rules_of(tx)) == 1:
+            return False
+        if not isinstance(rule, Leafwise) or (p and "params" in rule.once.reads):
+            return False
+        if rule.looks_around and (g or k or rule.totals):
+            return False
+        if sharded and rule.on_tensor.sums:
+            return False
+    return True
+
+
+def always_counts(tx: GradientTransformation) -> bool:
+    """Whether each step of `tx` is counted by all its stages: it is of rules, and has no gate."""
+    if isinstance(tx, Chain):
+        return all(map(always_counts, tx.stages.values()))
+    if isinstance(tx, Groups):
+        return all(map(always_counts, tx.inside.values()))
+    if isinstance(tx, Injected):
+        return always_counts(tx.factory(**tx.fixed, **tx.numbers))
+    return always_counts(tx.inner) if isinstance(tx, Wrap) else isinstance(tx, Leafwise)
+
+
+def made_once(tx: Injected, values: dict[str, Tensor]) -> GradientTransformation:
+    """The transformation for these hyperparameters; the last one again if they are the same objects."""
+    last = vars(tx).get("_made")
+    if last is not None and all(values[name] is x for name, x in last[0].items()):
+        return last[1]
+    made = tx.made(values)
+    tx._made = values, made  # type: ignore[attr-defined]
+    return made

@@ -1,0 +1,113 @@
+"""The writes of one step of a stateful optimizer: parameters, slots and counts, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core import sharding
+from functorch_opt.optim.places import apart, differences
+from functorch_opt.tree import PyTree
+
+State = dict[Tensor, dict[str, Any]]
+Pairs = list[tuple[Tensor, Tensor]]
+NOTHING: dict[str, Any] = {}
+
+
+class Step:
+    """What one step reads and writes."""
+
+    def __init__(
+        self,
+        plan: Any,
+        params: list[Tensor],
+        moved: list[int],
+        entries: list[dict[str, Any]],
+        flat: list[Any],
+        old: PyTree,
+    ) -> None:
+        self.plan, self.params, self.moved = plan, params, moved
+        self.entries, self.flat, self.old = entries, flat, old
+
+    def keep(self, state: State) -> None:
+        """Keep state that begins with this step."""
+        for p, entry in zip(self.params, self.entries, strict=True):
+            if entry:
+                state[p].update(entry)
+        self.entries = [state.get(p, NOTHING) for p in self.params]
+
+    def writes(self, us: list[Tensor], new: PyTree) -> Callable[[], None]:
+        """What writes updates and state, once nothing can fail any more.
+
+        All is read before anything is overwritten: a rule may return what it was given.
+        """
+        targets = [self.params[i] for i in self.moved]
+        us = apart(us, targets)
+        changed = self.changes(new, targets)
+
+        def write() -> None:
+            pairs = list(zip(targets, us, strict=True))
+            _foreach(torch._foreach_add_, Tensor.add_, pairs)
+            self.write_state(changed, False)
+
+        return write
+
+    def changes(self, new: PyTree, targets: list[Tensor]) -> list[tuple[int, Any]]:
+        """What of the state is another tensor now, in memory that writing does not touch."""
+        changed = differences(self.plan.numbered, self.old, new)
+        kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
+        found = dict(changed)
+        values = apart(
+            [found[k] for k in kept], [*targets, *[self.flat[k] for k in kept]]
+        )
+        found.update(zip(kept, values, strict=True))
+        return [*found.items()]
+
+    def write_state(self, changed: list[tuple[int, Any]], in_place: bool) -> None:
+        """Write slots and counts."""
+        plan, counts = self.plan, self.plan.counts
+        kinds = {k: plan.flat[k].kind for k, _ in changed}
+        copies = [(self.flat[k], x) for k, x in changed if kinds[k] in ("slot", "joint")]
+        _foreach(torch._foreach_copy_, Tensor.copy_, copies)
+        found = dict(changed)
+        mine = [self.entries[i] for i in self.moved]
+        everybody = mine if len(mine) == len(self.params) else None
+        number = {key: k for k, key in plan.counted}
+        for key in counts.counts:
+            by = self._advance(number.get(key), found)
+            if not (isinstance(by, int) and by == 0):
+                counts.advance(
+                    key, [entry[key] for entry in mine], by, everybody, in_place
+                )
+        for k, key in plan.clocked:
+            if k in found:
+                counts.set_time(key, found[k], mine)
+
+    def _advance(self, k: int | None, found: dict[int, Any]) -> Any:
+        """By how much a count went on: what update returned, less what it was given."""
+        if k is None or (self.plan.always_counts and k in found):
+            return 1
+        if k not in found:
+            return 0
+        by = found[k] - self.flat[k]
+        return by[torch.tensor(self.moved, device=by.device)] if by.dim() else by
+
+
+def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: Pairs) -> None:
+    """``one(a, b)`` for all pairs, in one call where torch's foreach takes them.
+
+    It refuses DTensors beside plain ones. In a graph one by one, but by foreach (torch 2.13):
+    together, Inductor loses a write of amsgrad; and of a plain write to a 0-dim float64 tensor
+    Dynamo may lose any.
+    """
+    if torch.compiler.is_compiling():
+        for a, b in pairs:
+            many([a], [b])
+    elif pairs and all(type(a) in sharding.PLAIN for a, _ in pairs):
+        many([a for a, _ in pairs], [b for _, b in pairs])
+    else:
+        for a, b in pairs:
+            one(a, b)
