@@ -24,14 +24,19 @@ from torch import Tensor
 
 from functorch_opt._core.chain import Chain, chain
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit
-from functorch_opt._core.inject import hyperparameters
 from functorch_opt._core.points import has_point
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
-from functorch_opt.optim.options import FLAGS, check_like, check_number, only_sets_up
+from functorch_opt.optim.options import (
+    FLAGS,
+    arguments,
+    check_like,
+    check_number,
+    only_sets_up,
+)
 from functorch_opt.optim.plan import Make, Plan, layout
 
 __all__ = ["Optimizer"]
@@ -87,33 +92,7 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool = False,
         **hyper: Any,
     ) -> None:
-        if isinstance(tx, GradientTransformation):
-            if hyper:
-                raise TypeError(
-                    f"a ready transformation takes no hyperparameters; got {', '.join(hyper)}. "
-                    "Give the function that makes it: Optimizer(params, adamw, learning_rate=...)."
-                )
-            numbers: dict[str, Any] = {}
-            others: dict[str, Any] = {}
-        elif callable(tx):
-            tx(**hyper)  # what it does not like about its arguments, it says now
-            numbers, others = hyperparameters(tx, (), hyper)
-        else:
-            raise TypeError(
-                f"tx must be a transformation or a function that returns one; got {type(tx).__name__} {tx!r}."
-            )
-        plain = {
-            name: value
-            for name, value in others.items()
-            if isinstance(value, (bool, int, str, torch.dtype, type(None)))
-        }
-        fixed = {
-            name: value
-            for name, value in (others | numbers).items()
-            if name not in plain and callable(value)
-        }
-        numbers = {name: value for name, value in numbers.items() if name not in fixed}
-        fixed |= {name: value for name, value in others.items() if name not in plain}
+        numbers, plain, fixed = arguments(tx, hyper)
         has_lr = "learning_rate" in numbers
         lr = numbers.pop("learning_rate", 1.0)
         self._recipe: tuple[Any, dict[str, Any], bool] = (tx, fixed, has_lr)

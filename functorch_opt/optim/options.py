@@ -57,3 +57,42 @@ def only_sets_up(groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
     if state or any(group["lr"] != 0 for group in groups):
         return False
     return bool(tree.norm([p.grad for group in groups for p in group["params"]]) == 0)
+
+
+Options = dict[str, Any]
+
+
+def arguments(tx: Any, hyper: Options) -> tuple[Options, Options, Options]:
+    """The arguments of a factory: hyperparameters, other options of groups, and what is fixed.
+
+    Raises:
+        TypeError: `tx` is no transformation and no function; a transformation with arguments.
+    """
+    if isinstance(tx, GradientTransformation):
+        if hyper:
+            raise TypeError(
+                f"a ready transformation takes no hyperparameters; got {', '.join(hyper)}. "
+                "Give the function that makes it: Optimizer(params, adamw, learning_rate=...)."
+            )
+        numbers: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+    elif callable(tx):
+        tx(**hyper)  # what it does not like about its arguments, it says now
+        numbers, others = hyperparameters(tx, (), hyper)
+    else:
+        raise TypeError(
+            f"tx must be a transformation or a function that returns one; got {type(tx).__name__} {tx!r}."
+        )
+    plain = {
+        name: value
+        for name, value in others.items()
+        if isinstance(value, (bool, int, str, torch.dtype, type(None)))
+    }
+    fixed = {
+        name: value
+        for name, value in (others | numbers).items()
+        if name not in plain and callable(value)
+    }
+    numbers = {name: value for name, value in numbers.items() if name not in fixed}
+    fixed |= {name: value for name, value in others.items() if name not in plain}
+    return numbers, plain, fixed
