@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.inject import hyperparameters
+from functorch_opt._core.transformation import GradientTransformation
 
 
 def check_number(name: str, value: Any) -> None:
