@@ -2,21 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test quick fuzz clients lint types docs ci clean
+.PHONY: help demo test quick next fuzz clients lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 # torch goes in first, so that nothing else pulls another build of it.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	@touch $@
 
 $(VENV)/.%: pyproject.toml $(VENV)/.torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
 	@touch $@
 
 demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
@@ -30,6 +31,13 @@ quick: $(VENV)/.test ## the tests that do not compile
 
 fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; FO_SEED sets the first
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py
+
+# These files lean on what is private to torch, which changes from one release to the next.
+COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py)
+
+next: ## what compiles, with the torch of constraints-next.txt, in .venv-next
+	$(MAKE) --no-print-directory VENV=.venv-next CONSTRAINTS=constraints-next.txt .venv-next/.test
+	$(RUN) .venv-next/bin/python -m pytest -q -rs $(COMPILED)
 
 clients: ## training under Lightning, accelerate, HF Trainer and ignite, in .venv-clients
 	$(MAKE) --no-print-directory VENV=.venv-clients .venv-clients/.clients
@@ -48,4 +56,4 @@ docs: $(VENV)/.docs ## build the site into site/, strictly
 ci: lint types docs test ## everything
 
 clean:
-	rm -rf $(VENV) .venv-clients site demo_output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-next .venv-clients site demo_output .pytest_cache .ruff_cache .mypy_cache

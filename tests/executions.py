@@ -165,7 +165,9 @@ def two_models_in_turn(program: Program, plan: Plan) -> Seen:
 
 @contextmanager
 def afresh() -> Iterator[None]:
-    """Inside, Dynamo knows no graphs of before, and may make one for each step: what shares memory with what may change."""
+    """Inside, Dynamo knows no graphs of before, and may make one for each step: which tensors share
+    memory may change from one to the next.
+    """
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=32):
         yield

@@ -76,7 +76,7 @@ def alias(rng: random.Random, scope: Scope) -> str:
     forms = ["{}"] * 6 + ["{}.detach()", "{}.clone()", "{}.view_as({})", "{}[...]", "{} * 1"]
     forms += ["{}.flatten().view({}.shape)", "{}.reshape({}.shape)", "{}.contiguous()"]
     if scope.tensorwise:
-        forms += ["turned({})"] * 3
+        forms += ["turned({})"] * 3 + ["{}.mean().expand({}.shape)"]
     return rng.choice(forms).replace("{}", x)
 
 
@@ -89,6 +89,8 @@ UNARY = [
     "torch.where({a} > 0, {a}, 0.5 * {a})",
     "{a}.clamp(-1, 1)",
     "{a} * {a} / (1 + {a}.abs())",
+    "torch.zeros_like({a})",
+    "torch.ones_like({a})",
 ]
 BINARY = [
     "({a} + {b})",
@@ -672,6 +674,8 @@ class Author:
             return self.library()
         if kind == "by hand":
             return self.by_hand()
+        if kind == "chain" and self.chance(0.1):
+            return Declared("twice", "return fo.chain(inner, inner)", [self.part(depth - 1)])
         if kind == "chain":
             return Chained([self.part(depth - 1) for _ in range(self.rng.randint(1, 4))])
         if kind == "groups":
@@ -767,6 +771,11 @@ class Author:
             part.new[name] = self.new_value(name, scope)
             scope = replace(scope, tensors=[*scope.tensors, f"new_{name}"])
         part.update = self.update_of(slots + each, scope)
+        if part.kind == "tensorwise" and self.chance(0.3):
+            part.first["rows"] = "lambda p: fo.tree.zeros_like(p.mean(dim=-1, keepdim=True))"
+            of = expression(rng, scope, 1)
+            part.new["rows"] = f"0.9 * rows + 0.1 * ({of}).mean(dim=-1, keepdim=True)"
+            part.update = f"{part.update} + 0.3 * {rng.choice(['rows', 'new_rows'])}"
         if slots and self.has["every"] and self.has["leafwise every"] and self.chance(0.25):
             chosen = rng.choice(slots)
             inside = Scope(["g", "p", *slots], [*part.hyper], scope.tensorwise)

@@ -110,11 +110,11 @@ def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
         assert set(re.findall(r"'([^']+)'", str(caught[0].message))) == set(listed)
         assert caught[0].filename == __file__
     for p, q in zip(first.param_groups[0]["params"], params, strict=True):
-        for key in [*ADAM, "scale_by_schedule/count"]:
+        for key in [*ADAM, "scale_by_schedule/clock"]:
             assert same(first.state[p][key], second.state[q][key])
     train(second, 2, start=3)
     state = second.state[params[0]]
-    assert state["scale_by_adam/count"] == state["scale_by_schedule/count"] == 5
+    assert state["scale_by_adam/count"] == state["scale_by_schedule/clock"] == 5
     assert stage != "noise" or state["add_noise/count"] == 2
 
 
@@ -133,7 +133,7 @@ def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
     }
     for p, q in zip(first.param_groups[0]["params"], params, strict=True):
         assert all(same(first.state[p][key], value) for key, value in second.state[q].items())
-        assert set(second.state[q]) == {*ADAM, "scale_by_schedule/count"}
+        assert set(second.state[q]) == {*ADAM, "scale_by_schedule/clock"}
 
 
 def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> None:

@@ -407,3 +407,22 @@ def test_without_a_compiler_it_warns_once_and_draws() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             random.normal(KEY, (9,))
+
+
+@pytest.mark.parametrize("kind", ["wrong", "failing"])
+def test_compiled_draws_that_are_wrong_are_not_used(kind: str) -> None:
+    def backend(graph, inputs):
+        def run(*args):
+            if kind == "failing":
+                raise NameError("name 's57' is not defined")
+            return [x * 1.01 for x in graph(*args)]
+
+        return run
+
+    with philox.compiled(backend):
+        with pytest.warns(UserWarning, match=r"drawn eagerly.*the compiled code.*report it"):
+            drawn = random.normal(KEY, (9,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(drawn, random.normal(KEY, (9,)))
+    assert torch.equal(drawn, random.normal(KEY, (9,)))

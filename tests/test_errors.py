@@ -483,7 +483,7 @@ RULES = [
     Case("sum-shape", bad_step(lambda g, total: g, sums={"total": lambda g: g * g}),
          TypeError, "sum total", r"\(3,\)", "a 0-dim tensor: a sum over all elements"),
     Case("names-twice", wrong_rule(lambda g, mu: g, slots=SLOT, hyper={"mu": 0.9}),
-         TypeError, "slots, shared, hyper and sums", r"\['mu', 'mu'\]", "different names"),
+         TypeError, "slots, shared, hyper, sums, totals", r"\['mu', 'mu'\]", "different names"),
     Case("name-reserved", wrong_rule(lambda g, p: g, hyper={"p": 2.0}),
          TypeError, "hyper", r"\['p'\]", "none of them g, p"),
     Case("slot-not-a-function", wrong_rule(lambda g, mu: g, slots={"mu": ones(1)}),

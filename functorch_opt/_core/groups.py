@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.leaf import part_of_tree
+from functorch_opt._core.leaf import is_part, part_of_tree
 from functorch_opt._core.rule import identity
 from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.tree import Path, PyTree
@@ -161,7 +161,7 @@ def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> 
     try:
         return tree.broadcast(labels, updates, names=(what, "params"))
     except ValueError:
-        found = _labels_by_path(labels, paths) if isinstance(updates, dict) else None
+        found = _labels_by_path(labels, paths) if is_part() else None
         if found is None:
             raise
         return found

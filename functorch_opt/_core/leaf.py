@@ -52,6 +52,11 @@ def part_of_tree(indices: list[int]) -> Iterator[None]:
         _PARTS.stack.pop()
 
 
+def is_part() -> bool:
+    """Whether the tree at hand is a part of another one."""
+    return bool(_PARTS.stack)
+
+
 def of_this_part(value: Any) -> Any:
     return (
         value[_PARTS.stack[-1]]

@@ -58,14 +58,14 @@ class OneTensor:
     def result(self, values: dict[str, Any]) -> Any:
         """What the rule returns, after the rare work and the sums that it reads."""
         if self.work is not None:
-            values = values | self._after_work(values)
+            values = values | self.after_work(values)
         if self.sums:
             values = values | self.sums.of(values)
         return self.rule(*[values[name] for name in self.rule_reads])
 
-    def _after_work(self, values: dict[str, Any]) -> dict[str, Any]:
+    def after_work(self, values: dict[str, Any]) -> dict[str, Any]:
         """The slots that the rare work makes, where this is a step at which it is done."""
-        due = known(values[DUE])
+        due = False if self.work is None else known(values[DUE])
         if due is False:
             return {}
         made = self.work(*[values[name] for name in self.work_reads])  # type: ignore[misc]
@@ -158,7 +158,7 @@ class OneTensor:
         if type(x) is Tensor and x.dtype is like.dtype and x.shape == like.shape and not pairs:
             return x
         if not isinstance(x, Tensor):
-            given = f"{type(x).__name__} {x!r} as {what.removeprefix('slot ')}"
+            given = f"{type(x).__name__} {x!r} as {what}"
             raise TypeError(f"{self.name}: rule returned {given}; it must be a tensor.")
         if pairs and like.is_complex():
             x = torch.view_as_complex(x.contiguous())

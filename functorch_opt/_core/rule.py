@@ -193,6 +193,7 @@ class Leafwise(GradientTransformation):
         """The sums over sharded tensors, which the ranks exchange before the rule."""
         per_leaf = leaf_values(updates, now, self.on_tensor.reads)
         rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)
+        rows = [row and row | self.on_tensor.after_work(row) for row in rows]
         columns = sums_of_leaves(self.on_tensor.sums, rows, gs)
         return {name: Each(tree.unflatten(spec, column)) for name, column in columns.items()}
 

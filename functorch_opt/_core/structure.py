@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 PyTree = Any
@@ -146,6 +147,8 @@ def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ..
         >>> fo.tree.map(torch.add, {"w": torch.ones(2), "b": None}, {"w": torch.ones(2), "b": None})
         {'w': tensor([2., 2.]), 'b': None}
     """
+    if torch.compiler.is_compiling() and _has_empty(tree):
+        return _map_in_a_graph(f, tree, rest)
     first, spec = flatten(tree)
     names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
     columns = [
@@ -155,6 +158,29 @@ def map(f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ..
     return unflatten(
         spec, [None if row[0] is None else f(*row) for row in zip(first, *columns, strict=True)]
     )
+
+
+def _has_empty(tree: PyTree) -> bool:
+    """Whether there is an empty dict in it, which a graph cannot flatten."""
+    if isinstance(tree, dict):
+        return not tree or any(_has_empty(child) for child in tree.values())
+    return isinstance(tree, (list, tuple)) and any(_has_empty(child) for child in tree)
+
+
+def _map_in_a_graph(f: Callable[..., Any], tree: PyTree, rest: tuple[PyTree, ...]) -> PyTree:
+    """`map`, for the ordinary containers, without optree."""
+    if isinstance(tree, dict):
+        return {
+            key: _map_in_a_graph(f, child, tuple([other[key] for other in rest]))
+            for key, child in tree.items()
+        }
+    if isinstance(tree, (list, tuple)):
+        rows = zip(tree, *rest, strict=True)
+        children = [_map_in_a_graph(f, row[0], tuple(row[1:])) for row in rows]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*children)
+        return tuple(children) if isinstance(tree, tuple) else children
+    return None if tree is None else f(tree, *rest)
 
 
 def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:

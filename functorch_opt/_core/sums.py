@@ -89,6 +89,9 @@ class Sums:
         totals = {}
         for (key, column), maximum in zip(columns.items(), self._order(columns), strict=True):
             present = [torch.as_tensor(x) for x in column if x is not None]
+            if not present:  # no tensor has an update
+                totals[key] = torch.zeros((), dtype=torch.float64)
+                continue
             values = torch.stack([x.to(_wide(x)) for x in present])
             totals[key] = values.amax() if maximum else values.sum()
         return totals

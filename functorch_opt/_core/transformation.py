@@ -230,9 +230,10 @@ def positional(f: Any) -> tuple[str, ...]:
 def keyword_only(f: Any) -> dict[str, bool]:
     code = _code(f)
     if code.co_flags & 0x08:
+        at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04)
         raise TypeError(
-            f"{f.__qualname__} takes **{code.co_varnames[-1]}; name the extra arguments it reads after '*', "
-            "or pass extra_args= for a wrapper."
+            f"{f.__qualname__} takes **{code.co_varnames[at]}; name the extra arguments it reads "
+            "after '*', or pass extra_args= for a wrapper."
         )
     names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     if not names:

@@ -24,9 +24,10 @@ from functorch_opt._core.transformation import GradientTransformation, apply_upd
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.segments import PROGRAMS, NeedsConstants, Segment
 from functorch_opt._execution.views import View
-from functorch_opt._execution.walk import Waiting, Walk, apart_from, storage_of
+from functorch_opt._execution.walk import Waiting, Walk
+from functorch_opt._execution.writes import apart_from, memory_of
 from functorch_opt.random import philox
-from functorch_opt.tree import PyTree, StageState
+from functorch_opt.tree import PyTree
 
 __all__ = ["compiled_step"]
 
@@ -220,7 +221,7 @@ class CompiledStep:
         reference, names = view.tree(walk.ps), ("params", "updates")
         moved = tree.match(reference, view.spec, updates, names=names)
         columns = [walk.ps, *walk.columns]
-        written = {storage_of(x) for column in columns for x in column if x is not None} - {0}
+        written = {memory_of(x) for column in columns for x in column if x is not None} - {0}
         view.write(walk.us, [apart_from(written, u) for u in moved])
         return tree.map(partial(apart_from, written), new)
 
@@ -298,11 +299,12 @@ def _can_hold(x: Any, u: Any) -> bool:
 
 def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
     """`state`, with copies of tensors that share memory with `others`, or with one another."""
-    taken = {storage_of(x) for x in others} - {0}
+    taken = {memory_of(x) for x in others} - {0}
 
     def own(x: Tensor) -> Tensor:
-        memory = storage_of(x)
-        overlaps = type(x) is Tensor and torch._debug_has_internal_overlap(x) == 1
+        memory = memory_of(x)
+        local = getattr(x, "_local_tensor", x)
+        overlaps = type(local) is Tensor and torch._debug_has_internal_overlap(local) == 1
         if memory in taken or overlaps:
             return x.clone(memory_format=torch.contiguous_format)
         if memory:
@@ -352,21 +354,15 @@ def traced(
     moved = apply_updates(params, updates)
     if not donate:
         return moved, new
-    return tree.map(Tensor.copy_, params, moved), _donated(state, new)
+    # A slot may be the memory of a parameter, which a graph cannot see. So the state is new.
+    new = tree.map(computed, new)
+    return tree.map(Tensor.copy_, params, moved), new
 
 
-def _donated(old: PyTree, new: PyTree) -> PyTree:
-    """`new`, its slots written into the tensors of `old`."""
-    if isinstance(old, StageState):
-        slots = {n: tree.map(written, slot, new.slots[n]) for n, slot in old.slots.items()}
-        return StageState(new.shared, slots)
-    return {name: _donated(old[name], new[name]) for name in old} if isinstance(old, dict) else new
-
-
-def written(target: Tensor, x: Tensor) -> Tensor:
-    """`target`, with the values of `x`, in a graph.
+def computed(x: Tensor) -> Tensor:
+    """`x`, as a value of its own in a graph.
 
     The compiler takes copies and clones of an argument out, and would read it after it was written.
     What is multiplied by 1 it computes.
     """
-    return target.copy_(x if x.dtype is torch.bool else x * 1)
+    return x & x if x.dtype is torch.bool else x * 1

@@ -64,7 +64,7 @@ def _total(graph: Graph, x: Any) -> Node:
 
 
 def _factored(graph: Graph, x: Any, late: set[Any]) -> tuple[Any, Any]:
-    """`x` as a float64 number, made of `late` ones, and the rest; None, and `x`, if there is none."""
+    """`x` as a float64 number, made of `late` ones, and the rest; or None, and `x`."""
     if x.target is aten.mul.Tensor and x.meta["val"].dim():
         for number, other in (x.args, x.args[::-1]):
             if number in late and not number.meta["val"].dim():

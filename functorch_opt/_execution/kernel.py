@@ -8,7 +8,6 @@ around a compiled function. What is private to torch, and compiling needs, is in
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt._execution.cpu_passes import store_what_many_read, take_sums
+from functorch_opt._execution.trials import LOCK, Untraceable, tolerances_of, try_out
 from functorch_opt._execution.writes import Pure, write_in_place
-
-LOCK = threading.RLock()
-"""Tracing and compiling patch settings of the whole process: one thread at a time."""
 
 _COMBINE = {
     "combo_kernels": True,
@@ -35,13 +32,6 @@ _COMBINE = {
 
 _SIZES_COME_WITH_ASSERTS = hasattr(torch._C._dynamo.guards, "assert_size_stride_grouped")
 """From torch 2.14 on generated code knows its sizes only where it checks them too."""
-
-
-def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
-    """Say `what` is done eagerly, and why."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    cure = "On a CPU it needs a C++ compiler, e.g. g++."
-    warnings.warn(f"{what}, for compiling failed: {reason} {cure}", stacklevel=stacklevel)
 
 
 class Program:
@@ -57,6 +47,11 @@ class Program:
         threads: that a CPU kernel may use.
         backend: ``"inductor"``; ``"eager"`` runs the trace as it is; or a function of graph and
             inputs that returns a function.
+
+    Raises:
+        Untraceable: `f` cannot be made into a graph.
+        WrongCode: the compiled code does not do on small tensors what `f` does.
+        Exception: of many kinds, where there is no compiler.
 
     Attributes:
         kernel: if the code is one kernel: that kernel, a C function; otherwise None.
@@ -75,10 +70,14 @@ class Program:
     def _make(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
         on_cpu = examples[0].device.type == "cpu"
         help_cpu = on_cpu and backend == "inductor"
-        graph, targets = _trace(f, examples, backend)
+        try:
+            graph, targets = _trace(f, examples, backend)
+        except Exception as error:
+            raise Untraceable(f"a rule cannot be traced: {error}") from error
         if help_cpu:
             take_sums(graph.graph)
         graph.graph.eliminate_dead_code()
+        tolerances = tolerances_of(graph.graph, targets)
         write_in_place(graph.graph, targets)
         if help_cpu:
             store_what_many_read(graph.graph)
@@ -93,6 +92,7 @@ class Program:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
         self.guards = self.env.produce_guards_expression(inputs)
+        try_out(self, f, inputs, examples, tolerances)
 
     def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
         """The sizes that the kernel depends on."""
@@ -167,7 +167,7 @@ def _inductor(graph: Any, inputs: list[Any], threads: int, on_cpu: bool) -> Call
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    options = {
+    options: dict[str, Any] = {
         "size_asserts": _SIZES_COME_WITH_ASSERTS,
         "cpp.threads": threads,
         "emulate_precision_casts": True,

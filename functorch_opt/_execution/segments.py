@@ -21,7 +21,8 @@ from functorch_opt import tree
 from functorch_opt._core.leaf import Misfit, wrong_update
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.guards import surroundings
-from functorch_opt._execution.kernel import Program, warn_uncompiled
+from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
 BLOCK = {"cpu": 1}
@@ -256,18 +257,18 @@ class Segment:
         return program, size
 
     def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
-        family = self.body.base[1:], len(self.body.entries), sort, str(self.backend)
-        family += (tuple([f.__code__ for e in self.body.entries for f in e.functions]),)
+        """A new program, or what stands in for it where there can be none."""
+        codes = tuple([f.__code__ for entry in self.body.entries for f in entry.functions])
+        family = codes, self.body.base[1:], sort, str(self.backend)
         PROGRAMS.made[family] += 1
         try:
+            if unknown := self.body.unknown:
+                raise Unreadable(unknown)
             if PROGRAMS.made[family] > MOST:
-                raise TooMany(
-                    f"{MOST} programs were made of these rules, for what they read changes again "
-                    "and again."
-                )
+                raise TooMany
             return Program(self.body, examples, threads, self.backend)
         except Exception as error:
-            if any(self.body.exact):
+            if any(self.body.exact) and not isinstance(error, (Unreadable, TooMany)):
                 raise NeedsConstants from error
             warn_uncompiled("compiled_step runs eagerly", error)
             return Uncompiled()
@@ -321,6 +322,21 @@ class Segment:
 
 class TooMany(RuntimeError):
     """Rules that mean something else at every step are not compiled for ever."""
+
+    cure = "Give what changes as a hyperparameter, or as a value that prepare returns."
+
+    def __init__(self) -> None:
+        super().__init__(f"{MOST} programs were made of the same rules, for what they read changes")
+
+
+class Unreadable(RuntimeError):
+    """A rule reads something that may change without anybody seeing it."""
+
+    cure = "Give its values as hyperparameters, or as values that prepare returns."
+
+    def __init__(self, unknown: tuple[str, str]) -> None:
+        stage, what = unknown
+        super().__init__(f"{stage} reads {what}, which may change unseen")
 
 
 def narrowed(body: Body) -> list[Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 from functorch_opt import tree
 from functorch_opt._core.groups import Groups
+from functorch_opt._core.leaf import part_of_tree
 from functorch_opt.tree import PyTree
 
 MOST_PARTS = 64
@@ -55,7 +57,8 @@ class View:
         """The view of each label; None has the leaves that no transformation is for."""
         mine = self.leaves(ps)
         reference = None if callable(groups.labels) else self.tree(ps)
-        labels = groups.assigned(reference, self.paths, mine, True)
+        with nullcontext() if self.is_root else part_of_tree(self.indices):
+            labels = groups.assigned(reference, self.paths, mine, True)
         key = id(groups), tuple(labels)
         if key not in self.parts:
             if len(self.parts) >= MOST_PARTS:

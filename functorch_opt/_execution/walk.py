@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from functorch_opt import tree
@@ -28,7 +27,7 @@ from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.body import ACTIVE, Entry
 from functorch_opt._execution.views import View
-from functorch_opt._execution.writes import run_eagerly
+from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
 from functorch_opt.tree import PyTree, StageState
 
 NewState = Callable[[], PyTree]
@@ -374,25 +373,12 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     updates, slots = leaves.after(view.leaves(walk.us))
     old = [x for column in leaves.columns.values() for x in column]
     new = [x for name in leaves.columns for x in tree.flatten(slots[name])[0]]
-    written = {storage_of(x) for x in old}
+    written = {memory_of(x) for x in old} - {0}
     moved = [apart_from(written, u) for u in tree.flatten(updates)[0]]
     view.write(outer.us, moved)
     writes = [(i, x) for i, x in enumerate(new) if x is not None]
     run_eagerly(lambda _: writes, old)
     return {"inner": inner(), "kept": StageState(shared, kept.slots)}
-
-
-def apart_from(written: set[int], x: Any) -> Any:
-    """`x`, or a copy of it where its memory is going to be written."""
-    return x.clone() if x is not None and storage_of(x) in written else x
-
-
-def storage_of(x: Any) -> int:
-    """A number for the memory of `x`; 0 for what has none."""
-    try:
-        return int(x.untyped_storage().data_ptr()) if isinstance(x, torch.Tensor) else 0
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def always_counts(tx: GradientTransformation) -> bool:

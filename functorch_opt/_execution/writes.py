@@ -35,21 +35,29 @@ Pure = Callable[[list[Any]], Writes]
 def run_eagerly(f: Pure, args: list[Any]) -> None:
     """Write what `f` of `args` says."""
     writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
-    written = {_storage(target) for target, _ in writes}
+    written = {memory_of(target) for target, _ in writes} - {0}
     kept = [
-        (target, value.clone() if _storage(value) in written else value) for target, value in writes
+        (target, value.clone() if memory_of(value) in written else value)
+        for target, value in writes
     ]
     for target, value in kept:
         target.copy_(value)
 
 
-def _storage(x: Any) -> int:
-    """A number for the memory that `x` lies in; 0 for those that do not tell."""
-    local = getattr(x, "_local_tensor", x)
+def memory_of(x: Any) -> int:
+    """A number for the memory that `x` lies in; 0 for what does not tell, or has none.
+
+    Of a sharded tensor it is that of this rank's part.
+    """
     try:
-        return int(local.untyped_storage().data_ptr())
+        return int(getattr(x, "_local_tensor", x).untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def apart_from(written: set[int], x: Any) -> Any:
+    """`x`, or a copy of it where it lies in memory that is going to be written."""
+    return x.clone() if x is not None and memory_of(x) in written else x
 
 
 # ---- in a graph ----------------------------------------------------------------------------------
@@ -77,7 +85,7 @@ _ROUNDING = {"ceil", "floor", "round", "trunc"}
 
 
 def write_in_place(graph: Graph, targets: list[int]) -> None:
-    """Let `graph` write the values that it returns into its arguments `targets`; it returns none."""
+    """Let `graph` write what it returns into its arguments `targets`, and return nothing."""
     places = [node for node in graph.nodes if node.op == "placeholder"]
     *_, output = graph.nodes
     values = dict(zip([places[i] for i in targets], output.args[0], strict=True))
@@ -133,13 +141,14 @@ def call(graph: Graph, operation: Any, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """The name of the operation of `node`."""
     return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
 
 
 def _may_be_its_input(node: Node) -> bool:
     """Whether a compiler may take `node` for an input of it: a view, or what computes nothing."""
-    name, x = _name(node), node.meta.get("val")
+    name, x = name_of(node), node.meta.get("val")
     if node.op != "call_function" or not isinstance(x, Tensor):
         return False
     if getattr(node.target, "is_view", False) or name in _MAY_BE_NOTHING:
@@ -148,14 +157,14 @@ def _may_be_its_input(node: Node) -> bool:
         tensors = [of.meta.get("val") for of in node.all_input_nodes]
         return any(isinstance(of, Tensor) and of.dtype is x.dtype for of in tensors)
     if name in _ROUNDING:
-        return not x.dtype.is_floating_point
-    return name.endswith("_copy") or (name == "pow" and node.args[1] == 1)
+        return not x.is_floating_point()
+    return name.endswith("_copy") or bool(name == "pow" and node.args[1] == 1)
 
 
 def _is_all_of(value: Node, target: Node) -> bool:
     """Whether `value` is `target` as it stands, every element in its place."""
     last = value
-    while value is not target and _name(value) in _KEEP_ORDER and _may_be_its_input(value):
+    while value is not target and name_of(value) in _KEEP_ORDER and _may_be_its_input(value):
         value = value.all_input_nodes[0]
     return value is target and _layout(last) == _layout(target)
 

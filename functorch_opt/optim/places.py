@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._execution.compiled import computed
+from functorch_opt._execution.writes import apart_from, memory_of
 from functorch_opt.tree import PyTree, StageState
 
 Kind = Literal["slot", "count", "clock", "joint"]
@@ -134,11 +136,13 @@ def differences(places: PyTree, old: PyTree, new: PyTree, path: str = "") -> lis
     Raises:
         TypeError: `new` has another form: a stateful optimizer keeps what it began with.
     """
-    if old is new:
-        return []
     if isinstance(places, int):
+        if old is new:
+            return []
         _check_leaf(path, old, new)
         return [(places, new)]
+    if places is None and new is None:
+        return []
     before, after = _children(places), _children(new)
     same = before is not None and after is not None
     if not same or {name for name, _ in before} != {name for name, _ in after}:  # type: ignore[union-attr]
@@ -177,17 +181,9 @@ def _shown(x: Any) -> str:
     )
 
 
-def memory(x: Tensor) -> int:
-    """A number for the memory of `x`, exact for views too; 0 where there is none to tell."""
-    try:
-        return int(x.untyped_storage().data_ptr())
-    except (RuntimeError, NotImplementedError):
-        return 0
-
-
 def apart(values: list[Any], written: list[Any]) -> list[Any]:
     """`values`, with copies of those that lie in memory which is going to be written."""
-    if torch.compiler.is_compiling():  # where it is not known; a graph computes what is multiplied
-        return [x if x.dtype is torch.bool else x * 1 for x in values]
-    taken = {memory(x) for x in written} - {0}
-    return [x.clone() if memory(x) in taken else x for x in values]
+    if torch.compiler.is_compiling():  # where memory cannot be seen
+        return [computed(x) for x in values]
+    taken = {memory_of(x) for x in written} - {0}
+    return [apart_from(taken, x) for x in values]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._execution.kernel import warn_uncompiled
+from functorch_opt._execution.trials import LOCK, WrongCode, warn_uncompiled
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -155,16 +155,39 @@ def draw(make: Make, key: Tensor, blocks: Tensor, n: int | None = None) -> Tenso
 
 @functools.cache
 def _compiled(make: Make, backend: Any) -> Make:
-    """`make` as one kernel; after a failure, which is a warning, `make` itself."""
+    """`make` as one kernel that was tried; after a failure, which is a warning, `make` itself."""
     kernel: Make = torch.compile(make, dynamic=True, backend=backend)
+    tried = False
 
     def run(*args: Any) -> Tensor:
-        nonlocal kernel
+        nonlocal kernel, tried
         try:
+            if not tried:
+                with LOCK:
+                    _try_out(kernel, make, *args)
+            tried = True
             return kernel(*args)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except (torch._dynamo.exc.BackendCompilerFailed, WrongCode) as error:
             warn_uncompiled("random numbers are drawn eagerly", error)
-            kernel = make
+            kernel, tried = make, True
             return make(*args)
 
     return run
+
+
+FEW = 37
+"""Blocks that are drawn to try compiled code: some vectors of them, and a rest."""
+
+
+def _try_out(kernel: Make, make: Make, key: Tensor, blocks: Tensor, n: int | None) -> None:
+    few = (key, blocks[:FEW], None) if n is None else (key, blocks, min(n, FEW))
+    expected = make(*few)
+    try:
+        drawn = kernel(*few)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        raise
+    except Exception as error:
+        raise WrongCode(f"the compiled code raised {type(error).__name__}: {error}") from error
+    tolerance = 1e-4 if drawn.is_floating_point() else 0.0
+    if not torch.allclose(drawn, expected, rtol=tolerance, atol=tolerance):
+        raise WrongCode("the compiled code drew other numbers than the generator")

@@ -22,7 +22,7 @@ from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
-from functorch_opt._execution.kernel import warn_uncompiled
+from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.sweeps.batches import Batch, Batches, as_batch, read_batches
 from functorch_opt.sweeps.extra import viz
 from functorch_opt.sweeps.problem import Loss, Problem, read_problem, seeded

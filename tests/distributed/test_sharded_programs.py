@@ -1,4 +1,4 @@
-"""The law over random transformations, on two ranks: sharded tensors give the numbers of whole ones."""
+"""The law over random transformations, on two ranks: sharded tensors give what whole ones give."""
 
 from __future__ import annotations
 
