@@ -111,6 +111,77 @@ def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformatio
     )
 
 
+def refreshed_scale(decay: float) -> fo.GradientTransformation:
+    """Divides by a mean of sizes that is brought up to date at every second step: a periodic rule."""
+
+    def work(g, size, decay):
+        return {"size": decay * size + (1 - decay) * (g * g)}
+
+    def rule(g, size):
+        return g / (size.sqrt() + 0.1), {"size": size}
+
+    return fo.leafwise(
+        rule,
+        slots={"size": fo.tree.zeros_like},
+        hyper={"decay": decay},
+        every=fo.every(2, work),
+    )
+
+
+def distance_over_gradients(first_distance: float) -> fo.GradientTransformation:
+    """DoG: the largest distance from the start so far, over the root of all squares: totals."""
+
+    def prepare(moved, squares, distance, gathered, first_distance):
+        distance = torch.maximum(distance, moved.to(distance.dtype))
+        gathered = gathered + squares.to(gathered.dtype)
+        rate = (distance + first_distance) / (gathered + 1e-8).sqrt()
+        return {"rate": rate}, {"distance": distance, "gathered": gathered}
+
+    def rule(g, start, rate):
+        return -rate * g, {"start": start}
+
+    return fo.leafwise(
+        rule,
+        prepare,
+        slots={"start": lambda p: p.detach().clone()},
+        shared={name: torch.zeros((), dtype=torch.float64) for name in ("distance", "gathered")},
+        hyper={"first_distance": first_distance},
+        totals={
+            "moved": fo.largest(farthest),
+            "squares": lambda g: g.square().sum(),
+        },
+    )
+
+
+def farthest(p, start):
+    """The largest distance of an element; 0 where there is none."""
+    return (p - start).abs().amax() if p.numel() else p.new_zeros(())
+
+
+def at_odd_steps(learning_rate: float, **options: Any) -> fo.GradientTransformation:
+    """A gate: the decision is one that the host knows where it knows the count."""
+    return fo.gate(fo.adam(learning_rate), lambda count: count % 2 == 1, **options)
+
+
+def with_a_heavy_ball(learning_rate: float, decay: float) -> fo.GradientTransformation:
+    """A wrap: the inner transformation sees other gradients and parameters; its update gets momentum."""
+
+    def before(g, p, ball, decay):
+        return g + decay * p, p + decay * ball
+
+    def after(u, ball, decay):
+        ball = u + decay * ball
+        return ball, {"ball": ball}
+
+    return fo.wrap(
+        fo.adamw(learning_rate, weight_decay=0.1),
+        slots={"ball": fo.tree.zeros_like},
+        hyper={"decay": decay},
+        before=before,
+        after=after,
+    )
+
+
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
@@ -160,6 +231,8 @@ ROWS = [
         apart=True,
     ),
     Row("ema", fo.ema, {"decay": 0.9}, ({}, {"debias": False})),
+    Row("every", refreshed_scale, {"decay": 0.9}, written=False),
+    Row("gate", at_odd_steps, LR, ({}, {"otherwise": "pass"}), written=False),
     Row("identity", fo.identity),
     Row(
         "inject_hyperparams",
@@ -175,6 +248,7 @@ ROWS = [
         LR,
         written=False,
     ),
+    Row("largest", distance_over_gradients, {"first_distance": 0.01}, written=False),
     Row(
         "masked",
         lambda step_size, **v: fo.masked(
@@ -360,7 +434,36 @@ ROWS = [
     ),
     Row("stochastic_round", fo.stochastic_round, keyed=True, rounds=True),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
+    Row("wrap", with_a_heavy_ball, {**LR, "decay": 0.5}, written=False),
     Row("zero_nans", fo.zero_nans),
+    # wrappers
+    Row(
+        "MultiSteps",
+        lambda learning_rate, **options: fo.MultiSteps(
+            fo.adam(learning_rate), **{"every_k_schedule": 2, **options}
+        ),
+        LR,
+        ({}, {"use_grad_mean": False}, {"every_k_schedule": 1}),
+        written=False,
+    ),
+    Row(
+        "apply_if_finite",
+        lambda learning_rate, **options: fo.apply_if_finite(
+            fo.adam(learning_rate), **{"max_consecutive_errors": 2, **options}
+        ),
+        LR,
+        ({}, {"max_consecutive_errors": 0}),
+        written=False,
+    ),
+    Row(
+        "lookahead",
+        lambda learning_rate, **options: fo.lookahead(
+            fo.adam(learning_rate), 2, **{"slow_step_size": 0.5, **options}
+        ),
+        {**LR, "slow_step_size": 0.5},
+        ({}, {"slow_step_size": decay_schedule}),
+        written=False,
+    ),
     # optimizers
     Row(
         "adafactor",

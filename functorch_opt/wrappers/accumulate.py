@@ -22,9 +22,11 @@ def MultiSteps(
         at n = k:  u = opt(acc'), acc' = 0          before:  u = 0
 
     The other steps cost one addition: `opt` is not run, and its counts and schedules stay. The mean
-    is kept in the dtype of the parameters, at least float32. A parameter whose gradient is missing
-    at some of the k steps has the mean of the others weighted as if it had been zero there is not
-    what happens: its running mean goes on with the n of all.
+    is kept in the dtype of the parameters, at least float32. A parameter without gradient at some of
+    the k steps keeps its mean at these, and a later gradient g still counts 1/n. So a gradient that
+    is missing counts as much as the mean of those before it. At a k-th step without gradient the
+    parameter does not move, and its mean goes into the next k steps, where the first gradient
+    replaces it.
 
     Args:
         opt: the optimizer that makes the steps.
@@ -59,10 +61,11 @@ def MultiSteps(
         }
 
     def added(g, acc, part):
-        return acc + (g - acc) * part if use_grad_mean else acc + g
+        total = acc + (g - acc) * part if use_grad_mean else acc + g
+        return total.to(acc.dtype)  # `part` is float64, which a 0-dim tensor would become
 
     def after(u, g, acc, part, due):
-        acc = added(g, acc, part).to(acc.dtype)
+        acc = added(g, acc, part)
         return u, {"acc": torch.where(due, torch.zeros_like(acc), acc)}
 
     inner = gate(opt, lambda count: count % k == k - 1)
