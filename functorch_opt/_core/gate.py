@@ -147,7 +147,7 @@ def gate(
     check_reads(
         "gate", "active", once.reads, {"updates", "params", "count", *once.shared}
     )
-    once.result = _decision
+    once.read_result = _decision
     return Gate(inner, once, otherwise)
 
 

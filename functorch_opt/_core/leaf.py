@@ -151,6 +151,9 @@ class PerLeaf:
         self.fixed: dict[str, Any] = {}
         self.rows: dict[str, Any] = {}
         for name, value in now.items():
+            if type(value) is float:
+                self.fixed[name] = value
+                continue
             check_value(name, value)
             if isinstance(value, Each):
                 self.rows[name] = structure.match(

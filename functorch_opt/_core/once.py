@@ -40,7 +40,9 @@ class Once:
         self.name, self.prepare, self.hyper, self.shared = name, prepare, hyper, shared
         self.reads = positional(prepare) if prepare else ()
         self.extra_args = keyword_only(prepare) if prepare else {}
-        self.result: Callable[[Any], Any] = lambda result: result
+        self.read_result: Callable[[Any], Any] | None = None
+        self.numbers = {n: x for n, x in hyper.items() if isinstance(x, (int, float))}
+        self.varying = {n: x for n, x in hyper.items() if n not in self.numbers}
         self.schedules = tuple(name for name, value in hyper.items() if callable(value))
         self.counts = counts or "count" in self.reads
         self.count_from = "clock" if one_clock else "count"
@@ -68,11 +70,11 @@ class Once:
 
     def hypers(self, shared: Mapping[str, Tensor], n: int) -> dict[str, Any]:
         """The hyperparameters of this step for `n` leaves, beside shared values and the count."""
-        now: dict[str, Any] = dict(shared)
+        now: dict[str, Any] = {**shared, **self.numbers}
         clock = now.pop("clock", None)
         if self.counts:
             now["count"] = of_this_part(shared[self.count_from])
-        for name, value in self.hyper.items():
+        for name, value in self.varying.items():
             now[name] = value(clock) if callable(value) else of_this_part(value)
             self._check_hyper(name, now[name])
             check_entries(name, now[name], n)
@@ -106,12 +108,15 @@ class Once:
         now, new = dict(known), dict(shared)
         if self.prepare is not None:
             values = {**known, **trees}
-            result = self.result(
-                self.prepare(*[values[name] for name in self.reads], **extra)
-            )
-            result, changed = self._checked(result)
-            now.update({name: tree.whole(value) for name, value in result.items()})
-            new.update({name: tree.whole(value) for name, value in changed.items()})
+            result = self.prepare(*[values[name] for name in self.reads], **extra)
+            if self.read_result is not None:
+                result = self.read_result(result)
+            if type(result) is dict:
+                now.update(_gathered(result))
+            else:
+                result, changed = self._checked(result)
+                now.update(_gathered(result))
+                new.update(_gathered(changed))
         for name in ("count", "clock"):
             if name in self.keys:
                 new[name] = shared[name] + 1
@@ -129,6 +134,13 @@ class Once:
                 f"{sorted(self.shared)}; it returned {given}."
             )
         return result, changed
+
+
+def _gathered(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, with sharded tensors as wholes."""
+    if all(type(x) in (float, Tensor) for x in values.values()):
+        return values
+    return {name: tree.whole(x) for name, x in values.items()}
 
 
 def check_names(name: str, **declared: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class OneTensor:
         kind: Kind,
     ) -> None:
         self.name, self.rule, self.slot_names, self.kind = name, rule, tuple(slots), kind
-        self.sums = Sums(name, sums)
+        self.sums, self.has_sums = Sums(name, sums), bool(sums)
         self.work = rare.work if rare else None
         self.rule_reads = positional(rule)
         self.work_reads = positional(rare.work) if rare else ()
@@ -52,17 +52,13 @@ class OneTensor:
         due = (DUE,) if rare else ()
         self.reads = (*due, *[name for name in names if name not in sums])
         """What has to be there for all three, but for the sums themselves."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but the rule itself."""
-        return self.work is None and not self.sums
+        self.is_plain = rare is None and not sums
 
     def result(self, values: dict[str, Any]) -> Any:
         """What the rule returns, after the rare work and the sums that it reads."""
         if self.work is not None:
             values = values | self.after_work(values)
-        if self.sums:
+        if self.has_sums:
             values = values | self.sums.of(values)
         return self.rule(*[values[name] for name in self.rule_reads])
 

@@ -87,19 +87,8 @@ class Leafwise(GradientTransformation):
         kind: Kind,
         last: bool,
     ) -> None:
-        if kind not in ("elementwise", "tensorwise"):
-            whole = (
-                "What looks at the whole tree is a GradientTransformation(init, update)."
-            )
-            raise ValueError(
-                f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}"
-            )
         self.name = name = enclosing_name(rule)
-        if sums and kind == "tensorwise":
-            raise ValueError(
-                f"{name}: sums are for elementwise rules; a tensorwise rule sees the whole tensor "
-                "and works them out itself."
-            )
+        check_kind(name, kind, bool(sums))
         self.slots, self.kind, self.point, self.last = slots, kind, point, last
         self.due = rare.due if rare else None
         self.due_reads = positional(rare.due) if rare else ()
@@ -109,6 +98,13 @@ class Leafwise(GradientTransformation):
         read = {*self.reads, *self.totals.reads, *self.due_reads}
         self.once = Once(name, prepare, hyper, shared, "count" in read)
         self.extra_args = self.once.extra_args
+        self.has_sums, self.has_totals = bool(sums), bool(totals)
+        self.looks_around = "updates" in self.once.reads or self.has_totals
+        """Whether something of it has to see all updates before the rule sees one."""
+        self.reads_params = (
+            "p" in {*self.reads, *self.totals.reads} or self.once.needs_params
+        )
+        """Whether ``update`` needs params."""
         self._check(rule, prepare, slots, shared, hyper, sums, totals, rare)
 
     def _check(self, rule, prepare, slots, shared, hyper, sums, totals, rare) -> None:
@@ -131,16 +127,6 @@ class Leafwise(GradientTransformation):
         check_reads(name, "work", self.on_tensor.work_reads, of_leaf)
         for key, names in self.on_tensor.sums.reads_of.items():
             check_reads(name, f"sum {key}", names, of_leaf)
-
-    @property
-    def looks_around(self) -> bool:
-        """Whether something of it has to see all updates before the rule sees one."""
-        return "updates" in self.once.reads or bool(self.totals)
-
-    @property
-    def reads_params(self) -> bool:
-        """Whether ``update`` needs params."""
-        return "p" in (*self.reads, *self.totals.reads) or self.once.needs_params
 
     def _init(self, params: PyTree) -> StageState:
         for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
@@ -172,7 +158,7 @@ class Leafwise(GradientTransformation):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the rule may read of this step, by name; and the next shared values."""
         now = self.once.hypers(shared, len(gs))
-        if self.totals:
+        if self.has_totals:
             per_leaf = leaf_values(updates, now, self.totals.reads)
             rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)
             now |= self.totals.over_all(sums_of_leaves(self.totals, rows, gs))
@@ -220,6 +206,20 @@ class Leafwise(GradientTransformation):
                 f"{[*sorted(expected), *self.slots]}: it holds {held}. "
                 "Use the state that its own init or update returned."
             )
+
+
+def check_kind(name: str, kind: str, has_sums: bool) -> None:
+    """Raise ValueError for a kind that there is not, or that has no sums."""
+    if kind not in ("elementwise", "tensorwise"):
+        whole = "What looks at the whole tree is a GradientTransformation(init, update)."
+        raise ValueError(
+            f"kind must be 'elementwise' or 'tensorwise'; got {kind!r}. {whole}"
+        )
+    if has_sums and kind == "tensorwise":
+        raise ValueError(
+            f"{name}: sums are for elementwise rules; a tensorwise rule sees the whole tensor "
+            "and works them out itself."
+        )
 
 
 def every(due: int | Callable[..., Any], work: Callable[..., Any]) -> Every:

@@ -40,9 +40,9 @@ def fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> 
             return False
         if not isinstance(rule, Leafwise) or (p and "params" in rule.once.reads):
             return False
-        if rule.looks_around and (g or k or rule.totals):
+        if rule.looks_around and (g or k or rule.has_totals):
             return False
-        if sharded and rule.on_tensor.sums:
+        if sharded and rule.has_sums:
             return False
     return True
 

@@ -166,7 +166,7 @@ class Walk:
             if not found:
                 scalars()
             now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
-            if tx.on_tensor.sums and self.sharded:
+            if tx.has_sums and self.sharded:
                 self.flush(self)
                 us, ps, reference = (
                     view.leaves(self.us),
