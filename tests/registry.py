@@ -143,8 +143,11 @@ def distance_over_gradients(first_distance: float) -> fo.GradientTransformation:
     return fo.leafwise(
         rule,
         prepare,
-        slots={"start": lambda p: p.detach().clone()},
-        shared={name: torch.zeros((), dtype=torch.float64) for name in ("distance", "gathered")},
+        slots={"start": torch.clone},
+        shared={
+            name: torch.zeros((), dtype=torch.float64)
+            for name in ("distance", "gathered")
+        },
         hyper={"first_distance": first_distance},
         totals={
             "moved": fo.largest(farthest),

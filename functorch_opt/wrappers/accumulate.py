@@ -22,11 +22,12 @@ def MultiSteps(
         at n = k:  u = opt(acc'), acc' = 0          before:  u = 0
 
     The other steps cost one addition: `opt` is not run, and its counts and schedules stay. The mean
-    is kept in the dtype of the parameters, at least float32. A parameter without gradient at some of
-    the k steps keeps its mean at these, and a later gradient g still counts 1/n. So a gradient that
-    is missing counts as much as the mean of those before it. At a k-th step without gradient the
-    parameter does not move, and its mean goes into the next k steps, where the first gradient
-    replaces it.
+    is kept in the dtype of the parameters, at least float32.
+
+    A parameter without gradient at some of the k steps keeps its mean there, and each later
+    gradient still counts 1/n. At a k-th step without gradient the parameter does not move. What it has
+    gathered is not cleared: of a mean, the first gradient of the next k steps replaces it, if it
+    comes at their first step; a sum goes on.
 
     Args:
         opt: the optimizer that makes the steps.

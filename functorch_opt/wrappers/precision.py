@@ -1,4 +1,4 @@
-"""A float32 copy of low-precision parameters, kept in the state: what is too small for bfloat16 adds up there."""
+"""A float32 copy of low-precision parameters, in which small steps add up."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ __all__ = ["keep_master_weights"]
 
 @transformation
 def keep_master_weights(inner: GradientTransformation) -> GradientTransformation:
-    """Run `inner` on a float32 copy of the parameters, kept in the state. The parameters are always that copy, rounded once.
+    """Run `inner` on a float32 copy of the parameters, which are always that copy, rounded once.
 
-        m' = m + inner(g, m)        u = m' - p        then  p + u = m'  is rounded to the dtype of p
+        m' = m + inner(g, m)        u = m' - p        p + u = m'  is rounded to the dtype of p
 
-    Every stage of `inner` sees the copy as its parameters, weight decay too. So bfloat16 training takes the steps that float32 training
-    would take with the same gradients, where ``p + u`` alone loses every step below 1/512 of ``p``.
+    The copy is in the state. Every stage of `inner` sees it as its parameters, weight decay too. So
+    bfloat16 training takes the steps that float32 training would take with the same gradients,
+    where ``p + u`` alone loses every step below 1/512 of ``p``.
 
-    The copy is ``p + u`` as float32 has it. Where a step changes a parameter to less than half or more than twice of what it was, that is
-    ``m'`` rounded once more, at the scale of the larger of the two. A parameter that was set from outside (clamped, loaded) is no longer
-    the rounded copy, and is taken as it is. One that overflows its dtype is lost, with its copy: inf, then NaN.
+    The copy is ``p + u`` as float32 has it. Where a step changes a parameter to less than half or
+    more than twice of what it was, that is ``m'`` rounded once more, at the scale of the larger of
+    the two. A parameter that was set from outside (clamped, loaded) is no longer the rounded copy,
+    and is taken as it is. One that overflows its dtype is lost, with its copy: inf, then NaN.
 
-    It looks at the new parameters, so it comes last in a chain, before `params_ema` only, which then averages the copy. For float32 and
-    wider parameters it is a plain copy, and changes nothing but memory: leave them out with `partition`.
+    It looks at the new parameters, so it comes last in a chain, before `params_ema` only, which
+    then averages the copy. For float32 and wider parameters it is a plain copy, and changes nothing but
+    memory: leave them out with `partition`.
 
     Args:
         inner: a whole optimizer, with its learning rate.
@@ -42,11 +45,13 @@ def keep_master_weights(inner: GradientTransformation) -> GradientTransformation
         >>> def after_1000_steps(tx, p):
         ...     state = tx.init(p)
         ...     for _ in range(1000):
-        ...         updates, state = tx.update({"w": torch.tensor(1.0, dtype=torch.bfloat16)}, state, p)
+        ...         updates, state = tx.update({"w": torch.ones_like(p["w"])}, state, p)
         ...         p = fo.apply_updates(p, updates)
         ...     return p["w"]
-        >>> after_1000_steps(fo.sgd(5e-4), params), after_1000_steps(fo.keep_master_weights(fo.sgd(5e-4)), params)
-        (tensor(1., dtype=torch.bfloat16), tensor(0.5000, dtype=torch.bfloat16))
+        >>> after_1000_steps(fo.sgd(5e-4), params)
+        tensor(1., dtype=torch.bfloat16)
+        >>> after_1000_steps(fo.keep_master_weights(fo.sgd(5e-4)), params)
+        tensor(0.5000, dtype=torch.bfloat16)
     """
     if not isinstance(inner, GradientTransformation):
         raise TypeError(

@@ -18,8 +18,8 @@ def apply_if_finite(
     """Let `inner` make its step only where all gradients are finite; otherwise nothing moves.
 
     After `max_consecutive_errors` such steps in a row the next one is made as it is, NaN and all:
-    then something else is wrong, and it should be seen. The state has ``notfinite_count`` of those in
-    a row, ``total_notfinite`` of all, and ``last_finite``.
+    then something else is wrong, and it should be seen. The state has ``notfinite_count`` of those
+    in a row, ``total_notfinite`` of all, and ``last_finite``.
 
     Args:
         inner: the transformation.
@@ -46,7 +46,7 @@ def apply_if_finite(
         )
 
     def active(updates, notfinite_count, total_notfinite, last_finite):
-        finite = torch.isfinite(tree.norm(updates)) & all_finite(updates)
+        finite = all_finite(updates)
         in_a_row = torch.where(finite, 0, notfinite_count + 1)
         total = torch.where(finite, total_notfinite, total_notfinite + 1)
         counts = {

@@ -50,6 +50,12 @@ def draw(seed: int) -> dict:
 
 PARAMS, GRADS = draw(0), [draw(step) for step in range(1, STEPS + 1)]
 WITH_NANS = [tree.map(lambda g: torch.where(g > 1, torch.nan, g), g) for g in GRADS]
+SOME_NOT_FINITE = [
+    tree.map(
+        lambda g, bad=i % 5 in (1, 2): torch.where(g > 0, torch.inf, g) if bad else g, g
+    )
+    for i, g in enumerate(GRADS)
+]
 ZEROS = [tree.map(torch.zeros_like, g) for g in GRADS]
 
 
@@ -145,6 +151,13 @@ def decay(o: Any) -> Any:
 
 def warmup(o: Any) -> Any:
     return wide(o, o.warmup_cosine_decay_schedule(0.01, 0.2, 10, 40, 0.02))
+
+
+def gathering(o: Any, k: int, inner: Any = None, **options: Any) -> Any:
+    """optax's MultiSteps as a transformation, which gathers in float64."""
+    inner = o.adam(0.1) if inner is None else inner
+    options["accumulator_dtype"] = jnp.float64
+    return o.MultiSteps(inner, k, **options).gradient_transformation()
 
 
 def in_jax_layout(tx: Any) -> Any:
@@ -567,6 +580,24 @@ CASES: list[Case] = [
         **FLOAT32,
     ),
     *same("sign_sgd", lambda o: o.sign_sgd(0.1), lambda o: o.sign_sgd(decay(o))),
+    # wrappers; optax gathers in float32 unless told otherwise
+    *pair(
+        "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 4), lambda o: gathering(o, 4)
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(o.sgd(decay(o), 0.9), 3, use_grad_mean=False),
+        lambda o: gathering(o, 3, o.sgd(decay(o), 0.9), use_grad_mean=False),
+    ),
+    *pair(
+        "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 1), lambda o: gathering(o, 1)
+    ),
+    *same("apply_if_finite", lambda o: o.apply_if_finite(o.adam(0.1), 3)),
+    *same(
+        "apply_if_finite",
+        lambda o: o.apply_if_finite(o.sgd(decay(o), 0.9), 3),
+        grads=SOME_NOT_FINITE,
+    ),
 ]
 
 DIVERGENCES = {
@@ -583,6 +614,11 @@ DIVERGENCES = {
     ),
     **dict.fromkeys(("keep_master_weights", "params_ema"), "optax has none"),
     **dict.fromkeys(
+        ("every", "gate", "largest", "wrap"),
+        "optax has none: they declare a transformation",
+    ),
+    "lookahead": "optax has pairs of parameters: compared below",
+    **dict.fromkeys(
         ("lbfgs", "scale_by_lbfgs", "polyak_sgd", "scale_by_polyak"),
         "see test_optax_line_search.py",
     ),
@@ -596,6 +632,9 @@ DIVERGENCES = {
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
+    "MultiSteps": "k is a number; no should_skip_update_fn (apply_if_finite, inside or around it) "
+    "and no accumulator_dtype: at least float32",
+    "lookahead": "no reset_state= so far",
     "adafactor": "eps=None stands for 1e-30",
     "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
     "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
@@ -691,6 +730,30 @@ def test_50_torchs_names_equal_optax_where_torch_does(
     assert_same(
         tree.unflatten(spec, [p.detach() for p in params]), run_theirs(theirs())[1]
     )
+
+
+@pytest.mark.parametrize(("k", "a"), [(1, 0.5), (3, 0.5), (5, 0.0), (5, 1.0)])
+def test_lookahead_equals_optax(k: int, a: float) -> None:
+    """The fast parameters after every step, and the slow ones, which optax has beside them."""
+    tx = fo.lookahead(fo.adam(0.1), k, a)
+    ps, state = PARAMS, tx.init(PARAMS)
+    theirs = optax.lookahead(optax.adam(0.1), k, a)
+    pair = optax.LookaheadParams.init_synced(to_jax(PARAMS))
+    their_state = theirs.init(pair)
+    for g in GRADS:
+        updates, state = tx.update(g, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        their_updates, their_state = theirs.update(to_jax(g), their_state, pair)
+        pair = optax.apply_updates(pair, their_updates)
+        assert_same(ps, pair.fast)
+        assert_same(fo.eval_params(tx, state, ps), pair.slow)
+
+
+def test_apply_if_finite_counts_as_optax() -> None:
+    ours = run_ours(fo.apply_if_finite(fo.sgd(0.1), 3), SOME_NOT_FINITE)[2]
+    theirs = run_theirs(optax.apply_if_finite(optax.sgd(0.1), 3), SOME_NOT_FINITE)[2]
+    for name in ("notfinite_count", "total_notfinite", "last_finite"):
+        assert fo.get(ours, name).item() == getattr(theirs, name).item()
 
 
 def test_the_data_exercises_the_cases() -> None:
