@@ -121,10 +121,14 @@ class OneTensor:
         return self._leave(u, g, "the update", g, pairs), kept
 
     def _entered(
-        self, values: dict[str, Any], dtype: torch.dtype, pairs: bool
+        self,
+        values: dict[str, Any],
+        dtype: torch.dtype,
+        pairs: bool,
+        names: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """What rule and sums read, as they compute with it."""
-        names = [name for name in self.reads if name in values]
+        """What functions that read these `names` compute with; by default rule and sums."""
+        names = tuple([name for name in names or self.reads if name in values])
         same = (
             not isinstance(x := values[name], Tensor) or x.dtype == dtype
             for name in names
@@ -190,7 +194,12 @@ class OneTensor:
     # ---- sums that are known before the rule -----------------------------------------------------
 
     def values_of_leaves(
-        self, gs: list[Any], ps: list[Any], slots: dict[str, list[Any]], per_leaf: PerLeaf
+        self,
+        gs: list[Any],
+        ps: list[Any],
+        slots: dict[str, list[Any]],
+        per_leaf: PerLeaf,
+        names: tuple[str, ...],
     ) -> list[dict[str, Any] | None]:
         """For each leaf what functions of it read, of sharded leaves on this rank's part."""
         rows: list[dict[str, Any] | None] = []
@@ -199,11 +208,20 @@ class OneTensor:
                 rows.append(None)
                 continue
             held = {name: column[i] for name, column in slots.items()}
-            dtype = working_dtype(g, p if "p" in self.reads else None, *held.values())
+            dtype = working_dtype(g, p if "p" in names else None, *held.values())
             all_values = {**per_leaf.at(i, dtype), **held, "g": g, "p": p}
             values = {name: tree.part_of(x, g) for name, x in all_values.items()}
-            rows.append(values | self._entered(values, dtype, dtype.is_complex))
+            rows.append(values | self._entered(values, dtype, dtype.is_complex, names))
         return rows
+
+
+def _as_tensor(x: Any, device: torch.device) -> Tensor:
+    dtype = (
+        tree.as_real(torch.zeros((), device=device)).dtype
+        if isinstance(x, float)
+        else None
+    )
+    return torch.as_tensor(x, dtype=dtype, device=device)
 
 
 def sums_of_leaves(
@@ -215,10 +233,9 @@ def sums_of_leaves(
         if values is None:
             found.append(dict.fromkeys(sums.functions))
             continue
+        device = values["g"].device
         of = sums.of(values).items()
-        found.append(
-            {name: torch.as_tensor(x, device=values["g"].device) for name, x in of}
-        )
+        found.append({name: _as_tensor(x, device) for name, x in of})
     if any(map(tree.is_sharded, gs)):
         return sums.joined_over_ranks(found, gs)
     return {name: [row[name] for row in found] for name in sums.functions}

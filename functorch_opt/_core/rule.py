@@ -159,8 +159,9 @@ class Leafwise(GradientTransformation):
         """What the rule may read of this step, by name; and the next shared values."""
         now = self.once.hypers(shared, len(gs))
         if self.has_totals:
-            per_leaf = leaf_values(updates, now, self.totals.reads)
-            rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)
+            names = self.totals.reads
+            per_leaf = leaf_values(updates, now, names)
+            rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf, names)
             now |= self.totals.over_all(sums_of_leaves(self.totals, rows, gs))
         due = {}
         if self.due is not None:
@@ -187,8 +188,9 @@ class Leafwise(GradientTransformation):
         now: dict[str, Any],
     ) -> dict[str, Each]:
         """The sums over sharded tensors, which the ranks exchange before the rule."""
-        per_leaf = leaf_values(updates, now, self.on_tensor.reads)
-        rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf)
+        names = self.on_tensor.reads
+        per_leaf = leaf_values(updates, now, names)
+        rows = self.on_tensor.values_of_leaves(gs, ps, slots, per_leaf, names)
         rows = [row and row | self.on_tensor.after_work(row) for row in rows]
         columns = sums_of_leaves(self.on_tensor.sums, rows, gs)
         return {
