@@ -118,7 +118,7 @@ def refreshed_scale(decay: float) -> fo.GradientTransformation:
         return {"size": decay * size + (1 - decay) * (g * g)}
 
     def rule(g, size):
-        return g / (size.sqrt() + 0.1), {"size": size}
+        return g / (size + 0.01).sqrt(), {"size": size}  # its slope at 0 is finite
 
     return fo.leafwise(
         rule,
