@@ -101,10 +101,6 @@ class Leafwise(GradientTransformation):
         self.has_sums, self.has_totals = bool(sums), bool(totals)
         self.looks_around = "updates" in self.once.reads or self.has_totals
         """Whether something of it has to see all updates before the rule sees one."""
-        self.reads_params = (
-            "p" in {*self.reads, *self.totals.reads} or self.once.needs_params
-        )
-        """Whether ``update`` needs params."""
         self._check(rule, prepare, slots, shared, hyper, sums, totals, rare)
 
     def _check(self, rule, prepare, slots, shared, hyper, sums, totals, rare) -> None:
@@ -127,6 +123,11 @@ class Leafwise(GradientTransformation):
         check_reads(name, "work", self.on_tensor.work_reads, of_leaf)
         for key, names in self.on_tensor.sums.reads_of.items():
             check_reads(name, f"sum {key}", names, of_leaf)
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether ``update`` needs params."""
+        return "p" in (*self.reads, *self.totals.reads) or self.once.needs_params
 
     def _init(self, params: PyTree) -> StageState:
         for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
@@ -172,9 +173,8 @@ class Leafwise(GradientTransformation):
         now, new = self.once.prepared(now, shared, trees, mine)
         provided = {"g", "p", DUE, *self.slots, *now}
         if missing := [name for name in self.reads if name not in provided]:
-            names = ", ".join(missing)
             raise TypeError(
-                f"{self.name}: rule reads {names}, which prepare did not return."
+                f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return."
             )
         return now | due, new
 

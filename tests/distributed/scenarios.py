@@ -344,7 +344,9 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
             assert whole.keys() == expected.keys()
             worst = [
                 float(((1.0 * whole[k] - x) / (1 + x.abs())).abs().max())
-                for k, x in ((k, 1.0 * x) for k, x in expected.items())  # flags are 0 and 1
+                for k, x in (
+                    (k, 1.0 * x) for k, x in expected.items()
+                )  # flags are 0 and 1
                 if x.numel()
             ]
             errors[f"{i}, {layout}"] = max(worst)
