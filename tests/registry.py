@@ -333,8 +333,7 @@ ROWS = [
         fo.scale_by_factored_rms,
         {"decay_rate": 0.8},
         (
-            {"min_dim_size_to_factor": 2},
-            {},
+            {"min_dim_size_to_factor": 2, "epsilon": 1e-3},
             {"factored": False, "epsilon": 1e-3},
             {"variant": "torch"},
         ),
@@ -471,11 +470,11 @@ ROWS = [
     Row(
         "adafactor",
         fo.adafactor,
-        {**LR, "decay_rate": 0.8},
+        {**LR, "decay_rate": 0.8, "clipping_threshold": 0.7},
         (
-            {"min_dim_size_to_factor": 2},
-            {"momentum": 0.9, "dtype_momentum": None},
-            {"clipping_threshold": None, "multiply_by_parameter_scale": False},
+            {"min_dim_size_to_factor": 2, "eps": 1e-3},
+            {"momentum": 0.9, "dtype_momentum": None, "eps": 1e-3},
+            {"clipping_threshold": None, "multiply_by_parameter_scale": False, "eps": 1e-3},
         ),
         reads_shape=True,
     ),
