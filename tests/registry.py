@@ -474,7 +474,11 @@ ROWS = [
         (
             {"min_dim_size_to_factor": 2, "eps": 1e-3},
             {"momentum": 0.9, "dtype_momentum": None, "eps": 1e-3},
-            {"clipping_threshold": None, "multiply_by_parameter_scale": False, "eps": 1e-3},
+            {
+                "clipping_threshold": None,
+                "multiply_by_parameter_scale": False,
+                "eps": 1e-3,
+            },
         ),
         reads_shape=True,
     ),

@@ -332,15 +332,16 @@ def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
 
 def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
     """The gradients, with copies of those that are a parameter's memory."""
-    pointers = {p.data_ptr() for p in ps if type(p) in sharding.PLAIN} - {0}
-    return [
-        u.clone()
-        if type(u) in sharding.PLAIN
-        and u.layout is torch.strided
-        and u.data_ptr() in pointers
-        else u
-        for u in us
-    ]
+    try:
+        given = {u.data_ptr() for u in us if u is not None}
+        overlap = given.intersection([p.data_ptr() for p in ps if p is not None]) - {0}
+    except (
+        RuntimeError
+    ):  # sparse tensors have no memory of their own; they are refused later
+        return us
+    if not overlap:
+        return us
+    return [u.clone() if u is not None and u.data_ptr() in overlap else u for u in us]
 
 
 def check_memory(walk: Walk) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -89,8 +90,16 @@ class Walk:
         self.doors: list[Door] = []
         self.columns: list[list[Any]] = []
         self.settled = True
-        self.sharded = any(map(tree.is_sharded, ps))
-        self.on_host = all(p is None or p.device.type == "cpu" for p in ps)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether any parameter lies on several ranks."""
+        return any(map(tree.is_sharded, self.ps))
+
+    @cached_property
+    def on_host(self) -> bool:
+        """Whether the host can read what is decided."""
+        return all(p is None or p.device.type == "cpu" for p in self.ps)
 
     @property
     def paths(self) -> list[str]:

@@ -144,6 +144,8 @@ def differences(
     Raises:
         TypeError: `new` has another form: a stateful optimizer keeps what it began with.
     """
+    if not torch.compiler.is_compiling() and old is new:
+        return []  # Dynamo cannot compare containers so
     if isinstance(places, int):
         if old is new:
             return []
