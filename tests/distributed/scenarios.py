@@ -227,7 +227,8 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
             for opt in opts
             for plan in opt._plans.values()
             if compile
-            for segment in plan.compiled.segments.values()
+            for found in plan.compiled.segments.values()
+            for segment in found
         ),
         "empty": [
             n
