@@ -204,6 +204,7 @@ def _prepare(ps: list[torch.Tensor], n: int) -> float:
     @torch.no_grad()
     def scalars() -> None:
         for stage, of in stages:
-            stage.scalars(ps, of.shared, ps, {})
+            columns = {name: list(slot) for name, slot in of.slots.items()}
+            stage.scalars(ps, of.shared, ps, {}, ps, ps, columns)
 
     return microseconds(scalars, n)

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import record, report
 from benchmarks.timing import in_turns, summary
-from functorch_opt import philox, random
+from functorch_opt import random
+from functorch_opt.random import philox
 
 ROWS = {
     "normal": ("standard normals", torch.randn),

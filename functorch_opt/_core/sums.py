@@ -54,11 +54,17 @@ class Sums:
     def __bool__(self) -> bool:
         return bool(self.functions)
 
-    def of(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those over one tensor that `values` does not have yet."""
-        found = {}
-        for key, f in self.functions.items():
-            if key not in values:
+    def of(self, values: Mapping[str, Any], in_parts: bool = False) -> dict[str, Any]:
+        """Those over one tensor that `values` does not have yet.
+
+        `in_parts`, the tensor may be an empty part of one: it has no largest element.
+        """
+        found: dict[str, Any] = {}
+        empty = in_parts and not values["g"].numel()
+        for (key, f), maximum in zip(self.functions.items(), self.largest, strict=True):
+            if empty and maximum:
+                found[key] = values["g"].new_full((), -float("inf"))
+            elif key not in values:
                 found[key] = f(*[values[name] for name in self.reads_of[key]])
                 self._check(key, found[key])
         return found
