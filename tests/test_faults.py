@@ -285,11 +285,10 @@ def check(name: str, made: list[tuple], strict: bool) -> str:
             if value is not None
         }
         for key, value in opt.state.get(p, {}).items():
-            assert (
-                bits(value) == bits(entry[key])
-                if isinstance(entry[key], Tensor)
-                else value == entry[key]
-            )
+            if isinstance(entry[key], Tensor) and not key.endswith(("count", "clock")):
+                assert bits(value) == bits(entry[key])
+            else:  # a count is kept as int64, whatever it was saved as
+                assert value == entry[key]
         whole &= set(opt.state.get(p, {})) == set(entry)
     assert whole or (caught and not strict)
     one_step(opt, 5)

@@ -216,6 +216,7 @@ class Walk:
                 ended |= not self.settled
         self.settled = began and not ended
         if None in views and tx.otherwise == "zero":
+            self.settled = False
             self._do(lambda: self._wait(Entry("zero"), views[None]))
         return lambda: {label: of() for label, of in new.items()}
 
@@ -243,6 +244,8 @@ class Walk:
         if door.active is not False:
             self.settled = self.settled and known
             inner = self.look(tx.inner, state["inner"], view)
+        elif tx.otherwise == "zero":
+            self.settled = False
         self.doors.pop()
         self._do(lambda: self._close(tx, door, view))
         return lambda: _after_gate(door, inner, state["inner"])
