@@ -1,8 +1,8 @@
 """The law over random transformations: `update` and `apply_updates` are the meaning, and every
 execution gives the same numbers.
 
-The programs of the fixed seeds are the same in every run; some more have seeds that change with
-it, and FO_SEED sets where those begin. A failure shows the smallest program found that fails in
+The programs are the same in every run. Some of them begin at a seed that FO_SEED sets, so that
+others can be looked at. A failure shows the smallest program found that fails in
 the same execution, as source; `make fuzz` looks at many more.
 """
 
@@ -67,8 +67,8 @@ def test_every_execution_gives_the_numbers_of_update(seed: int) -> None:
 
 @pytest.mark.parametrize("k", range(CHANGING))
 def test_and_of_programs_that_nobody_has_seen(k: int) -> None:
-    """Other programs in every run. The message of a failure says what FO_SEED to set to see it
-    again, as ``k = 0``.
+    """Programs from FO_SEED on. The message of a failure says what FO_SEED to set to see it again,
+    as ``k = 0``.
     """
     obey(BEGIN + k, [*EAGER])
 

@@ -47,6 +47,8 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
             runs eagerly between, and a warning names it.
         donate: overwrite the tensors of `params` and of the state's slots and return them, as JAX
             does with donated arguments. False: they stay as they are, at the price of a copy.
+            In a function that you compile yourself only the params are overwritten; the state that
+            comes back is new.
 
     Returns:
         ``step(params, grads, state, **extra)``, which returns the new params and state. It must not

@@ -62,7 +62,7 @@ class View:
         reference = None if callable(groups.labels) else self.tree(ps)
         with nullcontext() if self.is_root else part_of_tree(self.indices):
             labels = groups.assigned(reference, self.paths, mine, True)
-        key = id(groups), tuple(labels)
+        key = tuple(groups.inside), tuple(labels)
         if key not in self.parts:
             if len(self.parts) >= MOST_PARTS:
                 self.parts.clear()
