@@ -124,7 +124,7 @@ class Walk:
             inner = self.look(made_once(tx, values), state["inner"], view)
             return lambda: {"hyperparams": values, "inner": inner(), **counter}
         if isinstance(tx, Gate) and (
-            self.on_host or fits_inside(tx.inner, True, False, False)
+            self.on_host or fits_inside(tx.inner, True, False, self.sharded)
         ):
             return self._gate(tx, state, view)
         if isinstance(tx, Wrap):
@@ -175,8 +175,9 @@ class Walk:
             if not found:
                 scalars()
             now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
-            if tx.has_sums and self.sharded:
+            if self.sharded and (tx.has_sums or self._sees_otherwise(tx)):
                 self.flush(self)
+            if tx.has_sums and self.sharded:
                 us, ps, reference = (
                     view.leaves(self.us),
                     view.leaves(self.ps),
@@ -193,6 +194,11 @@ class Walk:
     def _moves(self) -> bool:
         """Whether something waits that changes updates. What is around a rule is no such thing."""
         return any(each.entry.kind not in ("enter", "open") for each in self.waiting)
+
+    def _sees_otherwise(self, tx: Leafwise) -> bool:
+        """Whether a rule waits that sees whole tensors where `tx` sees parts, or the reverse."""
+        rules = [each.entry.stage for each in self.waiting if each.entry.kind == "rule"]
+        return any(rule.kind != tx.kind for rule in rules)
 
     def _is_certain(self) -> bool:
         """Whether no gate on the way waits for its decision."""
