@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import structure
+from functorch_opt._core import sharding, structure
 from functorch_opt._core.leaf import (
     Misfit,
     PerLeaf,
@@ -39,7 +39,7 @@ def update_in_one_pass(
     """
     gs, spec = structure.flatten_tensors(updates, "updates")
     later = next((k for k, tx in enumerate(stages) if k and tx.has_sums), None)
-    if later and any(map(tree.is_sharded, gs)):
+    if later and sharding.any_sharded(gs):
         updates, first = update_in_one_pass(
             stages[:later], updates, states[:later], params, extra
         )
@@ -158,7 +158,7 @@ class _Stage:
         tx, names = self.tx, self.tx.on_tensor.reads
         shared = self.state.shared
         now, self.shared = tx.scalars(updates, shared, params, extra, gs, ps, self.old)
-        if tx.has_sums and any(map(tree.is_sharded, gs)):
+        if tx.has_sums and sharding.any_sharded(gs):
             now |= tx.sums_before(updates, spec, gs, ps, self.old, now)
             names += tuple(tx.on_tensor.sums.functions)
         self.per_leaf = PerLeaf(

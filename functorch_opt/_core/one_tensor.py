@@ -234,9 +234,9 @@ def sums_of_leaves(
             found.append(dict.fromkeys(sums.functions))
             continue
         device = values["g"].device
-        of = sums.of(values, any(map(tree.is_sharded, gs))).items()
+        of = sums.of(values, sharding.any_sharded(gs)).items()
         found.append({name: _as_tensor(x, device) for name, x in of})
-    if any(map(tree.is_sharded, gs)):
+    if sharding.any_sharded(gs):
         return sums.joined_over_ranks(found, gs)
     return {name: [row[name] for row in found] for name in sums.functions}
 

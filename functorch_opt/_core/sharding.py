@@ -33,6 +33,14 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+_NOT_SHARDED = {*PLAIN, type(None)}
+
+
+def any_sharded(xs: Sequence[Any]) -> bool:
+    """Whether any of `xs` is a DTensor."""
+    return not _NOT_SHARDED.issuperset(map(type, xs)) and any(map(is_sharded, xs))
+
+
 def whole(x: Any) -> Any:
     """All of a sharded tensor, gathered on every rank; anything else as it is.
 
@@ -218,7 +226,7 @@ def refuse_sharded(name: str, leaves: list[Any]) -> None:
 
     It is for what mixes the elements of all leaves, and is not written for ranks.
     """
-    if any(is_sharded(x) for x in leaves):
+    if any_sharded(leaves):
         raise TypeError(
             f"{name} takes no sharded tensors (DTensor): it needs all elements on one rank. "
             "Give it x.full_tensor()."

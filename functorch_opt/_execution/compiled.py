@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from functools import partial
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ from functorch_opt.random import philox
 from functorch_opt.tree import PyTree
 
 __all__ = ["compiled_step"]
+
+_IS_THERE = partial(is_not, None)
 
 MODELS = 8
 """How many models a step remembers, for which it is used in turn."""
@@ -87,6 +90,7 @@ class CompiledStep:
         self.tx, self.donate, self.backend = tx, donate, backend
         self.segments: dict[Any, list[Segment]] = {}
         self.views: OrderedDict[Any, View] = OrderedDict()
+        self.last: View | None = None
         self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
         self.returned: list[PyTree] = []
         self.said: set[str] = set()
@@ -123,13 +127,12 @@ class CompiledStep:
         A state that is not `known`, for it did not come from this step, may share memory with
         parameters or gradients, or within itself. Such tensors are replaced by copies.
         """
-        ps, spec = structure.flatten_tensors(params, "params")
-        us = structure.match(params, spec, grads, names=("params", "grads"))
+        view, ps = self._view(params)
+        us = structure.match(params, view.spec, grads, names=("params", "grads"))
         if not known:
             state = with_memory_of_its_own(state, [*ps, *us])
         us = apart_from_params(us, ps)
         flush, aside = partial(self._apply, add=False), self._aside
-        view = self._view(spec, len(ps))
         walk = Walk(view, ps, us, extra, flush, aside, known)
         with philox.compiled(self.backend):
             new = walk.look(self.tx, state, view)
@@ -137,14 +140,18 @@ class CompiledStep:
             self._apply(walk, add=True)
         return new()
 
-    def _view(self, spec: Any, n: int) -> View:
-        view = self.views.get(spec)
-        if view is None:
-            with self.lock:
-                view = self.views[spec] = View(spec, [*range(n)], True)
-                while len(self.views) > MODELS:
-                    self.views.popitem(last=False)
-        return view
+    def _view(self, params: PyTree) -> tuple[View, list[Any]]:
+        """The view of all of `params`, and its leaves. Mostly it is that of the last step."""
+        view = self.last
+        if view is not None and (ps := view.fitting(params)) is not None:
+            return view, ps
+        ps, spec = structure.flatten_tensors(params, "params")
+        with self.lock:
+            view = self.views.get(spec) or View(spec, [*range(len(ps))], True)
+            self.last = self.views[spec] = view
+            while len(self.views) > MODELS:
+                self.views.popitem(last=False)
+        return view, ps
 
     # ---- what waits ------------------------------------------------------------------------------
 
@@ -335,12 +342,11 @@ def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
 def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
     """The gradients, with copies of those that are a parameter's memory."""
     try:
-        given = {u.data_ptr() for u in us if u is not None}
-        overlap = given.intersection([p.data_ptr() for p in ps if p is not None]) - {0}
-    except (
-        RuntimeError
-    ):  # sparse tensors have no memory of their own; they are refused later
-        return us
+        given = {*map(Tensor.data_ptr, filter(_IS_THERE, us))}
+        taken = map(Tensor.data_ptr, filter(_IS_THERE, ps))
+        overlap = given.intersection(taken) - {0}
+    except RuntimeError:
+        return us  # sparse tensors have no memory of their own; they are refused later
     if not overlap:
         return us
     return [u.clone() if u is not None and u.data_ptr() in overlap else u for u in us]

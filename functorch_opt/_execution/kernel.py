@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,15 +54,15 @@ class Program:
 
     Attributes:
         kernel: if the code is one kernel: that kernel, a C function; otherwise None.
-        arguments: picks the arguments of `kernel` from the tuple of all tensors, those of
-            `scratch`, and `sizes`.
+        order: which of all tensors, those of `scratch`, and `sizes`, in this order, are the
+            arguments of `kernel`.
     """
 
     def __init__(
         self, f: Pure, examples: list[Tensor], threads: int, backend: Any
     ) -> None:
         self.kernel: Callable[..., None] | None = None
-        self.arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
+        self.order: list[int] = []
         self.dims: list[tuple[int, int]] = []
         self.buffers: list[tuple[list[int], torch.dtype]] = []
         with LOCK:
@@ -91,7 +90,7 @@ class Program:
         if backend == "inductor":
             self._run = _inductor(graph, inputs, threads, on_cpu)
             if on_cpu and (found := _find_kernel(self._run, inputs)):
-                self.kernel, self.arguments, self.dims, self.buffers = found
+                self.kernel, self.order, self.dims, self.buffers = found
         else:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
@@ -122,7 +121,8 @@ class Program:
             return
         sizes = self.sizes(args)
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch([sizes])]
-        self.kernel(*self.arguments((*args, *scratch, *sizes)))
+        given = (*args, *scratch, *sizes)
+        self.kernel(*[given[i] for i in self.order])
 
 
 # ---- tracing -------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class _Kernel(NamedTuple):
     """A C function, and which of tensors, scratch and sizes are its arguments."""
 
     function: Callable[..., None]
-    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    order: list[int]
     dims: list[tuple[int, int]]
     buffers: list[tuple[list[int], torch.dtype]]
 
@@ -269,7 +269,7 @@ def _find_kernel(compiled: Any, inputs: list[Any]) -> _Kernel | None:
         return None
     sizes = [([of_size[n] for n in x.shape if n != 1], x.dtype) for x in buffers]
     function = _function(call).__globals__[name]
-    return _Kernel(function, itemgetter(*order), list(dims.values()), sizes)
+    return _Kernel(function, order, list(dims.values()), sizes)  # type: ignore[arg-type]
 
 
 def _symbols(inputs: list[Any]) -> dict[Any, tuple[int, int]]:

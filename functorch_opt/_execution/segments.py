@@ -9,9 +9,10 @@ same rules eagerly. Of sharded tensors elementwise rules see the shards.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from functools import cached_property
 from itertools import chain as joined
+from itertools import repeat, starmap
 from typing import Any
 
 import torch
@@ -131,10 +132,11 @@ class Part:
             self.program([*joined.from_iterable(block), *scalars])
 
     def _run_kernel(self, columns: list[list[Tensor]], scalars: list[Tensor]) -> None:
-        kernel, arguments = self.program.kernel, self.program.arguments
-        last = (*scalars, *[torch.empty(n, dtype=dtype) for n, dtype in self.scratch])
-        for leaf, sizes in zip(zip(*columns, strict=True), self.sizes, strict=True):
-            kernel(*arguments((*leaf, *last, *sizes)))
+        """Call the kernel for each leaf, with nothing between the calls that Python has to do."""
+        scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
+        given = [*columns, *map(repeat, (*scalars, *scratch)), *zip(*self.sizes, strict=True)]
+        calls = zip(*[given[i] for i in self.program.order], strict=False)
+        deque(starmap(self.program.kernel, calls), maxlen=0)
 
 
 class Segment:
@@ -153,7 +155,7 @@ class Segment:
         self.body, self.backend = body, backend
         self.around = surroundings()
         self.present = [u is not None for u in columns[0]]
-        self.sharded = not body.whole and any(map(tree.is_sharded, columns[1]))
+        self.sharded = not body.whole and sharding.any_sharded(columns[1])
         sorts = self._sorts(columns, where)
         self.eager = sorts.pop(None, [])
         self.where = where

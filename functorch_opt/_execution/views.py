@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from functorch_opt import tree
 from functorch_opt._core import structure
 from functorch_opt._core.groups import Groups
@@ -32,6 +34,14 @@ class View:
     def paths(self) -> list[str]:
         """The path of each leaf, which is the same in every view."""
         return tree.paths(tree.unflatten(self.spec, [None] * len(self.indices)))
+
+    def fitting(self, given: PyTree) -> list[Any] | None:
+        """The leaves of a tree that has its structure, and nothing but tensors and None; or None."""
+        try:
+            found = self.spec.flatten_up_to(given)
+        except (ValueError, TypeError):
+            return None
+        return found if all(x is None or isinstance(x, Tensor) for x in found) else None
 
     def leaves(self, values: list[Any]) -> list[Any]:
         """Its entries of `values`, which has one for each leaf of the whole tree."""

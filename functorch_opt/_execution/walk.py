@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
@@ -94,7 +95,7 @@ class Walk:
     @cached_property
     def sharded(self) -> bool:
         """Whether any parameter lies on several ranks."""
-        return any(map(tree.is_sharded, self.ps))
+        return sharding.any_sharded(self.ps)
 
     @cached_property
     def on_host(self) -> bool:
@@ -175,7 +176,7 @@ class Walk:
             if not found:
                 scalars()
             now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
-            if self.sharded and (tx.has_sums or self._sees_otherwise(tx)):
+            if (tx.has_sums or self._sees_otherwise(tx)) and self.sharded:
                 self.flush(self)
             if tx.has_sums and self.sharded:
                 us, ps, reference = (
@@ -367,6 +368,7 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     view.write(us, tree.flatten(seen)[0])
     view.write(ps, tree.flatten(seen_params)[0])
     walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known)
+    walk.columns = [outer.ps, *outer.columns, *leaves.columns.values()]
     inner = walk.look(tx.inner, state["inner"], view)
     walk.go()
     walk.flush(walk)
