@@ -38,7 +38,7 @@ _NOT_SHARDED = {*PLAIN, type(None)}
 
 def any_sharded(xs: Sequence[Any]) -> bool:
     """Whether any of `xs` is a DTensor."""
-    return not _NOT_SHARDED.issuperset(map(type, xs)) and any(map(is_sharded, xs))
+    return not {*map(type, xs)} <= _NOT_SHARDED and any(map(is_sharded, xs))
 
 
 def whole(x: Any) -> Any:

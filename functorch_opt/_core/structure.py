@@ -56,6 +56,8 @@ def flatten_tensors(
     The error calls the tree `name`.
     """
     here, spec = flatten(tree)
+    if are_tensors(here):
+        return here, spec
     for i, leaf in enumerate(here):
         if not (leaf is None or isinstance(leaf, Tensor)):
             path = paths(tree)[i]
@@ -113,11 +115,20 @@ def match(
         matched = spec.flatten_up_to(tree)
     except (ValueError, TypeError):
         raise ValueError(_difference(reference, tree, names)) from None
-    for leaf in matched:
-        if not (leaf is None or isinstance(leaf, Tensor)):
-            flatten_tensors(tree, names[1])
-            raise ValueError(_difference(reference, tree, names))
+    if not are_tensors(matched):
+        flatten_tensors(tree, names[1])
+        raise ValueError(_difference(reference, tree, names))
     return matched
+
+
+_USUAL = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def are_tensors(leaves: list[Any]) -> bool:
+    """Whether all of `leaves` are tensors or None."""
+    if {type(leaf) for leaf in leaves} <= _USUAL:
+        return True
+    return all(x is None or isinstance(x, Tensor) for x in leaves)
 
 
 def like(reference: PyTree, tree: PyTree) -> PyTree:

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from functorch_opt import tree
 from functorch_opt._core import structure
 from functorch_opt._core.groups import Groups
@@ -41,7 +39,7 @@ class View:
             found = self.spec.flatten_up_to(given)
         except (ValueError, TypeError):
             return None
-        return found if all(x is None or isinstance(x, Tensor) for x in found) else None
+        return found if structure.are_tensors(found) else None
 
     def leaves(self, values: list[Any]) -> list[Any]:
         """Its entries of `values`, which has one for each leaf of the whole tree."""

@@ -28,6 +28,8 @@ Pure = Callable[[list[Any]], Writes]
 """A function that only says what it would write."""
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
 # ---- without a compiler --------------------------------------------------------------------------
 
 
@@ -35,11 +37,8 @@ Pure = Callable[[list[Any]], Writes]
 def run_eagerly(f: Pure, args: list[Any]) -> None:
     """Write what `f` of `args` says."""
     writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
-    written = {memory_of(target) for target, _ in writes} - {0}
-    kept = [
-        (target, value.clone() if memory_of(value) in written else value)
-        for target, value in writes
-    ]
+    written = {*memories([target for target, _ in writes])} - {0}
+    kept = [(target, apart_from(written, value)) for target, value in writes]
     for target, value in kept:
         target.copy_(value)
 
@@ -55,6 +54,16 @@ def memory_of(x: Any) -> int:
         return int(getattr(x, "_local_tensor", x).untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def memories(xs: list[Any]) -> list[int]:
+    """`memory_of` each of `xs`."""
+    if {type(x) for x in xs} <= _PLAIN:
+        try:
+            return [x.untyped_storage().data_ptr() for x in xs]
+        except (RuntimeError, NotImplementedError):
+            pass
+    return [memory_of(x) for x in xs]
 
 
 def apart_from(written: set[int], x: Any) -> Any:

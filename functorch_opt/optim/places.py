@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.state import StageState
 from functorch_opt._execution.compiled import computed
-from functorch_opt._execution.writes import apart_from, memory_of
+from functorch_opt._execution.writes import memories
 from functorch_opt.tree import PyTree
 
 Kind = Literal["slot", "count", "clock", "joint"]
@@ -197,5 +197,6 @@ def apart(values: list[Any], written: list[Any]) -> list[Any]:
     """`values`, with copies of those that lie in memory which is going to be written."""
     if torch.compiler.is_compiling():  # where memory cannot be seen
         return [computed(x) for x in values]
-    taken = {memory_of(x) for x in written} - {0}
-    return [apart_from(taken, x) for x in values]
+    taken = {*memories(written)} - {0}
+    pairs = zip(values, memories(values), strict=True)
+    return [x.clone() if memory in taken else x for x, memory in pairs]

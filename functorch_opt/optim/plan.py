@@ -167,7 +167,8 @@ class Plan:
             self.checked = True
             if state is not None:
                 step.keep(state)
-            step.write_state(step.changes(new, []), True)
+            _, changed = step.kept_apart([], new, [])
+            step.write_state(changed, True)
 
         return torch.no_grad()(act)
 
@@ -186,18 +187,16 @@ class Plan:
         """Whether a value has to be made: of a parameter that moves, or one that all share."""
         if any(key not in entries[i] for key in self.counts.keys for i in moved):
             return True
-        for k, (i, key) in zip(self.kept, self.where, strict=True):
-            if key not in entries[i]:
-                place = self.flat[k]
-                if place.kind == "joint" or place.whole or place.i in moved:
-                    return True
-        return False
+        absent = [key not in entries[i] for i, key in self.where]
+        places = [self.flat[k] for k, lacks in zip(self.kept, absent, strict=True) if lacks]
+        return any(x.kind == "joint" or x.whole or x.i in moved for x in places)
 
     def _values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
         """The tensors of the functional state, in the order of its leaves."""
         flat: list[Any] = [None] * len(self.flat)
-        for k, (i, key) in zip(self.kept, self.where, strict=True):
-            flat[k] = entries[i].get(key)
+        kept = [entries[i].get(key) for i, key in self.where]
+        for k, x in zip(self.kept, kept, strict=True):
+            flat[k] = x
         own = {
             key: self.counts.own(
                 key, [entries[i][key] for i in moved], moved, len(entries)

@@ -45,8 +45,7 @@ class Step:
         All is read before anything is overwritten: a rule may return what it was given.
         """
         targets = [self.params[i] for i in self.moved]
-        us = apart(us, targets)
-        changed = self.changes(new, targets)
+        us, changed = self.kept_apart(us, new, targets)
 
         def write() -> None:
             pairs = list(zip(targets, us, strict=True))
@@ -55,16 +54,31 @@ class Step:
 
         return write
 
-    def changes(self, new: PyTree, targets: list[Tensor]) -> list[tuple[int, Any]]:
-        """What of the state is another tensor now, in memory that writing does not touch."""
-        changed = differences(self.plan.numbered, self.old, new)
+    def kept_apart(
+        self, us: list[Tensor], new: PyTree, targets: list[Tensor]
+    ) -> tuple[list[Tensor], list[tuple[int, Any]]]:
+        """The updates, and what of the state is another tensor now, in memory that nothing writes."""
+        changed = self._changed(new)
         kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
         found = dict(changed)
-        values = apart(
-            [found[k] for k in kept], [*targets, *[self.flat[k] for k in kept]]
-        )
-        found.update(zip(kept, values, strict=True))
-        return [*found.items()]
+        written = [*targets, *[self.flat[k] for k in kept]]
+        values = apart([*us, *[found[k] for k in kept]], written)
+        found.update(zip(kept, values[len(us) :], strict=True))
+        return values[: len(us)], [*found.items()]
+
+    def _changed(self, new: PyTree) -> list[tuple[int, Any]]:
+        """The places where `new` has another tensor than the state that the step began with."""
+        try:
+            assert not torch.compiler.is_compiling()  # which takes no treespec from outside
+            after = self.plan.spec.flatten_up_to(new)
+        except (AssertionError, TypeError, ValueError):
+            return differences(self.plan.numbered, self.old, new)
+        pairs = zip(self.flat, after, strict=True)
+        changed = [(k, x) for k, (old, x) in enumerate(pairs) if x is not old]
+        olds, news = [self.flat[k] for k, _ in changed], [x for _, x in changed]
+        if _forms(olds) == _forms(news):
+            return changed
+        return differences(self.plan.numbered, self.old, new)
 
     def write_state(self, changed: list[tuple[int, Any]], in_place: bool) -> None:
         """Write slots and counts."""
@@ -94,6 +108,11 @@ class Step:
             return 0
         by = found[k] - self.flat[k]
         return by[torch.tensor(self.moved, device=by.device)] if by.dim() else by
+
+
+def _forms(xs: list[Any]) -> list[Any]:
+    """Of each tensor what a write over another one must not change."""
+    return [(x.dtype, x.shape) if isinstance(x, Tensor) else None for x in xs]
 
 
 def _foreach(many: Callable[..., Any], one: Callable[..., Any], pairs: Pairs) -> None:
