@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter, is_not
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,7 @@ from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
 from functorch_opt.tree import PyTree
 
 NewState = Callable[[], PyTree]
+_IS_THERE, _IS_CPU = partial(is_not, None), attrgetter("is_cpu")
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Walk:
     @cached_property
     def on_host(self) -> bool:
         """Whether the host can read what is decided."""
-        return all(p is None or p.device.type == "cpu" for p in self.ps)
+        return all(map(_IS_CPU, filter(_IS_THERE, self.ps)))
 
     @property
     def paths(self) -> list[str]:
