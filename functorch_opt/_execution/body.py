@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.leaf import Each, check_value, working_dtype
 from functorch_opt._core.rule import Leafwise
@@ -163,6 +164,20 @@ class Body:
         self.exact.append(exact)
         self.shared.append(shared)
         self.rows.append(rows)
+
+    def dtype_of_update(self, leaf: list[Tensor]) -> torch.dtype:
+        """The dtype of the update that the rules make of a leaf, which they may choose.
+
+        Rules that cannot be followed without numbers are not compiled either, and give a warning.
+        """
+        plain = self.with_constants
+        scalars = [x.to("meta") for x in plain.scalars]
+        one = _Leaf(plain, [tree.part_of(x).to("meta") for x in leaf], scalars)
+        try:
+            one.writes()
+        except Exception:
+            return tree.at_least_float32(leaf[0].dtype)
+        return one.u.dtype
 
     @property
     def unknown(self) -> tuple[str, str] | None:

@@ -91,6 +91,7 @@ class CompiledStep:
         self.segments: dict[Any, list[Segment]] = {}
         self.views: OrderedDict[Any, View] = OrderedDict()
         self.last: View | None = None
+        self.dtypes: OrderedDict[Any, torch.dtype | None] = OrderedDict()
         self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
         self.returned: list[PyTree] = []
         self.said: set[str] = set()
@@ -179,7 +180,10 @@ class CompiledStep:
         for each, places in zip(mine, route.places, strict=True):
             slots += [_pick(column, places) for column in each.slots.values()]
             rows += [(_pick(row, places), own) for row, own in _rows(each, walk)]
-        into = None if add else _place(rows, us)
+        into = None
+        if not add:
+            dtypes = self._dtypes(mine, [us, ps, *slots, *[row for row, _ in rows]])
+            into = _place(rows, us, dtypes)
         if into is not None:
             written = rows[into][0]
             leaves = range(len(us)) if route.leaves is None else route.leaves
@@ -188,6 +192,21 @@ class CompiledStep:
         columns = [us, ps, *slots, *[row for row, _ in rows]]
         segment, body = self._segment(mine, into, columns, walk, route)
         return segment, columns, body
+
+    def _dtypes(self, mine: list[Waiting], columns: list[list[Any]]) -> list[torch.dtype]:
+        """The dtype of each update that is written to memory of its own."""
+        codes = tuple([f.__code__ for each in mine for f in each.entry.functions])
+        found = []
+        for leaf in zip(*columns, strict=True):
+            key = codes, tuple([x is not None and x.dtype for x in leaf])
+            if key not in self.dtypes:
+                body = Body([x.entry for x in mine], [x.now for x in mine], None, False)
+                missing = leaf[0] is None
+                self.dtypes[key] = None if missing else body.dtype_of_update([*leaf])
+                while len(self.dtypes) > 8 * MODELS:
+                    self.dtypes.popitem(last=False)
+            found.append(self.dtypes[key])
+        return found
 
     def _segment(
         self,
@@ -296,27 +315,27 @@ def _rows(each: Waiting, walk: Walk) -> list[tuple[list[Any], bool]]:
     return rows
 
 
-def _place(rows: list[tuple[list[Any], bool]], us: list[Any]) -> int:
+def _place(
+    rows: list[tuple[list[Any], bool]], us: list[Any], dtypes: list[torch.dtype | None]
+) -> int:
     """Which row updates can be written over; a new one where there is none."""
     for k, (row, own) in enumerate(rows):
-        if own and all(map(_can_hold, row, us)):
+        if own and all(map(_can_hold, row, us, dtypes)):
             return k
-    rows.append(([None if u is None else _like(u) for u in us], True))
+    rows.append(([*map(_like, us, dtypes)], True))
     return len(rows) - 1
 
 
-def _like(u: Tensor) -> Tensor:
+def _like(u: Any, dtype: torch.dtype | None) -> Any:
     """Where to write the update that becomes of `u`."""
-    dtype = tree.at_least_float32(u.dtype)
+    if u is None:
+        return None
     return torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _can_hold(x: Any, u: Any) -> bool:
+def _can_hold(x: Any, u: Any, dtype: torch.dtype | None) -> bool:
     """Whether the update that becomes of `u` can be written over `x`."""
-    if u is None:
-        return True
-    dtype = tree.at_least_float32(u.dtype)
-    return x.dtype is dtype and x.shape == u.shape and x.is_contiguous()
+    return u is None or (x.dtype is dtype and x.shape == u.shape and x.is_contiguous())
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -134,7 +134,11 @@ class Part:
     def _run_kernel(self, columns: list[list[Tensor]], scalars: list[Tensor]) -> None:
         """Call the kernel for each leaf, with nothing between the calls that Python has to do."""
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
-        given = [*columns, *map(repeat, (*scalars, *scratch)), *zip(*self.sizes, strict=True)]
+        given = [
+            *columns,
+            *map(repeat, (*scalars, *scratch)),
+            *zip(*self.sizes, strict=True),
+        ]
         calls = zip(*[given[i] for i in self.program.order], strict=False)
         deque(starmap(self.program.kernel, calls), maxlen=0)
 

@@ -188,7 +188,9 @@ class Plan:
         if any(key not in entries[i] for key in self.counts.keys for i in moved):
             return True
         absent = [key not in entries[i] for i, key in self.where]
-        places = [self.flat[k] for k, lacks in zip(self.kept, absent, strict=True) if lacks]
+        places = [
+            self.flat[k] for k, lacks in zip(self.kept, absent, strict=True) if lacks
+        ]
         return any(x.kind == "joint" or x.whole or x.i in moved for x in places)
 
     def _values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:

@@ -69,7 +69,9 @@ class Step:
     def _changed(self, new: PyTree) -> list[tuple[int, Any]]:
         """The places where `new` has another tensor than the state that the step began with."""
         try:
-            assert not torch.compiler.is_compiling()  # which takes no treespec from outside
+            assert (
+                not torch.compiler.is_compiling()
+            )  # which takes no treespec from outside
             after = self.plan.spec.flatten_up_to(new)
         except (AssertionError, TypeError, ValueError):
             return differences(self.plan.numbered, self.old, new)
