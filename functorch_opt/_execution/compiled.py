@@ -193,7 +193,9 @@ class CompiledStep:
         segment, body = self._segment(mine, into, columns, walk, route)
         return segment, columns, body
 
-    def _dtypes(self, mine: list[Waiting], columns: list[list[Any]]) -> list[torch.dtype]:
+    def _dtypes(
+        self, mine: list[Waiting], columns: list[list[Any]]
+    ) -> list[torch.dtype | None]:
         """The dtype of each update that is written to memory of its own."""
         codes = tuple([f.__code__ for each in mine for f in each.entry.functions])
         found = []
