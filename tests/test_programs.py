@@ -2,8 +2,8 @@
 execution gives the same numbers.
 
 Most programs are the same in every run. A hundred begin at a seed that is drawn for the run, or that
-FO_SEED sets. A failure prints what to set to see it again. It shows the smallest program found that fails in
-the same execution, as source; `make fuzz` looks at many more.
+FO_SEED sets. A failure prints what to set to see it again, and shows the smallest program found
+that fails in the same execution, as source. `make fuzz` looks at many more.
 """
 
 from __future__ import annotations
