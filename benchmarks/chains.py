@@ -1,4 +1,7 @@
-"""The longer chains: with `functorch_opt`, where the stage that it lacks is a leafwise rule; and the same by hand in eager torch."""
+"""The longer chains, with `functorch_opt` and by hand in eager torch.
+
+A stage that the library does not have is a leafwise rule here.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def lr_factor(count: int) -> float:
 
 
 def cautious() -> fo.GradientTransformation:
-    """Drop what points against the gradient, and scale up the rest (Liang et al., 2024). Call the step with ``gradient=grads``."""
+    """Drop what points against the gradient, and scale up the rest (Liang et al., 2024).
+
+    Call the step with ``gradient=grads``.
+    """
 
     def prepare(*, gradient):
         return {"gradient": fo.Each(gradient)}

@@ -1,4 +1,7 @@
-"""``benchmarks memory``: what a step allocates beside parameters, gradients and state. Exact: every allocation that torch reports."""
+"""``benchmarks memory``: what a step allocates beside parameters, gradients and state.
+
+The numbers are exact: they count every allocation that torch reports.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ ROWS = tuple(CONTENDERS)
 
 
 def allocations(step: Any) -> tuple[int, int]:
-    """Of one step: the bytes allocated in all, and the most that was alive at a time beside what was there before."""
+    """The bytes that one step allocates in all, and the most bytes alive at a time beside those
+    before.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [
