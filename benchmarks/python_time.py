@@ -19,7 +19,7 @@ from benchmarks.contenders import Compiled, draw, our_adamw
 from benchmarks.shapes import NANOGPT, TINY, Shapes
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._execution import segments
+from functorch_opt._execution import part
 
 
 def microseconds(call: Callable[[], None], n: int) -> float:
@@ -109,7 +109,7 @@ def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
         make(draw(of, 0), draw(of, 1)),
         {"step": [], "kernels": [], "prepare": []},
     )
-    with _clock(segments.Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
+    with _clock(part.Part, "run") as kernels, _clock(Leafwise, "scalars") as prepare:
         for i in range(n + 10):
             kernels.clear()
             prepare.clear()

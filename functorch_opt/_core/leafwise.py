@@ -8,8 +8,8 @@ way, which checks everything and knows what to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,58 @@ from functorch_opt._core.state import StageState
 from functorch_opt.tree import PyTree
 
 
+class OnTensor(Protocol):
+    """What this execution needs of a rule on one tensor."""
+
+    rule: Callable[..., Any]
+    rule_reads: tuple[str, ...]
+    reads: tuple[str, ...]
+    is_plain: bool
+    sums: Any
+
+    def result(self, values: dict[str, Any]) -> Any:
+        """What the rule returns of these values."""
+
+    def apply(
+        self, g: Tensor, p: Any, slots: Any, now: Any, dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The update and the slots, computed in `dtype` and checked."""
+
+
+class Declared(Protocol):
+    """What this execution needs of a stage that is made of a rule."""
+
+    name: str
+    on_tensor: Any
+    has_sums: bool
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether it needs params."""
+
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError for a state that is not one of it."""
+
+    def scalars(
+        self,
+        updates: Any,
+        shared: Any,
+        params: Any,
+        extra: Any,
+        gs: Any,
+        ps: Any,
+        slots: Any,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the rule may read of this step, and the next shared values."""
+
+    def sums_before(
+        self, updates: Any, spec: Any, gs: Any, ps: Any, slots: Any, now: Any
+    ) -> Mapping[str, Any]:
+        """The sums over sharded tensors."""
+
+
 def update_in_one_pass(
-    stages: Sequence[Any],
+    stages: Sequence[Declared],
     updates: PyTree,
     states: Sequence[StageState],
     params: PyTree | None,
@@ -119,7 +169,7 @@ class _Stage:
 
     def __init__(
         self,
-        tx: Any,
+        tx: Declared,
         state: StageState,
         updates: PyTree,
         spec: Any,
@@ -138,7 +188,7 @@ class _Stage:
             for name, slot in state.slots.items()
         }
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
-        rule = tx.on_tensor
+        rule: OnTensor = tx.on_tensor
         self.reads_p = "p" in rule.reads
         self.behind_g = [name for name in rule.reads if name != "g"]
         as_it_is = rule.is_plain and rule.rule_reads == ("g", *self.behind_g)

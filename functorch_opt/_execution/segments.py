@@ -9,10 +9,7 @@ same rules eagerly. Of sharded tensors elementwise rules see the shards.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from functools import cached_property
-from itertools import chain as joined
-from itertools import repeat, starmap
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from functorch_opt._core.leaf import Misfit, wrong_update
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.part import Part, Uncompiled
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
@@ -81,69 +79,6 @@ PROGRAMS = Programs()
 
 class NeedsConstants(Exception):
     """Rules could not be compiled with their numbers as inputs."""
-
-
-class Uncompiled:
-    """Stands in for a program where there is none."""
-
-    def fits(self, args: list[Tensor]) -> bool:
-        return True
-
-    def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
-        return ()
-
-
-class Part:
-    """Leaves that one program serves, `size` of them at a time.
-
-    They are `narrow` if they are computed in float32.
-    """
-
-    def __init__(self, program: Any, size: int, narrow: bool) -> None:
-        self.program, self.size, self.narrow = program, size, narrow
-        self.indices: list[int] = []
-        self.sizes: list[tuple[int, ...]] = []
-
-    @cached_property
-    def scratch(self) -> list[tuple[int, torch.dtype]]:
-        return self.program.scratch(self.sizes)
-
-    def run(self, columns: list[list[Tensor]], scalars: list[Tensor], body: Body) -> None:
-        """Apply the body to these leaves."""
-        if len(self.indices) < len(columns[0]):
-            columns = [[column[i] for i in self.indices] for column in columns]
-        if isinstance(self.program, Uncompiled):
-            body = body.with_constants
-            for leaf in zip(*columns, strict=True):
-                run_eagerly(body, [*leaf, *body.scalars])
-            return
-        if getattr(self.program, "kernel", None) is not None and self.size == 1:
-            self._run_kernel(columns, scalars)
-            return
-        whole = body.whole
-        leaves = [
-            [x if whole or not x.dim() else x.view(-1) for x in leaf]
-            for leaf in zip(*columns, strict=True)
-        ]
-        for k in range(0, len(leaves), self.size):
-            block = leaves[k : k + self.size]
-            missing = self.size - len(block)
-            block += [
-                [x.new_empty(2 if x.dim() else ()) for x in block[0]]
-                for _ in range(missing)
-            ]
-            self.program([*joined.from_iterable(block), *scalars])
-
-    def _run_kernel(self, columns: list[list[Tensor]], scalars: list[Tensor]) -> None:
-        """Call the kernel for each leaf, with nothing between the calls that Python has to do."""
-        scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
-        given = [
-            *columns,
-            *map(repeat, (*scalars, *scratch)),
-            *zip(*self.sizes, strict=True),
-        ]
-        calls = zip(*[given[i] for i in self.program.order], strict=False)
-        deque(starmap(self.program.kernel, calls), maxlen=0)
 
 
 class Segment:

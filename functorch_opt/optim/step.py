@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from functorch_opt._core import sharding
 from functorch_opt.optim.places import apart, differences
 from functorch_opt.tree import PyTree
+
+if TYPE_CHECKING:
+    from functorch_opt.optim.plan import Plan
 
 State = dict[Tensor, dict[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -22,7 +25,7 @@ class Step:
 
     def __init__(
         self,
-        plan: Any,
+        plan: Plan,
         params: list[Tensor],
         moved: list[int],
         entries: list[dict[str, Any]],
