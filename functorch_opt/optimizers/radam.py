@@ -95,7 +95,8 @@ def scale_by_radam(
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
         eps_root: added inside the root, 0 or greater.
-        threshold: of ``rho``, 4 or greater: below 4 there is no ``r``. With b2 = 0.999, 5 is reached at the sixth update.
+        threshold: of ``rho``, 4 or greater: below 4 there is no ``r``. With b2 = 0.999, 5 is
+            reached at the sixth update.
         nesterov: ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``.
         variant: "torch": eps is added to the root of ``nu`` before it is corrected, and ``rho``
             must be greater than the threshold. Those are the numbers of torch.optim.RAdam.

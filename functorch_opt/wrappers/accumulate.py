@@ -25,9 +25,9 @@ def MultiSteps(
     is kept in the dtype of the parameters, at least float32.
 
     A parameter without gradient at some of the k steps keeps its mean there, and each later
-    gradient still counts 1/n. At a k-th step without gradient the parameter does not move. What it has
-    gathered is not cleared: of a mean, the first gradient of the next k steps replaces it, if it
-    comes at their first step; a sum goes on.
+    gradient still counts 1/n. At a k-th step without gradient the parameter does not move. What it
+    has gathered is not cleared: of a mean, the first gradient of the next k steps replaces it, if
+    it comes at their first step; a sum goes on.
 
     Args:
         opt: the optimizer that makes the steps.

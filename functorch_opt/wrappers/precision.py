@@ -27,8 +27,8 @@ def keep_master_weights(inner: GradientTransformation) -> GradientTransformation
     and is taken as it is. One that overflows its dtype is lost, with its copy: inf, then NaN.
 
     It looks at the new parameters, so it comes last in a chain, before `params_ema` only, which
-    then averages the copy. For float32 and wider parameters it is a plain copy, and changes nothing but
-    memory: leave them out with `partition`.
+    then averages the copy. For float32 and wider parameters it is a plain copy, and changes nothing
+    but memory: leave them out with `partition`.
 
     Args:
         inner: a whole optimizer, with its learning rate.
