@@ -54,9 +54,7 @@ class OneTensor:
         )
         due = (DUE,) if rare else ()
         self.reads = (*due, *[name for name in names if name not in sums])
-        """What the rule, the sums and the rare work read together, except for the sums
-        themselves.
-        """
+        """What the rule, the sums and the rare work read, except for the sums themselves."""
         self.is_plain = rare is None and not sums
 
     def result(self, values: dict[str, Any]) -> Any:
