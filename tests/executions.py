@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import functorch_opt as fo
 from functorch_opt import tree
 from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt._execution.writes import memory_of
 
 Seen = list[dict[str, Tensor]]
 """Of every step: parameters by ``params/PATH``, and if the execution has a functional state, its
@@ -173,12 +174,30 @@ def two_models_in_turn(program: Program, plan: Plan) -> Seen:
 
 @contextmanager
 def afresh() -> Iterator[None]:
-    """Inside, Dynamo knows no graphs of before, and may make one for each step: which tensors share
-    memory may change from one to the next.
+    """Inside, Dynamo knows no graphs of before, and may make one for each step.
+
+    torch takes a graph again, from its cache on the disk too, where a parameter and its gradient
+    share memory in one step and not in the next. `test_torch_takes_a_graph_again` shows it.
     """
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=32):
+    no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch._dynamo.config.patch(recompile_limit=32), no_cache:
         yield
+
+
+def afresh_where_memory_is_shared(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` of trees, for which the graphs are forgotten when other tensors share their memory."""
+    last: list[Any] = []
+
+    def watched(*trees: Any) -> Any:
+        memory = [memory_of(x) for x in tree.leaves(list(trees))]
+        shared = [memory.index(place) for place in memory]
+        if last and last[0] != shared:
+            torch._dynamo.reset()
+        last[:] = [shared]
+        return step(*trees)
+
+    return watched
 
 
 def users_compile(donate: bool | None, backend: str) -> Execution:
@@ -195,6 +214,7 @@ def users_compile(donate: bool | None, backend: str) -> Execution:
 
         with afresh():
             graph = torch.compile(around, fullgraph=True, backend=backend)
+            graph = afresh_where_memory_is_shared(graph)
             return run(plan, graph if donate else untouched(graph), tx)
 
     return execute
@@ -310,9 +330,10 @@ def users_compiled_optimizer(compile: bool, backend: str) -> Execution:
         with afresh():
             opt = optimizer(program, plan, compile)
             opt.init_state()
-            return train(
-                plan, opt, torch.compile(opt.step, fullgraph=True, backend=backend)
-            )
+            graph = torch.compile(opt.step, fullgraph=True, backend=backend)
+            params = [p for group in opt.param_groups for p in group["params"]]
+            watched = afresh_where_memory_is_shared(lambda *_: graph())
+            return train(plan, opt, lambda: watched(params, [p.grad for p in params]))
 
     return execute
 

@@ -98,6 +98,28 @@ def test_in_a_graph_of_somebody_elses(seed: int) -> None:
     obey(seed, [[*DYNAMO][seed % len(DYNAMO)]], steps=3)
 
 
+@torch.no_grad()
+def added(p: torch.Tensor, g: torch.Tensor) -> None:
+    p.add_(g)
+
+
+@pytest.mark.slow
+def test_torch_takes_a_graph_again() -> None:
+    """Without a line of this library: a graph that torch made where a parameter and its gradient
+    share memory is used where they do not, and takes the parameter for the gradient.
+
+    Why the executions under a user's `torch.compile` forget their graphs there. When this fails,
+    torch is mended, and they need not any more.
+    """
+    with executions.afresh():
+        graph = torch.compile(added, fullgraph=True, backend="aot_eager")
+        p = torch.nn.Parameter(torch.full((3,), 3.0))
+        graph(p, p.detach())
+        assert p.tolist() == [6.0] * 3
+        graph(p, torch.ones(3))
+        assert p.tolist() == [12.0] * 3  # 7 would be right
+
+
 # ---- the law itself ------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Trees of tensors. This is the only file that imports optree.
+"""Trees of tensors. Only this file and `in_graph` import optree.
 
 A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple,
 or any class registered with optree (globally or in the namespace ``"functorch_opt"``). ``None`` is
@@ -19,11 +19,12 @@ import optree
 import torch
 from torch import Tensor
 
+from functorch_opt._core import in_graph
+from functorch_opt._core.in_graph import OPTREE
+
 PyTree = Any
 """A tensor, ``None``, or a container of trees. The name tells readers what a type cannot say."""
 Path = str
-
-_OPTREE: dict[str, Any] = {"none_is_leaf": True, "namespace": "functorch_opt"}
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
@@ -45,7 +46,9 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
         >>> fo.tree.unflatten(spec, [2, None])
         {'b': 2, 'w': None}
     """
-    return optree.tree_flatten(tree, **_OPTREE)
+    if torch.compiler.is_compiling():
+        return in_graph.flatten(tree)  # type: ignore[return-value]
+    return optree.tree_flatten(tree, **OPTREE)
 
 
 def flatten_tensors(
@@ -87,7 +90,7 @@ def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
         >>> fo.tree.unflatten(spec, [10 * leaf for leaf in leaves])
         (10, {'w': 20})
     """
-    return optree.tree_unflatten(spec, leaves)
+    return spec.unflatten(leaves)
 
 
 def leaves(tree: PyTree) -> list[Any]:
@@ -164,8 +167,6 @@ def map(
         >>> fo.tree.map(torch.add, {"w": torch.ones(2), "b": None}, {"w": torch.ones(2), "b": None})
         {'w': tensor([2., 2.]), 'b': None}
     """
-    if torch.compiler.is_compiling() and _has_empty(tree):
-        return _map_in_a_graph(f, tree, rest)
     first, spec = flatten(tree)
     names = names or ("the first tree", *(f"tree {i + 2}" for i in range(len(rest))))
     columns = [
@@ -179,31 +180,6 @@ def map(
             for row in zip(first, *columns, strict=True)
         ],
     )
-
-
-def _has_empty(tree: PyTree) -> bool:
-    """Whether `tree` contains an empty dict, which cannot be flattened inside of a graph."""
-    if isinstance(tree, dict):
-        return not tree or any(_has_empty(child) for child in tree.values())
-    return isinstance(tree, (list, tuple)) and any(_has_empty(child) for child in tree)
-
-
-def _map_in_a_graph(
-    f: Callable[..., Any], tree: PyTree, rest: tuple[PyTree, ...]
-) -> PyTree:
-    """`map`, for the ordinary containers, without optree."""
-    if isinstance(tree, dict):
-        return {
-            key: _map_in_a_graph(f, child, tuple([other[key] for other in rest]))
-            for key, child in tree.items()
-        }
-    if isinstance(tree, (list, tuple)):
-        rows = zip(tree, *rest, strict=True)
-        children = [_map_in_a_graph(f, row[0], tuple(row[1:])) for row in rows]
-        if hasattr(tree, "_fields"):
-            return type(tree)(*children)
-        return tuple(children) if isinstance(tree, tuple) else children
-    return None if tree is None else f(tree, *rest)
 
 
 def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
@@ -239,7 +215,7 @@ def _walk_paths(tree: PyTree, prefix: tuple[Any, ...]) -> Iterator[Path]:
 
 def _children(node: PyTree) -> dict[Any, PyTree] | None:
     """What is one level below `node`, by key, index or field name; None for a leaf."""
-    if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **_OPTREE):
+    if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **OPTREE):
         return None
     # Compiled code cannot ask optree about a tree that it did not get as an argument, such as a
     # mask. So the ordinary containers are handled here, in the same order that optree uses.
@@ -247,7 +223,7 @@ def _children(node: PyTree) -> dict[Any, PyTree] | None:
         return dict(enumerate(node))
     if type(node) is dict and all(isinstance(key, str) for key in node):
         return {key: node[key] for key in sorted(node)}
-    one = optree.tree_flatten_one_level(node, **_OPTREE)
+    one = optree.tree_flatten_one_level(node, **OPTREE)
     entries = type(node)._fields if optree.is_namedtuple_instance(node) else one.entries
     return dict(zip(entries, one.children, strict=True))
 
