@@ -1,4 +1,6 @@
-"""``python -m benchmarks COMMAND``: a table here; a picture, a JSON file and tables in Markdown in the folder of ``--out``."""
+"""``python -m benchmarks COMMAND``: a table here; a picture, a JSON file and tables in Markdown in
+the folder of ``--out``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The longer chains: with `functorch_opt`, where the stage that it lacks is a leafwise rule; and the same by hand in eager torch."""
+"""The longer chains: with `functorch_opt`, where the stage that it lacks is a leafwise rule; and
+the same by hand in eager torch.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ def lr_factor(count: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((count - WARMUP) / (STEPS - WARMUP), 1)))
 
 
-# ---- the stage that functorch_opt lacks -------------------------------------------------------------------------------------
+# ---- the stage that functorch_opt lacks ----------------------------------------------------------
 
 
 def cautious() -> fo.GradientTransformation:
-    """Drop what points against the gradient, and scale up the rest (Liang et al., 2024). Call the step with ``gradient=grads``."""
+    """Drop what points against the gradient, and scale up the rest (Liang et al., 2024).
+
+    Call the step with ``gradient=grads``.
+    """
 
     def prepare(*, gradient):
         return {"gradient": fo.Each(gradient)}
@@ -42,7 +47,7 @@ def cautious() -> fo.GradientTransformation:
     return fo.leafwise(rule, prepare, sums={"kept": kept, "n": lambda g: g.numel()})
 
 
-# ---- clip + AdamW + warmup-cosine + parameter EMA ---------------------------------------------------------------------------
+# ---- clip + AdamW + warmup-cosine + parameter EMA ------------------------------------------------
 
 
 def ema_chain() -> fo.GradientTransformation:
@@ -84,7 +89,7 @@ class EmaTorch(Contender):
             torch._foreach_lerp_(self.ema, self.ps, 1 - EMA)
 
 
-# ---- the research chain -----------------------------------------------------------------------------------------------------
+# ---- the research chain --------------------------------------------------------------------------
 
 
 def research_chain(noise: bool) -> fo.GradientTransformation:

@@ -1,4 +1,6 @@
-"""``benchmarks compile-time``: the first step in a fresh process, with an empty compile cache and with the one that this left on disk."""
+"""``benchmarks compile-time``: the first step in a fresh process, with an empty compile cache and
+with the one that this left on disk.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The contenders for AdamW: each owns its parameters and gradients, makes a step, and lets its parameters be read."""
+"""The contenders for AdamW: each owns its parameters and gradients, makes a step, and lets its
+parameters be read.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def draw(
 def gradients(
     shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all others the sum."""
+    """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all
+    others the sum.
+    """
     return [
         x + torch.copysign(torch.full_like(x, 0.01), x)
         for x in draw(shapes, seed, device, dtype)
@@ -68,7 +72,9 @@ class Contender:
 
 
 def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) -> float:
-    """The largest difference of the second list to the first, relative to the tolerance: at most 1 is the same."""
+    """The largest difference of the second list to the first, relative to the tolerance: at most 1
+    is the same.
+    """
     first, second = results
     return max(
         ((a.float() - b.float()).abs() / (atol + rtol * b.float().abs())).max().item()
@@ -76,7 +82,7 @@ def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) ->
     )
 
 
-# ---- torch.optim ---------------------------------------------------------------------------------------------------------
+# ---- torch.optim ---------------------------------------------------------------------------------
 
 
 class TorchOptim(Contender):
@@ -109,7 +115,7 @@ class ForLoop(TorchOptim):
     name, options = "torch for-loop", {"foreach": False, "fused": False}
 
 
-# ---- functorch_opt --------------------------------------------------------------------------------------------------------
+# ---- functorch_opt -------------------------------------------------------------------------------
 
 
 def our_adamw() -> fo.GradientTransformation:
@@ -158,7 +164,7 @@ class Adapter(TorchOptim):
         )
 
 
-# ---- others ---------------------------------------------------------------------------------------------------------------
+# ---- others --------------------------------------------------------------------------------------
 
 
 class Optax(Contender):
@@ -194,7 +200,9 @@ class Optax(Contender):
 
 
 class HeavyBall(TorchOptim):
-    """It takes the gradients away after every step, so they are given again; that is a pointer per tensor."""
+    """It takes the gradients away after every step, so they are given again; that is a pointer per
+    tensor.
+    """
 
     name = "HeavyBall AdamW"
 

@@ -1,4 +1,6 @@
-"""``benchmarks cpu``: step times on the CPU, every contender and the memory floor interleaved in one run."""
+"""``benchmarks cpu``: step times on the CPU, every contender and the memory floor interleaved in
+one run.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,7 @@ ROWS = {
 PYTHON = "python"
 
 
-# ---- a row ---------------------------------------------------------------------------------------------------------------
+# ---- a row ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -137,7 +139,9 @@ def limit(seconds: float) -> Iterator[None]:
 def prepare(
     row: Row, seconds: float
 ) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
-    """The contenders that can run, after three steps on the same data; why the others cannot; and how far each is from the first."""
+    """The contenders that can run, after three steps on the same data; why the others cannot; and
+    how far each is from the first.
+    """
     ps, feeds = (
         draw(row.shapes, 0, scale=0.02),
         [gradients(row.shapes, seed) for seed in (1, 2, 3)],
@@ -244,11 +248,14 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
     )
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""With this torch asks for huge pages. With small ones it is chance how well they lie, and the same kernel takes 21 or 31 ms."""
+"""With this torch asks for huge pages.
+
+With small ones it is chance how well they lie, and the same kernel takes 21 or 31 ms.
+"""
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -283,7 +290,9 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _each_in_a_process(args: Namespace, groups: list[list[str]]) -> dict[str, Any]:
-    """JAX takes its threads once, when it starts, torch asks once for its pages, and memory that others have left is no fresh memory."""
+    """JAX takes its threads once, when it starts, torch asks once for its pages, and memory that
+    others have left is no fresh memory.
+    """
     result = record.header("cpu") | {"threads": args.threads, "rows": [], "python": []}
     for threads, names in itertools.product(args.threads, groups):
         out = args.out / f"threads_{threads}" / "_".join(names)

@@ -1,4 +1,6 @@
-"""One first step in a fresh process: ``python -m benchmarks.first_step WHO TENSORS THREADS DEVICE`` prints its seconds."""
+"""One first step in a fresh process: ``python -m benchmarks.first_step WHO TENSORS THREADS DEVICE``
+prints its seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The memory floor: a pass in place over the bytes that a step cannot avoid.
 
-A copy would overstate it, for the destination of a copy is first read into the cache; what is updated in place has been read anyway. Three
-plain torch operations stream over four flat buffers of the size of the whole model, whatever its tensors are: read g, read and write p, m
-and v, 28 bytes a parameter in float32. A parameter EMA adds 8, the norm for clipping one more read of g.
+A copy would overstate it, for the destination of a copy is first read into the cache; what is
+updated in place has been read anyway. Three plain torch operations stream over four flat buffers of
+the size of the whole model, whatever its tensors are: read g, read and write p, m and v, 28 bytes a
+parameter in float32. A parameter EMA adds 8, the norm for clipping one more read of g.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def adamw(
     device: str = "cpu",
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ):
-    """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with `norm`, g is read once before."""
+    """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with
+    `norm`, g is read once before.
+    """
     p_dtype, m_dtype = dtypes or (torch.float32, torch.float32)
     p, g = (
         torch.randn(n, device=device).to(p_dtype),

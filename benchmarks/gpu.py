@@ -1,4 +1,7 @@
-"""``benchmarks gpu``: is it right, then how fast. Needs torch and optree only; ``--device cpu`` rehearses it without a GPU."""
+"""``benchmarks gpu``: is it right, then how fast.
+
+Needs torch and optree only; ``--device cpu`` rehearses it without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ ROWS = {
 }
 
 
-# ---- contenders ------------------------------------------------------------------------------------------------------------
+# ---- contenders ----------------------------------------------------------------------------------
 
 
 class LowMoments(Compiled):
@@ -76,7 +79,9 @@ class FusedCapturable(Fused):
 
 
 class Graph(Contender):
-    """Another contender's step as a CUDA graph: what a step computes is written back to where it read, so that it can be replayed."""
+    """Another contender's step as a CUDA graph: what a step computes is written back to where it
+    read, so that it can be replayed.
+    """
 
     of: type[Contender]
 
@@ -150,7 +155,7 @@ CONTENDERS = (
 )
 
 
-# ---- times -----------------------------------------------------------------------------------------------------------------
+# ---- times ---------------------------------------------------------------------------------------
 
 
 def synchronize(device: str) -> None:
@@ -179,7 +184,9 @@ def milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
 
 
 def host_milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
-    """Until the call returns, with the device idle at its start: the time of Python and of launching."""
+    """Until the call returns, with the device idle at its start: the time of Python and of
+    launching.
+    """
     times = []
     for _ in range(n):
         synchronize(device)
@@ -191,7 +198,9 @@ def host_milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
 
 
 def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
-    """Of one call, by the profiler: kernels, copies, and times that the host waits for the device; None on a CPU."""
+    """Of one call, by the profiler: kernels, copies, and times that the host waits for the device;
+    None on a CPU.
+    """
     if not device.startswith("cuda"):
         return {"kernels": None, "copies": None, "waits": None}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -208,7 +217,7 @@ def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
     }
 
 
-# ---- a row -----------------------------------------------------------------------------------------------------------------
+# ---- a row ---------------------------------------------------------------------------------------
 
 
 def eagerly(
@@ -228,10 +237,13 @@ def eagerly(
 def prepare(
     row: Set, device: str
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
-    """Contenders after three steps; what is known of each: the first step's time, and how far it is from eager updates."""
+    """Contenders after three steps; what is known of each: the first step's time, and how far it is
+    from eager updates.
+    """
     ps = draw(row.shapes, 0, device, row.dtype, scale=0.02)
     feeds = [gradients(row.shapes, seed, device, row.dtype) for seed in (1, 2, 3)]
-    # In bf16 the last bit of a parameter is 2^-8 of it, and low moments are rounded at every step. Three steps move it by 3e-3.
+    # In bf16 the last bit of a parameter is 2^-8 of it, and low moments are rounded at every step.
+    # Three steps move it by 3e-3.
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5}
         if row.dtype == torch.float32

@@ -1,4 +1,6 @@
-"""``benchmarks many-models``: a training step of many small models, vmapped and in a loop of torch.optim; and the arithmetic alone."""
+"""``benchmarks many-models``: a training step of many small models, vmapped and in a loop of
+torch.optim; and the arithmetic alone.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ class Loop:
 
 
 def arithmetic(n: int, x: Tensor) -> tuple[Callable[[], None], int]:
-    """The matrix products of forward and backward, batched over the models, and nothing else; and how many operations they are."""
+    """The matrix products of forward and backward, batched over the models, and nothing else; and
+    how many operations they are.
+    """
     w1, w2 = torch.randn(n, PIXELS, HIDDEN), torch.randn(n, HIDDEN, CLASSES)
     hidden, d_hidden, d_out = (
         torch.randn(n, BATCH, HIDDEN),

@@ -1,4 +1,7 @@
-"""``benchmarks memory``: what a step allocates beside parameters, gradients and state. Exact: every allocation that torch reports."""
+"""``benchmarks memory``: what a step allocates beside parameters, gradients and state.
+
+Exact: every allocation that torch reports.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ ROWS = tuple(CONTENDERS)
 
 
 def allocations(step: Any) -> tuple[int, int]:
-    """Of one step: the bytes allocated in all, and the most that was alive at a time beside what was there before."""
+    """Of one step: the bytes allocated in all, and the most that was alive at a time beside what
+    was there before.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [

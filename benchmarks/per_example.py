@@ -1,4 +1,6 @@
-"""``benchmarks per-example``: clipped sums of per-example gradients beside Opacus, in time and in memory."""
+"""``benchmarks per-example``: clipped sums of per-example gradients beside Opacus, in time and in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ ROWS = tuple(NETS)
 Make = Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]
 
 
-# ---- contenders: a call gives the sum of the clipped gradients -----------------------------------------------------------
+# ---- contenders: a call gives the sum of the clipped gradients -----------------------------------
 
 
 def ours(chunk: int) -> Make:
@@ -130,7 +132,7 @@ def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
     )
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def run(args: Namespace) -> dict[str, Any]:

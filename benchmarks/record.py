@@ -1,4 +1,6 @@
-"""What a result is worth nothing without: versions, machine, threads, date and command; and the JSON file that holds it."""
+"""What a result is worth nothing without: versions, machine, threads, date and command; and the
+JSON file that holds it.
+"""
 
 import json
 import os

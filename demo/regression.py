@@ -1,4 +1,6 @@
-"""Section 1, y = 2x: gradient descent by hand, then four optimizers under three learning-rate policies."""
+"""Section 1, y = 2x: gradient descent by hand, then four optimizers under three learning-rate
+policies.
+"""
 
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def train(tx: fo.GradientTransformation, iterations: int) -> Run:
     return params, losses
 
 
-# ---- the section -------------------------------------------------------------------------------------------------------
+# ---- the section ---------------------------------------------------------------------------------
 
 
 def run(out: Path) -> Path:

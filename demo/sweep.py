@@ -1,4 +1,6 @@
-"""Section 3: 64 learning rates in one run, with `fo.sweep`, beside a loop of 64 torch.optim.Adam."""
+"""Section 3: 64 learning rates in one run, with `fo.sweep`, beside a loop of 64
+torch.optim.Adam.
+"""
 
 import time
 from pathlib import Path

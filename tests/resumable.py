@@ -1,4 +1,6 @@
-"""A training script that may be killed at any time: ``python resumable.py CHECKPOINT STEPS compile|eager``. It prints what it has saved."""
+"""A training script that may be killed at any time:
+``python resumable.py CHECKPOINT STEPS compile|eager``. It prints what it has saved.
+"""
 
 from __future__ import annotations
 

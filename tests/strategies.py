@@ -1,4 +1,6 @@
-"""Hypothesis strategies: trees of any structure, shapes, dtypes, and which gradients are missing."""
+"""Hypothesis strategies: trees of any structure, shapes, dtypes, and which gradients are
+missing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ bounded = settings(deadline=None, derandomize=True, max_examples=60, database=No
 """The same examples in every run, and few enough of them."""
 
 
-# ---- containers --------------------------------------------------------------------------------------------------------
+# ---- containers ----------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -68,7 +70,7 @@ optree.register_pytree_node(
 )
 
 
-# ---- trees -------------------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 
 class Leaf(NamedTuple):

@@ -1,4 +1,6 @@
-"""Averages of the parameters: against closed forms and torch's, put into a model and taken out; and torch's own with our optimizers."""
+"""Averages of the parameters: against closed forms and torch's, put into a model and taken out; and
+torch's own with our optimizers.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,13 @@ def trajectory(
     return all_ps, averages, state
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def weights(d: float, t: int) -> dict[str, list[float]]:
-    """The weight of the parameters after step 0, ..., t in the average after step t, as the docstring has it."""
+    """The weight of the parameters after step 0, ..., t in the average after step t, as the
+    docstring has it.
+    """
     return {
         "debiased": [
             0.0,
@@ -104,7 +108,9 @@ def test_updates_pass_as_they_are() -> None:
     "build", [fo.optim.AdamW, torch.optim.AdamW], ids=["ours", "torch"]
 )
 def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
-    """torch's EMA, updated once before training; ``debias=False`` is the same. torch's average of all steps is the schedule's."""
+    """torch's EMA, updated once before training; ``debias=False`` is the same. torch's average of
+    all steps is the schedule's.
+    """
     for decay, multi_avg_fn, before, tolerance in (
         (0.8, swa_utils.get_ema_multi_avg_fn(0.8), True, 1e-12),
         (
@@ -164,7 +170,7 @@ def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_thei
     assert fo.eval_params(tx, state, ps)["w"].dtype == torch.bfloat16
 
 
-# ---- reading it out of a state -------------------------------------------------------------------------------------------------
+# ---- reading it out of a state -------------------------------------------------------------------
 
 PS = {"enc": {"w": torch.ones(2), "b": torch.zeros(())}, "head": torch.full((3,), 2.0)}
 GS = tree.map(torch.ones_like, PS)
@@ -314,7 +320,7 @@ def test_a_parameter_that_is_none_and_under_vmap() -> None:
     assert torch.equal(torch.func.vmap(one)(ps["w"]), ps["w"] / 2)
 
 
-# ---- into the model and out ----------------------------------------------------------------------------------------------------
+# ---- into the model and out ----------------------------------------------------------------------
 
 
 def trained(
@@ -335,7 +341,9 @@ def trained(
 def test_in_and_out_bit_for_bit(
     error: type[BaseException] | None, dtype: torch.dtype
 ) -> None:
-    """Also a NaN with its payload, and a negative zero; the same memory, before and after; and training goes on as if nothing had been."""
+    """Also a NaN with its payload, and a negative zero; the same memory, before and after; and
+    training goes on as if nothing had been.
+    """
     (params, opt), (twins, twin) = trained(dtype=dtype), trained(dtype=dtype)
     for p in (params[0], twins[0]):
         with torch.no_grad():
@@ -503,7 +511,7 @@ def test_compiled_it_runs_in_the_same_pass() -> None:
     torch.testing.assert_close(params[0], twins[0])
 
 
-# ---- torch's averages with our optimizers ----------------------------------------------------------------------------------------
+# ---- torch's averages with our optimizers --------------------------------------------------------
 
 
 def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -533,7 +541,9 @@ def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 def test_averaged_model_swalr_and_update_bn(
     ours: Callable, theirs: Callable, average: str
 ) -> None:
-    """The loop of torch's documentation: a scheduler, from the third epoch SWALR and the average; batch norm's statistics at the end."""
+    """The loop of torch's documentation: a scheduler, from the third epoch SWALR and the average;
+    batch norm's statistics at the end.
+    """
     ends = []
     for build in (ours, theirs):
         model, loader = model_and_loader()

@@ -1,4 +1,6 @@
-"""The benchmarks measure what they say: the shapes are those of the models, contenders agree, results are complete. No times."""
+"""The benchmarks measure what they say: the shapes are those of the models, contenders agree,
+results are complete. No times.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_small_sets_have_the_size_asked_for() -> None:
     assert [len(shapes.small(n)) for n in (6, 20, 150, 1000)] == [6, 20, 150, 1000]
 
 
-# ---- contenders ----------------------------------------------------------------------------------------------------------
+# ---- contenders ----------------------------------------------------------------------------------
 
 
 def after_three_steps(make: type[contenders.Contender]) -> list[torch.Tensor]:
@@ -151,7 +153,7 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(
     assert "not installed (torchopt)" in capsys.readouterr().out
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def test_ratios_are_medians_of_paired_rounds() -> None:
@@ -208,7 +210,7 @@ def test_tables_without_rich_and_pictures_without_matplotlib(
     assert "matplotlib is not installed" in out
 
 
-# ---- the program, in small ---------------------------------------------------------------------------------------------------
+# ---- the program, in small -----------------------------------------------------------------------
 
 
 def run(out: Path, command: str, *options: str) -> dict:

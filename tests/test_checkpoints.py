@@ -1,4 +1,6 @@
-"""Checkpoints of chains that have changed since: what is called alike is loaded, the rest is reported, and an error changes nothing."""
+"""Checkpoints of chains that have changed since: what is called alike is loaded, the rest is
+reported, and an error changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -89,13 +91,15 @@ def chain_with(*names: str) -> fo.GradientTransformation:
     return fo.chain(*(stages[name]() for name in names))
 
 
-# ---- a stage more or less --------------------------------------------------------------------------------------------------
+# ---- a stage more or less ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("stage", ["clip", "noise", "trace"])
 def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
-    """Also before the stage whose count was the first: the count of Adam goes on, that of the new stage begins."""
+    """Also before the stage whose count was the first: the count of Adam goes on, that of the new
+    stage begins.
+    """
     first = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     train(first, 3)
     saved = through_a_file(first.state_dict())
@@ -151,7 +155,9 @@ def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
 
 
 def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> None:
-    """Adam goes on with its moments and counts; what is put in starts at this step: worked out by hand with the functional layer."""
+    """Adam goes on with its moments and counts; what is put in starts at this step: worked out by
+    hand with the functional layer.
+    """
     opt = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     train(opt, 3)
     params = make_params(1)
@@ -180,7 +186,9 @@ def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> N
 
 @pytest.mark.parametrize("direction", ["into", "out of"])
 def test_a_chain_put_into_another_is_found_again(direction: str) -> None:
-    """``adamw(...)`` becomes ``chain(clip(...), adamw(...))``: the names get a stage's name in front."""
+    """``adamw(...)`` becomes ``chain(clip(...), adamw(...))``: the names get a stage's name in
+    front.
+    """
     alone, inside = fo.adamw(0.1), fo.chain(fo.clip(1.0), fo.adamw(0.1))
     before, after = (alone, inside) if direction == "into" else (inside, alone)
     first, params = fo.optim.Optimizer(make_params(), before), make_params()
@@ -277,7 +285,9 @@ def test_a_warning_that_is_an_error_changes_nothing() -> None:
 
 
 def test_hooks_and_schedulers_go_on_working_across_a_change() -> None:
-    """A pre-hook may hand over another dict, a post-hook sees what was loaded, and a scheduler drives the loaded groups."""
+    """A pre-hook may hand over another dict, a post-hook sees what was loaded, and a scheduler
+    drives the loaded groups.
+    """
     first = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     sched = lr_scheduler.StepLR(first, 1, 0.5)
     train(first, 1)
@@ -344,7 +354,7 @@ def test_a_hook_that_raises_leaves_the_optimizer_as_it_was(hook: str) -> None:
     )
 
 
-# ---- what cannot be loaded -------------------------------------------------------------------------------------------------
+# ---- what cannot be loaded -----------------------------------------------------------------------
 
 
 def edit(path: list, value: object) -> Callable[[dict], None]:
@@ -648,7 +658,7 @@ def test_torchs_classes_without_a_step_load_strictly(name: str, options: dict) -
     )
 
 
-# ---- the functional layer ----------------------------------------------------------------------------------------------------
+# ---- the functional layer ------------------------------------------------------------------------
 
 
 def test_a_functional_state_outlives_a_change_if_asked_to() -> None:

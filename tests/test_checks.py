@@ -1,4 +1,6 @@
-"""The contract of a torch optimizer, by the numbers of its checks: A construction, B the step, E swapping state, G clients."""
+"""The contract of a torch optimizer, by the numbers of its checks: A construction, B the step, E
+swapping state, G clients.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,14 @@ from training import (
 
 import functorch_opt as fo
 
-# ---- A. class and construction ------------------------------------------------------------------------------------------
+# ---- A. class and construction -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_01_is_a_torch_optimizer_that_every_scheduler_takes(name: str) -> None:
-    """OneCycle and Cyclic want a momentum or betas; where torch's class has neither, ours has neither."""
+    """OneCycle and Cyclic want a momentum or betas; where torch's class has neither, ours has
+    neither.
+    """
     for scheduler, attach in SCHEDULERS.items():
         outcomes = []
         for cls in (getattr(fo.optim, name), getattr(torch.optim, name)):
@@ -159,7 +163,7 @@ def test_06_groups_are_separate_optimizers() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-# ---- B. step ---------------------------------------------------------------------------------------------------------------
+# ---- B. step -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
@@ -225,7 +229,10 @@ def test_13_parameters_swapped_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_14_layouts_and_dtypes(name: str) -> None:
-    """Transposed, strided, expanded in the gradient, a view of one buffer; float32 beside float64. Shapes and complex: `test_named.py`."""
+    """Transposed, strided, expanded in the gradient, a view of one buffer; float32 beside float64.
+
+    Shapes and complex: `test_named.py`.
+    """
 
     def build() -> list[nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
@@ -352,7 +359,7 @@ def test_16_17_update_is_in_place_and_leaves_no_graph(name: str) -> None:
     assert all(p.grad_fn is None and p.is_leaf and p.requires_grad for p in params)
 
 
-# ---- E. parameters and state from outside ------------------------------------------------------------------------------------
+# ---- E. parameters and state from outside --------------------------------------------------------
 
 
 def test_38_swapped_in_parameters_and_state() -> None:
@@ -402,7 +409,7 @@ def test_38_swapped_in_parameters_and_state() -> None:
         )
 
 
-# ---- G. clients --------------------------------------------------------------------------------------------------------------
+# ---- G. clients ----------------------------------------------------------------------------------
 
 
 def test_49_the_profiler_knows_the_step_and_the_state() -> None:

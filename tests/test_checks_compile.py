@@ -1,4 +1,6 @@
-"""The contract of a torch optimizer, by the numbers of its checks: F steps inside the user's own torch.compile."""
+"""The contract of a torch optimizer, by the numbers of its checks: F steps inside the user's own
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,10 @@ def shrink(group: dict) -> None:
 def test_39_41_the_functional_core(
     lr: float | Tensor, most: int, cudagraphs: bool
 ) -> None:
-    """Under any scheduler one graph with a tensor lr, two with a float. (With CUDA graphs each float is a new graph: torch's limit.)"""
+    """Under any scheduler one graph with a tensor lr, two with a float.
+
+    (With CUDA graphs each float is a new graph: torch's limit.)
+    """
 
     def step(
         ps: list[Tensor], gs: list[Tensor], state: dict, lr: float | Tensor
@@ -132,7 +137,10 @@ def test_40_step_is_one_graph(name: str, tensor_lr: bool) -> None:
 
 @pytest.mark.slow
 def test_40_without_init_state() -> None:
-    """State is made outside of the graph. Where there must be no outside, the error names what to call before."""
+    """State is made outside of the graph.
+
+    Where there must be no outside, the error names what to call before.
+    """
     pairs = twins(
         lambda ps: fo.optim.AdamW(
             [{"params": ps[:1], "lr": torch.tensor(0.2)}, {"params": ps[1:]}],
@@ -254,7 +262,9 @@ def test_42_no_name_that_dynamo_takes_for_init_group() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True], ids=["by the user", "by compile=True"])
 def test_43_compiled_equals_eager_with_missing_gradients(compile: bool) -> None:
-    """Inductor; 7 steps, at one of them no gradients, at three a frozen tensor; parameters and state."""
+    """Inductor; 7 steps, at one of them no gradients, at three a frozen tensor; parameters and
+    state.
+    """
     ours, theirs = make_params(), make_params()
     opt, twin = (
         fo.optim.AdamW(ours, lr=0.1, amsgrad=True, compile=compile),

@@ -89,7 +89,9 @@ def test_18_19_schedulers_with_compile(name: str) -> None:
 
 @pytest.mark.parametrize("override", ["", "of an instance", "of a class"])
 def test_20_warnings_of_schedulers(override: str) -> None:
-    """In the right order there are none (a warning is an error in these tests); in the wrong one they come as for torch's optimizers."""
+    """In the right order there are none (a warning is an error in these tests); in the wrong one
+    they come as for torch's optimizers.
+    """
 
     class Mine(fo.optim.SGD):
         if override == "of a class":

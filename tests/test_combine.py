@@ -1,4 +1,6 @@
-"""Chains, masks, partitions and injected hyperparameters: what reaches whom, and what the state looks like."""
+"""Chains, masks, partitions and injected hyperparameters: what reaches whom, and what the state
+looks like.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_masked_leaves_pass_or_become_zero() -> None:
 
 
 def test_groups_have_no_holes() -> None:
-    """Each group's transformation sees a flat dict of its own leaves, so norms are the group's and states vmap."""
+    """Each group's transformation sees a flat dict of its own leaves, so norms are the group's and
+    states vmap.
+    """
     params = {
         "deep": {"w": torch.ones(2, 2), "b": torch.ones(2)},
         "out": (torch.ones(3),),

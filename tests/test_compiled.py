@@ -1,4 +1,6 @@
-"""The compiled, in-place step equals `update` and `apply_updates`, for every row and for every kind of tensor."""
+"""The compiled, in-place step equals `update` and `apply_updates`, for every row and for every kind
+of tensor.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def said_once(apart: bool) -> AbstractContextManager[Any]:
     )
 
 
-# ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
+# ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) -
 
 
 @pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
@@ -77,7 +79,7 @@ def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> 
         mine, ours = new
 
 
-# ---- the real compiler -------------------------------------------------------------------------------------------------------
+# ---- the real compiler ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> Non
         loss.backward()
 
 
-# ---- what guards would have seen ---------------------------------------------------------------------------------------------
+# ---- what guards would have seen -----------------------------------------------------------------
 
 
 def check(
@@ -305,7 +307,9 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["elementwise", "tensorwise"])
 def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
-    """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient; and then not any more."""
+    """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient;
+    and then not any more.
+    """
     agree = fo.leafwise(
         lambda g, raw: g * (g * raw > 0), lambda *, raw: {"raw": fo.Each(raw)}, kind=kind
     )
@@ -339,7 +343,10 @@ def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
 def test_a_pass_writes_its_updates_over_what_is_the_steps_own(
     own: bool, backend: str
 ) -> None:
-    """In place of new memory, where shape and dtype allow it. What somebody else holds stays as it is."""
+    """In place of new memory, where shape and dtype allow it.
+
+    What somebody else holds stays as it is.
+    """
     drawn = {
         "a": torch.randn(3, 4),
         "b": torch.randn(()),

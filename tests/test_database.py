@@ -1,7 +1,8 @@
-"""torch's own database of optimizers as the judge: every options and error it lists, for our classes. Checks 3 and 50.
+"""torch's own database of optimizers as the judge: every options and error it lists, for our
+classes. Checks 3 and 50.
 
-`torch.testing._internal.common_optimizers` says what to build and what must be refused; what a step must do is said here, mostly by torch's
-class beside ours.
+`torch.testing._internal.common_optimizers` says what to build and what must be refused; what a step
+must do is said here, mostly by torch's class beside ours.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MORE_THAN_TORCH = (
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
     "betas must be either both floats or both Tensors",
 )
-"""Errors of torch's implementations that there is no reason for here: any number may be a tensor, and `foreach` has no effect."""
+"""Errors of torch's implementations that there is no reason for here: any number may be a tensor,
+and `foreach` has no effect.
+"""
 
 
 def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -58,7 +61,10 @@ def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]
 
 
 def plain(kwargs: dict) -> dict:
-    """Without what torch refuses on a CPU. Tensors in float64: torch works out ``1 - lr weight_decay`` in the dtype of lr."""
+    """Without what torch refuses on a CPU.
+
+    Tensors in float64: torch works out ``1 - lr weight_decay`` in the dtype of lr.
+    """
     return {
         key: value.double() if isinstance(value, Tensor) else value
         for key, value in kwargs.items()
@@ -119,7 +125,9 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
     ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
 )
 def test_every_flag_of_torch_is_accepted(name: str, kwargs: dict) -> None:
-    """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional layer."""
+    """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional
+    layer.
+    """
     info, models = INFOS[name], []
     flags = [flag for flag in info.supported_impls if flag != "differentiable"] + (
         ["capturable"] if info.has_capturable_arg else []
@@ -199,7 +207,9 @@ def test_right_direction_under_the_database_s_schedulers(name: str, number: int)
     ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
 )
 def test_state_over_the_database(name: str, kwargs: dict) -> None:
-    """It prints; every entry has something; a dict made twice is the same; and a file of it goes on in a fresh optimizer."""
+    """It prints; every entry has something; a dict made twice is the same; and a file of it goes on
+    in a fresh optimizer.
+    """
     info = INFOS[name]
     model, x, y = model_of(info, name)
     opt = getattr(fo.optim, name)(model.parameters(), **plain(kwargs))

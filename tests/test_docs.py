@@ -1,4 +1,5 @@
-"""Every ```python block of the README and of docs/ runs, page by page, from top to bottom, in one namespace a page.
+"""Every ```python block of the README and of docs/ runs, page by page, from top to bottom, in one
+namespace a page.
 
 One page needs the trainers that it is about: `make clients` runs it.
 """

@@ -1,4 +1,6 @@
-"""Bad input to the functional layer: every row is an error, and its message says where, what was given, and what to write instead."""
+"""Bad input to the functional layer: every row is an error, and its message says where, what was
+given, and what to write instead.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Pair(NamedTuple):
 
 
 class Case(NamedTuple):
-    """``call()`` gives the bad call as a partial, so that its arguments can be looked at afterwards."""
+    """``call()`` gives the bad call as a partial, so that its arguments can be looked at
+    afterwards.
+    """
 
     id: str
     call: Callable[[], partial]

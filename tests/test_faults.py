@@ -1,4 +1,6 @@
-"""What goes wrong: a kill in the middle of training, checkpoints of every wrong kind, exceptions wherever the user's code runs."""
+"""What goes wrong: a kill in the middle of training, checkpoints of every wrong kind, exceptions
+wherever the user's code runs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from torch.optim import optimizer
 import functorch_opt as fo
 from functorch_opt import tree
 
-# ---- killed, and resumed ---------------------------------------------------------------------------------------------------------
+# ---- killed, and resumed -------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent
 STEPS = 300
@@ -53,7 +55,9 @@ def lines(process: subprocess.Popen) -> Iterator[list[str]]:
 def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(
     how: str, tmp_path: Path
 ) -> None:
-    """kill -9 while it trains on; AdamW, noise, a schedule inside, a scheduler outside, the average: parameters and state bit for bit."""
+    """kill -9 while it trains on; AdamW, noise, a schedule inside, a scheduler outside, the
+    average: parameters and state bit for bit.
+    """
     begun = [0]
     with start(tmp_path / "whole.pt", how) as whole:
         for at in (60, 150):
@@ -73,7 +77,7 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(
     assert ends[0][0] == "finished" and ends[0] == ends[1]
 
 
-# ---- checkpoints of every kind -----------------------------------------------------------------------------------------------------
+# ---- checkpoints of every kind -------------------------------------------------------------------
 
 
 def make_params(
@@ -156,7 +160,9 @@ def everything(opt: torch.optim.Optimizer) -> Any:
 
 
 class Bench:
-    """An optimizer with a pristine state to go back to, what its next step leads to, and a checkpoint of another run of it."""
+    """An optimizer with a pristine state to go back to, what its next step leads to, and a
+    checkpoint of another run of it.
+    """
 
     def __init__(self, name: str) -> None:
         build, options = BUILDERS[name]
@@ -209,7 +215,9 @@ VALUES: list[Any] = [
 
 @st.composite
 def changes(draw: st.DrawFn) -> list[tuple]:
-    """What is done to a state dict: at a place that is chosen when it is known, a key is taken out, put in or given another value."""
+    """What is done to a state dict: at a place that is chosen when it is known, a key is taken out,
+    put in or given another value.
+    """
     value = st.integers(0, len(VALUES) - 1)
     place = st.integers(0, 10**6)
     where = st.sampled_from(
@@ -301,7 +309,11 @@ seen: dict[str, int] = {}
 
 @pytest.mark.parametrize("examples", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
-    """Over all kinds of optimizers. What is loaded is what was saved, bit for bit; after an error all is as before, the next step too."""
+    """Over all kinds of optimizers.
+
+    What is loaded is what was saved, bit for bit; after an error all is as before, the next step
+    too.
+    """
     seen.clear()
 
     @settings(
@@ -321,7 +333,7 @@ def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
     assert min(seen.values()) > examples // 100, seen
 
 
-# ---- exceptions in the user's code -------------------------------------------------------------------------------------------------
+# ---- exceptions in the user's code ---------------------------------------------------------------
 
 
 class Failed(Exception):
@@ -367,7 +379,9 @@ PLACES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 def test_an_exception_on_the_way_to_a_step_changes_nothing(
     place: str, closure: bool, build: Callable
 ) -> None:
-    """Parameters and state are as before, though some gradients may be there already; the next step is that of a run without the fault."""
+    """Parameters and state are as before, though some gradients may be there already; the next step
+    is that of a run without the fault.
+    """
     (model, x), (twin, _) = module_and_data(), module_and_data()
     opt, reference = build(list(model.parameters())), build(list(twin.parameters()))
 

@@ -1,4 +1,6 @@
-"""The classes with torch.optim's names have torch.optim's numbers, arguments, defaults and checkpoints. Check 50."""
+"""The classes with torch.optim's names have torch.optim's numbers, arguments, defaults and
+checkpoints. Check 50.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +154,9 @@ ids = [
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=ids)
 def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
-    """Muon too: Newton-Schulz rounds to bfloat16, but it does so in the same places, and in float64 what it starts from is the same."""
+    """Muon too: Newton-Schulz rounds to bfloat16, but it does so in the same places, and in float64
+    what it starts from is the same.
+    """
     ours, theirs = make_params(of=name), make_params(of=name)
     a, b = getattr(fo.optim, name)(ours, **options), torchs(name, theirs, **options)
     start = [p.detach().clone() for p in ours]
@@ -205,7 +209,10 @@ def test_the_functions_have_the_defaults_of_torch_as_they_say(name: str) -> None
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:
-    """Here two groups are one tree, with one entry per parameter for counts and numbers. ASGD hears of an lr a step late, Rprop never."""
+    """Here two groups are one tree, with one entry per parameter for counts and numbers.
+
+    ASGD hears of an lr a step late, Rprop never.
+    """
     trajectories = []
     for build in (
         getattr(fo.optim, name),
@@ -359,7 +366,9 @@ def test_the_rules_beside_the_classes_compile_to_one_graph(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["NAdam", "RAdam", "ASGD", "Rprop", "Adafactor", "Muon"])
 def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
-    """Slots with one number for a parameter (NAdam, ASGD) and matrices (Muon, Adafactor) among them."""
+    """Slots with one number for a parameter (NAdam, ASGD) and matrices (Muon, Adafactor) among
+    them.
+    """
     torch._dynamo.reset()
     ps, qs = ([p.detach() for p in make_params(of=name)] for _ in range(2))
     tx = chain_of(name, make_params(of=name))

@@ -1,4 +1,6 @@
-"""Low precision: float32 copies of bfloat16 and float16 parameters, states in float32, and torch's tools for mixed precision."""
+"""Low precision: float32 copies of bfloat16 and float16 parameters, states in float32, and torch's
+tools for mixed precision.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def run(
     return ps, state
 
 
-# ---- the rounded master ------------------------------------------------------------------------------------------------------
+# ---- the rounded master --------------------------------------------------------------------------
 
 
 def every(dtype: torch.dtype) -> Tensor:
@@ -58,7 +60,9 @@ def every(dtype: torch.dtype) -> Tensor:
 
 
 def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
-    """What was added and rounded once is the rounded copy, bit for bit, and the copy is the exact sum up to its rounding."""
+    """What was added and rounded once is the rounded copy, bit for bit, and the copy is the exact
+    sum up to its rounding.
+    """
     tx = fo.keep_master_weights(fo.identity())
     state = tx.init([p])
     state["kept"].slots["master"][0] = master
@@ -92,7 +96,9 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype) -> None:
-    """Every 16-bit number, with copies all over the interval that rounds to it, and updates from nothing to far too large."""
+    """Every 16-bit number, with copies all over the interval that rounds to it, and updates from
+    nothing to far too large.
+    """
     p = every(dtype)
     assert p.numel() == p.view(torch.int16).unique().numel() == 2**16
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +136,9 @@ def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype
 
 
 def test_the_exact_sum_could_not_be_reached_by_adding() -> None:
-    """Why the copy is p + u and not m + g: from 2.0 no float32 update leads to the rounding of -2^-23."""
+    """Why the copy is p + u and not m + g: from 2.0 no float32 update leads to the rounding of
+    -2^-23.
+    """
     p, master, g = (
         torch.tensor([2.0], dtype=torch.bfloat16),
         torch.tensor([2.0 - 2.0**-23]),
@@ -159,7 +167,7 @@ def test_an_overflow_takes_the_copy_along() -> None:
     assert fo.apply_updates(p, updates)[0].isnan() and fo.get(state, "master")[0].isnan()
 
 
-# ---- what it is for ------------------------------------------------------------------------------------------------------------
+# ---- what it is for ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -247,7 +255,7 @@ def test_a_missing_gradient_leaves_the_copy_alone() -> None:
     assert not torch.equal(fo.get(new, "master")["b"], fo.get(state, "master")["b"])
 
 
-# ---- everywhere ------------------------------------------------------------------------------------------------------------------
+# ---- everywhere ----------------------------------------------------------------------------------
 
 
 def test_vmapped_equals_a_loop() -> None:
@@ -345,7 +353,9 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
 
 
 def test_part_of_a_model() -> None:
-    """The usual mixed model: bfloat16 matrices with a copy, float32 norms without; one lr for both, by a scheduler."""
+    """The usual mixed model: bfloat16 matrices with a copy, float32 norms without; one lr for both,
+    by a scheduler.
+    """
     params = {
         "w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
         "norm": nn.Parameter(torch.ones(4)),
@@ -451,7 +461,7 @@ def test_it_prints_pickles_and_teaches() -> None:
         fo.chain(tx, fo.clip(1.0))
 
 
-# ---- without it: float32 states --------------------------------------------------------------------------------------------------
+# ---- without it: float32 states ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -478,7 +488,9 @@ def test_it_prints_pickles_and_teaches() -> None:
 def test_low_precision_parameters_with_float32_state(
     dtype: torch.dtype, ours: Callable, theirs: Callable
 ) -> None:
-    """The state is that of torch's float32 run with the same gradients; the step is rounded once, to the parameter's dtype."""
+    """The state is that of torch's float32 run with the same gradients; the step is rounded once,
+    to the parameter's dtype.
+    """
     params = [nn.Parameter(p) for p in make_params(dtype).values()]
     opt = ours(params)
     wide = [nn.Parameter(p.detach().float()) for p in params]
@@ -514,7 +526,7 @@ def test_low_precision_parameters_with_float32_state(
                 )
 
 
-# ---- torch's tools ---------------------------------------------------------------------------------------------------------------
+# ---- torch's tools -------------------------------------------------------------------------------
 
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
@@ -586,7 +598,9 @@ def test_autocast_loops_follow_torchs(pair: tuple[Callable, Callable]) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> None:
-    """A skipped step changes neither parameters nor state; unscale_, then clip, then step; the scale grows and shrinks as with torch."""
+    """A skipped step changes neither parameters nor state; unscale_, then clip, then step; the
+    scale grows and shrinks as with torch.
+    """
     _, x, y = model_and_data()
 
     def loop(model: nn.Module, opt: torch.optim.Optimizer) -> list[float]:

@@ -1,4 +1,7 @@
-"""Lets the files here import `registry` from the folder above; the ranks inherit it. And the ranks themselves."""
+"""Lets the files here import `registry` from the folder above; the ranks inherit it.
+
+And the ranks themselves.
+"""
 
 from __future__ import annotations
 

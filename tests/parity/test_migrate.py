@@ -1,4 +1,6 @@
-"""The pairs of docs/migrate.md give the same numbers: each block of optax that ends with `theirs`, and ours after it with `ours`."""
+"""The pairs of docs/migrate.md give the same numbers: each block of optax that ends with `theirs`,
+and ours after it with `ours`.
+"""
 
 from __future__ import annotations
 
