@@ -42,7 +42,7 @@ def conv() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    """269,322 parameters."""
+    """A network of linear layers with 269,322 parameters."""
     return nn.Sequential(
         nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
     ), (784,)
@@ -125,7 +125,7 @@ CONTENDERS: dict[str, Make] = {
 
 
 def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
-    """The floor: one gradient of the summed loss, nothing of single examples."""
+    """The floor: one gradient of the summed loss, without gradients of single examples."""
     params = [*model.parameters()]
     return lambda: torch.autograd.grad(
         F.cross_entropy(model(x), y, reduction="sum"), params

@@ -1,5 +1,6 @@
-"""Tables, progress and pictures: with rich and matplotlib where they are installed, in plain text
-without.
+"""Tables, progress and pictures.
+
+With rich and matplotlib they are prettier; without these libraries they are plain text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if find_spec("rich"):
 else:
     console = None
 
-# Okabe and Ito's palette: told apart with any kind of colour vision.
+# The palette of Okabe and Ito, whose colours can be told apart with any kind of colour vision.
 BLACK, ORANGE, SKY, BLUE = "#000000", "#E69F00", "#56B4E9", "#0072B2"
 
 

@@ -1,5 +1,6 @@
-"""Interleaved timing: in every round each contender has its turn, so that a noise that lasts is
-shared by all of them.
+"""Interleaved timing: in every round each contender has its turn.
+
+So noise that lasts for a while affects all of them.
 """
 
 from __future__ import annotations

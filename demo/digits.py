@@ -1,5 +1,6 @@
-"""Section 2, handwritten digits: one chain, run as pure functions and as a torch optimizer; torch's
-own AdamW as reference.
+"""Section 2, handwritten digits: one chain, run as pure functions and as a torch optimizer.
+
+torch's own AdamW is the reference.
 """
 
 import copy
@@ -59,9 +60,7 @@ def load() -> Data:
 def minibatches(
     data: Data, epochs: int, batch: int = BATCH, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """The batches of all epochs, each epoch in a new order; what is left over at the end of an
-    epoch is dropped.
-    """
+    """The batches of all epochs, each in a new order. The remainder of an epoch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     orders = [
         torch.randperm(len(data.x_train), generator=generator) for _ in range(epochs)

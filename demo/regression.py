@@ -180,7 +180,7 @@ def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> F
 
 
 def _visible(losses: list[float]) -> list[float]:
-    """A logarithmic axis has no 0; draw it at the lower edge."""
+    """The losses with 0 at the lower edge, because a logarithmic axis has no 0."""
     return [max(loss, 1e-15) for loss in losses]
 
 

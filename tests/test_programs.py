@@ -2,8 +2,8 @@
 execution gives the same numbers.
 
 The programs are the same in every run. Some of them begin at a seed that FO_SEED sets, so that
-others can be looked at. A failure shows the smallest program found that fails in
-the same execution, as source; `make fuzz` looks at many more.
+other programs can be tried. A failure shows the smallest program found that fails in the same
+execution, as source; `make fuzz` looks at many more.
 """
 
 from __future__ import annotations

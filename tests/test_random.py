@@ -1,5 +1,7 @@
-"""Randomness as a function of a key: published vectors, statistics, the layout of streams, and the
-same bits in every mode.
+"""Randomness as a function of a key.
+
+The tests compare it with published vectors, and look at statistics, the layout of streams, and the
+bits in every mode.
 """
 
 from __future__ import annotations
@@ -343,8 +345,8 @@ def test_noise_is_added_to_the_update() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 1000])
 def test_every_leaf_has_blocks_of_its_own(count: int) -> None:
-    """Leaf by leaf the stream from its first block, and the blocks do not overlap: a stream of its
-    own for every leaf and step.
+    """Each leaf has the stream from its first block, and the blocks of leaves and steps do not
+    overlap.
     """
     got = drawn(fo.add_noise(1.0, 0.0, key=7), count=count)
     assert got.keys() == BLOCKS.keys()
@@ -407,8 +409,8 @@ def test_chunks_do_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_count_per_leaf() -> None:
-    """As in the stateful adapter: equal counts give the noise of the one count, different ones to
-    every leaf that of its own.
+    """As in the stateful adapter, equal counts give the noise of one count, and different counts
+    give each leaf the noise of its own.
     """
     tx, n = fo.add_noise(0.5, 0.55, key=7), len(BLOCKS)
     assert_equal(drawn(tx, count=torch.full((n,), 6)), drawn(tx, count=6))
@@ -441,7 +443,7 @@ def test_resumed_stream_continues() -> None:
 
 
 def test_the_key_is_in_the_state() -> None:
-    """The key with which a transformation was made matters at init only: a state goes on as it
+    """The key with which a transformation was made matters only at init; a state goes on as it
     began.
     """
     one, two = fo.add_noise(1.0, 0.0, key=1), fo.add_noise(1.0, 0.0, key=2)

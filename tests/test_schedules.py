@@ -1,5 +1,6 @@
-"""Every schedule against its formula in plain `math`, against torch.optim.lr_scheduler, and under
-vmap, grad and compile.
+"""Every schedule against its formula in plain `math` and against torch.optim.lr_scheduler.
+
+The schedules are tested under vmap, grad and compile too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import functorch_opt as fo
 from functorch_opt import schedules
 
 LAST = 45
-"""Counts go up to here: every schedule below is over by then, so that what comes after is looked at
-too.
+"""The largest count. Every schedule below ends before it, so that what comes after is tested too.
 """
 
 

@@ -1,5 +1,5 @@
-"""Sums over a tensor that an elementwise rule reads: the same numbers as a tensorwise rule that
-works them out itself.
+"""Sums over a tensor that an elementwise rule reads equal those that a tensorwise rule computes
+itself.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def test_mapped_and_differentiated() -> None:
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
 def test_compiled(backend: str) -> None:
-    """In one pass with what stands before and after, and as one program for all tensors that are no
+    """They run in one pass with what is before and after, as one program for all tensors but
     scalars.
     """
     PROGRAMS.clear()

@@ -54,7 +54,7 @@ def train_alone(
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     bound: float = math.inf,
 ) -> tuple[list[float], nn.Module]:
-    """An ordinary loop, with nothing of ours."""
+    """An ordinary loop, without this library."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make_model()

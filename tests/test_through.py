@@ -1,4 +1,4 @@
-"""Differentiating through training: with respect to everything, at zero gradients, and with
+"""Differentiate through training: with respect to everything, at zero gradients, and with
 checkpoints of steps.
 """
 

@@ -1,6 +1,4 @@
-"""Trees: every function of `functorch_opt.tree` on every kind of container, and the laws of
-`docs/design.md` on drawn ones.
-"""
+"""Every function of `functorch_opt.tree` on every kind of container, and the laws on random trees."""
 
 from __future__ import annotations
 
@@ -475,8 +473,9 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
     ids=["adamw", "mask", "predicate", "partition", "labels", "inject"],
 )
 def test_gradients_in_another_kind_of_dict(tx: fo.GradientTransformation) -> None:
-    """What belongs together is found by key: an OrderedDict keeps its order, a dict is flattened in
-    the order of its keys.
+    """What belongs together is found by key.
+
+    An OrderedDict keeps its order, and a dict is flattened in the order of its keys.
     """
     ps, gs = (
         {"w": t(3), "b": t(3), "z": t(3)},

@@ -33,8 +33,9 @@ SHAPES_OF = {
         "large": (20, 30),
     },
 }
-"""Where a class does not take every shape. torch's Adafactor divides by the size of a tensor, and
-so has no empty ones.
+"""The shapes for classes that do not take every shape.
+
+torch's Adafactor divides by the size of a tensor, so it takes no empty ones.
 """
 
 

@@ -4,8 +4,8 @@ divided among the ranks.
     torchrun --nproc-per-node 2 docs/examples/fsdp_train.py --steps 300 --folder checkpoints
 
 It learns the English of Python's own help, character by character. Run it again with more steps,
-and with another number of ranks: it goes on from the last checkpoint. On GPUs it uses NCCL, without
-one gloo; nothing else differs.
+also with another number of ranks, and it goes on from the last checkpoint. On GPUs it uses NCCL,
+and otherwise gloo; nothing else differs.
 """
 
 from __future__ import annotations
