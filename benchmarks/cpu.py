@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import chains, contenders, floor, python_time, record, report, shapes
+from benchmarks import (
+    chains,
+    containers,
+    contenders,
+    floor,
+    python_time,
+    record,
+    report,
+    shapes,
+)
 from benchmarks.contenders import Contender, Unavailable, draw, gradients, same
 from benchmarks.timing import in_turns, summary
 
@@ -106,6 +115,30 @@ ROWS = {
         contenders.EAGER,
         contenders.TorchOpt.name,
         0.6,
+    ),
+    "containers": Row(
+        "AdamW in containers, compiled, 150 tensors of 64x64 and 64",
+        shapes.SMALL,
+        containers.CONTAINERS,
+        containers.Plain.name,
+        1.5,
+        check=(3,),
+    ),
+    "accumulation": Row(
+        "gradients of four steps in one, compiled, 150 tensors of 64x64 and 64",
+        shapes.SMALL,
+        containers.ACCUMULATION,
+        containers.FourSteps.name,
+        None,
+        check=(1,),
+    ),
+    "accumulation-large": Row(
+        "gradients of four steps in one, compiled, 32 tensors of 1024x1024",
+        shapes.LARGE,
+        containers.ACCUMULATION,
+        containers.FourSteps.name,
+        None,
+        check=(1,),
     ),
 }
 PYTHON = "python"

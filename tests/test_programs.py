@@ -1,15 +1,16 @@
 """The law over random transformations: `update` and `apply_updates` are the meaning, and every
 execution gives the same numbers.
 
-The programs are the same in every run. Some of them begin at a seed that FO_SEED sets, so that
-other programs can be tried. A failure shows the smallest program found that fails in the same
-execution, as source; `make fuzz` looks at many more.
+Most programs are the same in every run. A hundred begin at a seed that is drawn for the run, or
+that FO_SEED sets. A failure prints what to set to see it again, and shows the smallest program
+found that fails in the same execution, as source. `make fuzz` looks at many more.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,7 @@ import functorch_opt as fo
 from functorch_opt import tree
 
 FIXED, CHANGING = 400, 100
-BEGIN = int(os.environ.get("FO_SEED", 1_000_000))
+BEGIN = int(os.environ.get("FO_SEED") or random.SystemRandom().randrange(10**6, 10**9))
 COMPILED, GRAPHS = 44, 16
 FAILED = itertools.count()
 """How many have failed so far: the first few are made smaller, which takes seconds each."""

@@ -1,7 +1,9 @@
-"""The eager execution: the rules of consecutive stages, one leaf after another, so that it goes through all of them while in the cache.
+"""The eager execution: a leaf goes through the rules of all consecutive stages, then the next leaf.
 
-Small tensors take longer to be looked at than to be computed. So leaves whose tensors are all of one dtype go the short way, a rule after
-another with nothing between (`_quickly`), and only where that gives something unusual the long way, which knows what to say.
+So a leaf stays in the cache on its way. For small tensors looking at them takes longer than computing
+with them. That is why leaves whose tensors all have one dtype take the short way: one rule after
+another, with nothing between (`_quickly`). Only where that gives something unusual, they take the long
+way, which checks everything and knows what to say.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def update_in_one_pass(
     params: PyTree | None,
     extra: Mapping[str, Any],
 ) -> tuple[PyTree, list[StageState]]:
-    """``update`` of consecutive stages, leaf by leaf: each goes through all rules while in the cache.
+    """``update`` of consecutive stages, leaf by leaf.
 
-    Only the first stage may look at all updates. Of sharded tensors only the first may have sums,
-    since the ranks exchange those of all tensors in one message; so there it is several passes.
+    Only the first stage may look at all updates. If tensors are sharded, only the first may have
+    sums, for the ranks exchange the sums over all tensors in one message. A later stage with sums
+    then begins a pass of its own.
     """
     gs, spec = structure.flatten_tensors(updates, "updates")
     later = next((k for k, tx in enumerate(stages) if k and tx.has_sums), None)
@@ -199,9 +202,9 @@ class _Stage:
 def _quickly(
     stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: int, g: Tensor
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """The update that the rules make of `g`, and the new slots; None if anything is unusual, and has to be looked at more closely.
+    """The update that the rules make of `g`, and the new slots; None if anything is unusual.
 
-    For tensors of one dtype, without a word on what may be wrong: small tensors take longer to be talked about than to be computed.
+    It is for tensors of one dtype. It says nothing of what may be wrong: `_Stage.leaf` does.
     """
     u = g
     kept = []

@@ -1,4 +1,4 @@
-"""What a stage works out once a step: its counts, its hyperparameters, and what `prepare` makes of them."""
+"""What a stage works out once a step: counts, hyperparameters, and what `prepare` makes of them."""
 
 from __future__ import annotations
 

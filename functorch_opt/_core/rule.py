@@ -1,8 +1,9 @@
 """One rule for one tensor: what is really particular about nearly every optimizer.
 
 `leafwise` makes the pair ``(init, update)`` from two functions: ``prepare``, worked out once a
-step, and ``rule``, for one tensor. What the rule needs to know of its whole tensor are ``sums`` over
-it, worked out just before the rule; of all tensors, ``totals``, worked out before ``prepare``.
+step, and ``rule``, for one tensor. What the rule needs to know of its whole tensor are ``sums``
+over it, worked out just before the rule. What it needs to know of all tensors are ``totals``,
+worked out before ``prepare``.
 All say by the *names of their arguments* what they read, and nothing else has to be declared:
 
     g         the incoming update of this tensor
@@ -283,8 +284,8 @@ def leafwise(
     """A transformation from one rule for one tensor, and what is worked out once a step.
 
     The names of their arguments say what the functions read (see the table in
-    "Write a transformation"). A rule returns its update, or ``(update, {slot: new value})`` if there
-    are slots. ``prepare`` returns ``{name: value}`` for the rule, or ``({...}, {shared: new})``.
+    "Write a transformation"). A rule returns its update, or ``(update, {slot: new value})`` if
+    there are slots. ``prepare`` returns ``{name: value}`` for the rule, or ``({...}, {shared: new})``.
 
     Args:
         rule: for one tensor. It computes in the dtype of its tensors, but at least float32, and

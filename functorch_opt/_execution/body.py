@@ -1,10 +1,12 @@
-"""What becomes of one leaf: the rules of consecutive stages as one pure function, which is compiled."""
+"""What becomes of one leaf: the rules of consecutive stages as one pure function.
+
+That function is what is compiled.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,7 +25,6 @@ Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
 ACTIVE = "_active"
 
 
-@dataclass(frozen=True)
 class Entry:
     """One thing that happens to a leaf.
 
@@ -35,16 +36,14 @@ class Entry:
     close   The gate's decision chooses between their update and what it has instead.
     """
 
-    kind: Kind
-    stage: Any = None
-
-    @property
-    def slots(self) -> tuple[str, ...]:
+    def __init__(self, kind: Kind, stage: Any = None) -> None:
+        self.kind, self.stage = kind, stage
+        self.slots = tuple(stage.slots) if kind in ("rule", "enter") else ()
         """The slots that it brings."""
-        return tuple(self.stage.slots) if self.kind in ("rule", "enter") else ()
+        self.functions = self._functions()
+        self.meanings = [Meaning(f) for f in self.functions]
 
-    @property
-    def functions(self) -> list[Callable[..., Any]]:
+    def _functions(self) -> list[Callable[..., Any]]:
         """What user's code it runs."""
         if self.kind == "rule":
             rule = self.stage.on_tensor
@@ -57,43 +56,34 @@ class Entry:
             return [f for f in (self.stage.before, self.stage.after) if f is not None]
         return []
 
+    @cached_property
+    def reads(self) -> Any:
+        """The names that its functions read."""
+        if isinstance(self.stage, Leafwise):
+            return self.stage.on_tensor.reads
+        return self.stage.before_reads, self.stage.after_reads
+
     @property
     def meaning(self) -> Any:
         """What it computes, as a key."""
         if not self.functions:
-            otherwise = getattr(self.stage, "otherwise", None)
-            return self.kind, otherwise
-        reads = (
-            self.stage.on_tensor.reads
-            if isinstance(self.stage, Leafwise)
-            else (self.stage.before_reads, self.stage.after_reads)
-        )
-        of_functions = tuple([m.now() for m in meanings(self.stage, self.functions)])
-        return (
-            self.kind,
-            of_functions,
-            self.slots,
-            reads,
-            getattr(self.stage, "kind", None),
-        )
+            return self.kind, getattr(self.stage, "otherwise", None)
+        of_functions = tuple([meaning.now() for meaning in self.meanings])
+        of_stage = self.slots, self.reads, getattr(self.stage, "kind", None)
+        return self.kind, of_functions, *of_stage
 
     @property
     def unknown(self) -> str | None:
         """What it reads that nobody can look into."""
-        found = (
-            [m.unknown for m in meanings(self.stage, self.functions)]
-            if self.functions
-            else []
-        )
-        return next((x for x in found if x), None)
+        return next((m.unknown for m in self.meanings if m.unknown), None)
 
 
-def meanings(stage: Any, functions: list[Callable[..., Any]]) -> list[Meaning]:
-    """The meanings of a stage's functions. They are worked out once, and kept with the stage."""
-    kept: list[Meaning] | None = vars(stage).get("_meanings")
-    if kept is None:
-        kept = stage._meanings = [Meaning(f) for f in functions]
-    return kept
+def entry_of(kind: Kind, stage: Any) -> Entry:
+    """The entry of a stage. It is worked out once, and kept with the stage."""
+    kept: dict[str, Entry] = vars(stage).setdefault("_entries", {})
+    if kind not in kept:
+        kept[kind] = Entry(kind, stage)
+    return kept[kind]
 
 
 class Body:

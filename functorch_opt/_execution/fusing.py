@@ -59,7 +59,10 @@ def always_counts(tx: GradientTransformation) -> bool:
 
 
 def made_once(tx: Injected, values: dict[str, Tensor]) -> GradientTransformation:
-    """The transformation for these hyperparameters; the last one again if they are the same objects."""
+    """The transformation for these hyperparameters.
+
+    It is the last one again if they are the same objects as then.
+    """
     last = vars(tx).get("_made")
     if last is not None and all(values[name] is x for name, x in last[0].items()):
         return last[1]

@@ -75,7 +75,10 @@ class Meaning:
 
 
 class _Reader:
-    """Goes through what a function reads. `fixed` is what has to be asked again: ``(get, value)``."""
+    """Goes through what a function reads.
+
+    `fixed` is what has to be asked again, as pairs ``(get, value)``.
+    """
 
     def __init__(self) -> None:
         self.fixed: list[tuple[Callable[[], Any], Any]] = []

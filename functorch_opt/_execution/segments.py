@@ -1,4 +1,4 @@
-"""Which program serves which tensor: the leaves of a model, sorted by what compiled code depends on.
+"""Which program serves which tensor. Leaves are sorted by what compiled code depends on.
 
 A `Segment` sorts the leaves that go through one `Body` by dtypes, and finds a `Program` for each
 sort; programs are kept for the whole process. torch's guards are left out, for they would cost more
@@ -28,7 +28,7 @@ from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
 BLOCK = {"cpu": 1}
-"""Tensors in a block: on a CPU calling a kernel costs nothing; elsewhere `LAUNCH` share a launch."""
+"""Tensors in a block. On a CPU calling a kernel costs nothing; elsewhere `LAUNCH` share a launch."""
 LAUNCH = 32
 EXAMPLE = 131_072
 """Elements of the tensors that a block of several is traced on."""
@@ -94,7 +94,10 @@ class Uncompiled:
 
 
 class Part:
-    """Leaves that one program serves, `size` of them at a time; `narrow` if they are computed in float32."""
+    """Leaves that one program serves, `size` of them at a time.
+
+    They are `narrow` if they are computed in float32.
+    """
 
     def __init__(self, program: Any, size: int, narrow: bool) -> None:
         self.program, self.size, self.narrow = program, size, narrow

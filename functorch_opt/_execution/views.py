@@ -34,7 +34,7 @@ class View:
         return tree.paths(tree.unflatten(self.spec, [None] * len(self.indices)))
 
     def fitting(self, given: PyTree) -> list[Any] | None:
-        """The leaves of a tree that has its structure, and nothing but tensors and None; or None."""
+        """The leaves of `given`; None if it has another structure, or something that is no tensor."""
         try:
             found = self.spec.flatten_up_to(given)
         except (ValueError, TypeError):

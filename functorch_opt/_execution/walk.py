@@ -29,7 +29,7 @@ from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
-from functorch_opt._execution.body import ACTIVE, Entry
+from functorch_opt._execution.body import ACTIVE, Entry, entry_of
 from functorch_opt._execution.fusing import (
     can_be_fused,
     fits_inside,
@@ -134,8 +134,13 @@ class Walk:
             return self._wrap(tx, state, view)
         return self._other(tx, state, view)
 
-    def _do(self, action: Callable[[], None]) -> None:
-        self.todo.append(([*self.doors], action))
+    def _do(self, action: Callable[[], None], writes: bool = False) -> None:
+        """Do it now, if it writes nothing and nothing is listed that comes before it; else list it."""
+        if writes or self.todo:
+            self.todo.append(([*self.doors], action))
+        else:
+            self.doors_now = self.doors
+            action()
 
     def _columns(
         self, tx: Any, slots: dict[str, PyTree], view: View
@@ -173,13 +178,11 @@ class Walk:
                 found.append(tx.scalars(*given))
 
         def act() -> None:
-            if looks and self._moves():
+            if self._ends_pass(tx):
                 self.flush(self)
             if not found:
                 scalars()
             now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
-            if (tx.has_sums or self._sees_otherwise(tx)) and self.sharded:
-                self.flush(self)
             if tx.has_sums and self.sharded:
                 us, ps, reference = (
                     view.leaves(self.us),
@@ -187,21 +190,24 @@ class Walk:
                     view.tree(self.us),
                 )
                 now |= tx.sums_before(reference, view.spec, us, ps, columns, now)
-            self._wait(Entry("rule", tx), view, columns, now)
+            self._wait(entry_of("rule", tx), view, columns, now)
 
         if self._is_certain() and (first or not looks):
             scalars()
-        self._do(act)
+        self._do(act, writes=self._ends_pass(tx))
         return lambda: StageState(found[0][1], state.slots)
 
-    def _moves(self) -> bool:
-        """Whether something waits that changes updates. What is around a rule is no such thing."""
-        return any(each.entry.kind not in ("enter", "open") for each in self.waiting)
+    def _ends_pass(self, tx: Leafwise) -> bool:
+        """Whether what waits has to be applied before `tx` can be worked out.
 
-    def _sees_otherwise(self, tx: Leafwise) -> bool:
-        """Whether a rule waits that sees whole tensors where `tx` sees parts, or the reverse."""
-        rules = [each.entry.stage for each in self.waiting if each.entry.kind == "rule"]
-        return any(rule.kind != tx.kind for rule in rules)
+        It has to see changed updates; or tensors are sharded, and it has sums, or sees whole tensors
+        where a rule that waits sees parts, or the reverse.
+        """
+        moving = [x.entry for x in self.waiting if x.entry.kind not in ("enter", "open")]
+        if tx.looks_around and moving:
+            return True
+        others = any(x.kind == "rule" and x.stage.kind != tx.kind for x in moving)
+        return (tx.has_sums or others) and self.sharded
 
     def _is_certain(self) -> bool:
         """Whether no gate on the way waits for its decision."""
@@ -243,7 +249,7 @@ class Walk:
             decide()
         else:
             if reads:
-                self._do(lambda: self.flush(self))
+                self._do(lambda: self.flush(self), writes=True)
             self._do(decide)
         known = isinstance(door.active, bool)
         if not known:
@@ -262,12 +268,12 @@ class Walk:
     def _open(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
             self.waiting.append(
-                Waiting(Entry("open", tx), view, {}, {ACTIVE: door.active})
+                Waiting(entry_of("open", tx), view, {}, {ACTIVE: door.active})
             )
 
     def _close(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
-            self.waiting.append(Waiting(Entry("close", tx), view))
+            self.waiting.append(Waiting(entry_of("close", tx), view))
         elif not door.active and tx.otherwise == "zero":
             self.waiting.append(Waiting(Entry("zero"), view))
 
@@ -280,10 +286,10 @@ class Walk:
         now, shared = self.wrap_scalars(tx, state, view)
         mine = {name: x for name, x in now.items() if name in tx.reads}
         if any(map(looks_around, rules_of(tx.inner)[:1])) and not self.settled:
-            self._do(lambda: self.flush(self))
-        self._do(lambda: self._wait(Entry("enter", tx), view, columns, mine))
+            self._do(lambda: self.flush(self), writes=True)
+        self._do(lambda: self._wait(entry_of("enter", tx), view, columns, mine))
         inner = self.look(tx.inner, state["inner"], view)
-        self._do(lambda: self.waiting.append(Waiting(Entry("leave", tx), view)))
+        self._do(lambda: self.waiting.append(Waiting(entry_of("leave", tx), view)))
         self.settled = False
         return lambda: {"inner": inner(), "kept": StageState(shared, kept.slots)}
 
@@ -302,7 +308,7 @@ class Walk:
             box.append(run_apart(self, tx, state, view))
 
         self.settled = False
-        self._do(act)
+        self._do(act, writes=True)
         return lambda: box[0]
 
     def _other(self, tx: GradientTransformation, state: PyTree, view: View) -> NewState:
@@ -314,7 +320,7 @@ class Walk:
                 box.append(self.aside(self, view, tx, state))
 
         self.settled = False
-        self._do(act)
+        self._do(act, writes=True)
         return lambda: box[0]
 
     # ---- a step ----------------------------------------------------------------------------------
