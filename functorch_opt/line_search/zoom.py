@@ -70,8 +70,8 @@ def scale_by_zoom_linesearch(
         slope_rtol: of the first condition, in (0, 1).
         curv_rtol: of the second condition, greater than 0; ``math.inf`` leaves it out.
         approx_dec_rtol: near a minimum, where values differ only by rounding, the slopes decide
-            instead (Hager & Zhang, eq. 23). They do if the value rises by no more than this share
-            of itself. With None they never do.
+            instead (Hager & Zhang, eq. 23). They do so if the value rises by no more than this
+            share of the first value. With None they never do.
         stepsize_precision: a bracket that is smaller is given up, if some size decreases the value
             enough.
         initial_guess_strategy: the first trial. "one" begins at 1, and "keep" at the last step
