@@ -1,1 +1,1 @@
-"""Measurements: ``python -m benchmarks cpu|compile-time|memory|gpu``. See docs/performance.md."""
+"""Measurements: ``python -m benchmarks COMMAND``. See docs/performance.md."""

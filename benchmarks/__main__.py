@@ -1,5 +1,6 @@
-"""``python -m benchmarks COMMAND``: a table here; a picture, a JSON file and tables in Markdown in
-the folder of ``--out``.
+"""``python -m benchmarks COMMAND`` prints a table.
+
+It writes a picture, a JSON file and tables in Markdown into the folder of ``--out``.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
-    """What of ours failed, or computed other numbers."""
+    """Our contenders that failed, or computed other numbers."""
     entries = [
         (row, name, entry)
         for row in result["rows"]

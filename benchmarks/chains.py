@@ -1,5 +1,6 @@
-"""The longer chains: with `functorch_opt`, where the stage that it lacks is a leafwise rule; and
-the same by hand in eager torch.
+"""The longer chains, with `functorch_opt` and by hand in eager torch.
+
+A stage that the library does not have is a leafwise rule here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""``benchmarks compile-time``: the first step in a fresh process, with an empty compile cache and
-with the one that this left on disk.
+"""``benchmarks compile-time``: the first step in a fresh process.
+
+It runs with an empty compile cache, and again with the cache that the first run left on the
+disk.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ FUSED = "torch fused"
 
 
 class Unavailable(Exception):
-    """Why a contender cannot take part: said in its row."""
+    """The reason why a contender cannot take part. Its row shows the reason."""
 
 
 def draw(
@@ -38,8 +38,9 @@ def draw(
 def gradients(
     shapes: Any, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """None of them near 0, where eps matters: HeavyBall takes the larger of eps and the root, all
-    others the sum.
+    """Gradients that are not near 0, where eps matters.
+
+    HeavyBall takes the larger of eps and the root, and all others take the sum.
     """
     return [
         x + torch.copysign(torch.full_like(x, 0.01), x)
@@ -72,8 +73,8 @@ class Contender:
 
 
 def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) -> float:
-    """The largest difference of the second list to the first, relative to the tolerance: at most 1
-    is the same.
+    """The largest difference between the two lists, relative to the tolerance. At most 1 counts as
+    the same.
     """
     first, second = results
     return max(

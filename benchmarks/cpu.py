@@ -172,8 +172,9 @@ def limit(seconds: float) -> Iterator[None]:
 def prepare(
     row: Row, seconds: float
 ) -> tuple[dict[str, Contender], dict[str, str], dict[str, float]]:
-    """The contenders that can run, after three steps on the same data; why the others cannot; and
-    how far each is from the first.
+    """The contenders that can run, after three steps on the same data.
+
+    Also the reasons why the others cannot, and how far each is from the first.
     """
     ps, feeds = (
         draw(row.shapes, 0, scale=0.02),
@@ -323,8 +324,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _each_in_a_process(args: Namespace, groups: list[list[str]]) -> dict[str, Any]:
-    """JAX takes its threads once, when it starts, torch asks once for its pages, and memory that
-    others have left is no fresh memory.
+    """Run each group of rows in a process of its own.
+
+    JAX takes its threads only once, when it starts, and torch asks only once for its pages. Memory
+    that other rows have used is not fresh memory.
     """
     result = record.header("cpu") | {"threads": args.threads, "rows": [], "python": []}
     for threads, names in itertools.product(args.threads, groups):

@@ -1,5 +1,6 @@
-"""One first step in a fresh process: ``python -m benchmarks.first_step WHO TENSORS THREADS DEVICE``
-prints its seconds.
+"""One first step in a fresh process.
+
+``python -m benchmarks.first_step WHO TENSORS THREADS DEVICE`` prints how many seconds it took.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The memory floor: a pass in place over the bytes that a step cannot avoid.
 
-A copy would overstate it, for the destination of a copy is first read into the cache; what is
-updated in place has been read anyway. Three plain torch operations stream over four flat buffers of
-the size of the whole model, whatever its tensors are: read g, read and write p, m and v, 28 bytes a
-parameter in float32. A parameter EMA adds 8, the norm for clipping one more read of g.
+A copy would overstate the floor, because the destination of a copy is first read into the cache,
+while what is updated in place has been read anyway. Three plain torch operations stream over four
+flat buffers of the size of the whole model, whatever its tensors are: read g, read and write p, m
+and v, 28 bytes a parameter in float32. A parameter EMA adds 8, the norm for clipping one more read
+of g.
 """
 
 from __future__ import annotations

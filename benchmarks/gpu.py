@@ -1,6 +1,6 @@
-"""``benchmarks gpu``: is it right, then how fast.
+"""``benchmarks gpu``: whether the numbers are right, and then how fast it is.
 
-Needs torch and optree only; ``--device cpu`` rehearses it without a GPU.
+It needs only torch and optree. ``--device cpu`` rehearses it without a GPU.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class FusedCapturable(Fused):
 
 
 class Graph(Contender):
-    """Another contender's step as a CUDA graph: what a step computes is written back to where it
-    read, so that it can be replayed.
+    """The step of another contender as a CUDA graph.
+
+    What a step computes is written back to where it was read, so that the graph can be replayed.
     """
 
     of: type[Contender]

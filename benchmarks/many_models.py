@@ -1,5 +1,6 @@
-"""``benchmarks many-models``: a training step of many small models, vmapped and in a loop of
-torch.optim; and the arithmetic alone.
+"""``benchmarks many-models``: a training step of many small models.
+
+It is vmapped, or a loop with torch.optim; the arithmetic alone is measured too.
 """
 
 from __future__ import annotations

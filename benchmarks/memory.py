@@ -1,6 +1,6 @@
 """``benchmarks memory``: what a step allocates beside parameters, gradients and state.
 
-Exact: every allocation that torch reports.
+The numbers are exact: they count every allocation that torch reports.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROWS = tuple(CONTENDERS)
 
 
 def allocations(step: Any) -> tuple[int, int]:
-    """Of one step: the bytes allocated in all, and the most that was alive at a time beside what
-    was there before.
+    """The bytes that one step allocates in all, and the most bytes alive at a time beside those
+    before.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures that several test files use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 @pytest.fixture
 def same_scalars(name: str) -> Iterator[None]:
-    """torch keeps NAdam's mu_product and ASGD's eta and mu in the default dtype, we in that of the
-    parameter. Here both are float64.
+    """Make the default dtype float64, in which torch keeps NAdam's mu_product and ASGD's eta and
+    mu.
+
+    Here they have the dtype of the parameter, so both are float64.
     """
     before = torch.get_default_dtype()
     if name in ("NAdam", "ASGD"):

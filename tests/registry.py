@@ -1,6 +1,6 @@
-"""One row per transformation and optimizer.
+"""One row for each transformation and optimizer.
 
-Every law in `test_laws.py` runs over every row; what a row cannot do is a column of it.
+Every law in `test_laws.py` runs over every row. What a row cannot do is a column of it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A training script that may be killed at any time:
-``python resumable.py CHECKPOINT STEPS compile|eager``. It prints what it has saved.
+"""A training script that may be killed at any time. It prints what it has saved.
+
+Run it by ``python resumable.py CHECKPOINT STEPS compile|eager``.
 """
 
 from __future__ import annotations

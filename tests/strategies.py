@@ -1,6 +1,4 @@
-"""Hypothesis strategies: trees of any structure, shapes, dtypes, and which gradients are
-missing.
-"""
+"""Hypothesis strategies for trees of any structure, with shapes, dtypes and missing gradients."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ optree.register_pytree_node(
 
 
 class Leaf(NamedTuple):
-    """A parameter to be: what `params_like` and `grads_like` draw their numbers for."""
+    """The description of a parameter, for which `params_like` and `grads_like` draw numbers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -83,7 +81,7 @@ class Leaf(NamedTuple):
 
 
 class Leaves:
-    """A leaf for optree: a `Leaf` is a tuple, which it would go into."""
+    """A leaf for optree. A `Leaf` itself is a tuple, which optree would take for a container."""
 
     def __init__(self, leaf: Leaf) -> None:
         self.leaf = leaf
@@ -121,7 +119,7 @@ def containers(child: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 trees = st.recursive(st.one_of(leaf, leaf, leaf, st.none()), containers, max_leaves=6)
-"""Trees with `Leaves` and ``None`` in them; a bare one and one without any leaf are among them."""
+"""Trees with `Leaves` and ``None`` in them. Some are a bare leaf, and some have no leaf at all."""
 
 plans = trees.filter(
     lambda plan: any(isinstance(x, Leaves) for x in tree.flatten(plan)[0])

@@ -1,5 +1,7 @@
-"""Averages of the parameters: against closed forms and torch's, put into a model and taken out; and
-torch's own with our optimizers.
+"""Averages of the parameters.
+
+They are compared with closed forms and with torch's, and put into a model and taken out again.
+torch's own averages are tried with our optimizers.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ def trajectory(
 
 
 def weights(d: float, t: int) -> dict[str, list[float]]:
-    """The weight of the parameters after step 0, ..., t in the average after step t, as the
-    docstring has it.
+    """The weights that the docstring gives to the parameters after steps 0, ..., t in the
+    average.
     """
     return {
         "debiased": [
@@ -108,8 +110,9 @@ def test_updates_pass_as_they_are() -> None:
     "build", [fo.optim.AdamW, torch.optim.AdamW], ids=["ours", "torch"]
 )
 def test_an_averaged_model_has_the_same_average(build: Callable) -> None:
-    """torch's EMA, updated once before training; ``debias=False`` is the same. torch's average of
-    all steps is the schedule's.
+    """torch's EMA, updated once before training, equals ``debias=False``.
+
+    torch's average of all steps equals that of the schedule.
     """
     for decay, multi_avg_fn, before, tolerance in (
         (0.8, swa_utils.get_ema_multi_avg_fn(0.8), True, 1e-12),
@@ -341,8 +344,9 @@ def trained(
 def test_in_and_out_bit_for_bit(
     error: type[BaseException] | None, dtype: torch.dtype
 ) -> None:
-    """Also a NaN with its payload, and a negative zero; the same memory, before and after; and
-    training goes on as if nothing had been.
+    """Parameters come back bit for bit, also a NaN with its payload and a negative zero.
+
+    They keep their memory, and training goes on as if nothing had happened.
     """
     (params, opt), (twins, twin) = trained(dtype=dtype), trained(dtype=dtype)
     for p in (params[0], twins[0]):
@@ -541,8 +545,10 @@ def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 def test_averaged_model_swalr_and_update_bn(
     ours: Callable, theirs: Callable, average: str
 ) -> None:
-    """The loop of torch's documentation: a scheduler, from the third epoch SWALR and the average;
-    batch norm's statistics at the end.
+    """The loop of torch's documentation: a scheduler, and SWALR and the average from the third
+    epoch.
+
+    The statistics of batch norm are computed at the end.
     """
     ends = []
     for build in (ours, theirs):

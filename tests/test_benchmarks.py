@@ -1,5 +1,6 @@
-"""The benchmarks measure what they say: the shapes are those of the models, contenders agree,
-results are complete. No times.
+"""The benchmarks measure what they say. No times are tested.
+
+The shapes are those of the models, the contenders agree, and the results are complete.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Checkpoints of chains that have changed since: what is called alike is loaded, the rest is
-reported, and an error changes nothing.
+"""Checkpoints of chains that have changed since they were saved.
+
+Values with the same names are loaded, the rest is reported, and an error changes nothing.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ def chain_with(*names: str) -> fo.GradientTransformation:
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("stage", ["clip", "noise", "trace"])
 def test_a_stage_put_in_moves_no_other(stage: str, place: int) -> None:
-    """Also before the stage whose count was the first: the count of Adam goes on, that of the new
-    stage begins.
-    """
+    """The count of Adam goes on, and that of the new stage begins, even if it is put in first."""
     first = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     train(first, 3)
     saved = through_a_file(first.state_dict())
@@ -155,8 +154,9 @@ def test_a_stage_taken_out_is_reported_and_the_others_go_on() -> None:
 
 
 def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> None:
-    """Adam goes on with its moments and counts; what is put in starts at this step: worked out by
-    hand with the functional layer.
+    """Adam goes on with its moments and counts, and the new stage starts at this step.
+
+    The expected numbers are computed by hand with the functional layer.
     """
     opt = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     train(opt, 3)
@@ -285,8 +285,8 @@ def test_a_warning_that_is_an_error_changes_nothing() -> None:
 
 
 def test_hooks_and_schedulers_go_on_working_across_a_change() -> None:
-    """A pre-hook may hand over another dict, a post-hook sees what was loaded, and a scheduler
-    drives the loaded groups.
+    """A pre-hook may return another dict, a post-hook sees what was loaded, and a scheduler drives
+    the loaded groups.
     """
     first = fo.optim.Optimizer(make_params(), chain_with("adam", "schedule"))
     sched = lr_scheduler.StepLR(first, 1, 0.5)

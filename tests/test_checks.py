@@ -1,5 +1,6 @@
-"""The contract of a torch optimizer, by the numbers of its checks: A construction, B the step, E
-swapping state, G clients.
+"""The contract of a torch optimizer, by the numbers of its checks.
+
+This file has A, construction; B, the step; E, swapped state; and G, clients.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import functorch_opt as fo
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_01_is_a_torch_optimizer_that_every_scheduler_takes(name: str) -> None:
-    """OneCycle and Cyclic want a momentum or betas; where torch's class has neither, ours has
+    """OneCycle and Cyclic need a momentum or betas. If torch's class has neither, ours has
     neither.
     """
     for scheduler, attach in SCHEDULERS.items():
@@ -229,9 +230,10 @@ def test_13_parameters_swapped_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_14_layouts_and_dtypes(name: str) -> None:
-    """Transposed, strided, expanded in the gradient, a view of one buffer; float32 beside float64.
+    """Transposed, strided, expanded in the gradient, views of one buffer, and float32 beside
+    float64.
 
-    Shapes and complex: `test_named.py`.
+    Shapes and complex tensors are in `test_named.py`.
     """
 
     def build() -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
-"""The contract of a torch optimizer, by the numbers of its checks: F steps inside the user's own
-torch.compile.
+"""The contract of a torch optimizer, by the numbers of its checks.
+
+This file has F, steps inside of a user's own torch.compile.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def shrink(group: dict) -> None:
 def test_39_41_the_functional_core(
     lr: float | Tensor, most: int, cudagraphs: bool
 ) -> None:
-    """Under any scheduler one graph with a tensor lr, two with a float.
+    """Under any scheduler there is one graph with a tensor lr, and there are two with a float.
 
-    (With CUDA graphs each float is a new graph: torch's limit.)
+    With CUDA graphs each float is a new graph, which is a limit of torch.
     """
 
     def step(
@@ -137,9 +138,8 @@ def test_40_step_is_one_graph(name: str, tensor_lr: bool) -> None:
 
 @pytest.mark.slow
 def test_40_without_init_state() -> None:
-    """State is made outside of the graph.
-
-    Where there must be no outside, the error names what to call before.
+    """The state is made outside of the graph. If there may be no outside, the error says what to
+    call first.
     """
     pairs = twins(
         lambda ps: fo.optim.AdamW(
@@ -262,8 +262,8 @@ def test_42_no_name_that_dynamo_takes_for_init_group() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True], ids=["by the user", "by compile=True"])
 def test_43_compiled_equals_eager_with_missing_gradients(compile: bool) -> None:
-    """Inductor; 7 steps, at one of them no gradients, at three a frozen tensor; parameters and
-    state.
+    """With Inductor: 7 steps, one without gradients and three with a frozen tensor; parameters and
+    state are compared.
     """
     ours, theirs = make_params(), make_params()
     opt, twin = (

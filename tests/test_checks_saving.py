@@ -1,4 +1,6 @@
-"""The contract of a torch optimizer, by the numbers of its checks: D serialization."""
+"""The contract of a torch optimizer, by the numbers of its checks. This file has D,
+serialization.
+"""
 
 from __future__ import annotations
 

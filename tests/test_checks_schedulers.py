@@ -1,4 +1,7 @@
-"""The contract of a torch optimizer, by the numbers of its checks: C schedulers, AMP, averaging."""
+"""The contract of a torch optimizer, by the numbers of its checks.
+
+This file has C: schedulers, AMP and averaging.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +92,9 @@ def test_18_19_schedulers_with_compile(name: str) -> None:
 
 @pytest.mark.parametrize("override", ["", "of an instance", "of a class"])
 def test_20_warnings_of_schedulers(override: str) -> None:
-    """In the right order there are none (a warning is an error in these tests); in the wrong one
-    they come as for torch's optimizers.
+    """In the right order there are no warnings; a warning is an error in these tests.
+
+    In the wrong order they come as they do for torch's optimizers.
     """
 
     class Mine(fo.optim.SGD):

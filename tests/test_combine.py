@@ -1,5 +1,5 @@
-"""Chains, masks, partitions and injected hyperparameters: what reaches whom, and what the state
-looks like.
+"""Chains, masks, partitions and injected hyperparameters: what reaches which stage, and the
+state.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def test_masked_leaves_pass_or_become_zero() -> None:
 
 
 def test_groups_have_no_holes() -> None:
-    """Each group's transformation sees a flat dict of its own leaves, so norms are the group's and
-    states vmap.
+    """The transformation of a group sees a flat dict of its own leaves.
+
+    So norms are those of the group, and states can be vmapped.
     """
     params = {
         "deep": {"w": torch.ones(2, 2), "b": torch.ones(2)},

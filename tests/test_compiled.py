@@ -1,5 +1,5 @@
-"""The compiled, in-place step equals `update` and `apply_updates`, for every row and for every kind
-of tensor.
+"""The compiled step in place equals `update` and `apply_updates`, for every row and kind of
+tensor.
 """
 
 from __future__ import annotations
@@ -307,8 +307,8 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["elementwise", "tensorwise"])
 def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
-    """As gradient and extra argument, as the gradient of two parameters, as parameter and gradient;
-    and then not any more.
+    """It is given as gradient and extra argument, as the gradient of two parameters, or as
+    parameter and gradient; and then no longer.
     """
     agree = fo.leafwise(
         lambda g, raw: g * (g * raw > 0), lambda *, raw: {"raw": fo.Each(raw)}, kind=kind

@@ -1,8 +1,8 @@
-"""torch's own database of optimizers as the judge: every options and error it lists, for our
-classes. Checks 3 and 50.
+"""torch's own database of optimizers as the judge, for checks 3 and 50.
 
-`torch.testing._internal.common_optimizers` says what to build and what must be refused; what a step
-must do is said here, mostly by torch's class beside ours.
+Our classes meet all options and errors that it lists. `torch.testing._internal.common_optimizers`
+says what to build and what must be refused. What a step must do is tested here, mostly by
+comparison with torch's class.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]
 
 
 def plain(kwargs: dict) -> dict:
-    """Without what torch refuses on a CPU.
+    """The options without those that torch refuses on a CPU, with tensors in float64.
 
-    Tensors in float64: torch works out ``1 - lr weight_decay`` in the dtype of lr.
+    torch computes ``1 - lr weight_decay`` in the dtype of lr.
     """
     return {
         key: value.double() if isinstance(value, Tensor) else value
@@ -207,8 +207,8 @@ def test_right_direction_under_the_database_s_schedulers(name: str, number: int)
     ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
 )
 def test_state_over_the_database(name: str, kwargs: dict) -> None:
-    """It prints; every entry has something; a dict made twice is the same; and a file of it goes on
-    in a fresh optimizer.
+    """The state prints, every parameter has one, a dict of it is the same when it is made twice,
+    and from a file of it a fresh optimizer goes on.
     """
     info = INFOS[name]
     model, x, y = model_of(info, name)

@@ -1,4 +1,4 @@
-"""The dtype of what is computed is that of the data: torch's default dtype has no part in it."""
+"""The data decide the dtype of what is computed; torch's default dtype has no effect."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What the demo claims, in small: by hand equals `sgd`, functional equals stateful, vmapped equals
-trained separately.
+"""What the demo claims, on a small scale.
+
+Descent by hand equals `sgd`, functional equals stateful, and vmapped equals trained separately.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every ```python block of the README and of docs/ runs, page by page, from top to bottom, in one
-namespace a page.
+"""Every ```python block of the README and of docs/ runs, from top to bottom, in one namespace for
+each page.
 
-One page needs the trainers that it is about: `make clients` runs it.
+One page needs the trainers that it is about, so `make clients` runs it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_the_examples_run(
 
 
 def test_every_example_is_found() -> None:
-    """A fence that is written otherwise (```py, ~~~, indented) would be shown and not run."""
+    """A fence in another form (```py, ~~~, indented) would be shown and not run."""
     for page in PAGES:
         fences = re.findall(
             r"^\s*(```+|~~~+)[ \t]*(\w*)", page.read_text(), flags=re.MULTILINE
@@ -100,5 +100,5 @@ def test_modules_that_pages_name_exist(page: Path) -> None:
 
 
 def test_the_design_page_is_short() -> None:
-    """What grows is the page of decisions."""
+    """New text belongs on the page of decisions."""
     assert len((ROOT / "docs" / "design.md").read_text().split()) <= 1500

@@ -1,5 +1,5 @@
-"""Draws of parts, of trees and of sharded tensors are parts of one stream; compiled draws are the
-eager ones.
+"""Draws of parts, trees and sharded tensors are parts of one stream; compiled draws equal eager
+ones.
 """
 
 from __future__ import annotations
@@ -421,9 +421,8 @@ def test_noise_in_a_compiled_step() -> None:
 
 @pytest.mark.slow
 def test_compiled_draws_equal_eager_ones() -> None:
-    """Uniforms are the same.
-
-    Normals differ by rounding, and are the same wherever in the stream a kernel begins.
+    """Uniform numbers are the same. Normal ones differ by rounding, and do not depend on where in
+    the stream a kernel begins.
     """
     torch._dynamo.reset()
     philox._compiled.cache_clear()

@@ -1,5 +1,6 @@
-"""Bad input to the functional layer: every row is an error, and its message says where, what was
-given, and what to write instead.
+"""Bad input to the functional layer.
+
+Every row is an error, whose message says where it is, what was given, and what to write instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Pair(NamedTuple):
 
 
 class Case(NamedTuple):
-    """``call()`` gives the bad call as a partial, so that its arguments can be looked at
+    """``call()`` returns the bad call as a partial, so that its arguments can be checked
     afterwards.
     """
 

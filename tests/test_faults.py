@@ -1,4 +1,4 @@
-"""What goes wrong: a kill in the middle of training, checkpoints of every wrong kind, exceptions
+"""Faults: a kill in the middle of training, wrong checkpoints of every kind, and exceptions
 wherever the user's code runs.
 """
 
@@ -55,8 +55,9 @@ def lines(process: subprocess.Popen) -> Iterator[list[str]]:
 def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(
     how: str, tmp_path: Path
 ) -> None:
-    """kill -9 while it trains on; AdamW, noise, a schedule inside, a scheduler outside, the
-    average: parameters and state bit for bit.
+    """After kill -9 during training, parameters and state are the same bit for bit.
+
+    It has AdamW, noise, a schedule inside, a scheduler outside, and the average.
     """
     begun = [0]
     with start(tmp_path / "whole.pt", how) as whole:
@@ -160,8 +161,8 @@ def everything(opt: torch.optim.Optimizer) -> Any:
 
 
 class Bench:
-    """An optimizer with a pristine state to go back to, what its next step leads to, and a
-    checkpoint of another run of it.
+    """An optimizer with a state to go back to, the result of its next step, and a checkpoint of
+    another run of it.
     """
 
     def __init__(self, name: str) -> None:
@@ -215,8 +216,9 @@ VALUES: list[Any] = [
 
 @st.composite
 def changes(draw: st.DrawFn) -> list[tuple]:
-    """What is done to a state dict: at a place that is chosen when it is known, a key is taken out,
-    put in or given another value.
+    """What is done to a state dict: somewhere a key is removed, added or given another value.
+
+    The place is chosen when the state dict is known.
     """
     value = st.integers(0, len(VALUES) - 1)
     place = st.integers(0, 10**6)
@@ -309,10 +311,9 @@ seen: dict[str, int] = {}
 
 @pytest.mark.parametrize("examples", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
-    """Over all kinds of optimizers.
+    """For all kinds of optimizers, what is loaded is what was saved, bit for bit.
 
-    What is loaded is what was saved, bit for bit; after an error all is as before, the next step
-    too.
+    After an error everything is as before, and so is the next step.
     """
     seen.clear()
 
@@ -379,8 +380,9 @@ PLACES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 def test_an_exception_on_the_way_to_a_step_changes_nothing(
     place: str, closure: bool, build: Callable
 ) -> None:
-    """Parameters and state are as before, though some gradients may be there already; the next step
-    is that of a run without the fault.
+    """Parameters and state are as before, though some gradients may be there already.
+
+    The next step is that of a run without the fault.
     """
     (model, x), (twin, _) = module_and_data(), module_and_data()
     opt, reference = build(list(model.parameters())), build(list(twin.parameters()))

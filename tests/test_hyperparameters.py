@@ -1,5 +1,5 @@
-"""Hyperparameters that are tensors: their derivatives in both modes, and values at the edge of what
-is allowed.
+"""Hyperparameters that are tensors: derivatives in both modes, and values at the edge of what is
+allowed.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ FACTORIES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     ("factory", "given"), FACTORIES, ids=lambda x: getattr(x, "__name__", "")
 )
 def test_injected_values_are_taken_as_the_numbers_are(factory: Any, given: Any) -> None:
-    """No factory refuses, or understands otherwise, a number that comes as a tensor."""
+    """No factory refuses a number that comes as a tensor, or gives it another meaning."""
     plain, injected = factory(**given), fo.inject_hyperparams(factory)(**given)
     a, b = plain.init(PARAMS), injected.init(PARAMS)
     for gradients in PULLS:

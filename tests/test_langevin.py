@@ -1,4 +1,4 @@
-"""sgld: the paper's step, and the stationary distribution it must have."""
+"""sgld makes the step of the paper, and has the stationary distribution that it must have."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ cases = pytest.mark.parametrize(("row", "variant"), CASES)
 
 
 def params(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict:
-    """Random values in the shapes that matter: a matrix, a 4-D kernel, a vector, a scalar, an empty
-    tensor; nested.
+    """Nested random values in the shapes that matter: a matrix, a 4-D kernel, a vector, a scalar
+    and an empty tensor.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -102,9 +102,8 @@ def test_update_is_pure(row: Row, variant: dict) -> None:
 def test_the_short_way_is_the_long_way(
     row: Row, variant: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leaves of one dtype go through all rules with nothing between.
-
-    That gives what the long way gives, to the bit.
+    """Leaves of one dtype go through all rules with nothing in between, with the same bits as the
+    long way.
     """
     tx, short, taken = row.build(variant), one_pass._quickly, []
 

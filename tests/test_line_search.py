@@ -1,5 +1,7 @@
-"""Line searches and L-BFGS: conditions met, known minima found, many problems at once, compiled,
-against torch.optim.LBFGS.
+"""Line searches and L-BFGS.
+
+They meet their conditions and find known minima, for many problems at once and compiled. They are
+compared with torch.optim.LBFGS.
 """
 
 from __future__ import annotations

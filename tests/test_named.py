@@ -1,5 +1,5 @@
-"""The classes with torch.optim's names have torch.optim's numbers, arguments, defaults and
-checkpoints. Check 50.
+"""The classes with torch.optim's names have its numbers, arguments, defaults and checkpoints (check
+50).
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ ids = [
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=ids)
 def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
-    """Muon too: Newton-Schulz rounds to bfloat16, but it does so in the same places, and in float64
-    what it starts from is the same.
+    """This holds for Muon too: Newton-Schulz rounds to bfloat16, but in the same places, and in
+    float64 it starts from the same numbers.
     """
     ours, theirs = make_params(of=name), make_params(of=name)
     a, b = getattr(fo.optim, name)(ours, **options), torchs(name, theirs, **options)
@@ -209,9 +209,9 @@ def test_the_functions_have_the_defaults_of_torch_as_they_say(name: str) -> None
 @pytest.mark.usefixtures("same_scalars")
 @pytest.mark.parametrize("name", TORCH_NAMED)
 def test_50_groups_and_a_scheduler_as_in_torch(name: str) -> None:
-    """Here two groups are one tree, with one entry per parameter for counts and numbers.
+    """Here two groups are one tree, in which counts and numbers have one entry for each parameter.
 
-    ASGD hears of an lr a step late, Rprop never.
+    A new lr acts one step late in ASGD, and never in Rprop.
     """
     trajectories = []
     for build in (

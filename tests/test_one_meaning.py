@@ -1,6 +1,7 @@
 """Every execution gives the numbers of `update`, for rules and wrappers as users write them.
 
-The reference is always the functional layer. Each test stands for a kind of fault that 0.1 had.
+The reference is always the functional layer. Each test stands for a kind of fault that an execution
+once had.
 """
 
 from __future__ import annotations
@@ -383,7 +384,7 @@ def test_what_a_rule_closes_over_changes(of: Any) -> None:
 
 
 class Scaler:
-    """An object whose method computes something: nobody can look into it."""
+    """An object whose method computes something. Its values cannot be compared."""
 
     def __init__(self) -> None:
         self.k = 1.0

@@ -1,6 +1,5 @@
-"""The stateful adapter: any transformation in the ordinary loop.
-
-The contract it meets is in `test_checks*.py`.
+"""The stateful adapter: any transformation in the ordinary loop. `test_checks*.py` has its
+contract.
 """
 
 from __future__ import annotations

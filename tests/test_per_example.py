@@ -1,6 +1,4 @@
-"""Gradients of single examples against loops over `torch.func.grad`, and what they hold in
-memory.
-"""
+"""Gradients of single examples against loops over `torch.func.grad`, and the memory they take."""
 
 from __future__ import annotations
 

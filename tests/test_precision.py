@@ -1,4 +1,4 @@
-"""Low precision: float32 copies of bfloat16 and float16 parameters, states in float32, and torch's
+"""Low precision: float32 copies of bfloat16 and float16 parameters, float32 states, and torch's
 tools for mixed precision.
 """
 
@@ -60,8 +60,8 @@ def every(dtype: torch.dtype) -> Tensor:
 
 
 def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
-    """What was added and rounded once is the rounded copy, bit for bit, and the copy is the exact
-    sum up to its rounding.
+    """The parameter is the rounded copy, bit for bit, and the copy is the exact sum up to its
+    rounding.
     """
     tx = fo.keep_master_weights(fo.identity())
     state = tx.init([p])
@@ -96,8 +96,8 @@ def check_steps(p: Tensor, master: Tensor, u: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype) -> None:
-    """Every 16-bit number, with copies all over the interval that rounds to it, and updates from
-    nothing to far too large.
+    """All 16-bit numbers, with copies all over the interval that rounds to each, and updates from
+    zero to far too large.
     """
     p = every(dtype)
     assert p.numel() == p.view(torch.int16).unique().numel() == 2**16
@@ -136,9 +136,7 @@ def test_the_parameters_are_the_rounded_copy_for_every_number(dtype: torch.dtype
 
 
 def test_the_exact_sum_could_not_be_reached_by_adding() -> None:
-    """Why the copy is p + u and not m + g: from 2.0 no float32 update leads to the rounding of
-    -2^-23.
-    """
+    """This is why the copy is p + u and not m + g: from 2.0 no float32 update leads to -2^-23."""
     p, master, g = (
         torch.tensor([2.0], dtype=torch.bfloat16),
         torch.tensor([2.0 - 2.0**-23]),

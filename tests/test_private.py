@@ -94,8 +94,8 @@ def test_gradients_and_their_clipped_sum_give_the_same_step() -> None:
 
 
 def test_the_noise_is_normal() -> None:
-    """Kolmogorov and Smirnov's distance from ``N(0, (sigma C / B)^2)`` over 40,000 numbers, of two
-    steps that are not alike.
+    """The Kolmogorov-Smirnov distance from ``N(0, (sigma C / B)^2)`` of 40,000 numbers; two steps
+    differ.
     """
     ps = {"w": torch.zeros(20_000)}
     tx = fo.differentially_private_aggregate(
@@ -353,8 +353,9 @@ def net() -> nn.Sequential:
 
 
 def scaled_loss(out: Tensor, y: Tensor) -> Tensor:
-    """Opacus adds 1e-6 to a norm before it divides by it: with norms near 1,000 that is in the
-    ninth digit.
+    """The loss is scaled because Opacus adds 1e-6 to a norm before it divides by it.
+
+    With norms near 1,000 this changes the ninth digit.
     """
     return 1000 * F.cross_entropy(out, y)
 
@@ -423,8 +424,8 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_with_noise_it_is_opacus_in_distribution() -> None:
-    """What 40 steps without a gradient move the parameters by: two samples that Kolmogorov and
-    Smirnov's test takes for one.
+    """How far 40 steps without a gradient move the parameters: the Kolmogorov-Smirnov test takes
+    the two samples for one.
     """
     theirs = pytest.importorskip("opacus").GradSampleModule(net())
     opt = opacus_optimizer(theirs, C, SIGMA, lr=1.0)
@@ -456,8 +457,9 @@ def test_with_noise_it_is_opacus_in_distribution() -> None:
 
 
 def test_the_accounting_agrees_with_opacus() -> None:
-    """The bound by Renyi divergences is above ours; the one by the privacy loss of Gopi et al.,
-    2021, is within its error of ours.
+    """The bound from Renyi divergences is above ours.
+
+    The one from the privacy loss distribution of Gopi et al., 2021, is within its error of ours.
     """
     accountants = pytest.importorskip("opacus.accountants")
     for sigma, q, steps in ((1.1, 256 / 50_000, 11_700), (0.8, 0.01, 1000)):

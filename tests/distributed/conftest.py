@@ -1,7 +1,4 @@
-"""Lets the files here import `registry` from the folder above; the ranks inherit it.
-
-And the ranks themselves.
-"""
+"""The ranks. The files here, and the ranks, can import `registry` from the folder above."""
 
 from __future__ import annotations
 

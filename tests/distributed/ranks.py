@@ -1,5 +1,6 @@
-"""Real processes with gloo on loopback: started once for a number of ranks, given one function
-after another, ended with the tests.
+"""Real processes with gloo on loopback.
+
+They are started once for a number of ranks, get one function after another, and end with the tests.
 
 Every rank runs the function, with its rank and the arguments, and returns what the test asserts.
 The function must be importable (`spawn`). An error in a rank, or a rank that does not answer, ends

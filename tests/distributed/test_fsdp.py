@@ -60,10 +60,8 @@ def test_compiled_and_partly_sharded(ranks, name: str) -> None:
 
 
 def test_the_functional_update_can_be_compiled(ranks) -> None:
-    """Without a graph break.
-
-    Twice: torch looks at which tensors share their placements, and after a first step state and
-    params do not.
+    """There is no graph break. It compiles twice: torch looks at which tensors share their
+    placements, and after the first step state and params do not.
     """
     assert ranks(2).run(scenarios.in_a_graph) == [(2, 0.0)] * 2
 

@@ -1,5 +1,6 @@
-"""An optimizer for every parameter, which steps inside of the backward pass, so that no two
-gradients are alive at the same time.
+"""An optimizer for every parameter, which steps inside of the backward pass.
+
+So no two gradients are alive at the same time.
 """
 
 from __future__ import annotations

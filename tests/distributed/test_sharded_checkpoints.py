@@ -1,5 +1,5 @@
-"""torch.distributed.checkpoint: what it does to a fresh optimizer, and a state that goes from 4
-ranks to 2 and to 1.
+"""torch.distributed.checkpoint with a fresh optimizer, and a state that goes from 4 ranks to 2 and
+to 1.
 """
 
 from __future__ import annotations

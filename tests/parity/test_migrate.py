@@ -1,5 +1,6 @@
-"""The pairs of docs/migrate.md give the same numbers: each block of optax that ends with `theirs`,
-and ours after it with `ours`.
+"""The pairs of docs/migrate.md give the same numbers.
+
+Each block of optax ends with `theirs`, and our block after it ends with `ours`.
 """
 
 from __future__ import annotations
