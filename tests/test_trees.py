@@ -1,4 +1,4 @@
-"""Every function of `functorch_opt.tree` on every kind of container, and the laws on random trees."""
+"""Every function of `functorch_opt.tree` on every container, and the laws on drawn trees."""
 
 from __future__ import annotations
 
