@@ -27,7 +27,7 @@ def lr_factor(count: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((count - WARMUP) / (STEPS - WARMUP), 1)))
 
 
-# ---- the stage that functorch_opt lacks -------------------------------------------------------------------------------------
+# ---- the stage that functorch_opt lacks ----------------------------------------------------------
 
 
 def cautious() -> fo.GradientTransformation:
@@ -48,7 +48,7 @@ def cautious() -> fo.GradientTransformation:
     return fo.leafwise(rule, prepare, sums={"kept": kept, "n": lambda g: g.numel()})
 
 
-# ---- clip + AdamW + warmup-cosine + parameter EMA ---------------------------------------------------------------------------
+# ---- clip + AdamW + warmup-cosine + parameter EMA ------------------------------------------------
 
 
 def ema_chain() -> fo.GradientTransformation:
@@ -90,7 +90,7 @@ class EmaTorch(Contender):
             torch._foreach_lerp_(self.ema, self.ps, 1 - EMA)
 
 
-# ---- the research chain -----------------------------------------------------------------------------------------------------
+# ---- the research chain --------------------------------------------------------------------------
 
 
 def research_chain(noise: bool) -> fo.GradientTransformation:

@@ -1,4 +1,6 @@
-"""The contenders for AdamW: each owns its parameters and gradients, makes a step, and lets its parameters be read."""
+"""The contenders for AdamW: each owns its parameters and gradients, makes a step, and lets its
+parameters be read.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ def same(results: list[list[Tensor]], rtol: float = 1e-4, atol: float = 1e-5) ->
     )
 
 
-# ---- torch.optim ---------------------------------------------------------------------------------------------------------
+# ---- torch.optim ---------------------------------------------------------------------------------
 
 
 class TorchOptim(Contender):
@@ -114,7 +116,7 @@ class ForLoop(TorchOptim):
     name, options = "torch for-loop", {"foreach": False, "fused": False}
 
 
-# ---- functorch_opt --------------------------------------------------------------------------------------------------------
+# ---- functorch_opt -------------------------------------------------------------------------------
 
 
 def our_adamw() -> fo.GradientTransformation:
@@ -163,7 +165,7 @@ class Adapter(TorchOptim):
         )
 
 
-# ---- others ---------------------------------------------------------------------------------------------------------------
+# ---- others --------------------------------------------------------------------------------------
 
 
 class Optax(Contender):
@@ -199,7 +201,9 @@ class Optax(Contender):
 
 
 class HeavyBall(TorchOptim):
-    """It takes the gradients away after every step, so they are given again; that is a pointer per tensor."""
+    """It takes the gradients away after every step, so they are given again; that is a pointer per
+    tensor.
+    """
 
     name = "HeavyBall AdamW"
 

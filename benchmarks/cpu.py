@@ -1,4 +1,6 @@
-"""``benchmarks cpu``: step times on the CPU, every contender and the memory floor interleaved in one run."""
+"""``benchmarks cpu``: step times on the CPU, every contender and the memory floor interleaved in
+one run.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,7 @@ ROWS = {
 PYTHON = "python"
 
 
-# ---- a row ---------------------------------------------------------------------------------------------------------------
+# ---- a row ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -280,11 +282,14 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
     )
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""With this torch asks for huge pages. With small ones it is chance how well they lie, and the same kernel takes 21 or 31 ms."""
+"""With this torch asks for huge pages.
+
+With small ones it is chance how well they lie, and the same kernel takes 21 or 31 ms.
+"""
 
 
 def run(args: Namespace) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def adamw(
     device: str = "cpu",
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ):
-    """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with `norm`, g is read once before."""
+    """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with
+    `norm`, g is read once before.
+    """
     p_dtype, m_dtype = dtypes or (torch.float32, torch.float32)
     p, g = (
         torch.randn(n, device=device).to(p_dtype),

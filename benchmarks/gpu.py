@@ -57,7 +57,7 @@ ROWS = {
 }
 
 
-# ---- contenders ------------------------------------------------------------------------------------------------------------
+# ---- contenders ----------------------------------------------------------------------------------
 
 
 class LowMoments(Compiled):
@@ -156,7 +156,7 @@ CONTENDERS = (
 )
 
 
-# ---- times -----------------------------------------------------------------------------------------------------------------
+# ---- times ---------------------------------------------------------------------------------------
 
 
 def synchronize(device: str) -> None:
@@ -185,7 +185,9 @@ def milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
 
 
 def host_milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
-    """Until the call returns, with the device idle at its start: the time of Python and of launching."""
+    """Until the call returns, with the device idle at its start: the time of Python and of
+    launching.
+    """
     times = []
     for _ in range(n):
         synchronize(device)
@@ -197,7 +199,9 @@ def host_milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
 
 
 def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
-    """Of one call, by the profiler: kernels, copies, and times that the host waits for the device; None on a CPU."""
+    """Of one call, by the profiler: kernels, copies, and times that the host waits for the device;
+    None on a CPU.
+    """
     if not device.startswith("cuda"):
         return {"kernels": None, "copies": None, "waits": None}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -214,7 +218,7 @@ def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
     }
 
 
-# ---- a row -----------------------------------------------------------------------------------------------------------------
+# ---- a row ---------------------------------------------------------------------------------------
 
 
 def eagerly(
@@ -234,10 +238,13 @@ def eagerly(
 def prepare(
     row: Set, device: str
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
-    """Contenders after three steps; what is known of each: the first step's time, and how far it is from eager updates."""
+    """Contenders after three steps; what is known of each: the first step's time, and how far it is
+    from eager updates.
+    """
     ps = draw(row.shapes, 0, device, row.dtype, scale=0.02)
     feeds = [gradients(row.shapes, seed, device, row.dtype) for seed in (1, 2, 3)]
-    # In bf16 the last bit of a parameter is 2^-8 of it, and low moments are rounded at every step. Three steps move it by 3e-3.
+    # In bf16 the last bit of a parameter is 2^-8 of it, and low moments are rounded at every step.
+    # Three steps move it by 3e-3.
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5}
         if row.dtype == torch.float32

@@ -92,7 +92,9 @@ class Loop:
 
 
 def arithmetic(n: int, x: Tensor) -> tuple[Callable[[], None], int]:
-    """The matrix products of forward and backward, batched over the models, and nothing else; and how many operations they are."""
+    """The matrix products of forward and backward, batched over the models, and nothing else; and
+    how many operations they are.
+    """
     w1, w2 = torch.randn(n, PIXELS, HIDDEN), torch.randn(n, HIDDEN, CLASSES)
     hidden, d_hidden, d_out = (
         torch.randn(n, BATCH, HIDDEN),

@@ -1,4 +1,6 @@
-"""``benchmarks per-example``: clipped sums of per-example gradients beside Opacus, in time and in memory."""
+"""``benchmarks per-example``: clipped sums of per-example gradients beside Opacus, in time and in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def conv() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    """269,322 parameters."""
+    """A network of linear layers with 269,322 parameters."""
     return nn.Sequential(
         nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
     ), (784,)
@@ -55,7 +57,7 @@ ROWS = tuple(NETS)
 Make = Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]
 
 
-# ---- contenders: a call gives the sum of the clipped gradients -----------------------------------------------------------
+# ---- contenders: a call gives the sum of the clipped gradients -----------------------------------
 
 
 def ours(chunk: int) -> Make:
@@ -123,14 +125,14 @@ CONTENDERS: dict[str, Make] = {
 
 
 def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
-    """The floor: one gradient of the summed loss, nothing of single examples."""
+    """The floor: one gradient of the summed loss, without gradients of single examples."""
     params = [*model.parameters()]
     return lambda: torch.autograd.grad(
         F.cross_entropy(model(x), y, reduction="sum"), params
     )
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def run(args: Namespace) -> dict[str, Any]:

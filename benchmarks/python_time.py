@@ -1,4 +1,6 @@
-"""The Python time of a step: a step of the same tree with next to nothing to compute, and a profile of where it goes."""
+"""The Python time of a step: a step of the same tree with next to nothing to compute, and a profile
+of where it goes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def microseconds(call: Callable[[], None], n: int) -> float:
 
 
 def profile(call: Callable[[], None], n: int) -> list[dict[str, Any]]:
-    """The functions with the most time of their own, in microseconds a call; the profiler itself makes everything slower."""
+    """The functions with the most time of their own, in microseconds a call; the profiler itself
+    makes everything slower.
+    """
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(n):
@@ -104,7 +108,9 @@ def run(of: Shapes, n: int) -> dict[str, Any]:
 
 
 def parts(make: type[Compiled], of: Shapes, n: int) -> dict[str, Any]:
-    """Of a step as it runs: the kernels, and `prepare` of all stages, by clocks around them; the rest is Python. In microseconds."""
+    """Of a step as it runs: the kernels, and `prepare` of all stages, by clocks around them; the
+    rest is Python. In microseconds.
+    """
     contender, seen = (
         make(draw(of, 0), draw(of, 1)),
         {"step": [], "kernels": [], "prepare": []},
@@ -192,7 +198,9 @@ def show(result: dict[str, Any], quiet: bool = False) -> None:
 
 
 def _prepare(ps: list[torch.Tensor], n: int) -> float:
-    """The scalars of a step, worked out for one tensor: an `update` of it, less its rule, would be about this."""
+    """The scalars of a step, worked out for one tensor: an `update` of it, less its rule, would be
+    about this.
+    """
     tx = our_adamw()
     state = tx.init(ps)
     stages = (

@@ -1,4 +1,7 @@
-"""What a result is worth nothing without: versions, machine, threads, date and command; and the JSON file that holds it."""
+"""The facts without which a result is worth nothing, and the JSON file that holds them.
+
+They are versions, machine, threads, date and command.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Tables, progress and pictures: with rich and matplotlib where they are installed, in plain text without."""
+"""Tables, progress and pictures.
+
+With rich and matplotlib they are prettier; without these libraries they are plain text.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,14 @@ if find_spec("rich"):
 else:
     console = None
 
-# Okabe and Ito's palette: told apart with any kind of colour vision.
+# The palette of Okabe and Ito, whose colours can be told apart with any kind of colour vision.
 BLACK, ORANGE, SKY, BLUE = "#000000", "#E69F00", "#56B4E9", "#0072B2"
 
 
 tables: list[str] = []
-"""Every table so far, in Markdown: for the file beside the numbers, and from there for the documentation."""
+"""Every table so far, in Markdown: for the file beside the numbers, and from there for the
+documentation.
+"""
 
 
 def say(text: str) -> None:
@@ -44,7 +49,9 @@ def table(
     numbers_to: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Print a table, and keep it in Markdown; the columns from `numbers_from` to `numbers_to` are aligned to the right."""
+    """Print a table, and keep it in Markdown; the columns from `numbers_from` to `numbers_to` are
+    aligned to the right.
+    """
     rows = [list(row) for row in rows]
     right = range(len(header))[numbers_from:numbers_to]
     lines = [header, ["--:" if i in right else "---" for i in range(len(header))], *rows]
@@ -122,7 +129,10 @@ def bars(
     label: str,
     log: bool = False,
 ) -> Path | None:
-    """A picture: a panel per row of bars, the first of each in colour, with a line at the floor. None without matplotlib."""
+    """A picture: a panel per row of bars, the first of each in colour, with a line at the floor.
+
+    None without matplotlib.
+    """
     panels = [panel for panel in panels if panel[1]]
     if not find_spec("matplotlib") or not panels:
         say(

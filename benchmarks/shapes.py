@@ -1,4 +1,6 @@
-"""The parameter shapes of real models, worked out from their architectures, and the uniform sets of the tables."""
+"""The parameter shapes of real models, from their architectures, and the uniform sets of the
+tables.
+"""
 
 from math import prod
 

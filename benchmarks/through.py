@@ -1,4 +1,6 @@
-"""``benchmarks through``: the hypergradient of k steps of Adam, beside torchopt: the same number, time and memory; and with checkpoints."""
+"""``benchmarks through``: the hypergradient of k steps of Adam, beside torchopt: the same number,
+time and memory; and with checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ ROWS = {"small": (32, 10), "large": (256, 10), "long": (64, 50)}
 
 
 class Problem:
-    """A network of three layers; the derivative of its loss after some steps of Adam with respect to the logarithm of the learning rate.
+    """A network of three layers; the derivative of its loss after some steps of Adam with respect
+    to the logarithm of the learning rate.
 
-    All contenders take the inner gradient with ``torch.autograd.grad(..., create_graph=True)``, which torchopt needs.
+    All contenders take the inner gradient with ``torch.autograd.grad(..., create_graph=True)``,
+    which torchopt needs.
     """
 
     def __init__(self, width: int, steps: int) -> None:

@@ -1,4 +1,7 @@
-"""Interleaved timing: in every round each contender has its turn, so that a noise that lasts is shared by all of them."""
+"""Interleaved timing: in every round each contender has its turn.
+
+So noise that lasts for a while affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def in_turns(
     description: str,
     turn: float = TURN,
 ) -> dict[str, list[float]]:
-    """Seconds per call, ``{name: one for each round}``. A turn begins with an untimed call; the order changes from round to round."""
+    """Seconds per call, ``{name: one for each round}``.
+
+    A turn begins with an untimed call; the order changes from round to round.
+    """
     calls = {}
     for name, call in work.items():
         call()
@@ -43,7 +49,9 @@ def in_turns(
 def summary(
     times: Mapping[str, Sequence[float]], against: str | None, floor: str = "floor"
 ) -> dict[str, dict[str, Any]]:
-    """Medians: milliseconds, and of the ratios of paired rounds to `against` and to the floor; with quartiles."""
+    """Medians: milliseconds, and of the ratios of paired rounds to `against` and to the floor; with
+    quartiles.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, of in times.items():
         entry: dict[str, Any] = {

@@ -23,7 +23,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-# Okabe and Ito's palette: told apart with any kind of colour vision.
+# The palette of Okabe and Ito, whose colours can be told apart with any kind of colour vision.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#000000",
     "#E69F00",

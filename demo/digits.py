@@ -1,4 +1,7 @@
-"""Section 2, handwritten digits: one chain, run as pure functions and as a torch optimizer; torch's own AdamW as reference."""
+"""Section 2, handwritten digits: one chain, run as pure functions and as a torch optimizer.
+
+torch's own AdamW is the reference.
+"""
 
 import copy
 import math
@@ -57,7 +60,7 @@ def load() -> Data:
 def minibatches(
     data: Data, epochs: int, batch: int = BATCH, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """The batches of all epochs, each epoch in a new order; what is left over at the end of an epoch is dropped."""
+    """The batches of all epochs, each in a new order. The remainder of an epoch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     orders = [
         torch.randperm(len(data.x_train), generator=generator) for _ in range(epochs)
@@ -83,7 +86,7 @@ class ConvNet(nn.Module):
         return self.head(x.flatten(1))  # [n, 10]
 
 
-# ---- one chain, trained three ways ---------------------------------------------------------------------------------------
+# ---- one chain, trained three ways ---------------------------------------------------------------
 
 
 def is_weight(path: str, p: Tensor) -> bool:
@@ -140,7 +143,9 @@ def stateful(
 def torch_adamw(
     model: nn.Module, steps: int, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Steps:
-    """The reference, without functorch_opt: the same steps, but for the noise, which torch does not have."""
+    """The reference, without functorch_opt: the same steps, but for the noise, which torch does not
+    have.
+    """
     weights, rest = (
         [p for p in model.parameters() if p.ndim > 1],
         [p for p in model.parameters() if p.ndim <= 1],
@@ -172,7 +177,7 @@ def torch_adamw(
         yield loss, dict(model.named_parameters())
 
 
-# ---- the section -------------------------------------------------------------------------------------------------------
+# ---- the section ---------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):

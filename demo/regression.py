@@ -1,4 +1,6 @@
-"""Section 1, y = 2x: gradient descent by hand, then four optimizers under three learning-rate policies."""
+"""Section 1, y = 2x: gradient descent by hand, then four optimizers under three learning-rate
+policies.
+"""
 
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def train(tx: fo.GradientTransformation, iterations: int) -> Run:
     return params, losses
 
 
-# ---- the section -------------------------------------------------------------------------------------------------------
+# ---- the section ---------------------------------------------------------------------------------
 
 
 def run(out: Path) -> Path:
@@ -178,7 +180,7 @@ def _draw(by_hand: list[float], losses: dict[tuple[str, str], list[float]]) -> F
 
 
 def _visible(losses: list[float]) -> list[float]:
-    """A logarithmic axis has no 0; draw it at the lower edge."""
+    """The losses with 0 at the lower edge, because a logarithmic axis has no 0."""
     return [max(loss, 1e-15) for loss in losses]
 
 

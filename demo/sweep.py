@@ -1,4 +1,6 @@
-"""Section 3: 64 learning rates in one run, with `fo.sweep`, beside a loop of 64 torch.optim.Adam."""
+"""Section 3: 64 learning rates in one run, with `fo.sweep`, beside a loop of 64
+torch.optim.Adam.
+"""
 
 import time
 from pathlib import Path
@@ -35,7 +37,7 @@ def train_alone(lr: float, batches: Batches, seed: int = 0) -> tuple[nn.Module, 
 
 
 def sweep(data: tuple[Tensor, Tensor], lrs: Tensor, epochs: int) -> fo.Sweep:
-    """All of them at once: each is the run of `train_alone`."""
+    """All learning rates at once. Each run is that of `train_alone`."""
     make = lambda: make_model().to(data[0].dtype)  # noqa: E731
     return fo.sweep(
         make,

@@ -61,9 +61,8 @@ from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"
 
-if (
-    not _typing.TYPE_CHECKING
-):  # Type checkers read the star imports above, and no computed list.
+# Type checkers read the star imports above; they do not read a computed list.
+if not _typing.TYPE_CHECKING:
     __all__ = ["__version__", "optim", "random", "tree"]
     __all__ += [
         name

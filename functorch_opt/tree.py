@@ -1,8 +1,8 @@
-"""What one does with trees of tensors, for those who write transformations.
+"""Functions of trees of tensors, for those who write transformations.
 
 A *tree* is a tensor, ``None``, or a container of trees: dict, list, tuple, NamedTuple, or a class
-that is registered with optree. ``None`` is a leaf, and it means *nothing here*: no gradient for this
-parameter, or no parameter. Every function below leaves ``None`` as it is.
+that is registered with optree. ``None`` is a leaf, and it means *nothing here*: no gradient for
+this parameter, or no parameter. Every function below leaves ``None`` as it is.
 """
 
 from functorch_opt._core.numerics import (

@@ -20,7 +20,9 @@ class Row:
     make: Callable[..., fo.GradientTransformation]
     """Builds the transformation from its numeric hyperparameters, given by name."""
     hyper: dict[str, float] = field(default_factory=dict)
-    """Hyperparameters that may be tensors: vmapped over, differentiated, changed without recompiling."""
+    """Hyperparameters that may be tensors: vmapped over, differentiated, changed without
+    recompiling.
+    """
     variants: tuple[dict[str, Any], ...] = ({},)
     """Other ways to call `make`: options that change what is computed."""
     smooth: bool = True
@@ -30,19 +32,29 @@ class Row:
     rounds: bool = False
     """Whether it does something for low-precision parameters only."""
     reads_shape: bool = False
-    """Whether it looks at the shape of a tensor, so that a complex one is not just pairs of reals."""
+    """Whether it looks at the shape of a tensor, so that a complex one is not just pairs of
+    reals.
+    """
     passes_none: bool = True
-    """Whether it leaves parameters without gradient alone; a function of whole trees does as it likes."""
+    """Whether it leaves parameters without gradient alone; a function of whole trees does as it
+    likes.
+    """
     slots_rest: bool = True
-    """Whether the slots of a parameter without gradient stay; the memory of L-BFGS moves on for all parameters together."""
+    """Whether the slots of a parameter without gradient stay; the memory of L-BFGS moves on for all
+    parameters together.
+    """
     unrolls: bool = False
-    """Whether compiled code unrolls its loop, which takes long: `test_line_search.py` compiles a small one."""
+    """Whether compiled code unrolls its loop, which takes long: `test_line_search.py` compiles a
+    small one.
+    """
     shards: bool = True
     """Whether it takes sharded tensors; otherwise it raises an error that says so."""
     apart: bool = False
     """Whether it is not made of rules, so that a compiled step runs it eagerly, and says so."""
     written: bool = True
-    """Whether `make` is the public function itself, so that what it builds prints as one call and pickles."""
+    """Whether `make` is the public function itself, so that what it builds prints as one call and
+    pickles.
+    """
 
     @property
     def id(self) -> str:
@@ -62,7 +74,9 @@ class Row:
 
 
 def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
-    """`tx`, given what it reads: ``f(q) = 3 + <g, q - p> + |q - p|^2``, whose gradient at the params p is the g that comes in."""
+    """`tx`, given what it reads: ``f(q) = 3 + <g, q - p> + |q - p|^2``, whose gradient at the
+    params p is the g that comes in.
+    """
 
     def update(updates, state, params):
         def value_fn(at):
@@ -115,7 +129,9 @@ def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformatio
 
 
 def refreshed_scale(decay: float) -> fo.GradientTransformation:
-    """Divides by a mean of sizes that is brought up to date at every second step: a periodic rule."""
+    """Divides by a mean of sizes that is brought up to date at every second step: a periodic
+    rule.
+    """
 
     def work(g, size, decay):
         return {"size": decay * size + (1 - decay) * (g * g)}
@@ -170,7 +186,9 @@ def at_odd_steps(learning_rate: float, **options: Any) -> fo.GradientTransformat
 
 
 def with_a_heavy_ball(learning_rate: float, decay: float) -> fo.GradientTransformation:
-    """A wrap: the inner transformation sees other gradients and parameters; its update gets momentum."""
+    """A wrap: the inner transformation sees other gradients and parameters; its update gets
+    momentum.
+    """
 
     def before(g, p, ball, decay):
         return g + decay * p, p + decay * ball

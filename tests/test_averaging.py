@@ -57,7 +57,7 @@ def trajectory(
     return all_ps, averages, state
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def weights(d: float, t: int) -> dict[str, list[float]]:
@@ -173,7 +173,7 @@ def test_low_precision_parameters_are_averaged_in_float32_and_handed_out_in_thei
     assert fo.eval_params(tx, state, ps)["w"].dtype == torch.bfloat16
 
 
-# ---- reading it out of a state -------------------------------------------------------------------------------------------------
+# ---- reading it out of a state -------------------------------------------------------------------
 
 PS = {"enc": {"w": torch.ones(2), "b": torch.zeros(())}, "head": torch.full((3,), 2.0)}
 GS = tree.map(torch.ones_like, PS)
@@ -323,7 +323,7 @@ def test_a_parameter_that_is_none_and_under_vmap() -> None:
     assert torch.equal(torch.func.vmap(one)(ps["w"]), ps["w"] / 2)
 
 
-# ---- into the model and out ----------------------------------------------------------------------------------------------------
+# ---- into the model and out ----------------------------------------------------------------------
 
 
 def trained(
@@ -515,7 +515,7 @@ def test_compiled_it_runs_in_the_same_pass() -> None:
     torch.testing.assert_close(params[0], twins[0])
 
 
-# ---- torch's averages with our optimizers ----------------------------------------------------------------------------------------
+# ---- torch's averages with our optimizers --------------------------------------------------------
 
 
 def model_and_loader() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

@@ -45,7 +45,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_small_sets_have_the_size_asked_for() -> None:
     assert [len(shapes.small(n)) for n in (6, 20, 150, 1000)] == [6, 20, 150, 1000]
 
 
-# ---- contenders ----------------------------------------------------------------------------------------------------------
+# ---- contenders ----------------------------------------------------------------------------------
 
 
 def after_three_steps(make: type[contenders.Contender]) -> list[torch.Tensor]:
@@ -154,7 +154,7 @@ def test_a_missing_peer_and_a_failing_contender_have_their_rows(
     assert "not installed (torchopt)" in capsys.readouterr().out
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def test_ratios_are_medians_of_paired_rounds() -> None:
@@ -211,7 +211,7 @@ def test_tables_without_rich_and_pictures_without_matplotlib(
     assert "matplotlib is not installed" in out
 
 
-# ---- the program, in small ---------------------------------------------------------------------------------------------------
+# ---- the program, in small -----------------------------------------------------------------------
 
 
 def run(out: Path, command: str, *options: str) -> dict:

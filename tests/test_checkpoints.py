@@ -92,7 +92,7 @@ def chain_with(*names: str) -> fo.GradientTransformation:
     return fo.chain(*(stages[name]() for name in names))
 
 
-# ---- a stage more or less --------------------------------------------------------------------------------------------------
+# ---- a stage more or less ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -186,7 +186,9 @@ def test_the_numbers_after_a_change_are_those_of_the_chain_that_was_meant() -> N
 
 @pytest.mark.parametrize("direction", ["into", "out of"])
 def test_a_chain_put_into_another_is_found_again(direction: str) -> None:
-    """``adamw(...)`` becomes ``chain(clip(...), adamw(...))``: the names get a stage's name in front."""
+    """``adamw(...)`` becomes ``chain(clip(...), adamw(...))``: the names get a stage's name in
+    front.
+    """
     alone, inside = fo.adamw(0.1), fo.chain(fo.clip(1.0), fo.adamw(0.1))
     before, after = (alone, inside) if direction == "into" else (inside, alone)
     first, params = fo.optim.Optimizer(make_params(), before), make_params()
@@ -352,7 +354,7 @@ def test_a_hook_that_raises_leaves_the_optimizer_as_it_was(hook: str) -> None:
     )
 
 
-# ---- what cannot be loaded -------------------------------------------------------------------------------------------------
+# ---- what cannot be loaded -----------------------------------------------------------------------
 
 
 def edit(path: list, value: object) -> Callable[[dict], None]:
@@ -656,7 +658,7 @@ def test_torchs_classes_without_a_step_load_strictly(name: str, options: dict) -
     )
 
 
-# ---- the functional layer ----------------------------------------------------------------------------------------------------
+# ---- the functional layer ------------------------------------------------------------------------
 
 
 def test_a_functional_state_outlives_a_change_if_asked_to() -> None:

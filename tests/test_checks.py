@@ -26,7 +26,7 @@ from training import (
 
 import functorch_opt as fo
 
-# ---- A. class and construction ------------------------------------------------------------------------------------------
+# ---- A. class and construction -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
@@ -164,7 +164,7 @@ def test_06_groups_are_separate_optimizers() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-# ---- B. step ---------------------------------------------------------------------------------------------------------------
+# ---- B. step -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TORCH_NAMED)
@@ -361,7 +361,7 @@ def test_16_17_update_is_in_place_and_leaves_no_graph(name: str) -> None:
     assert all(p.grad_fn is None and p.is_leaf and p.requires_grad for p in params)
 
 
-# ---- E. parameters and state from outside ------------------------------------------------------------------------------------
+# ---- E. parameters and state from outside --------------------------------------------------------
 
 
 def test_38_swapped_in_parameters_and_state() -> None:
@@ -411,7 +411,7 @@ def test_38_swapped_in_parameters_and_state() -> None:
         )
 
 
-# ---- G. clients --------------------------------------------------------------------------------------------------------------
+# ---- G. clients ----------------------------------------------------------------------------------
 
 
 def test_49_the_profiler_knows_the_step_and_the_state() -> None:

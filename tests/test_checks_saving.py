@@ -270,7 +270,9 @@ def test_31_a_copy_of_lbfgs_makes_steps() -> None:
 
 
 def test_32_hooks() -> None:
-    """All six kinds, once each, in torch's order; what a hook puts into the state passes through."""
+    """All six kinds, once each, in torch's order; what a hook puts into the state passes
+    through.
+    """
     params = make_params()
     opt = fo.optim.AdamW(params)
     calls: list[str] = []

@@ -53,7 +53,7 @@ def said_once(apart: bool) -> AbstractContextManager[Any]:
     )
 
 
-# ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) ---------------------------
+# ---- law 4, over every row (the executor itself; Dynamo traces its blocks, nothing is generated) -
 
 
 @pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
@@ -79,7 +79,7 @@ def test_step_equals_update_and_apply(row: Row, variant: dict, donate: bool) -> 
         mine, ours = new
 
 
-# ---- the real compiler -------------------------------------------------------------------------------------------------------
+# ---- the real compiler ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> Non
         loss.backward()
 
 
-# ---- what guards would have seen ---------------------------------------------------------------------------------------------
+# ---- what guards would have seen -----------------------------------------------------------------
 
 
 def check(
@@ -343,7 +343,10 @@ def test_a_tensor_that_is_given_twice(kind: str, backend: str) -> None:
 def test_a_pass_writes_its_updates_over_what_is_the_steps_own(
     own: bool, backend: str
 ) -> None:
-    """In place of new memory, where shape and dtype allow it. What somebody else holds stays as it is."""
+    """In place of new memory, where shape and dtype allow it.
+
+    What somebody else holds stays as it is.
+    """
     drawn = {
         "a": torch.randn(3, 4),
         "b": torch.randn(()),

@@ -36,7 +36,9 @@ MORE_THAN_TORCH = (
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
     "betas must be either both floats or both Tensors",
 )
-"""Errors of torch's implementations that there is no reason for here: any number may be a tensor, and `foreach` has no effect."""
+"""Errors of torch's implementations that there is no reason for here: any number may be a tensor,
+and `foreach` has no effect.
+"""
 
 
 def model_of(info: OptimizerInfo, name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -123,7 +125,9 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
     ("name", "kwargs"), [case for case in CASES if case.values[0] in OURS]
 )
 def test_every_flag_of_torch_is_accepted(name: str, kwargs: dict) -> None:
-    """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional layer."""
+    """`foreach`, `fused` and `capturable` change nothing; `differentiable` names the functional
+    layer.
+    """
     info, models = INFOS[name], []
     flags = [flag for flag in info.supported_impls if flag != "differentiable"] + (
         ["capturable"] if info.has_capturable_arg else []

@@ -30,7 +30,7 @@ def in_float64(data: digits.Data) -> digits.Data:
     )
 
 
-# ---- 1. regression -----------------------------------------------------------------------------------------------------
+# ---- 1. regression -------------------------------------------------------------------------------
 
 
 def test_gradient_descent_by_hand_equals_sgd_bit_for_bit() -> None:
@@ -52,7 +52,7 @@ def test_every_optimizer_comes_near_y_equals_2x(optimizer: str, policy: str) -> 
     assert params["w"].item() == pytest.approx(2, abs=0.3)
 
 
-# ---- 2. digits ---------------------------------------------------------------------------------------------------------
+# ---- 2. digits -----------------------------------------------------------------------------------
 
 
 def test_minibatches_are_seeded_and_see_every_image_once_an_epoch(
@@ -107,7 +107,7 @@ def test_without_noise_the_chain_is_torch_adamw(data: digits.Data) -> None:
     )
 
 
-# ---- 3. learning rates -------------------------------------------------------------------------------------------------
+# ---- 3. learning rates ---------------------------------------------------------------------------
 
 
 def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
@@ -130,7 +130,7 @@ def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
     assert not result.diverged[:2].any()
 
 
-# ---- the whole ---------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ KEY = random.key(2**63 + 5)
 DRAWS = [random.bits, random.uniform, random.normal]
 draws = pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
 
-# ---- bits and uniforms -----------------------------------------------------------------------------------------------------
+# ---- bits and uniforms ---------------------------------------------------------------------------
 
 
 def test_golden_bits() -> None:
@@ -77,7 +77,7 @@ def test_uniforms_are_uniform() -> None:
     assert_uncorrelated(u[1:] - 0.5, u[:-1] - 0.5)
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 SHAPES = [(), (1,), (7,), (16,), (5, 3), (4, 8), (3, 1, 5), (2, 3, 4), (2, 2, 3, 2)]
 
@@ -160,7 +160,7 @@ def test_wrong_parts(args: tuple, message: str) -> None:
         random.normal(KEY, *args)
 
 
-# ---- trees ---------------------------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 
 def leaves() -> dict:
@@ -216,7 +216,7 @@ def test_what_is_no_tensor_has_no_shape() -> None:
         random.normal_like(KEY, {"w": 1.0})
 
 
-# ---- sharded tensors, in real processes --------------------------------------------------------------------------------------
+# ---- sharded tensors, in real processes ----------------------------------------------------------
 
 SHARDED = {"a": (5, 3), "b": (4, 6), "c": (7,), "d": (1, 5), "e": (2, 3, 5), "f": (3, 2)}
 """Uneven, and one of them with nothing for the second rank."""
@@ -334,7 +334,7 @@ def test_sharded_by_two_dimensions(gathered: dict) -> None:
     assert torch.equal(gathered["grid"]["x"], random.uniform_like(KEY, torch.zeros(5, 6)))
 
 
-# ---- compiled ------------------------------------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 
 
 def test_the_compiled_draw_is_used_where_it_can_be(

@@ -26,7 +26,7 @@ from torch.optim import optimizer
 import functorch_opt as fo
 from functorch_opt import tree
 
-# ---- killed, and resumed ---------------------------------------------------------------------------------------------------------
+# ---- killed, and resumed -------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent
 STEPS = 300
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(
     assert ends[0][0] == "finished" and ends[0] == ends[1]
 
 
-# ---- checkpoints of every kind -----------------------------------------------------------------------------------------------------
+# ---- checkpoints of every kind -------------------------------------------------------------------
 
 
 def make_params(
@@ -334,7 +334,7 @@ def test_any_state_dict_loads_rightly_or_changes_nothing(examples: int) -> None:
     assert min(seen.values()) > examples // 100, seen
 
 
-# ---- exceptions in the user's code -------------------------------------------------------------------------------------------------
+# ---- exceptions in the user's code ---------------------------------------------------------------
 
 
 class Failed(Exception):

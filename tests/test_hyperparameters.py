@@ -64,7 +64,7 @@ def test_both_modes_give_the_slope_of_every_injected_hyperparameter(row: Row) ->
         torch.testing.assert_close(forward, slope, rtol=1e-4, atol=1e-7, msg=name)
 
 
-# ---- values that a number may not have, or has by default -----------------------------------------
+# ---- values that a number may not have, or has by default ----------------------------------------
 
 
 ZERO_UPDATES = {"w": torch.zeros(2), "b": torch.zeros(())}

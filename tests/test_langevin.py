@@ -12,7 +12,9 @@ from functorch_opt import random
 
 
 def test_the_step_is_that_of_the_paper() -> None:
-    """Eq. 4 for U = -log p: the step is -(epsilon_t / 2) grad U + eta_t, eta_t ~ N(0, epsilon_t), with epsilon twice the learning rate."""
+    """Eq. 4 for U = -log p: the step is -(epsilon_t / 2) grad U + eta_t, eta_t ~ N(0, epsilon_t),
+    with epsilon twice the learning rate.
+    """
     epsilon = fo.polynomial_schedule(0.2, 0.02, 1.0, 10)
     tx, key = fo.sgld(lambda count: epsilon(count) / 2, key=5), random.key(5)
     ps = {"w": torch.zeros(3, 2), "b": torch.zeros(5)}
@@ -37,8 +39,11 @@ def test_without_temperature_it_is_gradient_descent() -> None:
 
 @pytest.mark.parametrize(("rate", "temperature"), [(0.1, 1.0), (0.5, 2.0), (1.0, 0.3)])
 def test_stationary_variance(rate: float, temperature: float) -> None:
-    """Of 40,000 chains with U = p^2 / 2s. They are a linear recursion, whose variance is T s / (1 - rate / 2s): for small rates that of
-    exp(-U / T)."""
+    """Of 40,000 chains with U = p^2 / 2s.
+
+    They are a linear recursion, whose variance is T s / (1 - rate / 2s): for small rates that of
+    exp(-U / T).
+    """
     n, s = 40_000, 2.0
     tx, p = fo.sgld(rate, temperature, key=1), torch.zeros(n)
     state = tx.init(p)

@@ -79,7 +79,7 @@ def assert_same(a, b, **tolerance) -> None:
             )
 
 
-# ---- 1. pure -----------------------------------------------------------------------------------------------------------
+# ---- 1. pure -------------------------------------------------------------------------------------
 
 
 @cases
@@ -130,7 +130,7 @@ def test_two_inits_share_nothing(row: Row, variant: dict) -> None:
     }
 
 
-# ---- 2. structure, shape, dtype ------------------------------------------------------------------------------------------
+# ---- 2. structure, shape, dtype ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_complex_is_a_pair_of_reals(row: Row, variant: dict) -> None:
         assert_same(tree.map(torch.view_as_real, u), v, rtol=1e-12, atol=1e-12)
 
 
-# ---- 3. vmap, grad, compile ------------------------------------------------------------------------------------------------
+# ---- 3. vmap, grad, compile ----------------------------------------------------------------------
 
 
 @cases
@@ -267,7 +267,7 @@ def test_derivative_equals_finite_differences(row: Row, variant: dict) -> None:
         )
 
 
-# ---- 5. missing and zero gradients -------------------------------------------------------------------------------------------
+# ---- 5. missing and zero gradients ---------------------------------------------------------------
 
 
 @cases
@@ -329,7 +329,7 @@ def test_zero_gradient_is_finite_in_low_precision(
     assert all(u.isfinite().all() for u in tree.leaves(updates))
 
 
-# ---- 6. checkpoints ----------------------------------------------------------------------------------------------------------
+# ---- 6. checkpoints ------------------------------------------------------------------------------
 
 
 @cases
@@ -363,7 +363,7 @@ def test_repr_reads_as_the_call_and_pickles(row: Row) -> None:
     assert_same(run(again, 3), run(tx, 3))
 
 
-# ---- 7. precision ------------------------------------------------------------------------------------------------------------
+# ---- 7. precision --------------------------------------------------------------------------------
 
 
 def test_second_moment_decays_under_bfloat16_params() -> None:
@@ -393,7 +393,7 @@ def test_the_data_exercises_the_laws() -> None:
     assert math.prod(grads(0)["none"].shape) == 0
 
 
-# ---- 3 again: one graph --------------------------------------------------------------------------------------------------------
+# ---- 3 again: one graph --------------------------------------------------------------------------
 
 
 class Counting:
@@ -411,7 +411,9 @@ class Counting:
 def test_compiles_to_one_graph_for_every_count_and_hyperparameter(
     row: Row, variant: dict
 ) -> None:
-    """The whole step, transformation built inside: what changes between calls are tensors, so nothing recompiles."""
+    """The whole step, transformation built inside: what changes between calls are tensors, so
+    nothing recompiles.
+    """
     if row.unrolls:
         pytest.skip("its loop is unrolled, which takes long: see test_line_search.py")
     torch._dynamo.reset()
@@ -454,7 +456,9 @@ def test_vmapped_init_and_update_compile_once() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "noisy_sgd", "partition"])
 def test_inductor_gives_the_same_numbers(name: str) -> None:
-    """The rows with the most kinds of work, through the real compiler: alone, and vmapped over three models."""
+    """The rows with the most kinds of work, through the real compiler: alone, and vmapped over
+    three models.
+    """
     torch._dynamo.reset()
     row = next(row for row in ROWS if row.name == name)
     tx = row.build()

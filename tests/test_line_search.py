@@ -59,7 +59,7 @@ SEARCHES = {
 }
 
 
-# ---- alone -----------------------------------------------------------------------------------------------------------------
+# ---- alone ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 10])
@@ -114,7 +114,10 @@ def test_backtracking_takes_the_first_that_decreases_enough() -> None:
 
 
 def test_a_search_outside_the_domain() -> None:
-    """p - log p is NaN beside p > 0. Where nothing is finite, the step is 0, and the next search starts anew."""
+    """p - log p is NaN beside p > 0.
+
+    Where nothing is finite, the step is 0, and the next search starts anew.
+    """
 
     def f(p: Tensor) -> Tensor:
         return (p - p.log()).sum()
@@ -188,7 +191,7 @@ def test_value_and_gradient_come_from_the_state() -> None:
     torch.testing.assert_close(p, mine)
 
 
-# ---- many at once ----------------------------------------------------------------------------------------------------------
+# ---- many at once --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -225,7 +228,7 @@ def test_a_hundred_problems_are_solved() -> None:
     assert gs.abs().max() < 1e-5
 
 
-# ---- compiled --------------------------------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -261,11 +264,14 @@ def test_compiles_to_one_graph(batched: bool) -> None:
     assert len(graphs) == 1
 
 
-# ---- against torch.optim.LBFGS -----------------------------------------------------------------------------------------------
+# ---- against torch.optim.LBFGS -------------------------------------------------------------------
 
 
 def test_first_directions_are_those_of_torch() -> None:
-    """At the same fixed step size. The first step of torch is min(1, 1 / |g|_1) long, so both begin at its second."""
+    """At the same fixed step size.
+
+    The first step of torch is min(1, 1 / |g|_1) long, so both begin at its second.
+    """
     p = torch.tensor([0.5, -0.3, 0.8], dtype=F64)
     A = torch.diag(torch.tensor([1.0, 5.0, 20.0], dtype=F64)) + 0.3
     theirs = p.clone().requires_grad_()
@@ -327,7 +333,7 @@ def test_logistic_regression_on_digits_beside_torch() -> None:
     torch.testing.assert_close(loss(ours), loss(theirs).detach(), rtol=1e-4, atol=0)
 
 
-# ---- as torch optimizers ---------------------------------------------------------------------------------------------------
+# ---- as torch optimizers -------------------------------------------------------------------------
 
 
 def stateful(tx: fo.GradientTransformation, steps: int) -> Tensor:
@@ -365,7 +371,7 @@ def test_what_a_closure_cannot_give_is_an_error_and_nothing_moves() -> None:
     assert torch.equal(p, torch.ones(2))
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 P = torch.ones(2)
 WRONG = {

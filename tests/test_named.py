@@ -366,7 +366,9 @@ def test_the_rules_beside_the_classes_compile_to_one_graph(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["NAdam", "RAdam", "ASGD", "Rprop", "Adafactor", "Muon"])
 def test_the_rules_beside_the_classes_run_in_compiled_blocks(name: str) -> None:
-    """Slots with one number for a parameter (NAdam, ASGD) and matrices (Muon, Adafactor) among them."""
+    """Slots with one number for a parameter (NAdam, ASGD) and matrices (Muon, Adafactor) among
+    them.
+    """
     torch._dynamo.reset()
     ps, qs = ([p.detach() for p in make_params(of=name)] for _ in range(2))
     tx = chain_of(name, make_params(of=name))

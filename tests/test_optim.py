@@ -50,7 +50,9 @@ def test_any_transformation_equals_its_functional_self(
 
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
-    """Two groups with their own numbers, missing gradients, a scheduler: in place, through compiled blocks."""
+    """Two groups with their own numbers, missing gradients, a scheduler: in place, through compiled
+    blocks.
+    """
 
     def factory(
         learning_rate: float, weight_decay: float = 0.1

@@ -33,7 +33,7 @@ def close(a: Any, b: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
             )
 
 
-# ---- models and losses -------------------------------------------------------------------------------------------------
+# ---- models and losses ---------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -128,7 +128,7 @@ problems = st.tuples(
 chunk_sizes = st.one_of(st.none(), st.integers(1, 8))
 
 
-# ---- the law -----------------------------------------------------------------------------------------------------------
+# ---- the law -------------------------------------------------------------------------------------
 
 
 @bounded
@@ -215,7 +215,7 @@ def test_the_data_exercises_the_clip() -> None:
         assert norms.min() > 1e-3 and norms.max() > 1.2 * norms.min()
 
 
-# ---- parts, and batches of every kind -------------------------------------------------------------------------------------
+# ---- parts, and batches of every kind ------------------------------------------------------------
 
 
 def test_parts_are_clipped_by_their_own_norms() -> None:
@@ -316,7 +316,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     assert fo.clip_and_sum(torch.tensor([[1.0], [math.nan]]), 1.0).sum.isnan().all()
 
 
-# ---- pure, and transformable ----------------------------------------------------------------------------------------------
+# ---- pure, and transformable ---------------------------------------------------------------------
 
 
 def test_nothing_given_is_changed() -> None:
@@ -350,7 +350,9 @@ def test_vmapped_over_models_equals_a_loop(model: str) -> None:
 
 
 def test_differentiable_through_the_clip() -> None:
-    """A learned clip, and a gradient of gradients, against finite differences; one example is at a minimum, its gradient zero."""
+    """A learned clip, and a gradient of gradients, against finite differences; one example is at a
+    minimum, its gradient zero.
+    """
     x = torch.tensor([[1.0, 2.0], [0.5, -1.0], [0.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
 
@@ -374,7 +376,9 @@ def test_differentiable_through_the_clip() -> None:
 
 @pytest.mark.slow
 def test_one_graph() -> None:
-    """The whole step of private training, traced: no graph break, and no second graph for other values."""
+    """The whole step of private training, traced: no graph break, and no second graph for other
+    values.
+    """
     torch._dynamo.reset()
     graphs = []
 
@@ -400,7 +404,7 @@ def test_one_graph() -> None:
     assert len(graphs) == 1
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def most_alive(call: Callable[[], Any]) -> int:
@@ -443,7 +447,7 @@ def test_memory_is_that_of_a_chunk() -> None:
     assert fused[64, 8] < 1.01 * fused[32, 8]
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 w, x3, x4 = torch.ones(2), torch.ones(3, 2), torch.ones(4, 2)
 

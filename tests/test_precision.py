@@ -51,7 +51,7 @@ def run(
     return ps, state
 
 
-# ---- the rounded master ------------------------------------------------------------------------------------------------------
+# ---- the rounded master --------------------------------------------------------------------------
 
 
 def every(dtype: torch.dtype) -> Tensor:
@@ -165,7 +165,7 @@ def test_an_overflow_takes_the_copy_along() -> None:
     assert fo.apply_updates(p, updates)[0].isnan() and fo.get(state, "master")[0].isnan()
 
 
-# ---- what it is for ------------------------------------------------------------------------------------------------------------
+# ---- what it is for ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -253,7 +253,7 @@ def test_a_missing_gradient_leaves_the_copy_alone() -> None:
     assert not torch.equal(fo.get(new, "master")["b"], fo.get(state, "master")["b"])
 
 
-# ---- everywhere ------------------------------------------------------------------------------------------------------------------
+# ---- everywhere ----------------------------------------------------------------------------------
 
 
 def test_vmapped_equals_a_loop() -> None:
@@ -351,7 +351,9 @@ def test_the_adapter_keeps_the_copy_beside_the_slots_and_goes_on_after_a_checkpo
 
 
 def test_part_of_a_model() -> None:
-    """The usual mixed model: bfloat16 matrices with a copy, float32 norms without; one lr for both, by a scheduler."""
+    """The usual mixed model: bfloat16 matrices with a copy, float32 norms without; one lr for both,
+    by a scheduler.
+    """
     params = {
         "w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
         "norm": nn.Parameter(torch.ones(4)),
@@ -457,7 +459,7 @@ def test_it_prints_pickles_and_teaches() -> None:
         fo.chain(tx, fo.clip(1.0))
 
 
-# ---- without it: float32 states --------------------------------------------------------------------------------------------------
+# ---- without it: float32 states ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -484,7 +486,9 @@ def test_it_prints_pickles_and_teaches() -> None:
 def test_low_precision_parameters_with_float32_state(
     dtype: torch.dtype, ours: Callable, theirs: Callable
 ) -> None:
-    """The state is that of torch's float32 run with the same gradients; the step is rounded once, to the parameter's dtype."""
+    """The state is that of torch's float32 run with the same gradients; the step is rounded once,
+    to the parameter's dtype.
+    """
     params = [nn.Parameter(p) for p in make_params(dtype).values()]
     opt = ours(params)
     wide = [nn.Parameter(p.detach().float()) for p in params]
@@ -520,7 +524,7 @@ def test_low_precision_parameters_with_float32_state(
                 )
 
 
-# ---- torch's tools ---------------------------------------------------------------------------------------------------------------
+# ---- torch's tools -------------------------------------------------------------------------------
 
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
@@ -592,7 +596,9 @@ def test_autocast_loops_follow_torchs(pair: tuple[Callable, Callable]) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> None:
-    """A skipped step changes neither parameters nor state; unscale_, then clip, then step; the scale grows and shrinks as with torch."""
+    """A skipped step changes neither parameters nor state; unscale_, then clip, then step; the
+    scale grows and shrinks as with torch.
+    """
     _, x, y = model_and_data()
 
     def loop(model: nn.Module, opt: torch.optim.Optimizer) -> list[float]:

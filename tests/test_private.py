@@ -42,7 +42,7 @@ def normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
-# ---- the transformation ------------------------------------------------------------------------------------------------
+# ---- the transformation --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bounds", [C, {"w": 0.5, "b": 0.2}], ids=["whole", "parts"])
@@ -50,7 +50,9 @@ def normal_cdf(x: float) -> float:
 def test_it_is_the_clipped_sum_and_the_noise_over_the_batch_size(
     bounds: Any, expected: float | None
 ) -> None:
-    """The noise is that of `add_noise` with the same key, and ``sigma sqrt(sum_k C_k^2)`` for its standard deviation."""
+    """The noise is that of `add_noise` with the same key, and ``sigma sqrt(sum_k C_k^2)`` for its
+    standard deviation.
+    """
     ps, grads = params(), per_example(9)
     tx = fo.differentially_private_aggregate(
         bounds, SIGMA, key=5, expected_batch_size=expected
@@ -141,7 +143,9 @@ def test_an_empty_batch_is_its_noise() -> None:
 
 
 def test_one_example_moves_the_sum_by_c_at_most() -> None:
-    """Neighbouring batches: with and without an example, however large its gradient, whatever its weight."""
+    """Neighbouring batches: with and without an example, however large its gradient, whatever its
+    weight.
+    """
     grads = per_example(9)
     grads["w"][4] *= 1e12
     for weights in (None, torch.linspace(-50, 50, 9, dtype=torch.float64)):
@@ -227,11 +231,13 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
         call()
 
 
-# ---- sampling and accounting -------------------------------------------------------------------------------------------
+# ---- sampling and accounting ---------------------------------------------------------------------
 
 
 def test_poisson_sampling() -> None:
-    """Over 2,000 batches: sizes have the mean and variance of the binomial, examples are in one independently and equally often."""
+    """Over 2,000 batches: sizes have the mean and variance of the binomial, examples are in one
+    independently and equally often.
+    """
     n, expected, batches = 50, 8.0, 2000
     q = expected / n
     inside = torch.zeros(batches, n, dtype=torch.float64)
@@ -258,7 +264,9 @@ def test_poisson_sampling_at_its_ends() -> None:
 def test_privacy_of_one_step_on_everything_is_that_of_the_gaussian_mechanism(
     sigma: float,
 ) -> None:
-    """Balle & Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem 8."""
+    """Balle & Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem
+    8.
+    """
     epsilon = fo.privacy_spent(sigma, sampling_rate=1.0, steps=1, delta=1e-5)
     delta = normal_cdf(1 / (2 * sigma) - epsilon * sigma) - math.exp(
         epsilon
@@ -283,7 +291,7 @@ def test_without_dp_accounting_the_error_says_what_to_install(
         fo.privacy_spent(1.0, 0.1, 10, 1e-5)
 
 
-# ---- optax ---------------------------------------------------------------------------------------------------------------
+# ---- optax ---------------------------------------------------------------------------------------
 
 
 def test_clipping_is_optaxs() -> None:
@@ -334,7 +342,7 @@ def test_dp_sgd_without_noise_is_optaxs() -> None:
             )
 
 
-# ---- Opacus --------------------------------------------------------------------------------------------------------------
+# ---- Opacus --------------------------------------------------------------------------------------
 
 
 def net() -> nn.Sequential:
@@ -463,7 +471,7 @@ def test_the_accounting_agrees_with_opacus() -> None:
         assert prv.get_epsilon(1e-5) == pytest.approx(ours, rel=0.01)
 
 
-# ---- the benchmark and the picture ---------------------------------------------------------------------------------------
+# ---- the benchmark and the picture ---------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("default")

@@ -1,9 +1,9 @@
 """The law over random transformations: `update` and `apply_updates` are the meaning, and every
 execution gives the same numbers.
 
-Most programs are the same in every run. A hundred begin at a seed that is drawn for the run, or that
-FO_SEED sets. A failure prints what to set to see it again, and shows the smallest program found
-that fails in the same execution, as source. `make fuzz` looks at many more.
+Most programs are the same in every run. A hundred begin at a seed that is drawn for the run, or
+that FO_SEED sets. A failure prints what to set to see it again, and shows the smallest program
+found that fails in the same execution, as source. `make fuzz` looks at many more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Randomness as a function of a key: published vectors, statistics, the layout of streams, and the same bits in every mode."""
+"""Randomness as a function of a key.
+
+The tests compare it with published vectors, and look at statistics, the layout of streams, and the
+bits in every mode.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,13 @@ STEP = 1 << 36
 """Blocks that one step of `add_noise` owns."""
 
 
-# ---- the generator -----------------------------------------------------------------------------------------------------
+# ---- the generator -------------------------------------------------------------------------------
 
 
 def philox_in_python(seed: int, counter: int) -> tuple[int, ...]:
-    """Philox-4x32-10 of a 64-bit seed and a 128-bit counter, in unbounded integers, as in the paper."""
+    """Philox-4x32-10 of a 64-bit seed and a 128-bit counter, in unbounded integers, as in the
+    paper.
+    """
     k = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
     c = [counter >> 32 * i & 0xFFFFFFFF for i in range(4)]
     for _ in range(10):
@@ -69,7 +75,9 @@ def test_philox_known_answers(key: str, counter: str, output: str) -> None:
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 2, 2**63 - 2, -(2**63), -2])
 def test_words_are_those_of_the_64_bit_counter(seed: int, offset: int) -> None:
-    """Seed and offset in two's complement; ``offset + block`` carries into the high word and wraps around at 2**64."""
+    """Seed and offset in two's complement; ``offset + block`` carries into the high word and wraps
+    around at 2**64.
+    """
     key = torch.stack([random.key(seed)[0], torch.tensor(offset)])
     for i, words in enumerate(
         zip(*(w.tolist() for w in philox.words(key, torch.arange(4))), strict=True)
@@ -123,13 +131,15 @@ def test_seeds_are_taken_modulo_2_to_the_64() -> None:
     assert random.key(2**63).tolist() == [-(2**63), 0]
 
 
-# ---- statistics --------------------------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 N = 100_000
 
 
 def assert_standard_normal(z: Tensor) -> None:
-    """Four moments within four standard errors, and Kolmogorov and Smirnov's distance (1.95 is passed once in a thousand)."""
+    """Four moments within four standard errors, and Kolmogorov and Smirnov's distance (1.95 is
+    passed once in a thousand).
+    """
     z, n = z.double().flatten(), z.numel()
     for k, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], 1):
         assert abs((z**k).mean() - moment) < 4 * math.sqrt(variance / n), f"moment {k}"
@@ -180,7 +190,7 @@ def test_neighbouring_and_derived_keys_are_independent() -> None:
             assert_uncorrelated(a, b)
 
 
-# ---- keys --------------------------------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------
 
 
 def test_split_is_fold_in_of_0_1_2() -> None:
@@ -234,7 +244,7 @@ def test_the_offset_wraps_around() -> None:
     assert torch.equal(random.normal(last, (12,))[4:], random.normal(start, (8,)))
 
 
-# ---- the same bits in every mode ---------------------------------------------------------------------------------------
+# ---- the same bits in every mode -----------------------------------------------------------------
 
 
 def everything(key: Tensor) -> tuple[Tensor, ...]:
@@ -263,11 +273,13 @@ def test_vmapped_keys_equal_a_loop() -> None:
         assert torch.equal(got, torch.stack(wanted))
 
 
-# ---- add_noise ---------------------------------------------------------------------------------------------------------
+# ---- add_noise -----------------------------------------------------------------------------------
 
 
 def params() -> dict:
-    """Sizes that fill blocks and that do not, an empty leaf, a scalar, a complex one; in the order in which they are flattened."""
+    """Sizes that fill blocks and that do not, an empty leaf, a scalar, a complex one; in the order
+    in which they are flattened.
+    """
     return {
         "a": torch.zeros(5),
         "b": [torch.zeros(2, 4), torch.zeros(0, 3)],
@@ -333,7 +345,9 @@ def test_noise_is_added_to_the_update() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 1000])
 def test_every_leaf_has_blocks_of_its_own(count: int) -> None:
-    """Leaf by leaf the stream from its first block, and the blocks do not overlap: a stream of its own for every leaf and step."""
+    """Each leaf has the stream from its first block, and the blocks of leaves and steps do not
+    overlap.
+    """
     got = drawn(fo.add_noise(1.0, 0.0, key=7), count=count)
     assert got.keys() == BLOCKS.keys()
     taken: set[int] = set()
@@ -395,7 +409,9 @@ def test_chunks_do_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_count_per_leaf() -> None:
-    """As in the stateful adapter: equal counts give the noise of the one count, different ones to every leaf that of its own."""
+    """As in the stateful adapter, equal counts give the noise of one count, and different counts
+    give each leaf the noise of its own.
+    """
     tx, n = fo.add_noise(0.5, 0.55, key=7), len(BLOCKS)
     assert_equal(drawn(tx, count=torch.full((n,), 6)), drawn(tx, count=6))
     counts = [0, 4, 1, 2, 7, 4]
@@ -427,7 +443,9 @@ def test_resumed_stream_continues() -> None:
 
 
 def test_the_key_is_in_the_state() -> None:
-    """The key with which a transformation was made matters at init only: a state goes on as it began."""
+    """The key with which a transformation was made matters only at init; a state goes on as it
+    began.
+    """
     one, two = fo.add_noise(1.0, 0.0, key=1), fo.add_noise(1.0, 0.0, key=2)
     assert_equal(drawn(one, state=two.init(params())), drawn(two))
     assert not torch.equal(drawn(one)["a"], drawn(two)["a"])

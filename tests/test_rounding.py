@@ -1,4 +1,6 @@
-"""stochastic_round: what it gives are the two neighbours, with the right probabilities, and nothing is left to round."""
+"""stochastic_round gives one of two neighbours with the right probabilities, and nothing is left to
+round.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def spread(n: int, dtype: torch.dtype, seed: int, reach: int) -> Tensor:
 
 @low
 def test_the_sum_becomes_one_of_its_two_neighbours(dtype: torch.dtype) -> None:
-    """Over all sizes of parameter and update, subnormal sums included; and p + u' is that value before it is rounded, up to float32."""
+    """The sizes of parameters and updates are arbitrary, and sums may be subnormal.
+
+    Before it is rounded, p + u' is the neighbour up to float32.
+    """
     p, u = spread(200_000, dtype, 0, 12).to(dtype), spread(200_000, dtype, 1, 12)
     same = torch.arange(0, 200_000, 3)
     u[same] = p[same].float() * torch.linspace(
@@ -178,7 +183,9 @@ def test_in_a_step_of_the_real_compiler() -> None:
 
 
 def _the_step_equals_update(step: CompiledStep) -> None:
-    """Bit for bit: what is random is exact, and the sum that is rounded is worked out in the same way."""
+    """They are equal bit for bit, because the random numbers are exact, and the sum that is rounded
+    is computed in the same way.
+    """
     generator = torch.Generator().manual_seed(0)
     ps = {
         "w": torch.randn(33, 5, generator=generator).bfloat16(),

@@ -1,4 +1,7 @@
-"""Every schedule against its formula in plain `math`, against torch.optim.lr_scheduler, and under vmap, grad and compile."""
+"""Every schedule against its formula in plain `math` and against torch.optim.lr_scheduler.
+
+The schedules are tested under vmap, grad and compile too.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ import functorch_opt as fo
 from functorch_opt import schedules
 
 LAST = 45
-"""Counts go up to here: every schedule below is over by then, so that what comes after is looked at too."""
+"""The largest count. Every schedule below ends before it, so that what comes after is tested too.
+"""
 
 
-# ---- the formulas, one count at a time, written from the definitions ------------------------------------------------------
+# ---- the formulas, one count at a time, written from the definitions -----------------------------
 
 
 def line(t: int, start: float, end: float, steps: int) -> float:
@@ -31,7 +35,9 @@ def line(t: int, start: float, end: float, steps: int) -> float:
 def half_cosine(
     t: int, start: float, end: float, steps: int, exponent: float = 1.0
 ) -> float:
-    """``cos(x / 2)^2`` in place of ``(1 + cos x) / 2``, so that it is not the same line of code twice."""
+    """``cos(x / 2)^2`` in place of ``(1 + cos x) / 2``, so that it is not the same line of code
+    twice.
+    """
     return (
         end
         if t >= steps
@@ -150,7 +156,7 @@ def warmup_exponential(t, init_value, peak_value, warmup_steps, **decay):
     )
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,9 @@ class Row:
     fixed: dict[str, Any] = field(default_factory=dict)
     """The other arguments."""
     make: Callable[..., Any] | None = None
-    """Builds the schedule from `hyper` and `fixed`, where that is not simply a call of the function."""
+    """Builds the schedule from `hyper` and `fixed`, where that is not simply a call of the
+    function.
+    """
 
     def build(self, **hyper: Any) -> Any:
         return (self.make or getattr(fo, self.name))(
@@ -447,7 +455,10 @@ def powers(row: Row) -> bool:
 
 @rows
 def test_int_tensor_vector_and_vmap_agree(row: Row) -> None:
-    """Bit for bit among scalars and among vectors. Between the two, torch's `pow` itself differs by a rounding (scalar and SIMD code)."""
+    """Bit for bit among scalars and among vectors.
+
+    Between the two, torch's `pow` itself differs by a rounding (scalar and SIMD code).
+    """
     schedule = row.build()
     counts = torch.arange(LAST + 1)
     scalars, vector = [schedule(t) for t in range(LAST + 1)], schedule(counts)
@@ -571,7 +582,7 @@ def test_a_later_change_of_an_argument_changes_nothing(make) -> None:
     assert pickle.loads(pickle.dumps(schedule))(20) == before
 
 
-# ---- what is not elementary ---------------------------------------------------------------------------------------------------
+# ---- what is not elementary ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -601,7 +612,9 @@ def test_no_warmup_starts_at_the_peak(name: str) -> None:
 
 
 def test_derivative_is_finite_where_an_earlier_piece_has_overflowed() -> None:
-    """`torch.where` sends a zero gradient into the piece not chosen, and 0 * inf is NaN: no piece may see counts beyond its end."""
+    """`torch.where` sends a zero gradient into the piece not chosen, and 0 * inf is NaN: no piece
+    may see counts beyond its end.
+    """
 
     def value(init_value, at):
         pieces = [
@@ -621,7 +634,7 @@ def test_any_function_of_the_count_can_be_joined() -> None:
     assert schedule(torch.arange(7)).tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 7.0, 7.0]
 
 
-# ---- against torch.optim.lr_scheduler -------------------------------------------------------------------------------------------
+# ---- against torch.optim.lr_scheduler ------------------------------------------------------------
 
 LR, N = 0.4, 60
 torch_lr = torch.optim.lr_scheduler
@@ -678,7 +691,8 @@ TORCH = {
         fo.piecewise_constant_schedule(LR, {5: 0.2, 30: 0.2}),
         N,
     ),
-    # torch's cycle has its first and its last value at counts 0 and total_steps - 1, and its peak at pct_start * total_steps - 1
+    # torch's cycle has its first and its last value at counts 0 and total_steps - 1, and its peak
+    # at pct_start * total_steps - 1
     "OneCycleLR-cosine": (
         lambda o: torch_lr.OneCycleLR(o, LR, total_steps=N, pct_start=0.3),
         fo.cosine_onecycle_schedule(N - 1, LR, pct_start=17.5 / (N - 1)),
@@ -702,7 +716,7 @@ def test_equals_torch(name: str) -> None:
     assert len(set(seen)) > 2
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
 NO_STEPS = "transition_steps must be a whole number of updates, at least 1; got 0"

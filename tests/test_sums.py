@@ -1,4 +1,6 @@
-"""Sums over a tensor that an elementwise rule reads: the same numbers as a tensorwise rule that works them out itself."""
+"""Sums over a tensor that an elementwise rule reads equal those that a tensorwise rule computes
+itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from functorch_opt import tree
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.segments import PROGRAMS
 
-# ---- one transformation, written both ways: it reads the update, the parameter, a slot, a hyperparameter, and what prepare gives ----
+# ---- one transformation, written both ways: it reads the update, the parameter, a slot, a hyperpar
 
 
 def with_sums(weight: float | Tensor = 0.5) -> fo.GradientTransformation:
@@ -136,7 +138,9 @@ def test_mapped_and_differentiated() -> None:
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
 def test_compiled(backend: str) -> None:
-    """In one pass with what stands before and after, and as one program for all tensors that are no scalars."""
+    """They run in one pass with what is before and after, as one program for all tensors but
+    scalars.
+    """
     PROGRAMS.clear()
     tx = fo.chain(fo.scale_by_adam(eps=1e-3), with_sums(), fo.scale_by_learning_rate(0.1))
     step, ps, mine = (
@@ -179,12 +183,14 @@ def test_compiled_sums_over_a_master_copy(dtype: torch.dtype) -> None:
     assert len(step.segments) == 1
 
 
-# ---- what is compiled for a CPU -------------------------------------------------------------------------------------------------
+# ---- what is compiled for a CPU ------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_compiled_sum_of_many_numbers_is_exact() -> None:
-    """A float32 sum, number after number, would stop growing at 2^24 a lane and be off by 1e-4 long before."""
+    """A float32 sum, number after number, would stop growing at 2^24 a lane and be off by 1e-4 long
+    before.
+    """
     tx = fo.leafwise(
         lambda g, total: torch.zeros_like(g) + total, sums={"total": lambda g: g.sum()}
     )
@@ -223,7 +229,10 @@ def test_numbers_and_rows_that_many_elements_read(shape: tuple[int, ...]) -> Non
 
 @pytest.mark.slow
 def test_factors_that_wait_for_another_sum() -> None:
-    """They are taken out of sums. What guards them, what is overwritten in between, and sums of zeros stay right."""
+    """They are taken out of sums.
+
+    What guards them, what is overwritten in between, and sums of zeros stay right.
+    """
 
     def scaled(g, p, mean, total, n):
         kept, mean = (

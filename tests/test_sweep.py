@@ -1,4 +1,6 @@
-"""A sweep computes what its runs would compute alone; it marks those that diverge, and finds the best."""
+"""A sweep computes what its runs would compute alone; it marks those that diverge, and finds the
+best.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def stacked(result: fo.Sweep) -> Tensor:
     return torch.cat([p.flatten(1) for p in result.params.values()], 1)
 
 
-# ---- each run is what it would be alone --------------------------------------------------------------------------------
+# ---- each run is what it would be alone ----------------------------------------------------------
 
 
 def train_alone(
@@ -52,7 +54,7 @@ def train_alone(
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     bound: float = math.inf,
 ) -> tuple[list[float], nn.Module]:
-    """An ordinary loop, with nothing of ours."""
+    """An ordinary loop, without this library."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make_model()
@@ -192,7 +194,7 @@ def test_a_loss_function_without_data_and_an_optimizer_that_reads_the_loss() -> 
     assert result.best == {"scale": 1.5}
 
 
-# ---- diverging runs ----------------------------------------------------------------------------------------------------
+# ---- diverging runs ------------------------------------------------------------------------------
 
 
 def test_diverging_runs_are_marked_and_the_others_do_not_notice() -> None:
@@ -232,7 +234,7 @@ def test_without_a_run_that_ends_there_is_no_best() -> None:
         _ = result.best
 
 
-# ---- seeds ---------------------------------------------------------------------------------------------------------------
+# ---- seeds ---------------------------------------------------------------------------------------
 
 
 def test_a_run_depends_on_its_own_seed_only() -> None:
@@ -329,7 +331,7 @@ def test_dropout_is_reproducible_and_off_in_validation() -> None:
     )
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def test_batches_may_come_from_anywhere() -> None:
@@ -377,7 +379,7 @@ def test_validation_decides() -> None:
     )  # a tenth of 12 steps is one
 
 
-# ---- what comes out --------------------------------------------------------------------------------------------------------
+# ---- what comes out ------------------------------------------------------------------------------
 
 
 def test_the_best_as_a_module() -> None:
@@ -408,7 +410,7 @@ def test_the_table_shows_the_best_first() -> None:
     assert repr(result) == result.table()
 
 
-# ---- tables, bars and pictures ---------------------------------------------------------------------------------------------
+# ---- tables, bars and pictures -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("seed", "weight_decay"), [(0, 0.0), (range(2), [0.0, 0.1])])
@@ -459,7 +461,7 @@ def test_without_the_extra_the_message_says_what_to_install(
         call()
 
 
-# ---- compiled ----------------------------------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -543,7 +545,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(
         )
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 LR = {"learning_rate": [0.1, 0.2]}
 MODEL = make_model()

@@ -1,4 +1,6 @@
-"""Differentiating through training: with respect to everything, at zero gradients, and with checkpoints of steps."""
+"""Differentiate through training: with respect to everything, at zero gradients, and with
+checkpoints of steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def _train(tx: fo.GradientTransformation, ps: dict, gradients: list) -> list:
 def test_derivatives_at_zero_gradients_are_finite(
     row: Row, variant: dict, dtype: torch.dtype
 ) -> None:
-    """Three steps with gradients that are exactly zero, and whose derivative is not: g = stiffness (p - where p is)."""
+    """Three steps with gradients that are exactly zero, and whose derivative is not: g = stiffness
+    (p - where p is).
+    """
     hyper = {
         name: torch.tensor(value, dtype=torch.float64)
         for name, value in row.hyper.items()
@@ -58,7 +62,8 @@ def test_derivatives_at_zero_gradients_are_finite(
     torch.testing.assert_close(
         end(*at), torch.cat([p.flatten() for p in tree.leaves(rest[-1])])
     )
-    # Under vmap torch gives a 0-dim float32 tensor times a number a float64 tangent, and lerp rejects it: forward mode in float64 only.
+    # Under vmap torch gives a 0-dim float32 tensor times a number a float64 tangent, and lerp
+    # rejects it: forward mode in float64 only.
     for jac in (jacrev, jacfwd) if dtype == torch.float64 else (jacrev,):
         derivative = state_dict(jac(end, argnums=(0, 1, 2))(*at))
         wrong = [path for path, d in derivative.items() if not d.isfinite().all()]
@@ -89,7 +94,9 @@ def test_what_is_not_smooth_has_the_derivative_zero(name: str) -> None:
 
 
 def test_checkpointed_steps_give_the_same_hypergradient_and_keep_less() -> None:
-    """With torch.autograd inside and outside; torch.func.grad refuses the hooks that a checkpoint needs."""
+    """With torch.autograd inside and outside; torch.func.grad refuses the hooks that a checkpoint
+    needs.
+    """
     start = params()
     kept: list[int] = []
 

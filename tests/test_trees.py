@@ -1,4 +1,4 @@
-"""Trees: every function of `functorch_opt.tree` on every kind of container, and the laws of `docs/design.md` on drawn ones."""
+"""Every function of `functorch_opt.tree` on every container, and the laws on drawn trees."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ EXAMPLES = {  # name: (tree, paths of its leaves)
 examples = pytest.mark.parametrize(("example", "paths"), EXAMPLES.values(), ids=EXAMPLES)
 
 
-# ---- structure ---------------------------------------------------------------------------------------------------------
+# ---- structure -----------------------------------------------------------------------------------
 
 
 @examples
@@ -250,7 +250,7 @@ def test_broadcast() -> None:
         structure.broadcast({"z": 1}, below, names=names)
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -349,7 +349,7 @@ def test_cast() -> None:
     assert numerics.cast(example, None) is example
 
 
-# ---- reading a state ---------------------------------------------------------------------------------------------------
+# ---- reading a state -----------------------------------------------------------------------------
 
 PARAMS = {"enc": Layer(ones(2, 3), ones(3)), "head": Pair(ones(3), None)}
 
@@ -424,7 +424,7 @@ def test_describe_says_what_each_model_has_of_its_own() -> None:
         fo.describe((x, x.T), in_dims=(0, 0))
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @examples
@@ -452,7 +452,7 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
     assert torch.equal(state["w"], zeros(2))
 
 
-# ---- mixed containers --------------------------------------------------------------------------------------------------
+# ---- mixed containers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,10 @@ def test_load_state_dict_keeps_the_saved_dtype_and_leaves_its_arguments_alone() 
     ids=["adamw", "mask", "predicate", "partition", "labels", "inject"],
 )
 def test_gradients_in_another_kind_of_dict(tx: fo.GradientTransformation) -> None:
-    """What belongs together is found by key: an OrderedDict keeps its order, a dict is flattened in the order of its keys."""
+    """What belongs together is found by key.
+
+    An OrderedDict keeps its order, and a dict is flattened in the order of its keys.
+    """
     ps, gs = (
         {"w": t(3), "b": t(3), "z": t(3)},
         {"w": -t(3), "b": 2 * t(3), "z": t(3) ** 2},
@@ -495,7 +498,7 @@ def test_gradients_in_another_kind_of_dict(tx: fo.GradientTransformation) -> Non
         )
 
 
-# ---- drawn trees: the functions ----------------------------------------------------------------------------------------
+# ---- drawn trees: the functions ------------------------------------------------------------------
 
 
 @bounded
@@ -555,7 +558,7 @@ def test_two_drawn_trees_fit_or_the_error_tells_where_not(one: Any, two: Any) ->
             assert y is None or x.shape == y.shape
 
 
-# ---- drawn trees: the laws ---------------------------------------------------------------------------------------------
+# ---- drawn trees: the laws -----------------------------------------------------------------------
 
 CASES = [(row, variant) for row in ROWS for variant in row.variants]
 
@@ -566,7 +569,9 @@ def outline(example: Any) -> Any:
 
 
 def slots_by_param(state: Any) -> dict[str, dict[str, Tensor]]:
-    """``{path of a parameter: {place of a slot: tensor}}``, also where the state keeps its part as a flat dict by path."""
+    """``{path of a parameter: {place of a slot: tensor}}``, also where the state keeps its part as
+    a flat dict by path.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for path, value in fo.state_dict(state).items():
         place, here, below = path.partition("slots/")
@@ -586,7 +591,9 @@ def through_a_file(state: Any) -> Any:
 @bounded
 @given(plans, st.sampled_from(CASES))
 def test_laws_on_drawn_trees(plan: Any, case: tuple[Any, dict]) -> None:
-    """Two steps of any row: pure, every shape and dtype stays, what has no gradient stays, and a saved state goes on the same."""
+    """Two steps of any row: pure, every shape and dtype stays, what has no gradient stays, and a
+    saved state goes on the same.
+    """
     row, variant = case
     tx, ps = row.build(variant), params_like(plan)
     state = tx.init(ps)
@@ -620,7 +627,9 @@ def test_laws_on_drawn_trees(plan: Any, case: tuple[Any, dict]) -> None:
 
 
 def test_the_drawn_trees_have_what_the_laws_are_about() -> None:
-    """Over the examples of a run: every dtype, every row, missing gradients, empty and 0-dim tensors, every container."""
+    """Over the examples of a run: every dtype, every row, missing gradients, empty and 0-dim
+    tensors, every container.
+    """
     seen: set[Any] = set()
 
     def look(node: Any) -> None:

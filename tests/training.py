@@ -33,7 +33,10 @@ SHAPES_OF = {
         "large": (20, 30),
     },
 }
-"""Where a class does not take every shape. torch's Adafactor divides by the size of a tensor, and so has no empty ones."""
+"""The shapes for classes that do not take every shape.
+
+torch's Adafactor divides by the size of a tensor, so it takes no empty ones.
+"""
 
 
 def make_params(
@@ -82,7 +85,9 @@ TORCH_NAMED.remove("Optimizer")
 
 
 FREEZE = {2: (0, 1, 2, 3, 4), 4: (1,), 5: (1,), 6: (1, 2)}
-"""At step 2 nobody has a gradient; later some have none for a while: their counts must stand still."""
+"""At step 2 nobody has a gradient; later some have none for a while: their counts must stand
+still.
+"""
 
 
 def torchs(name: str, params: list, **options) -> torch.optim.Optimizer:

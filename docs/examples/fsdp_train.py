@@ -1,9 +1,11 @@
-"""Train a small transformer with FSDP2: parameters, gradients and the state of the optimizer are divided among the ranks.
+"""Train a small transformer with FSDP2: parameters, gradients and the state of the optimizer are
+divided among the ranks.
 
     torchrun --nproc-per-node 2 docs/examples/fsdp_train.py --steps 300 --folder checkpoints
 
-It learns the English of Python's own help, character by character. Run it again with more steps, and with another number of ranks: it goes
-on from the last checkpoint. On GPUs it uses NCCL, without one gloo; nothing else differs.
+It learns the English of Python's own help, character by character. Run it again with more steps,
+also with another number of ranks, and it goes on from the last checkpoint. On GPUs it uses NCCL,
+and otherwise gloo; nothing else differs.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ class Transformer(nn.Module):
 
 
 def batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """This rank's rows of the batch of this step. The whole batch is the same for any number of ranks."""
+    """This rank's rows of the batch of this step.
+
+    The whole batch is the same for any number of ranks.
+    """
     starts = torch.randint(
         len(text) - CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(step)
     )

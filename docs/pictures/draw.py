@@ -1,4 +1,7 @@
-"""The pictures of the pages: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself. Needs the extra ``demo``."""
+"""The pictures of the pages: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself.
+
+Needs the extra ``demo``.
+"""
 
 import sys
 from pathlib import Path
@@ -204,7 +207,9 @@ PLAIN, ONCE, RULE, KERNEL = (
     ("#fff8c5", "#d4a72c"),
     ("#ffebe9", "#ff8182"),
 )
-"""Colors of boxes, face and edge: of anything, of what is worked out once a step, of rules, of compiled code."""
+"""Colors of boxes, face and edge: of anything, of what is worked out once a step, of rules, of
+compiled code.
+"""
 
 EXECUTIONS = {
     "tx.update": (

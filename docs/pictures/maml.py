@@ -1,4 +1,6 @@
-"""Draw ``maml.svg`` from the code of the guide itself: ``python docs/pictures/maml.py`` (half a minute)."""
+"""Draw ``maml.svg`` from the code of the guide itself: ``python docs/pictures/maml.py`` (half a
+minute).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The picture of `docs/guide-per-example.md`: ``python docs/pictures/per_example.py`` (needs the extras demo and privacy)."""
+"""The picture of `docs/guide-per-example.md`: ``python docs/pictures/per_example.py`` (needs the
+extras demo and privacy).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def start() -> dict[str, Tensor]:
 
 
 def norms_by_label(steps: int) -> tuple[Tensor, Tensor]:
-    """Norms of the gradients after training with 10% wrong labels: of the examples with right labels, and of those with wrong ones."""
+    """Norms of the gradients after training with 10% wrong labels: of the examples with right
+    labels, and of those with wrong ones.
+    """
     x, y = digits()
     wrong = torch.rand(len(y), generator=torch.Generator().manual_seed(1)) < 0.1
     y = torch.where(wrong, (y + 1) % 10, y)

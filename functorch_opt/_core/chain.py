@@ -13,7 +13,7 @@ __all__ = ["chain"]
 
 
 class Chain(GradientTransformation):
-    """What `chain` makes; ``stages`` maps the name of each stage to its transformation, in order."""
+    """What `chain` makes. Its ``stages`` are the transformations by their names, in order."""
 
     def __init__(self, stages: tuple[GradientTransformation, ...]) -> None:
         self.name = "chain"
@@ -22,7 +22,8 @@ class Chain(GradientTransformation):
         for i, stage in enumerate(stages):
             if not isinstance(stage, GradientTransformation):
                 raise TypeError(
-                    f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); got {type(stage).__name__} {stage!r}."
+                    f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); "
+                    f"got {type(stage).__name__} {stage!r}."
                 )
             name, n = stage.name, 0
             while name in self.stages:
@@ -34,7 +35,8 @@ class Chain(GradientTransformation):
             if self.last and not stage.last:
                 looking = next(before.name for before in stages if before.last)
                 raise ValueError(
-                    f"{looking} looks at the new parameters, so it must come last in the chain; {stage.name} after it would change them."
+                    f"{looking} looks at the new parameters, so it must come last in the chain; "
+                    f"{stage.name} after it would change them."
                 )
             self.last = stage.last
         self.passes = self._passes()
@@ -46,7 +48,8 @@ class Chain(GradientTransformation):
         if not isinstance(state, dict) or state.keys() != self.stages.keys():
             held = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"this is not a state of this chain: its stages are {list(self.stages)}, the state is of {held}. "
+                f"this is not a state of this chain: its stages are {list(self.stages)}, "
+                f"the state is of {held}. "
                 "Use what its own init or update returned."
             )
 
@@ -74,7 +77,11 @@ class Chain(GradientTransformation):
         return updates, new
 
     def _passes(self) -> list[list[str]]:
-        """Stages that are worked out together, leaf by leaf: consecutive rules, of which only the first may look at the whole tree."""
+        """The names of the stages of each pass, which are worked out together, leaf by leaf.
+
+        A pass consists of consecutive rules, of which only the first may look at the whole tree.
+        Any other stage is a list of its own.
+        """
         passes: list[list[str]] = []
         goes_on = False
         for name, stage in self.stages.items():
@@ -88,10 +95,10 @@ class Chain(GradientTransformation):
 
 @transformation
 def chain(*stages: GradientTransformation) -> Chain:
-    """Apply `stages` one after another: each takes the updates of the one before it.
+    """Apply `stages` one after another. Each takes the updates of the one before it.
 
-    The state is a dict, keyed by the name of the stage (a repeated name gets ``_1``, ``_2``, ...). Extra arguments of ``update`` reach
-    just the stages that declare them.
+    The state is a dict, keyed by the name of the stage (a repeated name gets ``_1``, ``_2``, ...).
+    Extra arguments of ``update`` reach only the stages that declare them.
 
     Args:
         *stages: transformations, chains among them.
@@ -102,7 +109,8 @@ def chain(*stages: GradientTransformation) -> Chain:
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx = fo.chain(fo.clip_by_global_norm(1.0), fo.scale_by_adam(), fo.scale_by_learning_rate(0.1))
+        >>> stages = fo.clip_by_global_norm(1.0), fo.scale_by_adam(), fo.scale_by_learning_rate(0.1)
+        >>> tx = fo.chain(*stages)
         >>> list(tx.init({"w": torch.zeros(3)}))
         ['clip_by_global_norm', 'scale_by_adam', 'scale_by_learning_rate']
     """

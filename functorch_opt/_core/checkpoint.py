@@ -1,6 +1,6 @@
 """Checkpoints: a state as a flat dict of tensors, and back.
 
-They can be read also where the chain has changed in between.
+A checkpoint can still be read if the chain has changed in the meantime.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["load_state_dict", "state_dict"]
 def state_dict(state: PyTree) -> dict[Path, Tensor]:
     """A state (or any tree) as a flat dict from path to tensor.
 
-    ``torch.save`` writes such a dict and ``torch.load`` reads it, both by default.
+    ``torch.save`` and ``torch.load`` write and read such a dict with their default arguments.
 
     Args:
         state: what ``tx.init`` or ``tx.update`` returned.
@@ -56,7 +56,7 @@ def state_dict(state: PyTree) -> dict[Path, Tensor]:
 
 
 class Fit(NamedTuple):
-    """Which saved value each name takes, and what is left over on either side."""
+    """Which saved value each name takes, and which names are left over on either side."""
 
     source: dict[Path, Path]
     """``{name here: name there}``."""
@@ -90,10 +90,9 @@ LEFT_OVER = "What is missing starts afresh, and the rest is left out."
 def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
     """Match the names here with the names there.
 
-    Equal names belong together. Of the others, two do where one is the end of the other, and
-    neither is the end of another name or has another name as its end. So the state of
-    ``adam(...)`` is found again as that of ``chain(clip(...), adam(...))``, where it is called
-    ``adam/...``.
+    Equal names belong together. Two of the other names belong together if one is the end of the
+    other, and neither of them fits a third name in this way. So the state of ``adam(...)`` is found
+    again in that of ``chain(clip(...), adam(...))``, where it is called ``adam/...``.
     """
     here, there = list(dict.fromkeys(here)), list(dict.fromkeys(there))
     known, given = set(here), set(there)
@@ -110,7 +109,7 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
 
 
 def _by_their_ends(missing: list[Path], unexpected: list[Path]) -> dict[Path, Path]:
-    """``{name here: name there}`` of the pairs of which one is the end of the other."""
+    """``{name here: name there}`` for the pairs in which one name is the end of the other."""
     ends: dict[Path, list[Path]] = {}
     for name in missing:
         for end in _ends(name):
@@ -138,24 +137,26 @@ def _ends(name: Path) -> list[Path]:
 def load_state_dict(
     state: PyTree, saved: dict[Path, Tensor], *, strict: bool = True
 ) -> PyTree:
-    """A state of the structure of `state` with the values of `saved`; the inverse of `state_dict`.
+    """A state with the structure of `state` and the values of `saved`: the inverse of `state_dict`.
 
     Args:
         state: a state of the right structure, usually a fresh ``tx.init(params)``. It is left as
             it is.
         saved: what `state_dict` gave, from this process or from a file.
-        strict: whether the paths must be the same. False is for a chain with a stage more or
-            less: what has the same path is loaded (or, for a chain that was put into another, what
-            has the same end of it), the rest of `state` stays as it is, and a warning tells what
-            was left over.
+        strict: whether the paths must be the same. False is for a chain with a stage more or less.
+            Then values with the same path are loaded; for a chain that was put into another one,
+            those whose paths have the same end. The rest of `state` stays as it is, and a warning
+            says what was left over.
 
     Returns:
-        A new state. Floating and complex values keep the dtype they were saved in, whole numbers
-        take the dtype of the tensor they replace, and all go to the device of that tensor.
+        A new state. Floating and complex values keep the dtype in which they were saved. Whole
+        numbers take the dtype of the tensor that they replace. All values go to the device of that
+        tensor.
 
     Raises:
-        KeyError: if strict, a path is missing in `saved`, or `saved` has one that `state` has not.
-        ValueError: a shape differs; a number that must be whole is not; a count is negative.
+        KeyError: if strict, a path is missing in `saved`, or `saved` has one that `state` does not
+            have.
+        ValueError: a shape differs; a number that must be whole is not whole; a count is negative.
         TypeError: `saved` is not a dict of tensors; a tensor is of another kind than the one that
             it replaces (bool, whole, floating or complex).
 
@@ -212,7 +213,7 @@ def _loaded(value: Any, leaf: Tensor, name: Path) -> Tensor:
 
 
 def kind(x: Tensor) -> str:
-    """What tensors may stand for each other: those whose dtypes are of one kind."""
+    """The kind of a dtype. Tensors may replace each other if their dtypes are of the same kind."""
     if x.is_floating_point():
         return "floating"
     if x.is_complex():

@@ -1,4 +1,4 @@
-"""Decisions of a step: whether the host knows them, and what is done where it does not."""
+"""Decisions of a step: whether the host knows them, and what is done if it does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def known(flag: Any) -> bool | None:
-    """The value of a decision where the host has it; None where it would have to be waited for.
+    """The value of a decision if the host has it, and None if it would have to wait for the value.
 
     It is not known in a graph, under vmap, and on a device other than the CPU.
     """
@@ -24,7 +24,7 @@ def known(flag: Any) -> bool | None:
 
 
 def chosen(flag: Any, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """`new` where the decision says so, and `old` elsewhere."""
+    """`new` if the decision is true, and `old` otherwise."""
     if new is None or old is None or new is old:
         return old if new is None else new
     if isinstance(flag, bool):

@@ -1,4 +1,4 @@
-"""A decision of the step: a transformation that works at some steps only."""
+"""Transformations that work at some steps only, by a decision once a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gate(GradientTransformation):
     def rebuilt(
         self, f: Callable[[GradientTransformation], GradientTransformation]
     ) -> Gate:
-        """The same around what `f` makes of the inner transformation."""
+        """The same gate, around what `f` makes of the inner transformation."""
         return Gate(f(self.inner), self.once, self.otherwise)
 
     def check_state(self, state: Any) -> None:
@@ -48,9 +48,9 @@ class Gate(GradientTransformation):
         params: PyTree | None,
         extra: Mapping[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Whether this is a step at which it works, and the next shared values.
+        """Whether `inner` works at this step, and the next shared values.
 
-        The decision is a bool where the host knows it, else a 0-dim tensor.
+        The decision is a bool if the host knows it, and otherwise a 0-dim tensor.
         """
         self.check_state(state)
         if params is None and self.once.needs_params:
@@ -94,7 +94,7 @@ class Gate(GradientTransformation):
         return moved, {"inner": inner, "gate": kept}
 
     def instead(self, updates: PyTree) -> PyTree:
-        """The updates of a step at which it does not work."""
+        """The updates of a step at which `inner` does not work."""
         return updates if self.otherwise == "pass" else tree.map(tree.zeros_like, updates)
 
 
@@ -105,25 +105,26 @@ def gate(
     shared: Mapping[str, Tensor] | None = None,
     otherwise: Literal["zero", "pass"] = "zero",
 ) -> Gate:
-    """A transformation that works at some steps only: where `active` says so.
+    """A transformation that works only at the steps at which `active` says so.
 
-    At the other steps its state stays as it is, its counts and schedules too. Where the host knows
-    the decision, `inner` is not run there; in a graph, under vmap and on a GPU it is a choice of
-    values, and nobody waits for the device.
+    At the other steps its state stays as it is, and so do its counts and schedules. If the host
+    knows the decision, `inner` is not even run at those steps. In a graph, under vmap and on a GPU
+    the decision is a choice between values, and nobody waits for the device.
 
     Args:
         inner: the transformation.
-        active: whether to work: a 0-dim bool tensor, or ``(that, {shared: new value})``. It reads by
-            name: ``count`` (of all steps), ``updates``, ``params``, shared values, and extra
-            arguments after ``*``.
-        shared: ``{name: first value}``, tensors.
-        otherwise: the update at the other steps: ``"zero"``, or ``"pass"`` for what came in.
+        active: a function that says whether to work. It returns a 0-dim bool tensor, or
+            ``(that, {shared: new value})``. It reads by name: ``count`` (of all steps),
+            ``updates``, ``params``, shared values, and extra arguments after ``*``.
+        shared: ``{name: first value}``; the values are tensors.
+        otherwise: the update at the other steps: ``"zero"``, or ``"pass"`` for the update that came
+            in.
 
     Returns:
         A transformation whose state is ``{"inner": state, "gate": StageState(shared, {})}``.
 
     Raises:
-        TypeError: `inner` is no transformation; a name that nothing provides.
+        TypeError: `inner` is not a transformation; `active` reads a name that nothing provides.
         ValueError: `otherwise` is something else.
 
     Example:

@@ -1,4 +1,4 @@
-"""A part of the tree, and every part by its label: `masked` and `partition`."""
+"""Transformations for parts of a tree: for one part, `masked`, and for each label, `partition`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ Otherwise = Literal["pass", "zero", "error"]
 class Groups(GradientTransformation):
     """A transformation for the leaves of each label.
 
-    Each sees its leaves as a flat dict from path to leaf: a tree without holes. Leaves with a label
-    that has no transformation pass, become zero, or are an error.
+    Each transformation sees its leaves as a flat dict from path to leaf, which is a tree without
+    holes. The updates of leaves whose label has no transformation pass, become zero, or are an
+    error.
 
     Args:
         inside: ``{label: transformation}``.
         labels: a tree of labels, or a function of path and leaf.
-        what: what errors call the labels.
-        otherwise: what becomes of leaves without a transformation.
-        read: makes a label of what `labels` has.
+        what: the name that errors give to the labels.
+        otherwise: what becomes of the updates of leaves without a transformation.
+        read: a function that makes a label of a leaf of `labels`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Groups(GradientTransformation):
     def rebuilt(
         self, f: Callable[[GradientTransformation], GradientTransformation]
     ) -> Groups:
-        """The same with `f` applied to what is inside, also for the leaves that pass."""
+        """The same groups with `f` applied to what is inside, also for the leaves that pass."""
         rest = {"rest": f(identity())} if self.otherwise == "pass" else {}
         inside = {**{label: f(tx) for label, tx in self.inside.items()}, **rest}
         return Groups(inside, self.labels, self.what, self.otherwise, self.read)
@@ -71,8 +72,11 @@ class Groups(GradientTransformation):
     def assigned(
         self, updates: PyTree, paths: list[Path], ps: list[Any], known: bool
     ) -> list[Any]:
-        """The label of every leaf. The params decide, where they are `known`: then it is the same
-        at every step. Otherwise `ps` are the updates."""
+        """The label of every leaf.
+
+        If the params are `known` they are `ps`, and decide; so a label is the same at every step.
+        Otherwise `ps` are the updates.
+        """
         if callable(self.labels):
             if not known and None in ps:
                 missing = paths[ps.index(None)]
@@ -161,7 +165,7 @@ class Groups(GradientTransformation):
 def joined_arguments(
     transformations: Iterable[GradientTransformation],
 ) -> dict[str, bool]:
-    """The extra arguments that any of these reads; required, where one requires them."""
+    """The extra arguments that any of these reads. One is required if any of these requires it."""
     declared: dict[str, bool] = {}
     for tx in transformations:
         for name, required in tx.extra_args.items():
@@ -170,10 +174,10 @@ def joined_arguments(
 
 
 def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> list[Any]:
-    """For every leaf of `updates` the label at or above it.
+    """For every leaf of `updates`, the label at or above it.
 
-    Inside of another group `updates` is a flat dict from path to leaf, where a tree of labels may
-    still be that of the whole params: there a label is found by the path.
+    Inside of another group, `updates` is a flat dict from path to leaf, but the tree of labels may
+    still be that of all params. Then a label is found by its path.
     """
     try:
         return structure.broadcast(labels, updates, names=(what, "params"))
@@ -185,7 +189,7 @@ def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> 
 
 
 def _labels_by_path(labels: PyTree, paths: list[Path]) -> list[Any] | None:
-    """For every path the label that `labels` has there or above; None if one of them has none."""
+    """For every path, the label that `labels` has at or above it; None if any path has no label."""
     known = dict(
         zip(structure.unique_paths(labels), tree.flatten(labels)[0], strict=True)
     )
@@ -209,7 +213,7 @@ def _part(
 
 
 def _numbers(paths: list[Path], part: dict[Path, Any]) -> list[int]:
-    """Which leaves of the tree those of a part are."""
+    """The indices that the leaves of a part have in the whole tree."""
     number = {path: i for i, path in enumerate(paths)}
     return [number[path] for path in tree.paths(part)]
 
@@ -222,14 +226,17 @@ def masked(
 ) -> GradientTransformation:
     """Apply `inner` to the chosen leaves only.
 
-    `inner` sees them as a flat dict from path to leaf, and its state has no entry for the others.
+    `inner` sees these leaves as a flat dict from path to leaf, and its state has no entries for the
+    others.
 
     Args:
         inner: the transformation.
-        mask: a tree of bools of the structure of the params (a bool may stand for all that is below it), or a function of path
-            (``"encoder/0/weight"``) and leaf. Inside of `partition` or another `masked` it may be the tree of all params.
-        otherwise: what becomes of the other leaves: ``"pass"``, the update goes through **as it came in** (at the start of a chain that is
-            the raw gradient, which `apply_updates` would add); ``"zero"``, the parameter is frozen.
+        mask: a tree of bools with the structure of the params, in which one bool may stand for all
+            that is below it; or a function of path (``"encoder/0/weight"``) and leaf. Inside of
+            `partition` or another `masked`, the tree may still be that of all params.
+        otherwise: what becomes of the updates of the other leaves. With ``"pass"`` they go through
+            **as they came in**; at the start of a chain that is the raw gradient, which
+            `apply_updates` would add. With ``"zero"`` these parameters are frozen.
 
     Raises:
         ValueError: the mask does not fit the params.
@@ -238,7 +245,8 @@ def masked(
     Example:
         >>> import torch, functorch_opt as fo
         >>> tx = fo.masked(fo.scale(10.0), lambda path, p: p.ndim > 0)
-        >>> tx.update({"w": torch.ones(2), "b": torch.tensor(1.0)}, {"inner": tx.init({"w": torch.ones(2)})["inner"]})[0]
+        >>> params = {"w": torch.ones(2), "b": torch.tensor(1.0)}
+        >>> tx.update(params, tx.init(params))[0]
         {'w': tensor([10., 10.]), 'b': tensor(1.)}
     """
     if otherwise not in ("pass", "zero"):
@@ -252,9 +260,8 @@ def masked(
         return "inner" if value else "rest"
 
     if not callable(mask):
-        structure.map_leaves(
-            label, mask
-        )  # what is no bool is an error now, not at the first use
+        # What is not a bool is an error now, and not only at the first use.
+        structure.map_leaves(label, mask)
     return Groups({"inner": inner}, mask, "mask", otherwise, label)
 
 
@@ -264,28 +271,33 @@ def partition(
 ) -> GradientTransformation:
     """Apply to each leaf the transformation of its label.
 
-    Each transformation sees its leaves as a flat dict from path to leaf, so a norm is that of the group, and no state has holes.
+    Each transformation sees its leaves as a flat dict from path to leaf. So a norm is that of the
+    group, and no state has holes.
 
     Args:
         transforms: ``{label: transformation}``.
-        param_labels: a tree of labels of the structure of the params (one label may stand for all that is below it), or a function of
-            path and leaf that returns one. Inside of `masked` or another `partition` it may be the tree of all params.
+        param_labels: a tree of labels with the structure of the params, in which one label may
+            stand for all that is below it; or a function of path and leaf that returns a label.
+            Inside of `masked` or another `partition`, the tree may still be that of all params.
 
     Returns:
         A transformation whose state is ``{label: state}``.
 
     Raises:
-        ValueError: a label that `transforms` does not have (the message shows both sides); labels that do not fit the params.
+        ValueError: a label has no entry in `transforms` (the message shows both sides); the labels
+            do not fit the params.
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx = fo.partition({"fast": fo.sgd(1.0), "slow": fo.sgd(0.1)}, {"w": "fast", "b": "slow"})
+        >>> transforms = {"fast": fo.sgd(1.0), "slow": fo.sgd(0.1)}
+        >>> tx = fo.partition(transforms, {"w": "fast", "b": "slow"})
         >>> params = {"w": torch.zeros(1), "b": torch.zeros(1)}
         >>> tx.update({"w": torch.ones(1), "b": torch.ones(1)}, tx.init(params))[0]
         {'w': tensor([-1.]), 'b': tensor([-0.1000])}
     """
     if not isinstance(transforms, Mapping):
         raise TypeError(
-            f"transforms must be a dict from label to transformation; got {type(transforms).__name__} {transforms!r}."
+            "transforms must be a dict from label to transformation; "
+            f"got {type(transforms).__name__} {transforms!r}."
         )
     return Groups(transforms, param_labels, "labels", "error")

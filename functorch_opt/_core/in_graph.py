@@ -1,8 +1,8 @@
 """Trees in a graph: flattened without optree, which Dynamo cannot follow everywhere.
 
-With torch 2.13 and optree 0.20 Dynamo fails at a dict that holds no tensor: an empty one, or one with
-nothing but ``None``. So in a graph the containers are looked into here, in the order that optree
-has too. Classes that are registered with optree are left to it.
+With torch 2.13 and optree 0.20, Dynamo fails at a dict that holds no tensor: an empty one, or one
+with nothing but ``None``. So inside of a graph the ordinary containers are handled here, in the
+same order that optree uses. Classes that are registered with optree are left to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DICTS = (dict, OrderedDict)
 
 
 class Spec:
-    """The structure of a tree. It answers in a graph what a treespec of optree does elsewhere.
+    """The structure of a tree. Inside of a graph it does what a treespec of optree does elsewhere.
 
     Attributes:
         like: the node itself, for its type and keys; None for a leaf.
@@ -40,10 +40,10 @@ class Spec:
         return 1 if self.keys is None else sum([x.num_leaves for x in self.children])
 
     def flatten_up_to(self, tree: Any) -> list[Any]:
-        """What `tree` has at each leaf.
+        """What `tree` has in the place of each leaf.
 
         Raises:
-            ValueError: it has another structure.
+            ValueError: `tree` has another structure.
         """
         if self.keys is None:
             return [tree]
@@ -92,7 +92,7 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
 
 
 def _looked_into(node: Any) -> tuple[Any, list[Any] | None, Any]:
-    """The node, the keys of its children, and what puts them together where that is optree's."""
+    """The node, the keys of its children, and optree's way to put them together if it has one."""
     if node is None or isinstance(node, Tensor):
         return None, None, None
     kind = type(node)
@@ -108,7 +108,7 @@ def _looked_into(node: Any) -> tuple[Any, list[Any] | None, Any]:
 
 
 def _in_order(node: Any) -> list[Any]:
-    """The keys of a dict in optree's order: sorted, but for those of an OrderedDict."""
+    """The keys of a dict in the order of optree: sorted, except for those of an OrderedDict."""
     if type(node) is OrderedDict or not all(isinstance(key, str) for key in node):
         return list(node)
     return sorted(node)

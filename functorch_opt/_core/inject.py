@@ -1,4 +1,4 @@
-"""Hyperparameters in the state, as tensors: to log them, set them, vmap over them, differentiate them."""
+"""Hyperparameters that are kept in the state, as tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Factory(Expression):
 
 
 class Injected(GradientTransformation):
-    """A transformation that is made anew at every step, of the hyperparameters in the state."""
+    """A transformation that is made anew at every step, from the hyperparameters in the state."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Injected(GradientTransformation):
         return self.factory(**self.fixed, **values)
 
     def next(self, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The hyperparameters of this step, and the next count where there is one."""
+        """The hyperparameters of this step, and the next count if there is one."""
         expected = {"hyperparams", "inner", *(["count"] if self.schedules else [])}
         fits = isinstance(state, dict) and state.keys() == expected
         held = state["hyperparams"] if fits else None
@@ -116,9 +116,8 @@ class Injected(GradientTransformation):
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return (
-            value.clone()
-        )  # not detached: that would take a forward-mode derivative away
+        # It is not detached, which would take a forward-mode derivative away.
+        return value.clone()
     return torch.tensor(float(value), dtype=numerics.real_dtype(device), device=device)
 
 
@@ -126,19 +125,22 @@ def inject_hyperparams(
     inner_factory: Callable[..., GradientTransformation],
     static_args: tuple[str, ...] = (),
 ) -> Callable[..., GradientTransformation]:
-    """Keep the hyperparameters of a factory in the state: to log them, set them between steps, vmap over them, differentiate them.
+    """Keep the hyperparameters of a factory in the state.
 
-    ``inject_hyperparams(adamw)(learning_rate=0.1)`` is `adamw` with the state
-    ``{"hyperparams": {"learning_rate": tensor, "b1": tensor, ...}, "inner": ...}``. What is a number (a float, a 0-dim tensor, or an
-    argument annotated ``Scalar``) becomes a tensor, float64 where the device has it; a schedule is evaluated at every update and its value
-    stored, so setting a scheduled one has no effect; everything else stays fixed. Changing a value does not recompile.
+    There they can be logged, set between steps, vmapped over and differentiated.
+
+    ``inject_hyperparams(adamw)(learning_rate=0.1)`` is `adamw` with the state ``{"hyperparams":
+    {"learning_rate": tensor, "b1": tensor, ...}, "inner": ...}``. A number (a float, a 0-dim
+    tensor, or an argument annotated ``Scalar``) becomes a tensor, float64 if the device has it. A
+    schedule is evaluated at every update and its value is stored, so it has no effect to set that
+    value. Everything else stays fixed. Changing a value does not recompile.
 
     Args:
         inner_factory: a function that returns a transformation.
-        static_args: names of arguments to leave alone.
+        static_args: the names of arguments that stay fixed, though they are numbers.
 
     Returns:
-        A function of the arguments of `inner_factory`.
+        A function that takes the arguments of `inner_factory`, and returns such a transformation.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -152,16 +154,25 @@ def inject_hyperparams(
     """
     if not callable(inner_factory):
         raise TypeError(
-            f"inject_hyperparams takes the function that makes a transformation; got {inner_factory!r}. "
+            "inject_hyperparams takes the function that makes a transformation; "
+            f"got {inner_factory!r}. "
             "Write inject_hyperparams(adamw)(learning_rate=0.1)."
         )
     known = list(inspect.signature(inner_factory).parameters)
     unknown = [name for name in static_args if name not in known]
     if isinstance(static_args, str) or unknown:
         raise TypeError(
-            f"static_args must be a tuple of names among {known}, which are the arguments of {inner_factory.__name__}; got {static_args!r}."
+            f"static_args must be a tuple of names among {known}, "
+            f"which are the arguments of {inner_factory.__name__}; got {static_args!r}."
         )
     return Factory(inner_factory, static_args)
+
+
+_WITHOUT_NAMES = (
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+    inspect.Parameter.POSITIONAL_ONLY,
+)
 
 
 def hyperparameters(
@@ -170,27 +181,28 @@ def hyperparameters(
     kwargs: Mapping[str, Any],
     static_args: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of a call of `factory`, defaults included, in two dicts: the hyperparameters (numbers and schedules), and the rest."""
+    """The arguments of a call of `factory`, with their defaults, in two dicts.
+
+    The first has the hyperparameters, which are numbers and schedules; the second has the rest.
+    """
     signature = inspect.signature(factory)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
         raise TypeError(
-            f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}."
+            f"{factory.__name__}: {error}; got ({', '.join(given)}); "
+            f"its arguments are {list(signature.parameters)}."
         ) from None
     bound.apply_defaults()
     numbers: dict[str, Any] = {}
     fixed: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         parameter = signature.parameters[name]
-        if parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-            parameter.POSITIONAL_ONLY,
-        ):
+        if parameter.kind in _WITHOUT_NAMES:
             raise TypeError(
-                f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them."
+                f"{factory.__name__} takes {parameter}; hyperparameters need names. "
+                "Wrap it in a function that names them."
             )
         annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(
             parameter.annotation

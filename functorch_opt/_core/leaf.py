@@ -1,4 +1,8 @@
-"""What concerns one leaf of a tree: its entry of values that have one per leaf, the dtype it is computed in, what is wrong with it."""
+"""What concerns one leaf of a tree.
+
+Here are its entry of the values that have one per leaf, the dtype in which its rule computes, and
+the words for what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,21 @@ __all__ = ["Each"]
 
 
 class Each(NamedTuple):
-    """Wraps what ``prepare`` hands to every tensor separately: a tree of the structure of the params (a slice of noise, a mask).
+    """Wraps a tree from which every tensor gets its own leaf, such as its noise or its mask.
+
+    ``prepare`` returns it. The tree has the structure of the params.
 
     Args:
-        tree: of tensors.
-        own: whether `prepare` has just made them, and nobody else has them: then a compiled step may write its updates over them, where it
-            would need new memory.
+        tree: a tree of tensors.
+        own: whether `prepare` has just made the tensors, and nobody else has them. Then a compiled
+            step may write its updates over them, and needs no new memory.
     """
 
     tree: PyTree
     own: bool = False
 
 
-# ---- one entry per leaf --------------------------------------------------------------------------------------------------
+# ---- one entry per leaf ------------------------------------------------------------------------
 
 
 class _Parts(threading.local):
@@ -45,7 +51,10 @@ _PARTS = _Parts()
 
 @contextmanager
 def part_of_tree(indices: list[int]) -> Iterator[None]:
-    """Inside, a transformation sees only these leaves: of a 1-dim count or hyperparameter, one entry per leaf, it takes these entries."""
+    """Inside of it, a transformation sees only the leaves with these indices.
+
+    Of a 1-dim count or hyperparameter, which has one entry per leaf, it takes these entries.
+    """
     _PARTS.stack.append(
         [_PARTS.stack[-1][i] for i in indices] if _PARTS.stack else indices
     )
@@ -69,7 +78,7 @@ def of_this_part(value: Any) -> Any:
 
 
 def check_entries(name: str, value: Any, n: int) -> None:
-    """Raise ValueError for a 1-dim value that has not an entry for each of `n` leaves."""
+    """Raise ValueError for a 1-dim value that does not have one entry for each of `n` leaves."""
     if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != n:
         raise ValueError(
             f"{name} has {value.shape[0]} entries for {n} leaves. A hyperparameter is a number or "
@@ -78,13 +87,16 @@ def check_entries(name: str, value: Any, n: int) -> None:
 
 
 class Misfit(Exception):
-    """What is wrong with a tensor, said by somebody who does not know where it is."""
+    """What is wrong with a tensor. It is raised where the path of the tensor is not known."""
 
 
 def uniform_dtype(
     g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None]
 ) -> torch.dtype | None:
-    """Of ordinary real tensors that are all of one dtype, which rules compute in: that dtype. Nothing is wrong with such an update."""
+    """The dtype of ordinary real tensors, if all have the same one and rules compute in it.
+
+    Nothing can be wrong with such an update. Otherwise the answer is None.
+    """
     dtype = g.dtype
     if type(g) is not Tensor or type(p) not in sharding.PLAIN or dtype not in _PLAIN:
         return None
@@ -102,19 +114,28 @@ _PLAIN = (torch.float32, torch.float64)
 def wrong_update(
     g: Tensor, p: Tensor | None, slots: Sequence[Tensor | None] = ()
 ) -> str | None:
-    """What is wrong with an update, and its cure; None if nothing is."""
+    """What is wrong with an update, and how to mend it; None if nothing is wrong."""
     plain = p is not None and type(g) is Tensor and type(p) in sharding.PLAIN
     if plain and all(type(slot) is Tensor for slot in slots):
         fits = p.dtype is g.dtype and p.shape == g.shape  # type: ignore[union-attr]
         if fits and g.dtype.is_floating_point and g.layout is torch.strided:
             return None
     if g.layout is not torch.strided or not (g.is_floating_point() or g.is_complex()):
-        return f"is a {g.layout} tensor of {g.dtype}. Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
+        return (
+            f"is a {g.layout} tensor of {g.dtype}. "
+            "Gradients must be dense and floating or complex (for nn.Embedding: sparse=False)."
+        )
     if p is None or any(slot is None for slot in slots):
         holder = "params" if p is None else "the state"
-        return f"is a tensor, but {holder} has None there. Give None for the update too, or init with this parameter."
+        return (
+            f"is a tensor, but {holder} has None there. "
+            "Give None for the update too, or init with this parameter."
+        )
     if p.shape != g.shape:
-        return f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. They must be equal: nothing is broadcast."
+        return (
+            f"has shape {tuple(g.shape)} and its parameter {tuple(p.shape)}. "
+            "They must be equal: nothing is broadcast."
+        )
     if g.is_complex() and not p.is_complex():
         return f"is {g.dtype} and its parameter {p.dtype}. Give its real part."
     return sharding.unlike(g, p, [slot for slot in slots if slot is not None])
@@ -145,7 +166,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 class PerLeaf:
-    """The scalars of a step, cast to the dtype a tensor is computed in: once for each dtype."""
+    """The scalars of a step, cast once to each of the dtypes in which tensors are computed."""
 
     def __init__(self, reference: PyTree, spec: Any, now: dict[str, Any]) -> None:
         self.fixed: dict[str, Any] = {}
@@ -173,11 +194,11 @@ class PerLeaf:
         )
 
     def raw(self, i: int) -> dict[str, Any]:
-        """What the leaf reads, as `prepare` gave it."""
+        """What leaf `i` reads, as `prepare` returned it."""
         return {**self.fixed, **{name: row[i] for name, row in self.rows.items()}}
 
     def of(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-        """What all tensors read, and what each has its own of."""
+        """The values that are the same for all tensors, and those of which each has its own."""
         if dtype not in self.cast:
             real = _REAL.get(dtype, dtype)
             rows = {
@@ -194,7 +215,11 @@ class PerLeaf:
 
 
 def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
-    """A value as a rule computes with it: numbers in `dtype`, or the real part of it; complex ones as pairs. Bools and integers stay."""
+    """A value in the form in which a rule computes with it.
+
+    Complex tensors are cast to `dtype`. If `pairs`, they become pairs of reals, and real tensors
+    are cast to the dtype of such a real. Bools and integers stay as they are.
+    """
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return x
     x = x.to(dtype if x.is_complex() or not pairs else _REAL[dtype])
@@ -213,7 +238,7 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def working_dtype(*values: Tensor | None) -> torch.dtype:
-    """What a rule computes in: the widest of its floating and complex tensors, at least float32."""
+    """The dtype in which a rule computes: the widest of its tensors', and at least float32."""
     found: torch.dtype | None = None
     for x in values:
         if (

@@ -1,4 +1,4 @@
-"""Numbers: the dtypes that things are worked out in, and norms and products of whole trees."""
+"""Numbers: the dtypes in which things are computed, and norms and products of whole trees."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from functorch_opt._core.structure import PyTree, leaves, map
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the floating dtypes below it: bfloat16, float16, the 8-bit floats. Others are themselves.
+    """float32 for the smaller floating dtypes: bfloat16, float16 and the 8-bit floats.
+
+    Other dtypes are returned as they are.
 
     Args:
-        dtype: any.
+        dtype: any dtype.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -26,17 +28,18 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def real_dtype(device: torch.device) -> torch.dtype:
-    """The dtype for scalars that are worked out once a step: float64, where the device has it."""
+    """The dtype of scalars that are computed once a step: float64, if the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def zero_count(params: PyTree) -> Tensor:
     """A count of 0, int64, on the device of the params.
 
-    It is for the ``init`` of a transformation of whole trees; `functorch_opt.leafwise` makes its own.
+    It is for the ``init`` of a transformation of whole trees. `functorch_opt.leafwise` makes its
+    own.
 
-    Under vmap it is batched as the params are. A count that is not would come out as a view with
-    stride 0, and compiled code that has seen that would compile again at the second step.
+    Under vmap it is batched as the params are. A count that is not batched would come out as a view
+    with stride 0, and compiled code that has seen this view would compile again at the second step.
 
     Args:
         params: a tree with at least one tensor.
@@ -49,7 +52,7 @@ def zero_count(params: PyTree) -> Tensor:
     p = leaves(params)[0]
     if type(p) in (Tensor, torch.nn.Parameter):
         return p.new_zeros((), dtype=torch.int64)
-    # Beside sharded tensors it is an ordinary one.
+    # If the params are sharded, the count is still an ordinary tensor.
     return torch.zeros((), dtype=torch.int64, device=p.device)
 
 
@@ -70,26 +73,27 @@ def as_real(count: Tensor) -> Tensor:
 
 
 TINY = torch.finfo(torch.float32).tiny
-"""What is added to squares under a root, 1.2e-38.
+"""The number that is added to squares under a root, 1.2e-38.
 
-At 0 the derivative of the root is infinite, and what comes to it is 0; their product is NaN.
+At 0 the derivative of the root is infinite, and that of the square is 0; their product is NaN.
 
-The root it makes of 0, 1.1e-19, is lost beside any eps above 1e-12, so updates are the same
-numbers.
+With it the root of 0 becomes 1.1e-19. This is lost beside any eps above 1e-12, so updates are the
+same numbers.
 """
 
 
 def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros in the shape of `x`, in `dtype`; by default in the dtype of `x`, but at least float32.
+    """Zeros in the shape of `x`, by default in the dtype of `x`, but at least float32.
 
-    In bfloat16 ``0.999`` rounds to 1 and a second moment never decays; hence the float32.
+    The reason for float32 is that in bfloat16 ``0.999`` rounds to 1, and a second moment would
+    never decay.
 
     Args:
         x: a tensor.
-        dtype: a floating dtype; for a complex `x` a complex one.
+        dtype: a floating dtype, or a complex one if `x` is complex.
 
     Raises:
-        TypeError: `dtype` cannot hold what is worked out for `x`.
+        TypeError: `dtype` cannot hold what is computed for `x`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -111,9 +115,9 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
-    """What makes a slot with one real number for a tensor, `value` at first.
+    """A function that makes the slot of a tensor: one real number, which is `value` at first.
 
-    In the dtype of the tensor, but at least float32.
+    The number has the dtype of the tensor, but at least float32.
     """
     return lambda x: x.new_full((), value, dtype=at_least_float32(x.real.dtype))
 
@@ -121,7 +125,7 @@ def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     """`tree` with its floating leaves in `dtype`.
 
-    Other leaves, and everything when `dtype` is None, stay as they are.
+    Other leaves stay as they are. If `dtype` is None, all leaves do.
     """
     if dtype is None:
         return tree
@@ -131,8 +135,9 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
 def norm(tree: PyTree) -> Tensor:
     """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor.
 
-    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree is zero, not NaN. Sharded leaves count
-    as wholes: the ranks exchange one number each, and the norm is an ordinary tensor, the same on all.
+    ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree
+    is zero, not NaN. Sharded leaves count as wholes: the ranks exchange one number for each leaf,
+    and the norm is an ordinary tensor, the same on all ranks.
 
     Args:
         tree: a tree of tensors.
@@ -149,7 +154,7 @@ def norm(tree: PyTree) -> Tensor:
     layouts = by_layout(here)
     of_parts = {i for _, indices in layouts for i in indices}
     plain = [n for i, n in enumerate(norms) if i not in of_parts]
-    # Those of other ranks are gathered and not summed, so that no square can overflow.
+    # The norms of other ranks are gathered and not summed, so that no square can overflow.
     for like, indices in layouts:
         mine = _norm_of([norms[i] for i in indices])
         plain.append(_norm_of([*everybodys([mine], like).flatten()]))

@@ -1,4 +1,7 @@
-"""A rule on one tensor: what it reads, in which dtype it computes, and whether it returned what it must."""
+"""A rule applied to one tensor.
+
+Here are what the rule reads, the dtype in which it computes, and the checks of what it returns.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Every(NamedTuple):
 
 
 class OneTensor:
-    """A rule for one tensor, with the sums over it, and the work that it does on some steps only."""
+    """A rule for one tensor, with its sums over the tensor and its work of some steps only."""
 
     def __init__(
         self,
@@ -51,11 +54,11 @@ class OneTensor:
         )
         due = (DUE,) if rare else ()
         self.reads = (*due, *[name for name in names if name not in sums])
-        """What has to be there for all three, but for the sums themselves."""
+        """What the rule, the sums and the rare work read, except for the sums themselves."""
         self.is_plain = rare is None and not sums
 
     def result(self, values: dict[str, Any]) -> Any:
-        """What the rule returns, after the rare work and the sums that it reads."""
+        """What the rule returns, after the rare work and the sums that it reads are done."""
         if self.work is not None:
             values = values | self.after_work(values)
         if self.has_sums:
@@ -63,7 +66,7 @@ class OneTensor:
         return self.rule(*[values[name] for name in self.rule_reads])
 
     def after_work(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The slots that the rare work makes, where this is a step at which it is done."""
+        """The slots that the rare work makes, if it is done at this step."""
         due = False if self.work is None else known(values[DUE])
         if due is False:
             return {}
@@ -77,7 +80,7 @@ class OneTensor:
             return made
         return {name: chosen(values[DUE], x, values[name]) for name, x in made.items()}
 
-    # ---- computed in one dtype -------------------------------------------------------------------
+    # ---- computed in one dtype ------------------------------------------------------------------
 
     def apply(
         self,
@@ -88,11 +91,11 @@ class OneTensor:
         dtype: torch.dtype,
         exact: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The rule on one tensor, computed in `dtype`; slots come back in the dtype they had.
+        """The rule on one tensor, computed in `dtype`. Slots come back in the dtype they had.
 
-        An elementwise rule takes a complex tensor for the pairs of reals that it is, as torch.optim
-        does. Of sharded tensors it takes this rank's parts, where a tensorwise rule takes wholes.
-        Values in `exact` are handed on as they are.
+        An elementwise rule sees a complex tensor as pairs of reals, as torch.optim does. Of sharded
+        tensors it gets this rank's parts, whereas a tensorwise rule gets wholes. The values in
+        `exact` are not cast.
         """
         if type(g) is not Tensor and tree.is_sharded(g):
             p = p if "p" in self.reads else None
@@ -127,7 +130,7 @@ class OneTensor:
         pairs: bool,
         names: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """What functions that read these `names` compute with; by default rule and sums."""
+        """What functions that read these `names` compute with, by default the rule and its sums."""
         names = tuple([name for name in names or self.reads if name in values])
         same = (
             not isinstance(x := values[name], Tensor) or x.dtype == dtype
@@ -140,7 +143,7 @@ class OneTensor:
     def _explain(
         self, error: RuntimeError, g: Tensor, slots: dict[str, Tensor], dtype: torch.dtype
     ) -> None:
-        """Raise Misfit where an error of the rule comes from slots that do not fit the update."""
+        """Raise Misfit if an error of the rule comes from slots that do not fit the update."""
         others = [
             f"{name}, {slot.dtype} of shape {tuple(slot.shape)}"
             for name, slot in slots.items()
@@ -153,7 +156,7 @@ class OneTensor:
             ) from error
 
     def check_pair(self, result: Any) -> None:
-        """Raise TypeError where a rule with slots did not return an update and all slots."""
+        """Raise TypeError if a rule with slots did not return an update and all its slots."""
         pair = (
             isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
         )
@@ -169,7 +172,7 @@ class OneTensor:
     def _leave(self, x: Any, like: Tensor, what: str, g: Tensor, pairs: bool) -> Tensor:
         """What the rule returned for `like`, checked.
 
-        A rule that broadcasts has met a state of other params, or is wrong.
+        If the rule has broadcast, it has met a state of other params, or it is wrong.
         """
         if (
             type(x) is Tensor
@@ -191,7 +194,7 @@ class OneTensor:
             )
         return x
 
-    # ---- sums that are known before the rule -----------------------------------------------------
+    # ---- sums that are known before the rule ----------------------------------------------------
 
     def values_of_leaves(
         self,
@@ -201,7 +204,7 @@ class OneTensor:
         per_leaf: PerLeaf,
         names: tuple[str, ...],
     ) -> list[dict[str, Any] | None]:
-        """For each leaf what functions of it read, of sharded leaves on this rank's part."""
+        """For each leaf, what functions of it read. Of sharded leaves it is this rank's part."""
         rows: list[dict[str, Any] | None] = []
         for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
             if g is None:
@@ -227,7 +230,7 @@ def _as_tensor(x: Any, device: torch.device) -> Tensor:
 def sums_of_leaves(
     sums: Sums, rows: list[dict[str, Any] | None], gs: list[Any]
 ) -> dict[str, list[Any]]:
-    """The sums over each leaf, those over sharded leaves joined over the ranks."""
+    """The sums over each leaf. Those over sharded leaves are joined over the ranks."""
     found = []
     for values in rows:
         if values is None:
@@ -244,6 +247,6 @@ def sums_of_leaves(
 def leaf_values(
     updates: PyTree, now: Mapping[str, Any], names: tuple[str, ...]
 ) -> PerLeaf:
-    """What functions of one tensor read of the values of a step."""
+    """The values of a step that functions of one tensor read."""
     spec = tree.flatten(updates)[1]
     return PerLeaf(updates, spec, {name: now[name] for name in names if name in now})

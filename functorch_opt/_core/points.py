@@ -1,4 +1,8 @@
-"""The parameters to evaluate with: where a stage keeps an average, or other weights, it has a `point`."""
+"""The parameters to evaluate with.
+
+A stage that keeps an average of the parameters, or other weights, has a `point`, which returns
+them.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +46,11 @@ def _inside(tx: GradientTransformation) -> list[GradientTransformation]:
 
 
 def points(tx: GradientTransformation, state: Any, params: PyTree) -> Found:
-    """``{path: the tensor to evaluate with}``, for the parameters that a stage has a point for.
+    """``{path: the tensor to evaluate with}``, for the parameters for which a stage has a point.
 
     Raises:
-        ValueError: two stages have a point for the same parameter; the state is of other params.
+        ValueError: two stages have a point for the same parameter; the state is that of other
+            params.
     """
     found: Found = {}
     if isinstance(tx, (Leafwise, Wrap)) and tx.point is not None:
@@ -113,10 +118,11 @@ def eval_params(tx: GradientTransformation, state: PyTree, params: PyTree) -> Py
     """The parameters to evaluate with: the averages, or other weights, that `tx` keeps.
 
     Args:
-        tx: a transformation with a stage that has a point, such as `params_ema` or `lookahead`,
-            also inside of `masked`, `partition` and wrappers.
+        tx: a transformation with a stage that has a point, such as `params_ema` or `lookahead`. The
+            stage may also be inside of `masked`, `partition` and wrappers.
         state: its state.
-        params: the current parameters; those that no stage has a point for are returned as they are.
+        params: the current parameters. Those for which no stage has a point are returned as they
+            are.
 
     Returns:
         A tree of the structure of `params`, each leaf rounded to the dtype of its parameter.

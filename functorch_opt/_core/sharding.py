@@ -1,6 +1,6 @@
 """Sharded tensors (DTensors).
 
-The part that this rank has, the whole, and what the ranks tell each other.
+Here are the part that this rank has, the whole, and the numbers that the ranks exchange.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor, whose parts or copies lie on the ranks of a device mesh, as FSDP2 makes them.
+    """Whether `x` is a DTensor.
+
+    The parts or copies of a DTensor lie on the ranks of a device mesh; FSDP2 makes such parameters.
 
     Args:
         x: anything.
@@ -28,7 +30,7 @@ def is_sharded(x: Any) -> bool:
     """
     if type(x) in PLAIN:
         return False
-    # Where nobody has imported it there are none, and importing it takes a second.
+    # If nobody has imported the module there are no DTensors, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -42,7 +44,7 @@ def any_sharded(xs: Sequence[Any]) -> bool:
 
 
 def whole(x: Any) -> Any:
-    """All of a sharded tensor, gathered on every rank; anything else as it is.
+    """The whole of a sharded tensor, gathered on every rank. Anything else is returned as it is.
 
     Args:
         x: anything.
@@ -56,12 +58,12 @@ def whole(x: Any) -> Any:
 
 
 def part_of(x: Any, like: Any = None) -> Any:
-    """This rank's part of `x`, laid out as `like` is. What is not sharded is its own part.
+    """This rank's part of `x`, laid out as `like` is. A tensor that is not sharded is its own part.
 
     Args:
         x: anything.
-        like: a tensor whose layout counts, by default `x` itself. An `x` of another shape has no
-            parts: every rank gets the whole.
+        like: the tensor whose layout is taken, by default `x` itself. An `x` of another shape has
+            no parts: every rank gets the whole.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -81,7 +83,7 @@ def part_of(x: Any, like: Any = None) -> Any:
 def join(part: Tensor, like: Any) -> Tensor:
     """The inverse of `part_of`.
 
-    It is the sharded tensor, laid out as `like`, of which this rank has `part`.
+    It returns the sharded tensor, laid out as `like`, of which `part` is this rank's part.
     """
     from torch.distributed.tensor import DTensor
 
@@ -96,7 +98,7 @@ def join(part: Tensor, like: Any) -> Tensor:
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
-    """`x`, which every rank has whole, laid out as `like`.
+    """Lay out `x`, of which every rank has the whole, as `like` is laid out.
 
     Each rank keeps its part, and nothing is sent.
     """
@@ -117,9 +119,9 @@ def on_shards(
     now: dict[str, Any],
     *rest: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """``apply(g, p, slots, now, *rest) -> (update, slots)`` of sharded tensors.
+    """Call ``apply(g, p, slots, now, *rest) -> (update, slots)`` on sharded tensors.
 
-    It is given this rank's parts of them or, if not `in_parts`, gathered wholes.
+    If `in_parts`, it is given this rank's parts of them, otherwise the gathered wholes.
     """
     like = g if p is None else p
 
@@ -147,9 +149,9 @@ def on_shards(
 
 
 def _gradient_summed(x: Tensor, like: Any) -> Tensor:
-    """`x` itself, a number that meets a part of a tensor on each rank.
+    """`x` itself, which is a number that meets a part of a tensor on each rank.
 
-    Its gradient is the sum of what comes from the parts.
+    Its gradient is the sum of the gradients that come from the parts.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -166,7 +168,7 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
 def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
     """What is wrong where some of these tensors are sharded and others are not.
 
-    None if nothing is wrong.
+    The answer is None if nothing is wrong.
     """
     given = is_sharded(g)
     for name, x in (
@@ -179,14 +181,18 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
     ):
         if is_sharded(x) != given:
             called = ("a DTensor", "an ordinary tensor")
-            return f"is {called[not given]} and {name} {called[given]}. Shard the parameters first; then init, and take gradients."
+            return (
+                f"is {called[not given]} and {name} {called[given]}. "
+                "Shard the parameters first; then init, and take gradients."
+            )
     return None
 
 
 def _settled(x: Any) -> list[Any]:
     """How `x` is laid out.
 
-    Where the ranks hold terms of a sum that was not taken yet, it is as if it had been.
+    Where the ranks hold terms of a sum that has not been taken yet, it is the layout that the sum
+    will have.
     """
     from torch.distributed.tensor import Replicate
 
@@ -196,7 +202,10 @@ def _settled(x: Any) -> list[Any]:
 
 
 def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
-    """The numbers of the sharded tensors, together where they are split over the same dims of the same mesh; with one of each layout."""
+    """For each layout one of the sharded tensors that have it, and the indices of all of them.
+
+    Tensors have one layout if they are split over the same dims of the same mesh.
+    """
     layouts: dict[Any, tuple[Any, list[int]]] = {}
     for i, x in enumerate(tensors):
         if is_sharded(x):
@@ -208,7 +217,7 @@ def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
 def everybodys(mine: list[Tensor], like: Any) -> Tensor:
     """The numbers of all ranks that hold different parts.
 
-    There is a dim for each of the mesh, and one for the numbers.
+    The result has a dim for each dim of the mesh, and a last one for the numbers.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -224,7 +233,8 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
 def refuse_sharded(name: str, leaves: list[Any]) -> None:
     """Raise TypeError if a leaf is sharded.
 
-    It is for what mixes the elements of all leaves, and is not written for ranks.
+    This is for computations that mix the elements of all leaves, and that are not written for
+    several ranks.
     """
     if any_sharded(leaves):
         raise TypeError(
@@ -234,9 +244,10 @@ def refuse_sharded(name: str, leaves: list[Any]) -> None:
 
 
 def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
-    """Numbers, each a sum over this rank's part of the leaf beside it.
+    """The sums over whole leaves, from those over this rank's parts.
 
-    Those of sharded leaves are summed over the ranks, in one message.
+    Each of `values` is the sum over this rank's part of one of the `leaves`. For sharded leaves
+    they are added up over the ranks, in one message for each layout.
     """
     values = list(values)
     for like, indices in by_layout(leaves):
@@ -254,7 +265,7 @@ def stack(norms: list[Tensor]) -> Tensor:
 
 
 def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
-    """As `sum_over_ranks`, for numbers that are each a maximum over this rank's part."""
+    """The same as `sum_over_ranks`, for maxima."""
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)

@@ -1,6 +1,6 @@
 """The state of an optimizer.
 
-What one stage keeps, how a value is found in it, and what it looks like.
+Here are what one stage keeps, how a value is found by its name, and a table of all values.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ def get(state: PyTree, name: str) -> Any:
             ambiguous (``"scale_by_adam/count"``).
 
     Returns:
-        For a slot a tree of the structure of the params (of those leaves that a ``masked`` or ``partition`` group holds, keyed by
-        path); for a shared value its tensor.
+        For a slot, a tree of the structure of the params. Inside of ``masked`` or ``partition`` it
+        is a dict from path to tensor, of the leaves of that group only. For a shared value, its
+        tensor.
 
     Raises:
-        KeyError: nothing has that name (the message lists what there is), or several have (it lists
-            their paths).
+        KeyError: nothing has that name (the message lists the names there are), or several values
+            have it (the message lists their paths).
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -84,7 +85,7 @@ def _reprs(names: Any) -> list[str]:
 def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
     """Every named value of a state with its path.
 
-    It stops at slots: what lies below is named by the params.
+    It stops at slots, for what lies below a slot is named by the params.
     """
     if isinstance(node, StageState):
         for name, value in (*node.shared.items(), *node.slots.items()):
@@ -109,23 +110,23 @@ def _join(path: Path, name: str) -> Path:
 
 
 def describe(tree: PyTree, in_dims: PyTree = None) -> str:
-    """A table of `tree` for people: a line per tensor, and the total.
+    """A readable table of `tree`, with a line for each tensor and one for the total.
 
-    A line has path, shape, dtype and bytes on this rank.
+    A line shows the path, the shape, the dtype, and how many bytes are on this rank.
 
-    With the `in_dims` of a ``torch.vmap`` it says what each model has of its own: for a mapped
-    tensor the shape is that of one model, and the last column says whether the models differ. Two
-    that must differ and do not (noise keys, the first parameters of an ensemble), and one that
-    should have been mapped, are seen at once.
+    With the `in_dims` of a ``torch.vmap`` it also says what each model has for itself. For a mapped
+    tensor the shape is that of one model, and the last column says whether the models differ. This
+    shows two mistakes at once: tensors that must differ and do not (noise keys, the first
+    parameters of an ensemble), and tensors that should have been mapped and are not.
 
     Args:
         tree: a tree of tensors.
-        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a whole number or None for all
-            that is below a place. 0 maps all.
+        in_dims: as for ``torch.vmap(f, in_dims)(*tree)``: None, or a tree in which a whole number
+            or None stands for all tensors below it. 0 maps all.
 
     Raises:
         ValueError: a tensor lacks the dimension, or has another number of models than the first;
-            the message has its path.
+            the message names its path.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -161,7 +162,7 @@ def describe(tree: PyTree, in_dims: PyTree = None) -> str:
 
 
 def _of_models(leaf: Tensor) -> tuple[str, str]:
-    """The shape of a tensor that each model has, and whether the models differ."""
+    """The shape that a tensor has for one model, and whether the models differ."""
     models = leaf.shape[0]
     same = bool((leaf == leaf[:1]).all())
     owner = f"all {models} equal" if same else "each its own"

@@ -2,12 +2,12 @@
 
 A *tree* is a tensor, ``None``, or a container of trees: dict, OrderedDict, list, tuple, NamedTuple,
 or any class registered with optree (globally or in the namespace ``"functorch_opt"``). ``None`` is
-a leaf, and it means *nothing here*: no gradient for this parameter, or no parameter. It is settled
-in this file, once: every function below hands ``None`` leaves through untouched.
+a leaf, and it means *nothing here*: no gradient for this parameter, or no parameter. This is
+settled once, in this file: every function below passes ``None`` leaves on untouched.
 
 A leaf has a *path*, written ``"encoder/0/weight"``: dict keys, sequence indices and field names,
-joined by ``/``. A tree is flattened and put together again inside the same call, always: a treespec
-may not enter compiled code from outside.
+joined by ``/``. A tree is always flattened and put together again inside of the same call, because
+a treespec may not enter compiled code from outside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functorch_opt._core import in_graph
 from functorch_opt._core.in_graph import OPTREE
 
 PyTree = Any
-"""A tensor, ``None``, or a container of trees. The name says to a reader what a type cannot say."""
+"""A tensor, ``None``, or a container of trees. The name tells readers what a type cannot say."""
 Path = str
 
 
@@ -82,7 +82,7 @@ def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
 
     Args:
         spec: what `flatten` gave.
-        leaves: as many as the tree had, ``None`` among them.
+        leaves: a list of as many leaves as the tree had, ``None`` among them.
 
     Example:
         >>> import functorch_opt as fo
@@ -112,7 +112,7 @@ def match(
 ) -> list[Any]:
     """The leaves of `tree`, which must have the structure `spec` of `reference`.
 
-    The error calls the two `names`.
+    The error calls the two trees by these `names`.
     """
     try:
         matched = spec.flatten_up_to(tree)
@@ -137,7 +137,7 @@ def are_tensors(leaves: list[Any]) -> bool:
 def like(reference: PyTree, tree: PyTree) -> PyTree:
     """`tree` in the containers of `reference`.
 
-    Gradients may come as an OrderedDict where the params are a dict.
+    It is needed because gradients may come as an OrderedDict where the params are a dict.
     """
     spec = flatten(reference)[1]
     return unflatten(
@@ -148,10 +148,10 @@ def like(reference: PyTree, tree: PyTree) -> PyTree:
 def map(
     f: Callable[..., Any], tree: PyTree, *rest: PyTree, names: tuple[str, ...] = ()
 ) -> PyTree:
-    """Apply `f` to every leaf of `tree` that is not ``None``, and to the leaves of `rest` beside it.
+    """Apply `f` to every leaf of `tree` that is not ``None``, with the same leaves of `rest`.
 
     Args:
-        f: takes a leaf of each tree, and returns a leaf.
+        f: a function that takes one leaf of each tree, and returns a leaf.
         tree: a tree of tensors.
         rest: trees of the same structure.
         names: what an error calls the trees, one name for each.
@@ -160,7 +160,7 @@ def map(
         A tree of the structure of `tree`. It is ``None`` where `tree` is.
 
     Raises:
-        ValueError: two structures differ; the message has the place.
+        ValueError: two structures differ; the message names the first place where they do.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -189,7 +189,7 @@ def map_leaves(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
 
 
 def paths(tree: PyTree) -> list[Path]:
-    """The path of every leaf, ``None`` leaves too, in the order of `flatten`.
+    """The path of every leaf, also of ``None`` leaves, in the order of `flatten`.
 
     A path is what leads to a leaf, joined by ``/``: dict keys, indices and field names.
 
@@ -218,7 +218,7 @@ def _children(node: PyTree) -> dict[Any, PyTree] | None:
     if node is None or isinstance(node, Tensor) or optree.tree_is_leaf(node, **OPTREE):
         return None
     # Compiled code cannot ask optree about a tree that it did not get as an argument, such as a
-    # mask; so the ordinary containers are looked into here, in the order that optree has too.
+    # mask. So the ordinary containers are handled here, in the same order that optree uses.
     if type(node) in (list, tuple):
         return dict(enumerate(node))
     if type(node) is dict and all(isinstance(key, str) for key in node):
@@ -233,7 +233,7 @@ def _path(entries: tuple[Any, ...]) -> Path:
 
 
 def unique_paths(tree: PyTree) -> list[Path]:
-    """`paths`, for use as keys: two leaves with the same one are an error."""
+    """`paths`, for use as keys. It is an error if two leaves have the same path."""
     seen: set[Path] = set()
     for path in (all_paths := paths(tree)):
         if path in seen:
@@ -251,7 +251,7 @@ _ABSENT = object()
 def _difference(
     upper: PyTree, lower: PyTree, names: tuple[str, str], *, prefix: bool = False
 ) -> str:
-    """What to tell somebody whose trees differ in structure: the first place where they do."""
+    """The message for trees that differ in structure, with the first place where they do."""
     entries, above, below = _first_difference(upper, lower, prefix) or ((), upper, lower)
     place = f"at {_path(entries)!r}" if entries else "at the root"
     here = f"{names[0]} has {_shown(above)} and {names[1]} has {_shown(below)}"
@@ -268,9 +268,9 @@ def _difference(
 def _first_difference(
     upper: PyTree, lower: PyTree, prefix: bool
 ) -> tuple[tuple[Any, ...], PyTree, PyTree] | None:
-    """Where `lower` does not go on as `upper` does, and what the two have there.
+    """The first place where `lower` differs in structure from `upper`, and what the two have there.
 
-    Below a leaf of a `prefix` anything may come.
+    If `upper` is a `prefix`, anything may come below its leaves.
     """
     above, below = _children(upper), _children(lower)
     if above is None and (prefix or below is None):

@@ -1,4 +1,4 @@
-"""What a rule must know of a whole tensor, or of all tensors: sums, and maxima, over elements."""
+"""What a rule must know of a whole tensor, or of all tensors: sums and maxima over elements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def largest(of: Callable[..., Any]) -> Largest:
     """Mark a function in ``sums`` or ``totals`` of a rule: parts are joined by their maximum.
 
     Args:
-        of: it reads what a rule may, and returns a 0-dim tensor: a maximum over all elements.
+        of: a function that may read whatever a rule may read. It returns a 0-dim tensor, which is a
+            maximum over all elements.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -40,7 +41,7 @@ def largest(of: Callable[..., Any]) -> Largest:
 
 
 class Sums:
-    """Functions of one tensor, each with what it reads, and how its results are joined."""
+    """Functions of one tensor, with the names that each reads, and how its results are joined."""
 
     def __init__(self, name: str, functions: Mapping[str, Any]) -> None:
         self.name = name
@@ -55,9 +56,10 @@ class Sums:
         return bool(self.functions)
 
     def of(self, values: Mapping[str, Any], in_parts: bool = False) -> dict[str, Any]:
-        """Those over one tensor that `values` does not have yet.
+        """The sums over one tensor that `values` does not have yet.
 
-        `in_parts`, the tensor may be an empty part of one: it has no largest element.
+        If `in_parts`, the tensor may be an empty part of a larger one. Then it has no largest
+        element, and its maximum is minus infinity.
         """
         found: dict[str, Any] = {}
         empty = in_parts and not values["g"].numel()
@@ -79,7 +81,10 @@ class Sums:
     def joined_over_ranks(
         self, rows: list[dict[str, Any]], leaves: list[Any]
     ) -> dict[str, list[Any]]:
-        """For each leaf what the ranks have of it together, in one message for each way to join."""
+        """The sums over whole leaves, from those of the ranks.
+
+        Sums go in one message, and maxima in another.
+        """
         whole: dict[str, list[Any]] = {}
         for maximum, join in (
             (False, sharding.sum_over_ranks),
@@ -98,7 +103,7 @@ class Sums:
         return whole
 
     def over_all(self, columns: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-        """Of the values for each leaf, the total over the leaves."""
+        """The totals over all leaves, from the values for each leaf."""
         totals = {}
         for (key, column), maximum in zip(
             columns.items(), self._order(columns), strict=True

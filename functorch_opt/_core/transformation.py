@@ -1,10 +1,11 @@
-"""The whole theory: a gradient transformation is two pure functions, and most are one rule for one tensor.
+"""The whole theory: a gradient transformation is a pair of pure functions.
 
     init(params) -> state
     update(updates, state, params=None, **extra) -> (updates, state)
     apply_updates(params, updates) -> params + updates
 
-Everything else is convenience: `functorch_opt.leafwise` makes the pair from a rule for one tensor, `functorch_opt.chain` one of many.
+Everything else is convenience. Most transformations are one rule for one tensor, from which
+`functorch_opt.leafwise` makes the pair; `functorch_opt.chain` makes one transformation of many.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ __all__ = [
 ]
 
 Scalar = float | Tensor
-"""A hyperparameter: a number, or a 0-dim tensor (to vmap over it, differentiate it, or change it without recompiling)."""
+"""A hyperparameter: a number or a 0-dim tensor.
+
+A tensor can be vmapped over, differentiated, and changed without recompiling.
+"""
 Schedule = Callable[[Tensor], Any]
 ScalarOrSchedule = Scalar | Schedule
 """A hyperparameter, or a function of the count that gives it."""
 
 
-# ---- objects that know how they were written ---------------------------------------------------------------------------
+# ---- objects that know how they were written ---------------------------------------------------
 
 
 class Expression:
@@ -71,7 +75,9 @@ T = TypeVar("T", bound="GradientTransformation")
 
 
 def transformation(factory: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that builds a transformation, so that what it builds carries its name, prints as the call, and pickles.
+    """Decorate a function that builds a transformation.
+
+    What it builds then carries the name of the function, prints as the call, and can be pickled.
 
     Example:
         >>> import functorch_opt as fo
@@ -91,28 +97,37 @@ def transformation(factory: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-# ---- the pair ----------------------------------------------------------------------------------------------------------
+# ---- the pair ----------------------------------------------------------------------------------
 
 
 class GradientTransformation(Expression):
-    """A pure function of gradients with a state: ``init(params)`` and ``update(updates, state, params=None, **extra)``.
+    """A pure function of gradients that has a state.
 
-    Build one from two functions over trees; for a rule per tensor, which is nearly always what you want, see `leafwise`.
+    Its two halves are ``init(params)`` and ``update(updates, state, params=None, **extra)``.
+
+    Build one directly from two functions of whole trees. What you nearly always want is a rule for
+    one tensor; for that see `leafwise`.
 
     Args:
-        init: ``params -> state``. A state is tensors in dicts, tuples and NamedTuples.
-        update: ``(updates, state, params) -> (updates, state)``. Extra arguments are declared by naming them after ``*``:
-            ``def update(updates, state, params, *, value)``.
-        extra_args: for wrappers only: the ``extra_args`` of the transformation inside, which ``update`` takes as ``**extra``.
+        init: ``params -> state``. A state consists of tensors in dicts, tuples and NamedTuples.
+        update: ``(updates, state, params) -> (updates, state)``. Extra arguments are declared by
+            naming them after ``*``: ``def update(updates, state, params, *, value)``.
+        extra_args: only for wrappers, whose ``update`` takes ``**extra``: the ``extra_args`` of the
+            transformation inside.
 
     Attributes:
-        name: under which `chain` keeps its state.
+        name: the key under which `chain` keeps its state.
         extra_args: the extra arguments that ``update`` reads, ``{name: required}``.
-        last: whether it looks at the new parameters, ``params + updates``, so that nothing may change the updates after it.
+        last: whether it looks at the new parameters, ``params + updates``, so that nothing may
+            change the updates after it.
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> negate = fo.GradientTransformation(lambda params: (), lambda updates, state, params: ([-u for u in updates], state))
+        >>> def init(params):
+        ...     return ()
+        >>> def update(updates, state, params):
+        ...     return [-u for u in updates], state
+        >>> negate = fo.GradientTransformation(init, update)
         >>> negate.update([torch.tensor(2.0)], negate.init([torch.tensor(0.0)]))[0]
         [tensor(-2.)]
     """
@@ -141,35 +156,39 @@ class GradientTransformation(Expression):
         leaves, _ = flatten_tensors(params, "params")
         if all(leaf is None for leaf in leaves):
             raise ValueError(
-                "params holds no tensor: there is nothing to optimize. Was the generator of parameters already used up?"
+                "params holds no tensor: there is nothing to optimize. "
+                "Was the generator of parameters already used up?"
             )
         return self._init(params)
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """The transformed updates and the next state; nothing given is changed.
+        """The transformed updates and the next state. No argument is modified.
 
         Args:
-            updates: a tree of the structure of the params: gradients, or what an earlier stage made of them. ``None``: no gradient.
+            updates: a tree of the structure of the params: gradients, or what an earlier stage made
+                of them. ``None`` stands for no gradient.
             state: what `init` or the last `update` returned.
             params: the current parameters; some stages need them.
             **extra: what the stages declare, e.g. ``value=loss``.
 
         Raises:
-            TypeError: an extra argument that no stage declares, or a declared one that is missing.
-            ValueError: structures or shapes that do not fit, params missing, the state of another transformation.
+            TypeError: an extra argument that no stage declares, or a required one that is missing.
+            ValueError: structures or shapes that do not fit, params missing, the state of another
+                transformation.
         """
         self.check_extra(extra)
         return self._update(updates, state, params, **extra)
 
     def check_extra(self, extra: dict[str, Any]) -> None:
-        """Raise TypeError for an extra argument that no stage declares, or a declared one that is missing."""
+        """Raise TypeError for an extra argument that is undeclared, or required and missing."""
         undeclared = [name for name in extra if name not in self.extra_args]
         if undeclared:
             declared = ", ".join(sorted(self.extra_args)) or "none"
             raise TypeError(
-                f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. Declared extra arguments: {declared}."
+                f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. "
+                f"Declared extra arguments: {declared}."
             )
         missing = [
             name
@@ -177,8 +196,10 @@ class GradientTransformation(Expression):
             if required and name not in extra
         ]
         if missing:
+            given = ", ".join(f"{name}=..." for name in missing)
             raise TypeError(
-                f"{self.name} reads {', '.join(missing)}: call update(updates, state, params, {', '.join(f'{m}=...' for m in missing)})."
+                f"{self.name} reads {', '.join(missing)}: "
+                f"call update(updates, state, params, {given})."
             )
 
 
@@ -187,10 +208,11 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
     Args:
         params: tree of tensors.
-        updates: tree of the same structure; where it is ``None`` the parameter stays as it is.
+        updates: tree of the same structure; where it is ``None``, the parameter stays as it is.
 
     Raises:
-        ValueError: the structures, or two shapes, differ; an update that its parameter cannot hold (complex into real).
+        ValueError: the structures, or two shapes, differ; an update that its parameter cannot hold
+            (complex into real).
         TypeError: a leaf is not a tensor or None.
 
     Example:
@@ -211,7 +233,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
                 there = "None" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
                 given = f"{u.dtype} of shape {tuple(u.shape)}"
                 raise ValueError(
-                    f"the update at {paths(params)[i]!r} is {given}, its parameter {there}: nothing is broadcast or cut off."
+                    f"the update at {paths(params)[i]!r} is {given}, its parameter {there}: "
+                    "nothing is broadcast or cut off."
                 )
             p = p + u if p.dtype is u.dtype else (p + u).to(p.dtype)
         new.append(p)
@@ -223,14 +246,15 @@ def _rank(x: Tensor) -> int:
     return 2 if x.is_complex() else int(x.is_floating_point())
 
 
-# ---- reading signatures (plain attributes, so that torch.compile can trace a factory) -----------------------------------
+# ---- reading signatures (plain attributes, so that torch.compile can trace a factory) ----------
 
 
 def positional(f: Any) -> tuple[str, ...]:
     code = _code(f)
     if code.co_flags & (0x04 | 0x08):
         raise TypeError(
-            f"{f.__qualname__} takes *args or **kwargs; its arguments must be named, for their names say what it reads."
+            f"{f.__qualname__} takes *args or **kwargs; its arguments must be named, "
+            "for their names say what it reads."
         )
     return tuple(code.co_varnames[: code.co_argcount])
 
@@ -248,9 +272,8 @@ def keyword_only(f: Any) -> dict[str, bool]:
         return {}
     try:
         defaults = f.__kwdefaults__ or {}
-    except (
-        AttributeError
-    ):  # a function that is made inside compiled code: Dynamo does not know its defaults
+    except AttributeError:
+        # The function is made inside of compiled code, and Dynamo does not know its defaults.
         defaults = {}
     return {name: name not in defaults for name in names}
 
@@ -264,19 +287,18 @@ def _code(f: Any) -> Any:
 
 
 def enclosing_name(f: Any) -> str:
-    name: str = (
-        getattr(_code(f), "co_qualname", None) or f.__qualname__
-    )  # Python 3.10 has the latter only, Dynamo of torch 2.11 the former
+    # Python 3.10 has only the latter, and Dynamo of torch 2.11 only the former.
+    name: str = getattr(_code(f), "co_qualname", None) or f.__qualname__
     return name.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
 
 
-# ---- hyperparameter checks, for factories --------------------------------------------------------------------------------
+# ---- hyperparameter checks, for factories ------------------------------------------------------
 
 
 def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -> None:
-    """Raise ValueError for a number outside ``[low, high)``, or ``(low, high)`` if `above`; NaN is outside.
+    """Raise ValueError for a number outside of ``[low, high)``, or of ``(low, high)`` if `above`.
 
-    Tensors and schedules are not looked into.
+    NaN is outside. The values of tensors and schedules are not checked.
     """
     for name, value in hyper.items():
         if (
@@ -297,19 +319,23 @@ def check_choice(*choices: Any, **options: Any) -> None:
             raise ValueError(f"{name} must be {known}; got {value!r}.")
 
 
-# ---- the simplest transformations -----------------------------------------------------------------------------------------
+# ---- the simplest transformations --------------------------------------------------------------
 
 
 @transformation
 def stateless(f: Callable[[PyTree, PyTree | None], PyTree]) -> GradientTransformation:
-    """A transformation without state from a function of whole trees; for a function of one tensor see `leafwise`.
+    """Make a transformation without state from a function of whole trees.
+
+    For a function of one tensor see `leafwise`.
 
     Args:
         f: ``(updates, params) -> updates``.
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> tx = fo.stateless(lambda updates, params: {k: u * len(updates) for k, u in updates.items()})
+        >>> def times_their_number(updates, params):
+        ...     return {name: u * len(updates) for name, u in updates.items()}
+        >>> tx = fo.stateless(times_their_number)
         >>> tx.update({"w": torch.tensor(1.0), "b": torch.tensor(2.0)}, ())[0]
         {'w': tensor(2.), 'b': tensor(4.)}
     """

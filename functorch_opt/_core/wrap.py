@@ -1,4 +1,7 @@
-"""A transformation around another, declared and not written: what it sees, and what becomes of its update."""
+"""Transformations around other transformations, made from a declaration.
+
+The declaration says what the inner transformation sees, and what becomes of its update.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class Wrap(GradientTransformation):
 
     @property
     def changes_g(self) -> bool:
-        """Whether the inner transformation sees another update than comes in."""
+        """Whether the inner transformation sees another update than the one that comes in."""
         return "g" in self.before_reads
 
     @property
@@ -63,7 +66,7 @@ class Wrap(GradientTransformation):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What `before` and `after` read of the values of a step and of slots."""
+        """The names that `before` and `after` read, of the values of a step and of slots."""
         names = dict.fromkeys((*self.before_reads, *self.after_reads))
         return tuple(name for name in names if name not in ("u", "g", "p"))
 
@@ -75,7 +78,7 @@ class Wrap(GradientTransformation):
     def rebuilt(
         self, f: Callable[[GradientTransformation], GradientTransformation]
     ) -> Wrap:
-        """The same around what `f` makes of the inner transformation."""
+        """The same wrap, around what `f` makes of the inner transformation."""
         return Wrap(
             f(self.inner),
             self.once,
@@ -87,10 +90,10 @@ class Wrap(GradientTransformation):
             self.last,
         )
 
-    # ---- one leaf --------------------------------------------------------------------------------
+    # ---- one leaf -------------------------------------------------------------------------------
 
     def seen(self, g: Any, p: Any, values: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The update and the parameter that the inner transformation sees of one leaf."""
+        """The update and the parameter of one leaf, as the inner transformation sees them."""
         if self.before is None or (g is None and self.changes_g):
             return g, p
         values = {**values, "g": g, "p": p}
@@ -145,7 +148,7 @@ class Wrap(GradientTransformation):
         )
 
     def on_parts(self, f: Callable[..., Any], like: Any, *given: Any) -> Any:
-        """``f`` of these tensors and dicts of tensors; of sharded ones on this rank's parts."""
+        """``f`` of tensors and dicts of tensors. It gets this rank's parts of sharded ones."""
         if not tree.is_sharded(like):
             return f(*given)
 
@@ -162,7 +165,7 @@ class Wrap(GradientTransformation):
         first, second = f(*map(enter, given))
         return leave(first), leave(second)
 
-    # ---- whole trees -----------------------------------------------------------------------------
+    # ---- whole trees ----------------------------------------------------------------------------
 
     def check_state(self, state: Any) -> None:
         fits = isinstance(state, dict) and state.keys() == {"inner", "kept"}
@@ -202,7 +205,7 @@ class Wrap(GradientTransformation):
         slots: Mapping[str, PyTree],
         now: Mapping[str, Any],
     ) -> Leaves:
-        """The leaves of a step, with what is read of each."""
+        """The leaves of a step, with the values that are read for each."""
         gs, spec = structure.flatten_tensors(updates, "updates")
         return Leaves(self, updates, spec, gs, params, slots, now)
 
@@ -235,7 +238,7 @@ class Wrap(GradientTransformation):
 
 
 class Leaves:
-    """The leaves of a wrapped update, with what is read of each."""
+    """The leaves of a wrapped update, with the values that are read for each."""
 
     def __init__(
         self,
@@ -314,22 +317,25 @@ def wrap(
     init_with: str | None = None,
     last: bool = False,
 ) -> Wrap:
-    """A transformation around another: what `inner` sees of each tensor, and what becomes of its update.
+    """A transformation around another one.
 
-    The functions say by the names of their arguments what they read, as in `leafwise`: ``g`` and
-    ``p``, what comes in; ``u``, the update of `inner`; slots; hyperparameters; shared values; what
-    `prepare` returned. They see tensors in the dtypes that these have. A ``count`` is one of the
-    training, the same for all tensors.
+    It says what `inner` sees of each tensor, and what becomes of its update.
+
+    As in `leafwise`, the functions say by the names of their arguments what they read: ``g`` and
+    ``p``, the update and the parameter that come in; ``u``, the update of `inner`; slots;
+    hyperparameters; shared values; what `prepare` returned. They see each tensor in its own dtype.
+    A ``count`` counts the steps of the training, and is the same for all tensors.
 
     Args:
         inner: the transformation inside.
         slots: ``{name: p -> its first value}``.
-        shared: ``{name: first value}``, tensors.
+        shared: ``{name: first value}``; the values are tensors.
         hyper: ``{name: number, 0-dim tensor, or schedule}``.
-        prepare: once a step, as in `leafwise`.
+        prepare: a function that is called once a step, as in `leafwise`.
         before: what `inner` sees of one tensor. It returns ``(g, p)`` where it reads both, the new
             ``g`` where it reads no ``p``, and the new ``p`` where it reads no ``g``.
-        after: ``u``, or ``(u, {slot: new value})`` if there are slots: what becomes of the update.
+        after: what becomes of the update. It returns ``u``, or ``(u, {slot: new value})`` if there
+            are slots.
         point: the parameter to evaluate with, a function of ``p``, slots and hyperparameters.
         init_with: the slot whose first values `inner` is initialized with, in place of the params.
         last: whether it looks at the new parameters ``p + u``, so that no stage may change the
@@ -339,7 +345,7 @@ def wrap(
         A transformation whose state is ``{"inner": state, "kept": StageState(shared, slots)}``.
 
     Raises:
-        TypeError: `inner` is no transformation; a name that nothing provides.
+        TypeError: `inner` is not a transformation; a function reads a name that nothing provides.
 
     Example:
         >>> import torch, functorch_opt as fo

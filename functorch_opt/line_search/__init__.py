@@ -1,1 +1,1 @@
-"""Line searches, and the optimizer that lives on them."""
+"""Line searches, and L-BFGS, the optimizer that is built on them."""

@@ -1,14 +1,14 @@
-"""A step size that is found by making it smaller.
+"""Backtracking: a step size that is found by making it smaller.
 
-It is the first of a falling sequence that is good enough.
+It is the first of a falling sequence of step sizes that is good enough.
 
 Along the line ``phi(a) = f(p + a u)``, with slope ``phi'(a) = <grad f(p + a u), u>``, a step size a
 is good enough if the value falls in proportion to the first slope (Armijo):
 
     phi(a) <= (1 + rtol) phi(0) + slope_rtol a phi'(0) + atol
 
-Under vmap every problem has its own step size. All are tried together until the last one is found;
-what is found stays.
+Under vmap every problem has its own step size. All problems make their trials together until the
+last one has found its step size. A step size that is found stays.
 
 Source: Nocedal & Wright, "Numerical Optimization", 2nd ed. 2006, alg. 3.1.
 """
@@ -52,34 +52,35 @@ def scale_by_backtracking_linesearch(
     rtol: Scalar = 0.0,
     store_grad: bool = False,
 ) -> GradientTransformation:
-    """Scale the updates by the first of ``a, a decrease_factor, a decrease_factor^2, ...`` with
-    ``phi(a) <= (1 + rtol) phi(0) + slope_rtol a phi'(0) + atol``.
+    """Scale the updates by the first of ``a, a decrease_factor, ...`` that is good enough.
 
-    The first trial a is ``increase_factor`` times the last step size. The updates that come in are
-    the direction, so the sign is flipped before:
-    ``chain(sgd(1.0), scale_by_backtracking_linesearch(15))``. If no trial has a finite value the
-    step is 0, and the next search begins at `max_learning_rate` (in optax it stays 0 for ever).
-    Inside ``torch.compile`` all `max_backtracking_steps` trials are made.
+    That means ``phi(a) <= (1 + rtol) phi(0) + slope_rtol a phi'(0) + atol``.
+
+    The first trial a is `increase_factor` times the last step size. The updates that come in are
+    the direction, so the sign must be flipped before:
+    ``chain(sgd(1.0), scale_by_backtracking_linesearch(15))``. If no trial has a finite value, the
+    step is 0, and the next search begins at `max_learning_rate` (in optax the step size stays 0 for
+    ever). Inside of ``torch.compile`` all `max_backtracking_steps` trials are made.
 
     Args:
         max_backtracking_steps: how often the size is decreased at most.
-        slope_rtol: share of the first slope by which the value has to fall, in (0, 1).
+        slope_rtol: the share of the first slope by which the value has to fall, in (0, 1).
         decrease_factor: in (0, 1).
-        increase_factor: 1 or greater; ``math.inf``: begin at `max_learning_rate` every time.
+        increase_factor: 1 or greater. With ``math.inf`` every search begins at `max_learning_rate`.
         max_learning_rate: greater than 0.
         atol, rtol: how much the value may rise, 0 or greater.
-        store_grad: keep the gradient at the new params, for `value_and_grad_from_state`; this
-            costs one gradient.
+        store_grad: whether to keep the gradient at the new params, for `value_and_grad_from_state`.
+            This costs one gradient.
 
     Extra arguments of ``update``: ``value`` and ``grad`` at the params, and
     ``value_fn(params) -> value``. Data enters through a closure.
 
     Raises:
-        ValueError: an argument outside its range; params missing; shapes of updates, params and
-            grad that differ.
+        ValueError: an argument is outside of its range; params are missing; the shapes of updates,
+            params and grad differ.
 
-    Source: Nocedal & Wright, alg. 3.1. optax has another argument, ``verbose``; here the state says
-    how it went.
+    Source: Nocedal & Wright, alg. 3.1. optax has one more argument, ``verbose``; here the state
+    shows how the search went.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -111,7 +112,7 @@ _KEPT = ("learning_rate", "value", "num_linesearch_steps", "decrease_error")
 
 
 class _Rule(NamedTuple):
-    """The arguments of a search, which are explained there."""
+    """The arguments of the search, which are explained at its function."""
 
     max_steps: int
     slope_rtol: Scalar
@@ -149,7 +150,7 @@ def _transformation(rule: _Rule, store_grad: bool) -> GradientTransformation:
 
 
 def _search(line: Line, state: StageState, rule: _Rule) -> tuple[Tensor, ...]:
-    """What is kept of a search: the step size, the value there, the number of trials, the error."""
+    """What is kept of a search: the step size, its value, the number of trials, and the error."""
 
     def attempt(size: Tensor) -> tuple[Tensor, Tensor]:
         """The value at a step size, and by how much it is too high."""
@@ -172,13 +173,13 @@ def _search(line: Line, state: StageState, rule: _Rule) -> tuple[Tensor, ...]:
 
 
 def _first_size(last: Tensor, rule: _Rule) -> Tensor:
-    """Somewhat more than the last step size; the largest, after a step of 0."""
+    """Somewhat more than the last step size; after a step of 0, the largest size."""
     largest = torch.as_tensor(
         rule.max_learning_rate, dtype=last.dtype, device=last.device
     )
     factor = rule.increase_factor
     if not isinstance(factor, Tensor) and factor == float("inf"):
         return largest.expand_as(last).clone()
-    # inf * 0 would be NaN, and a factor that is a tensor may be infinite.
+    # A factor that is a tensor may be infinite, and inf * 0 would be NaN.
     wider = torch.minimum(factor * torch.where(last > 0, last, 1.0), largest)
     return torch.where(last > 0, wider, largest).to(last.dtype)

@@ -45,21 +45,21 @@ __all__ = ["lbfgs", "scale_by_lbfgs"]
 def scale_by_lbfgs(
     memory_size: int = 10, scale_init_precond: bool = True
 ) -> GradientTransformation:
-    """``u = H g``; follow it with a line search, as `lbfgs` does.
+    """``u = H g``. Let a line search follow, as `lbfgs` does.
 
     H is an estimate of the inverse Hessian, made of the last differences of parameters and of
-    gradients. A pair with ``s'y <= eps |s| |y|`` is left out, so that H stays positive definite and
-    ``-u`` a descent direction (optax keeps all but ``s'y = 0``). A parameter without gradient takes
-    part in the pairs with zeros. A complex one counts as pairs of reals.
+    gradients. A pair with ``s'y <= eps |s| |y|`` is left out, so that H stays positive definite,
+    and ``-u`` a descent direction (optax keeps all pairs but those with ``s'y = 0``). A parameter
+    without gradient has zeros in the pair. A complex parameter counts as pairs of reals.
 
     Args:
-        memory_size: how many pairs are kept, 1 or greater: memory for twice as many copies of the
-            params, at least in float32.
-        scale_init_precond: ``H0 = s'y / y'y``, and before there is a pair ``min(1, 1 / |g|)``.
-            False: 1.
+        memory_size: how many pairs are kept, 1 or greater. They take the memory of twice as many
+            copies of the params, at least in float32.
+        scale_init_precond: whether H0 is ``s'y / y'y``, or ``min(1, 1 / |g|)`` before there is a
+            pair. If False, it is 1.
 
     Raises:
-        ValueError: a memory size that is no whole number from 1; params missing.
+        ValueError: the memory size is not a whole number, or less than 1; params are missing.
 
     Source: Byrd, Nocedal & Schnabel, 1994, eq. 3.1.
 
@@ -154,7 +154,7 @@ def _check_shapes(updates: PyTree, gs: list[Any], ps: list[Any], old: Columns) -
 
 
 def _remembered(gs: list[Any], ps: list[Any], old: Columns, begun: Tensor) -> Columns:
-    """The slots after this step: the new pair is kept if there is one, and it is curved."""
+    """The slots after this step. The new pair is kept if there is one, and if it is curved."""
     keep = _is_curved(gs, ps, old) & begun
 
     def remember(
@@ -186,14 +186,14 @@ def _is_curved(gs: list[Any], ps: list[Any], old: Columns) -> Tensor:
 
 
 def _real_dtype(gs: list[Any], old: Columns) -> torch.dtype:
-    """The dtype that a step is computed in."""
+    """The dtype in which a step is computed."""
     return value_dtype(
         [x for g, x in zip(gs, old["updates"], strict=True) if g is not None]
     )
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The elements as one row of reals, two for a complex one."""
+    """The elements as one row of reals. A complex element is two of them."""
     return _reals(x).to(dtype).reshape(-1)
 
 
@@ -205,7 +205,7 @@ def _reals(x: Tensor) -> Tensor:
 
 
 def _directions(gs: list[Any], slots: Columns, scaled: bool) -> list[Any]:
-    """``H g``, in the shapes of the gradients; None where there is none."""
+    """``H g``, in the shapes of the gradients, and None where there is no gradient."""
     here = [i for i, g in enumerate(gs) if g is not None]
     dtype = _real_dtype(gs, slots)
 
@@ -230,7 +230,8 @@ def _inverse_hessian_times(
 ) -> list[Tensor]:
     """``H g``, in the letters of the formula above.
 
-    S and Y have one matrix for each leaf, with a row of zeros for a pair that is not there.
+    S and Y consist of one matrix for each leaf. It has a row of zeros for each pair that is
+    missing.
     """
 
     def gram(A: list[Tensor], B: list[Tensor]) -> Tensor:
@@ -253,7 +254,7 @@ def _inverse_hessian_times(
 def _first_scale(g: list[Tensor], sy: Tensor, yy: Tensor) -> Tensor:
     """``s'y / y'y`` of the newest pair.
 
-    Before there is one it is such that the first step is at most as long as 1.
+    Before there is a pair, it is such that the length of the first step is at most 1.
     """
     first = 1 / torch.clamp(tree.norm(g).to(sy.dtype), min=1.0)
     return torch.where(sy > 0, sy / torch.where(yy > 0, yy, 1.0), first)
@@ -277,14 +278,15 @@ def lbfgs(
     scale_init_precond: bool = True,
     linesearch: GradientTransformation | None = _ZOOM,
 ) -> GradientTransformation:
-    """L-BFGS: `scale_by_lbfgs`, the learning rate, then a line search.
+    """L-BFGS: `scale_by_lbfgs`, then the learning rate, then a line search.
 
     ``update`` takes ``value``, ``grad`` and ``value_fn`` for the search; with ``linesearch=None``
-    it takes none of them. The function must be the same at every step: mini-batches spoil the
-    differences.
+    it takes none of them. The function must be the same at every step, because minibatches would
+    spoil the differences.
 
     Args:
-        learning_rate: 0 or greater, or a schedule; scales the direction before the search. None: 1.
+        learning_rate: 0 or greater, or a schedule. It scales the direction before the search. None
+            means 1.
         memory_size, scale_init_precond: see `scale_by_lbfgs`.
         linesearch: `scale_by_zoom_linesearch`, `scale_by_backtracking_linesearch`, or None.
 

@@ -1,6 +1,6 @@
 """What line searches share.
 
-It is a loop that ends when the last of many problems has ended, and the line
+Here are a loop that ends when the last of many problems has ended, and the line
 ``phi(a) = f(params + a updates)``.
 """
 
@@ -22,9 +22,9 @@ from functorch_opt.tree import PyTree
 
 
 class _AnyOf(torch.autograd.Function):
-    """Whether anything is true, in any of the problems of a vmap.
+    """Whether any element is true, in any of the problems of a vmap.
 
-    The result has no batch, so Python may ask for it.
+    The result is not batched, so Python may ask for its value.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class _AnyOf(torch.autograd.Function):
 def any_of(flag: Tensor) -> bool:
     """Whether `flag` is true in any problem of a vmap.
 
-    Compiled code cannot ask: there the answer is True, and loops run to their bound.
+    Compiled code cannot ask for it. There the answer is True, and loops run to their bound.
     """
     return torch.compiler.is_compiling() or bool(_AnyOf.apply(flag))
 
@@ -54,12 +54,12 @@ def where(flag: Tensor, new: PyTree, old: PyTree) -> PyTree:
 
 
 def violation(x: Tensor) -> Tensor:
-    """By how much ``x <= 0`` is violated; where x is NaN, infinitely."""
+    """By how much ``x <= 0`` is violated. It is infinite where x is NaN."""
     return torch.where(x.isnan(), torch.inf, x.clamp(min=0))
 
 
 def check_trials(name: str, steps: Any) -> None:
-    """Raise ValueError for what cannot bound a loop."""
+    """Raise ValueError for a number of trials that cannot bound a loop."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(
             f"{name} must be a whole number, 1 or greater: it bounds the loop; got {steps!r}."
@@ -72,7 +72,8 @@ def check_trials(name: str, steps: Any) -> None:
 class Line:
     """``phi(a) = f(params + a updates)``.
 
-    Parameters without update stay where they are, and f is not differentiated for them.
+    Parameters without an update stay where they are, and f is not differentiated with respect to
+    them.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ class Line:
         self.slope = tree.dot(self.gs, self.us).to(self.dtype)
 
     def _checked(self, value: Any) -> Tensor:
-        # A Python number takes the dtype of the line at once: the default dtype may be narrower.
+        # A Python number is given the dtype of the line at once, as the default dtype may be
+        # narrower.
         value = (
             value
             if isinstance(value, Tensor)
@@ -148,7 +150,7 @@ class Line:
         return self._at(self._point(size))
 
     def at(self, size: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Value, slope and gradients at a step size."""
+        """The value, the slope and the gradients at a step size."""
         gs, value = grad_and_value(self._at)(self._point(size))
         return value, tree.dot(gs, self.us).to(self.dtype), list(gs)
 
@@ -160,7 +162,7 @@ class Line:
         state: StageState,
         shared: dict[str, Tensor],
     ) -> Any:
-        """The scaled updates and the next state; `gs` are kept as the slot ``grad``."""
+        """The scaled updates and the next state, in which `gs` are kept as the slot ``grad``."""
         leaves, spec = tree.flatten(updates)
         slots = {}
         if gs is not None:
@@ -177,7 +179,7 @@ class Line:
 
 
 def value_dtype(leaves: list[Tensor]) -> torch.dtype:
-    """The dtype of values and step sizes: the widest of the leaves, real, at least float32."""
+    """The dtype of values and step sizes: real, as wide as the widest leaf, at least float32."""
     widest = tree.at_least_float32(leaves[0].dtype)
     for x in leaves[1:]:
         widest = torch.promote_types(widest, tree.at_least_float32(x.dtype))
@@ -206,7 +208,7 @@ def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
 def check_state(
     name: str, state: Any, shared: tuple[str, ...], slots: tuple[str, ...]
 ) -> None:
-    """Raise ValueError for what is not a state of this stage."""
+    """Raise ValueError if this is not a state of the stage."""
     if (
         not isinstance(state, StageState)
         or state.shared.keys() != set(shared)

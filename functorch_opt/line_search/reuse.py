@@ -1,4 +1,4 @@
-"""What a line search has already worked out, so that it need not be computed again."""
+"""What a line search has already computed, so that it need not be computed again."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["value_and_grad_from_state"]
 def value_and_grad_from_state(
     value_fn: Callable[[PyTree], Tensor],
 ) -> Callable[..., tuple[Tensor, PyTree]]:
-    """Value and gradient at the params, from the state of a line search that has worked them out.
+    """Take the value and the gradient at the params from the state of a line search.
 
-    A line search ends with the value and the gradient at the new params. Where the function is the
-    same at every step, taking them from there saves one evaluation of both a step. At the first
-    step, or if the last value was not finite, they are computed.
+    A line search ends with the value and the gradient at the new params. If the function is the
+    same at every step, taking them from there saves one evaluation of both at each step. They are
+    computed at the first step, and if the last value was not finite.
 
     Args:
         value_fn: ``params -> value``.
@@ -32,8 +32,8 @@ def value_and_grad_from_state(
         ``(params, state) -> (value, grad)``.
 
     Raises:
-        KeyError: the state holds no ``value`` or no ``grad`` (backtracking keeps it with
-            ``store_grad=True``).
+        KeyError: the state holds no ``value`` or no ``grad`` (the backtracking search keeps
+            ``grad`` only with ``store_grad=True``).
 
     Example:
         >>> import torch, functorch_opt as fo

@@ -1,13 +1,13 @@
-"""A step size that meets both conditions: widen until a bracket holds one, then zoom into it.
+"""A step size that meets two conditions: widen until a bracket holds one, then zoom into it.
 
 Along the line ``phi(a) = f(p + a u)``, with slope ``phi'(a) = <grad f(p + a u), u>``, a step size a
-is good enough if (strong Wolfe)
+is good enough if it meets the strong Wolfe conditions:
 
     phi(a) <= phi(0) + slope_rtol a phi'(0)     the value falls in proportion to the first slope
     |phi'(a)| <= curv_rtol |phi'(0)|            the line is flatter there
 
-Under vmap every problem has its own step size. All are tried together until the last one is found;
-what is found stays.
+Under vmap every problem has its own step size. All problems make their trials together until the
+last one has found its step size. A step size that is found stays.
 
 Sources: Nocedal & Wright, "Numerical Optimization", 2nd ed. 2006, algs. 3.5 and 3.6. Hager & Zhang,
 "Algorithm 851: CG_DESCENT", 2006, eqs. 23-27 (the approximate condition, for values that differ by
@@ -54,36 +54,38 @@ def scale_by_zoom_linesearch(
     stepsize_precision: Scalar = 1e-5,
     initial_guess_strategy: Literal["keep", "one"] = "keep",
 ) -> GradientTransformation:
-    """Scale the updates by a step size that meets both conditions (strong Wolfe).
+    """Scale the updates by a step size that meets the strong Wolfe conditions.
 
-    The updates that come in are the direction, so the sign is flipped before, as `lbfgs` does. If
-    no trial meets both conditions, the best that decreases enough is taken; if there is none, the
-    last trial, or 0 where its value is not finite. Inside ``torch.compile`` all
-    `max_linesearch_steps` trials are made.
+    The updates that come in are the direction, so the sign must be flipped before, as `lbfgs` does.
+    If no trial meets both conditions, the best one that decreases the value enough is taken. If
+    there is none, it is the last trial, or 0 if the value there is not finite. Inside of
+    ``torch.compile`` all `max_linesearch_steps` trials are made.
 
     Args:
-        max_linesearch_steps: how many trials at most, each of one value and one gradient.
-        max_learning_rate: greater than 0; None: unbounded.
+        max_linesearch_steps: how many trials are made at most, each of one value and one gradient.
+        max_learning_rate: the largest step size, greater than 0. With None there is no bound.
         tol: by how much the conditions may be missed, 0 or greater.
-        increase_factor: greater than 1, by which the size grows until there is a bracket.
+        increase_factor: the factor by which the size grows until there is a bracket, greater than
+            1.
         slope_rtol: of the first condition, in (0, 1).
-        curv_rtol: of the second, greater than 0; ``math.inf`` leaves it out.
-        approx_dec_rtol: near a minimum, where values differ by rounding, the slopes decide instead
-            (Hager & Zhang, eq. 23): if the value rises by no more than this share of it. None:
-            never.
-        stepsize_precision: a bracket this small is given up, if some size decreases enough.
-        initial_guess_strategy: first trial: "one", or "keep", the last step size (1 after a step of
-            0, where optax stays for ever).
+        curv_rtol: of the second condition, greater than 0; ``math.inf`` leaves it out.
+        approx_dec_rtol: near a minimum, where values differ only by rounding, the slopes decide
+            instead (Hager & Zhang, eq. 23). They do so if the value rises by no more than this
+            share of the first value. With None they never do.
+        stepsize_precision: a bracket that is smaller is given up, if some size decreases the value
+            enough.
+        initial_guess_strategy: the first trial. "one" begins at 1, and "keep" at the last step
+            size; after a step of 0 it begins at 1 too (optax stays at 0 for ever).
 
     Extra arguments of ``update``: ``value`` and ``grad`` at the params, and
     ``value_fn(params) -> value``. Data enters through a closure.
 
     Raises:
-        ValueError: an argument outside its range; params missing; shapes of updates, params and
-            grad that differ.
+        ValueError: an argument is outside of its range; params are missing; the shapes of updates,
+            params and grad differ.
 
-    Source: Nocedal & Wright, algs. 3.5, 3.6. optax has another argument, ``verbose``; here the
-    state says how it went.
+    Source: Nocedal & Wright, algs. 3.5, 3.6. optax has one more argument, ``verbose``; here the
+    state shows how the search went.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -112,7 +114,7 @@ def scale_by_zoom_linesearch(
 
 
 class _Rule(NamedTuple):
-    """The arguments of a search, which are explained there."""
+    """The arguments of the search, which are explained at its function."""
 
     max_steps: int
     max_learning_rate: Scalar | None
@@ -125,7 +127,7 @@ class _Rule(NamedTuple):
 
 
 def _check(rule: _Rule) -> None:
-    """Raise ValueError for an argument outside its range."""
+    """Raise ValueError for an argument that is outside of its range."""
     infinity = float("inf")
     check_trials("max_linesearch_steps", rule.max_steps)
     check_range(0, infinity, tol=rule.tol, stepsize_precision=rule.stepsize_precision)
@@ -147,7 +149,7 @@ _KEPT = (
 
 
 def _transformation(rule: _Rule, keep: bool) -> GradientTransformation:
-    """The search as a stage; if `keep`, it begins at the last step size."""
+    """The search as a stage. If `keep`, it begins at the last step size."""
 
     def init(params: PyTree) -> StageState:
         return first_state(params, True, "decrease_error", "curvature_error")
@@ -212,10 +214,10 @@ class _Search(NamedTuple):
     grads: list[Tensor]
     """The gradients at the last trial."""
     low: _Trial
-    """The end of the bracket with the lower value, which may be the greater size."""
+    """The end of the bracket with the lower value. It may be the greater size."""
     high: _Trial
     third: _Trial
-    """The end that was given up last, for the cubic."""
+    """The end of the bracket that was given up last. The cubic goes through it."""
     safe: _Safe
     decrease_error: Tensor
     curvature_error: Tensor
@@ -282,7 +284,7 @@ def _at(line: Line, size: Tensor) -> tuple[_Trial, list[Tensor]]:
 
 
 def _next_size(now: _Search, guess: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
-    """The size to try, and whether it is the greatest that is allowed."""
+    """The size to try, and whether it is the greatest size that is allowed."""
     size = torch.where(now.steps == 0, guess, rule.increase_factor * now.last.size)
     at_most = torch.zeros_like(now.found)
     if rule.max_learning_rate is not None:
@@ -305,9 +307,9 @@ def _errors(trial: _Trial, line: Line, rule: _Rule) -> tuple[Tensor, Tensor]:
 def _widened(
     now: _Search, trial: _Trial, decrease_error: Tensor
 ) -> tuple[tuple[_Trial, _Trial], Tensor]:
-    """The bracket that a trial ends, low end first, and whether it does (alg. 3.5).
+    """The bracket that ends at a trial, low end first, and whether there is one (alg. 3.5).
 
-    A bracket ends where the value is too high, or where the slope has turned.
+    A bracket ends where the value is too high, or where the slope has changed its sign.
     """
     high = (decrease_error > 0) | ((trial.value >= now.last.value) & (now.steps > 0))
     turned = (trial.slope >= 0) & ~high
@@ -319,7 +321,7 @@ def _zoomed(
 ) -> tuple[_Trial, _Trial, _Trial]:
     """The bracket with a trial in place of one end, and the end that is given up (alg. 3.6).
 
-    On which side the minimum is, the slope says.
+    The slope says on which side the minimum is.
     """
     worse = (decrease_error > 0) | (trial.value >= now.low.value)
     crossed = (trial.slope * (now.high.size - now.low.size) >= 0) & ~worse
@@ -332,10 +334,10 @@ def _zoomed(
 
 
 def _between(low: _Trial, high: _Trial, third: _Trial) -> Tensor:
-    """A size between the two ends, the first of these that is well inside.
+    """A size between the two ends of a bracket.
 
-    It is the minimum of the cubic through three points, else that of the parabola through two, else
-    the middle.
+    It is the first of these that is well inside: the minimum of the cubic through three points,
+    that of the parabola through two points, and the middle.
     """
     edges = torch.minimum(low.size, high.size), torch.maximum(low.size, high.size)
     width = (high.size - low.size).abs()
@@ -357,7 +359,7 @@ def _of_parabola(low: _Trial, high: _Trial) -> Tensor:
 
 
 def _of_cubic(low: _Trial, high: _Trial, third: _Trial) -> tuple[Tensor, Tensor]:
-    """The minimum of the cubic through three points, with the slope of the first; if it has one."""
+    """The minimum of the cubic through three points, with the slope of the first, if it has one."""
     b, c = high.size - low.size, third.size - low.size
     rise_b = high.value - low.value - low.slope * b
     rise_c = third.value - low.value - low.slope * c
@@ -372,6 +374,6 @@ def _of_cubic(low: _Trial, high: _Trial, third: _Trial) -> tuple[Tensor, Tensor]
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """``a / b``, and 0 where b is 0, so that no NaN enters a derivative.
 
-    An interpolation of 0 is an end of the bracket, which is not inside.
+    With 0 the interpolation gives an end of the bracket, which is not inside.
     """
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))

@@ -1,4 +1,4 @@
-"""Adafactor: of the second moment of a matrix only the means of its rows and columns are kept.
+"""Adafactor: it keeps only the row and column means of the second moment of a matrix.
 
     b2_t  = 1 - t^-decay_rate
     v_row, v_col, v     running means, with decay b2_t, of g^2 + eps along the rows, along the
@@ -7,7 +7,8 @@
     u     = u / max(1, RMS(u) / clipping_threshold)                 RMS(x) = |x| / sqrt(size of x)
     p    -= learning_rate max(1e-3, RMS(p)) u + weight_decay_rate p
 
-torch's variant does not add eps to g^2, but bounds what is divided by, and its steps shrink with t:
+torch's variant does not add eps to g^2 but bounds the divisors from below, and its steps shrink
+with t:
 
     u     = g / max(sqrt(v), eps1), with v = v_row v_col / max(mean v_row, eps1) for a matrix
     p    -= min(lr, 1 / sqrt(t)) max(eps2, RMS(p)) u / max(1, RMS(u) / d) + lr weight_decay p
@@ -48,7 +49,7 @@ __all__ = ["adafactor", "scale_by_factored_rms"]
 
 
 def factored_dims(shape, smallest):
-    """The two largest dims, the larger one last, if both have `smallest` elements; else None."""
+    """The two largest dims, with the larger one last; None if they are not both large enough."""
     if len(shape) < 2:
         return None
     *_, second, largest = sorted(range(len(shape)), key=lambda i: (shape[i], i))
@@ -68,9 +69,8 @@ def _mean_slot(dims_of, k):
 
 def _prepare(step_offset):
     def prepare(count, decay_rate):
-        return {
-            "weight": tree.as_real(count + 1 - step_offset) ** -decay_rate
-        }  # 1 - b2_t
+        t = tree.as_real(count + 1 - step_offset)
+        return {"weight": t**-decay_rate}  # 1 - b2_t
 
     return prepare
 
@@ -84,22 +84,23 @@ def _square(g):
 
 
 def _mean(v, square, dim, weight):
-    """The next running mean of means of squares: real, though all a rule reads of a complex tensor
-    is complex.
+    """The next running mean, of means of squares along `dim`.
+
+    It is real, though a rule sees all values of a complex tensor as complex.
     """
     v, weight = (x.real if x.is_complex() else x for x in (v, weight))
     return torch.lerp(v, square.mean(dim, keepdim=True), weight)
 
 
 def _of_matrices(prepare, hyper, epsilon, dims_of):
-    """optax's: epsilon is added to g^2."""
+    """optax's rule for matrices: epsilon is added to g^2."""
 
     def rule(g, v_row, v_col, weight):
         second, largest = dims_of(g.shape)
         square = _square(g) + epsilon
         v_row = _mean(v_row, square, largest, weight)
         v_col = _mean(v_col, square, second, weight)
-        # Not rsqrt: at 1e-30 its derivative is no float32.
+        # It is not rsqrt, whose derivative at 1e-30 is too large for float32.
         root = (v_row / v_row.mean(second, keepdim=True)).sqrt() * v_col.sqrt()
         return g / root, {"v_row": v_row, "v_col": v_col}
 
@@ -124,15 +125,14 @@ def _smallest(epsilon, g):
 
 
 def _torchs(prepare, hyper, epsilon):
-    """torch's: the matrix is the last two dims, and epsilon is the smallest divisor."""
+    """torch's two rules: the matrix is the last two dims, and epsilon is the smallest divisor."""
 
     def of_matrices(g, v_row, v_col, weight):
         square, smallest = _square(g), _smallest(epsilon, g)
         v_row = _mean(v_row, square, -1, weight)  # [..., n, 1]
         v_col = _mean(v_col, square, -2, weight)  # [..., 1, m]
-        v = (
-            v_row * v_col / v_row.mean(-2, keepdim=True).clamp(min=smallest)
-        )  # [..., n, m]
+        mean = v_row.mean(-2, keepdim=True)  # [..., 1, 1]
+        v = v_row * v_col / mean.clamp(min=smallest)  # [..., n, m]
         u = g * v.clamp(min=smallest**2).rsqrt()
         return u, {"v_row": v_row, "v_col": v_col}
 
@@ -157,7 +157,7 @@ def _by_shape(matrix, rest, is_matrix):
 
 @transformation
 def scale_by_torchs_factored_rms(beta2_decay, eps1) -> GradientTransformation:
-    """With torch's own names, for its class: the decay is ``1 - t^beta2_decay``."""
+    """The stage of torch's class, with torch's names: the decay is ``1 - t^beta2_decay``."""
     matrix, rest = _torchs(_prepare_torchs, {"beta2_decay": beta2_decay}, eps1)
     return _by_shape(matrix, rest, _is_torchs_matrix)
 
@@ -175,18 +175,19 @@ def scale_by_factored_rms(
     """``u = g / sqrt(v)``, where ``v`` of a matrix is ``v_row v_col / mean v_row``.
 
     ``v``, ``v_row`` and ``v_col`` are running means of ``g^2`` and of its means, with the decay
-    ``1 - t^-decay_rate``. The state is a dict: "matrix" for what is factored, "rest".
+    ``1 - t^-decay_rate``. The state is a dict with the keys "matrix", for the tensors that are
+    factored, and "rest".
 
     Args:
-        factored: False: keep all of ``v`` for every tensor.
+        factored: whether matrices are factored. If False, all of ``v`` is kept for every tensor.
         decay_rate: 0 or greater.
-        step_offset: how many updates do not count, for fine-tuning.
-        min_dim_size_to_factor: of a tensor the two largest dims are the matrix, if both have at
-            least this size; otherwise nothing is factored.
-        epsilon: 0 or greater; added to ``g^2``. None: 1e-30.
-        variant: "torch": the last two dims are the matrix, whatever their size; and divisors
-            smaller than epsilon count as epsilon, by default the eps of the dtype that is computed
-            in.
+        step_offset: how many of the first updates do not count, for fine-tuning.
+        min_dim_size_to_factor: the two largest dims of a tensor are the matrix, if both have at
+            least this size. Otherwise the tensor is not factored.
+        epsilon: added to ``g^2``, 0 or greater. None means 1e-30.
+        variant: "optax" or "torch". With "torch" the last two dims are the matrix, whatever their
+            size, and divisors smaller than epsilon count as epsilon. Its default is then the eps of
+            the dtype in which the rule computes.
 
     Raises:
         ValueError: an argument outside its range.
@@ -219,7 +220,10 @@ def scale_by_factored_rms(
 
 @transformation
 def step_by_torchs_adafactor(lr, eps2, d, weight_decay) -> GradientTransformation:
-    """torch's step, clipped and relative: one rule, so that ranks exchange its sums in one message."""
+    """torch's step, which is clipped and relative.
+
+    It is one rule, so that the ranks exchange its sums in one message.
+    """
 
     def prepare(count, lr, weight_decay):
         return {
@@ -255,23 +259,25 @@ def adafactor(
     factored: bool = True,
     weight_decay_mask: MaskOrFn | None = None,
 ) -> GradientTransformation:
-    """Adafactor, with optax's names and numbers: steps relative to the size of a tensor.
+    """Adafactor, with optax's names and numbers: its steps are relative to the size of a tensor.
 
-    The numbers of torch.optim.Adafactor are those of another chain, of `scale_by_factored_rms` with
-    ``variant="torch"``, ``clip_by_block_rms(1.0)``, ``scale_by_param_block_rms()`` and
+    For the numbers of torch.optim.Adafactor build another chain: `scale_by_factored_rms` with
+    ``variant="torch"``, ``clip_by_block_rms(1.0)``, ``scale_by_param_block_rms()``, and
     `scale_by_learning_rate` with the schedule ``min(0.01, 1 / sqrt(count + 1))``.
 
     Args:
-        learning_rate: the relative step size, 0 or greater, or a schedule. None: 1. The paper has
-            ``min(0.01, 1 / sqrt(t))``.
+        learning_rate: the relative step size, 0 or greater, or a schedule. None means 1. The paper
+            has ``min(0.01, 1 / sqrt(t))``.
         min_dim_size_to_factor, decay_rate, factored: see `scale_by_factored_rms`.
-        decay_offset: its step_offset.
+        decay_offset: the step_offset of `scale_by_factored_rms`.
         multiply_by_parameter_scale: whether steps are relative, see `scale_by_param_block_rms`.
-        clipping_threshold: of `clip_by_block_rms`; None: no clipping.
-        momentum: decay of a mean of the steps, in [0, 1); None: no mean is kept.
-        dtype_momentum: dtype in which it is kept; None: that of the params, at least float32.
-        weight_decay_rate: **not** multiplied by the learning rate; None: no decay.
-        eps: its epsilon, added to ``g^2``; None: 1e-30.
+        clipping_threshold: the threshold of `clip_by_block_rms`. With None there is no clipping.
+        momentum: decay of a mean of the steps, in [0, 1). With None no mean is kept.
+        dtype_momentum: dtype in which this mean is kept. None means that of the params, at least
+            float32.
+        weight_decay_rate: the decay, **not** multiplied by the learning rate. With None there is
+            none.
+        eps: the epsilon of `scale_by_factored_rms`, added to ``g^2``. None means 1e-30.
         weight_decay_mask: which parameters decay, see `masked`; by default all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Dividing by the root of an average of squared gradients.
+"""Gradients divided by the root of an average of their squares.
 
 The average is the sum (Adagrad), a running mean (RMSprop), or a ratio of two (Adadelta).
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def _constant_like(value):
-    """Slots that start at `value`, a number or a tensor: in a complex tensor, both of its parts."""
+    """A function that makes a slot of `value`, a number or a tensor, in both parts if complex."""
 
     def start(p):
         return tree.zeros_like(p) + (value * (1 + 1j) if p.is_complex() else value)
@@ -57,7 +57,7 @@ def _by_root(g, square, eps, eps_in_sqrt):
 def _weights(bias_correction):
     """What the running means need once a step.
 
-    It is the weight of the new value, and what corrects for starting at 0.
+    It is the weight of the new value, and the correction for the start at 0.
     """
 
     def prepare(decay):
@@ -86,8 +86,9 @@ def scale_by_rms(
         decay: in [0, 1).
         eps: 0 or greater.
         initial_scale: first value of ``nu``.
-        eps_in_sqrt: False: ``g / (sqrt(nu) + eps)``, as in torch.
-        bias_correction: divide ``nu`` by ``1 - decay^t``.
+        eps_in_sqrt: whether eps is inside of the root. If False, ``u = g / (sqrt(nu) + eps)``, as
+            in torch.
+        bias_correction: whether to divide ``nu`` by ``1 - decay^t``.
 
     Source: Tieleman & Hinton, 2012.
 
@@ -122,7 +123,7 @@ def scale_by_stddev(
 
     Here ``mu = decay mu + (1 - decay) g`` is the running mean of the gradient.
 
-    Arguments are those of `scale_by_rms`; the bias correction divides ``mu`` as well.
+    The arguments are those of `scale_by_rms`. The bias correction divides ``mu`` as well.
 
     Source: Graves, 2013, eqs. 38-40.
 
@@ -137,7 +138,7 @@ def scale_by_stddev(
     def rule(g, mu, nu, weight, eps, correction):
         mu = torch.lerp(mu, g, weight)
         nu = torch.lerp(nu, g * g, weight)
-        # At the first step the variance is 0, and rounding may take it below.
+        # At the first step the variance is 0, and rounding may make it negative.
         variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
@@ -159,7 +160,8 @@ def scale_by_rss(
     Args:
         initial_accumulator_value: first value of the sum, 0 or greater.
         eps: 0 or greater.
-        eps_in_sqrt: False: ``g / (sqrt(sum) + eps)``, as in torch.
+        eps_in_sqrt: whether eps is inside of the root. If False, ``u = g / (sqrt(sum) + eps)``, as
+            in torch.
 
     Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
 
@@ -192,7 +194,7 @@ def scale_by_adadelta(
 
     Args:
         rho: decay of both means, in [0, 1).
-        eps: greater than 0, or nothing ever moves.
+        eps: greater than 0; otherwise nothing would ever move.
 
     Source: Zeiler, 2012, alg. 1.
 
@@ -242,12 +244,12 @@ def rmsprop(
 
     Args:
         learning_rate: 0 or greater, or a schedule. It acts before the momentum, as in optax; in
-            torch.optim.RMSprop after it.
+            torch.optim.RMSprop it acts after it.
         decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`.
-            torch.optim.RMSprop has decay 0.99 and eps outside.
-        centered: divide by the standard deviation.
-        momentum: decay of the trace; None: no trace is kept.
-        nesterov: of the trace.
+            torch.optim.RMSprop has a decay of 0.99, and eps outside of the root.
+        centered: whether to divide by the standard deviation, with `scale_by_stddev`.
+        momentum: decay of the trace. With None no trace is kept.
+        nesterov: see `trace`.
 
     Source: Tieleman & Hinton, 2012; Graves, 2013, eqs. 38-41.
 
@@ -278,8 +280,8 @@ def adagrad(
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, eps
-            outside the root.
+        initial_accumulator_value, eps: see `scale_by_rss`. torch.optim.Adagrad has 0 and 1e-10, and
+            eps outside of the root.
 
     Source: Duchi, Hazan & Singer, 2011, fig. 1 (diagonal).
 
@@ -305,8 +307,8 @@ def adadelta(
     """Adadelta: L2 regularization, `scale_by_adadelta`, then the learning rate.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. None is optax's: nothing is scaled and **no sign
-            is flipped**; the paper has 1.0.
+        learning_rate: 0 or greater, or a schedule. None, as in optax, scales nothing and **flips no
+            sign**. The paper has 1.0.
         rho, eps: see `scale_by_adadelta`.
         weight_decay: of the L2 term, which enters the means; 0 or greater.
         weight_decay_mask: which parameters decay, see `masked`; by default all.

@@ -1,6 +1,6 @@
 """The Adam family: a running mean of the gradient over the root of a running mean of its square.
 
-The means, ``mu`` and ``nu``, start at 0 and are corrected for it:
+The means ``mu`` and ``nu`` start at 0, and are corrected for it:
 
     mu = b1 mu + (1 - b1) g        c1 = 1 - b1^t
     nu = b2 nu + (1 - b2) g^2      c2 = 1 - b2^t        u = mu/c1 / (sqrt(nu/c2) + eps)
@@ -34,14 +34,14 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 __all__ = ["adam", "adamax", "adamw", "amsgrad", "scale_by_adam", "scale_by_adamax"]
 
 
-# ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ------------------
+# ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ---------------
 
 
 def prepare_adam(count, b1, b2, eps, eps_root):
     t = tree.as_real(count + 1)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    # mu/c1 / (sqrt(nu/c2 + eps_root) + eps)  =  mu / (k sqrt(nu + root) + floor): two passes over
-    # memory fewer.
+    # mu/c1 / (sqrt(nu/c2 + eps_root) + eps)  =  mu / (k sqrt(nu + root) + floor), and
+    # the right side saves two passes over memory.
     k, root, floor = c1 / c2.sqrt(), eps_root * c2 + tree.TINY, eps * c1
     return {"w1": 1 - b1, "w2": 1 - b2, "k": k, "root": root, "floor": floor}
 
@@ -77,7 +77,7 @@ def torchs_amsgrad_rule(g, mu, nu, nu_max, w1, w2, k, root, floor):
 def prepare_amsgrad(count, b1, b2, eps, eps_root):
     t = tree.as_real(count + 1)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    # As Adam's, but nu is corrected before its maximum is taken, and not under the root.
+    # It is as Adam's, but nu is corrected before its maximum is taken, and not under the root.
     k, root, floor = c1, eps_root + tree.TINY, eps * c1
     return {"w1": 1 - b1, "w2": 1 - b2, "c2": c2, "k": k, "root": root, "floor": floor}
 
@@ -110,18 +110,21 @@ def scale_by_adam(
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
-        eps_root: added inside the root, 0 or greater. Derivatives through the update are finite at
-            zero gradients without it (in optax and torch they are NaN): beside ``1 / eps`` there.
+        eps_root: added inside the root, 0 or greater. It is not needed for derivatives through the
+            update: at zero gradients they are finite without it, about ``1 / eps`` (in optax and
+            torch they are NaN).
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
-        nesterov: NAdam's ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's
-            paper lets b1 grow with t; like optax we keep it constant. torch.optim.NAdam is
-            `scale_by_nadam`.
-        amsgrad: divide by the largest ``nu_hat`` so far, as optax does. ``"torch"``: by the largest
-            ``nu``, corrected afterwards, as torch.optim does.
-        nu_dtype: as `mu_dtype`, for ``nu`` (and its maximum).
+        nesterov: whether to take NAdam's
+            ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``. Dozat's paper lets b1
+            grow with t; here it is constant, as in optax. The numbers of torch.optim.NAdam are
+            those of `scale_by_nadam`.
+        amsgrad: whether to divide by the largest ``nu_hat`` so far, as optax does. With ``"torch"``
+            it is the largest ``nu``, which is corrected afterwards, as torch.optim does.
+        nu_dtype: the same as `mu_dtype`, for ``nu`` and its maximum.
 
     Raises:
-        ValueError: a decay outside [0, 1), a negative eps, or both nesterov and amsgrad.
+        ValueError: a decay is outside of [0, 1), an eps is negative, or both nesterov and amsgrad
+            are given.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -187,7 +190,7 @@ def scale_by_adamax(
     return leafwise(rule, prepare, slots=slots, hyper={"b1": b1, "b2": b2, "eps": eps})
 
 
-# ---- ready-made ----------------------------------------------------------------------------------
+# ---- ready-made --------------------------------------------------------------------------------
 
 
 @transformation
@@ -201,7 +204,7 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """Adam: `scale_by_adam`, then the learning rate. The numbers are those of torch.optim.Adam.
+    """Adam: `scale_by_adam`, then the learning rate. Its numbers are those of torch.optim.Adam.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -233,7 +236,7 @@ def amsgrad(
 ) -> GradientTransformation:
     """`adam`, divided by the largest corrected second moment so far, as in optax.
 
-    torch.optim corrects the largest one afterwards.
+    torch.optim takes the largest one first, and corrects it afterwards.
 
     Source: Reddi, Kale & Kumar, 2018, alg. 2 (which has no bias correction).
 

@@ -1,9 +1,10 @@
-"""Averaged gradient descent: a decaying step size, and beside the parameters their average.
+"""Averaged gradient descent: a decaying step size, and an average of the parameters.
 
     p  -= eta (g + lambd p)                eta = lr first, then lr / (1 + lambd lr t)^alpha
     ax += mu (p - ax)                      mu  = 1 first,  then 1 / max(1, t - t0)
 
-Both are worked out after a step, for the next: a change of ``lr`` acts one step late.
+Both ``eta`` and ``mu`` are computed after a step, for the next one. So a change of ``lr`` acts one
+step late.
 
 Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992 (the
 average).
@@ -39,7 +40,7 @@ def decaying_step(learning_rate, lambd, alpha) -> GradientTransformation:
 
     def rule(g, p, eta, lr, lambd, first, next_eta):
         eta = torch.where(first, lr, eta)
-        # A copy: slots of two tensors must not be one memory.
+        # It is a copy, because the slots of two tensors must not share their memory.
         return -eta * (g + lambd * p), {"eta": next_eta.clone()}
 
     hyper = {"lr": learning_rate, "lambd": lambd, "alpha": alpha}
@@ -48,7 +49,7 @@ def decaying_step(learning_rate, lambd, alpha) -> GradientTransformation:
 
 @transformation
 def average_params(t0) -> GradientTransformation:
-    """``ax += mu (p + u - ax)``; the update passes."""
+    """``ax += mu (p + u - ax)``. The update passes unchanged."""
     check_range(-float("inf"), float("inf"), t0=t0)
 
     def prepare(count, t0):
@@ -70,24 +71,25 @@ def asgd(
     alpha: ScalarOrSchedule = 0.75,
     t0: ScalarOrSchedule = 1e6,
 ) -> GradientTransformation:
-    """Gradient descent with a decaying step size, which keeps the average ``ax`` of the parameters.
+    """Gradient descent with a decaying step size, which keeps an average ``ax`` of the parameters.
 
     ``u = -eta (g + lambd p)`` and ``ax += mu (p + u - ax)``, where after update t ``eta`` becomes
     ``learning_rate / (1 + lambd learning_rate t)^alpha`` and ``mu`` becomes ``1 / max(1, t - t0)``.
-    The variant is torch.optim.ASGD; optax has none. Its average needs the new parameters, so
-    nothing may change the updates after it. ``fo.get(state, "ax")`` reads it.
+    The variant is that of torch.optim.ASGD; optax has none. The average needs the new parameters,
+    so nothing may change the updates after it. ``fo.get(state, "ax")`` reads it.
 
     Args:
-        learning_rate: the first ``eta``; 0 or greater, or a schedule, which acts one update late.
+        learning_rate: the first ``eta``, 0 or greater; or a schedule, which acts one update late.
         lambd: decay of the parameters, and of ``eta``.
         alpha: power of the decay of ``eta``.
-        t0: the update after which averaging starts; until then ``ax`` is the parameter.
+        t0: the update after which averaging starts. Until then ``ax`` is the parameter itself.
 
-    A parameter whose gradient is missing at the very first update stays for one update more, for
-    updates are counted for all together. (The classes of `functorch_opt.optim` count for each.)
+    A parameter whose gradient is missing at the very first update stays where it is for one more
+    update, because updates are counted for all parameters together. (The classes of
+    `functorch_opt.optim` count for each parameter.)
 
     Raises:
-        ValueError: a learning rate below 0, a number that is NaN.
+        ValueError: the learning rate is negative, or a number is NaN.
 
     Source: Polyak & Juditsky, 1992 (the average).
 

@@ -1,6 +1,6 @@
 """LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``.
 
-So large batches allow large learning rates.
+This allows the large learning rates that large batches need.
 
 Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You
 et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
@@ -35,7 +35,7 @@ def scale_by_trust_ratio(
 ) -> GradientTransformation:
     """``u -> u * trust_coefficient |p| / (|u| + eps)``, with the 2-norms of each tensor.
 
-    Where one of them is 0, u passes.
+    If one of the norms is 0, u passes unchanged.
 
     Args:
         min_norm: a smaller norm counts as this one; 0 or greater.
@@ -61,7 +61,8 @@ def scale_by_trust_ratio(
         p_norm = torch.clamp(_root(pp), min=min_norm)
         g_norm = torch.clamp(_root(gg), min=min_norm)
         either_is_zero = (p_norm == 0) | (g_norm == 0)
-        # The divisor is never 0: the derivative of what is not chosen would be NaN.
+        # The divisor is never 0, because the derivative of the value that is not chosen would be
+        # NaN.
         divisor = torch.where(either_is_zero, 1.0, g_norm + eps)
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
@@ -71,7 +72,7 @@ def scale_by_trust_ratio(
 
 
 def _root(square: Tensor) -> Tensor:
-    """Its root, with derivative 0 at 0."""
+    """The root of `square`, whose derivative at 0 is 0."""
     return torch.where(square == 0, square, torch.where(square == 0, 1.0, square).sqrt())
 
 
@@ -85,7 +86,7 @@ def lamb(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: MaskOrFn | None = None,
 ) -> GradientTransformation:
-    """LAMB: `scale_by_adam`, decoupled weight decay, `scale_by_trust_ratio`, the learning rate.
+    """LAMB: `scale_by_adam`, decoupled decay, `scale_by_trust_ratio`, then the learning rate.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -125,14 +126,15 @@ def lars(
 ) -> GradientTransformation:
     """LARS: weight decay, `scale_by_trust_ratio`, the learning rate, and then momentum.
 
-    The learning rate is inside of the momentum.
+    So the learning rate is inside of the momentum.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
         weight_decay: 0 or greater; part of the update whose norm is taken.
-        weight_decay_mask: which parameters decay, see `masked`; True: all.
+        weight_decay_mask: which parameters decay, see `masked`. True means all.
         trust_coefficient, eps: see `scale_by_trust_ratio`.
-        trust_ratio_mask: which parameters are scaled by their trust ratio, see `masked`; True: all.
+        trust_ratio_mask: which parameters are scaled by their trust ratio, see `masked`. True means
+            all.
         momentum: decay of `trace`, 0 or greater.
         nesterov: see `trace`.
 

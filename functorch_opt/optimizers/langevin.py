@@ -32,10 +32,11 @@ def sgld(
 ) -> GradientTransformation:
     """Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
 
-    If g is the gradient of an energy U (to sample a posterior: of the negative logarithm of prior
-    times likelihood of *all* data, so that a minibatch is scaled up), the parameters become samples
-    of ``exp(-U / T)`` as the learning rate goes to 0. The noise is added after the learning rate,
-    and goes with its root; that of `noisy_sgd` is multiplied by it.
+    If g is the gradient of an energy U, the parameters become samples of ``exp(-U / T)`` as the
+    learning rate goes to 0. To sample a posterior, U is the negative logarithm of the prior times
+    the likelihood of *all* data, so the loss of a minibatch must be scaled up. The noise is added
+    after the learning rate, and is proportional to its root; the noise of `noisy_sgd` is multiplied
+    by the learning rate.
 
     Args:
         learning_rate: eta, 0 or greater, or a schedule. It is half of the paper's epsilon.
@@ -43,9 +44,9 @@ def sgld(
         key: int64 [2], or a seed; see `add_noise`.
 
     Raises:
-        ValueError: a negative or NaN `learning_rate` or `temperature`; a gradient that is None in a
+        ValueError: `learning_rate` or `temperature` is negative or NaN; a gradient is None in a
             call without params.
-        TypeError: something that is not a key.
+        TypeError: `key` is not a key or a seed.
 
     Source: Welling & Teh, 2011, eq. 4.
 

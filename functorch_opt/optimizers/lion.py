@@ -71,9 +71,9 @@ def lion(
     weight_decay: ScalarOrSchedule = 1e-3,
     mask: MaskOrFn | None = None,
 ) -> GradientTransformation:
-    """Lion: `scale_by_lion`, decoupled weight decay, the learning rate.
+    """Lion: `scale_by_lion`, decoupled weight decay, then the learning rate.
 
-    The learning rate is 3 to 10 times smaller than that of Adam, says the paper.
+    The paper says that the learning rate should be 3 to 10 times smaller than that of Adam.
 
     Args:
         learning_rate: 0 or greater, or a schedule.

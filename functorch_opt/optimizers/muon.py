@@ -7,7 +7,7 @@
     x  = a x + (b (x x') + c (x x')^2) x          ns_steps times, with (a, b, c) = ns_coeffs
     u  = ratio x                      ratio = sqrt(max(1, n / m)) for a parameter of shape [n, m]
 
-For m = U S V' the x is about U V'. A weight of torch is ``[out, in]``.
+If m = U S V', x is about U V'. A weight of torch is ``[out, in]``.
 
 Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. Liu et al.,
 "Muon is Scalable for LLM Training", 2025, eq. 4 (weight decay, and the ratio of consistent_rms).
@@ -42,9 +42,9 @@ Triple = tuple[float, float, float]
 
 
 def newton_schulz(x, coefficients):
-    """About the nearest orthogonal matrix of `x`, whose singular values are at most 1.
+    """Roughly the orthogonal matrix nearest to `x`, whose singular values must be at most 1.
 
-    Those above 0.01 or so come out between 0.7 and 1.2, with Jordan's coefficients.
+    With Jordan's coefficients, singular values above 0.01 or so come out between 0.7 and 1.2.
     """
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x  # [n, m] with n <= m: the products below are [n, n]
@@ -55,8 +55,7 @@ def newton_schulz(x, coefficients):
 
 
 def shape_ratio(shape, consistent_rms):
-    """What a step of a matrix is multiplied by, so that learning rates fit matrices of any
-    shape."""
+    """The factor of a step, which makes one learning rate fit matrices of any shape."""
     n, m = shape
     if consistent_rms is None:
         return max(1.0, n / max(m, 1)) ** 0.5
@@ -94,23 +93,25 @@ def scale_by_muon(
     `masked` or `partition`, as `muon` does.
 
     Args:
-        ns_coeffs: the three numbers of the polynomial of Newton-Schulz; or three for each step.
-        ns_steps: steps of Newton-Schulz, fewer than 100; without effect where there are three
-            numbers for each.
+        ns_coeffs: the three coefficients of the polynomial of Newton-Schulz, or three for each
+            step.
+        ns_steps: how many steps of Newton-Schulz to make, fewer than 100. It has no effect if there
+            are coefficients for each step.
         beta: weight of the old momentum, 0 or greater, and usually below 1.
-        eps: added to the norm that is divided by, 0 or greater.
+        eps: added to the norm by which the momentum is divided, 0 or greater.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: look one step ahead.
-        consistent_rms: None: multiply by ``sqrt(max(1, n / m))`` for a parameter ``[n, m]``. A
-            number: by ``consistent_rms sqrt(max(n, m))``, so that the RMS of a step is about this
-            number whatever the shape; with 0.2 learning rates of AdamW fit. optax leaves this to a
-            stage of its own; here a sharded matrix is gathered once for both.
-        variant: "torch": Newton-Schulz runs in bfloat16, whatever the dtype of the parameters; the
-            momentum of nesterov is not corrected for its start at 0; `eps` is the smallest norm
-            that is divided by. Those are the numbers of torch.optim.Muon.
+        consistent_rms: with None a parameter ``[n, m]`` is multiplied by ``sqrt(max(1, n / m))``.
+            With a number it is multiplied by ``consistent_rms sqrt(max(n, m))``, so that the RMS of
+            a step is about this number whatever the shape; with 0.2 the learning rates of AdamW
+            fit. In optax this is a separate stage; here it is part of the rule, so that a sharded
+            matrix is gathered only once.
+        variant: "optax" or "torch". With "torch" the numbers are those of torch.optim.Muon:
+            Newton-Schulz runs in bfloat16, whatever the dtype of the parameters; the momentum of
+            nesterov is not corrected for its start at 0; and norms below `eps` count as `eps`.
 
     Raises:
-        ValueError: an argument outside its range; coefficients that are not three.
+        ValueError: an argument is outside of its range; there are not three coefficients.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -175,22 +176,22 @@ def muon(
     consistent_rms: Scalar | None = None,
     variant: Literal["optax", "torch"] = "optax",
 ) -> GradientTransformation:
-    """Muon for the matrices of a model, `adamw` for the rest: its name in optax is contrib.muon.
+    """Muon for the matrices of a model, and `adamw` for the rest. In optax it is contrib.muon.
 
-    Muon is for hidden layers. Where the first and the last layer are matrices too, build this
+    Muon is meant for hidden layers. If the first and the last layer are matrices too, build this
     `partition` yourself, with labels that give them to `adamw`.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
         ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, consistent_rms: see `scale_by_muon`.
-        weight_decay: of the matrices, multiplied by the learning rate; 0 or greater.
-        weight_decay_mask: which of the matrices decay, see `masked`; by default all. A function: it
-            sees a flat dict from path to matrix.
+        weight_decay: the decay of the matrices, multiplied by the learning rate; 0 or greater.
+        weight_decay_mask: which of the matrices decay, see `masked`; by default all. It sees the
+            matrices as a flat dict from path to matrix.
         adam_b1, adam_b2, adam_eps_root, adam_weight_decay: of `adamw`. Its eps, mu_dtype and
             nesterov are those above.
-        adam_learning_rate: of `adamw`; None: `learning_rate`.
-        variant: "torch": the orthogonal momentum of torch.optim.Muon, see `scale_by_muon`. Its
-            defaults are a weight decay of 0.1 and an eps of 1e-7, and it takes matrices only.
+        adam_learning_rate: of `adamw`. None means `learning_rate`.
+        variant: "torch" for the momentum of torch.optim.Muon, see `scale_by_muon`. torch's defaults
+            are a weight decay of 0.1 and an eps of 1e-7, and torch takes matrices only.
 
     Raises:
         ValueError: an argument outside its range.

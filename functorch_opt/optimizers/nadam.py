@@ -1,7 +1,7 @@
 """NAdam: Adam with Nesterov momentum. The decay of the momentum is constant, or it grows with t.
 
-Constant is optax's, the numbers of `functorch_opt.scale_by_adam` with ``nesterov=True``. Growing is
-Dozat's proposal and torch's:
+In optax it is constant; these are the numbers of `functorch_opt.scale_by_adam` with
+``nesterov=True``. In Dozat's paper and in torch it grows:
 
     mu_t    = b1 (1 - 0.96^(t momentum_decay) / 2)       mu_product = mu_1 ... mu_t
     mu      = b1 mu + (1 - b1) g                         nu = b2 nu + (1 - b2) g^2
@@ -46,9 +46,9 @@ def scale_by_nadam(
 ) -> GradientTransformation:
     """Adam with a Nesterov momentum that decays with ``b1 (1 - 0.96^(t momentum_decay) / 2)``.
 
-    It starts near b1 / 2 and grows to b1; so do torch.optim.NAdam's numbers. The whole rule is at
-    the top of `functorch_opt.optimizers.nadam`. optax has no stage of this name; with a constant
-    decay it is ``scale_by_adam(nesterov=True)``.
+    This decay starts near b1 / 2 and grows to b1. The numbers are those of torch.optim.NAdam. The
+    whole rule is at the top of `functorch_opt.optimizers.nadam`. optax has no stage of this name;
+    with a constant decay the stage is ``scale_by_adam(nesterov=True)``.
 
     Args:
         b1: decay of the first moment, in [0, 1).
@@ -118,8 +118,9 @@ def nadam(
     Args:
         learning_rate: 0 or greater, or a schedule.
         b1, b2, eps, eps_root, mu_dtype: see `scale_by_adam`.
-        momentum_decay: None: the decay of the momentum is constant, as in optax. A number: it grows
-            with t, see `scale_by_nadam`; with 4e-3 these are the numbers of torch.optim.NAdam.
+        momentum_decay: with None the decay of the momentum is constant, as in optax. With a number
+            it grows with t, see `scale_by_nadam`; with 4e-3 the numbers are those of
+            torch.optim.NAdam.
 
     Raises:
         ValueError: an argument outside its range.

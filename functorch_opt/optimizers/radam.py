@@ -1,4 +1,4 @@
-"""RAdam: Adam, but momentum alone until its second moment can be trusted.
+"""RAdam: momentum alone until the second moment can be trusted, and Adam from then on.
 
     mu      = b1 mu + (1 - b1) g               c1 = 1 - b1^t
     nu      = b2 nu + (1 - b2) g^2             c2 = 1 - b2^t
@@ -41,9 +41,8 @@ def _prepare(of_torch):
         r_squared = (
             (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
         )
-        r = torch.where(
-            trusted, r_squared, 1.0
-        ).sqrt()  # elsewhere r_squared may be negative
+        # Where it is not trusted, r_squared may be negative.
+        r = torch.where(trusted, r_squared, 1.0).sqrt()
         # r / (sqrt(nu/c2 + eps_root) + eps)  =  k / (sqrt(nu + root) + floor)
         k, root = r * c2.sqrt(), eps_root * c2 + tree.TINY
         floor = eps if of_torch else eps * c2.sqrt()
@@ -84,24 +83,26 @@ def scale_by_radam(
     nesterov: bool = False,
     variant: Literal["optax", "torch"] = "optax",
 ) -> GradientTransformation:
-    """``u = mu_hat r / (sqrt(nu_hat + eps_root) + eps)`` where ``rho >= threshold``, else
-    ``mu_hat``.
+    """``u = mu_hat r / (sqrt(nu_hat + eps_root) + eps)`` as soon as ``rho >= threshold``.
 
-    ``mu_hat = mu / (1 - b1^t)``, ``nu_hat = nu / (1 - b2^t)``; ``rho`` and ``r`` depend on b2 and t
-    only, and are at the top of `functorch_opt.optimizers.radam`.
+    Here ``mu_hat = mu / (1 - b1^t)`` and ``nu_hat = nu / (1 - b2^t)``. As long as
+    ``rho < threshold``, u is ``mu_hat``. The numbers ``rho`` and ``r`` depend on b2 and t only;
+    their formulas are at the top of `functorch_opt.optimizers.radam`.
 
     Args:
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
         eps_root: added inside the root, 0 or greater.
-        threshold: of ``rho``, 4 or greater: below 4 there is no ``r``. With b2 = 0.999, 5 is reached at the sixth update.
-        nesterov: ``mu_hat = b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``.
-        variant: "torch": eps is added to the root of ``nu`` before it is corrected, and ``rho``
-            must be greater than the threshold. Those are the numbers of torch.optim.RAdam.
+        threshold: the smallest ``rho`` at which the second moment is used, 4 or greater; below 4
+            there is no ``r``. With b2 = 0.999, ``rho`` reaches 5 at the sixth update.
+        nesterov: whether ``mu_hat`` is ``b1 mu / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)``.
+        variant: "optax" or "torch". With "torch" the numbers are those of torch.optim.RAdam: eps is
+            added to the root of ``nu`` before it is corrected, and ``rho`` must be greater than the
+            threshold.
 
     Raises:
-        ValueError: a decay outside [0, 1), a negative eps, another variant.
+        ValueError: a decay is outside of [0, 1), an eps is negative, or the variant is unknown.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -144,7 +145,7 @@ def radam(
     Args:
         learning_rate: 0 or greater, or a schedule.
         b1, b2, eps, eps_root, threshold, nesterov: see `scale_by_radam`.
-        variant: "torch" for the numbers of torch.optim.RAdam, which adds eps elsewhere.
+        variant: "torch" for the numbers of torch.optim.RAdam, which adds eps in another place.
 
     Raises:
         ValueError: an argument outside its range.

@@ -1,12 +1,12 @@
-"""Rprop: every number has a step size of its own, and of the gradient only the sign counts.
+"""Rprop: every number has a step size of its own, and only the sign of the gradient counts.
 
     step_size = clamp(step_size (eta_plus where g prev > 0, eta_minus where g prev < 0, else 1))
     g         = 0 where g prev < 0
     u         = sign(g) step_size;  prev = g
 
 Sources: Riedmiller & Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The
-RPROP Algorithm", 1993. A step back is not taken, and after a change of sign there is no step: that
-is iRprop- of Igel & Huesken, "Improving the Rprop Learning Algorithm", 2000.
+RPROP Algorithm", 1993. After a change of sign no step is taken, neither forward nor back; this is
+iRprop- of Igel & Huesken, "Improving the Rprop Learning Algorithm", 2000.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def scale_by_rprop(
     min_step_size: ScalarOrSchedule = 1e-6,
     max_step_size: ScalarOrSchedule = 50.0,
 ) -> GradientTransformation:
-    """``u = sign(g) step_size``, with a step size for every number; 0 where g has changed its sign.
+    """``u = sign(g) step_size``, with a step size for each number; 0 where g changes its sign.
 
     It is meant for gradients of the whole data set. The numbers are those of torch.optim.Rprop.
-    optax 0.2.8 has the same step sizes, but returns the step of the update before; and it lets a
-    learning rate outside of the bounds stand until a sign is compared, which here is clamped.
+    optax 0.2.8 has the same step sizes, but returns the step of the update before. It also lets a
+    learning rate outside of the bounds stand until a sign is compared; here it is clamped.
 
     Args:
-        learning_rate: the step sizes at first, and **nothing else**; 0 or greater.
-        eta_minus: what shrinks a step size where the sign has changed, in (0, 1).
-        eta_plus: what lets it grow where it has not, greater than 1.
+        learning_rate: the first step sizes, and **nothing else**; 0 or greater.
+        eta_minus: the factor of a step size where the sign has changed, in (0, 1).
+        eta_plus: the factor of a step size where the sign has not changed, greater than 1.
         min_step_size: 0 or greater.
         max_step_size: greater than 0.
 
@@ -75,9 +75,8 @@ def scale_by_rprop(
         min_step_size,
         max_step_size,
     ):
-        step_size = torch.where(
-            step_size == 0, learning_rate, step_size
-        )  # 0: it had no step yet
+        # A step size of 0 means that there was no step yet.
+        step_size = torch.where(step_size == 0, learning_rate, step_size)
         same, changed = g * prev > 0, g * prev < 0
         shrunk = torch.where(changed, step_size * eta_minus, step_size)
         step_size = torch.where(same, step_size * eta_plus, shrunk)
@@ -102,10 +101,10 @@ def rprop(
     min_step_size: ScalarOrSchedule = 1e-6,
     max_step_size: ScalarOrSchedule = 50.0,
 ) -> GradientTransformation:
-    """Rprop: `scale_by_rprop`, downwards. The numbers are torch.optim.Rprop's, not those of optax.
+    """Rprop: `scale_by_rprop` with the sign flipped. The numbers are those of torch.optim.Rprop.
 
     Args:
-        learning_rate: the step sizes at first, and nothing else.
+        learning_rate: the first step sizes, and nothing else.
         eta_minus, eta_plus, min_step_size, max_step_size: see `scale_by_rprop`.
 
     Raises:

@@ -1,6 +1,7 @@
 """Gradient descent, ``p -> p - eta g``.
 
-It comes with momentum, with noise, by the sign alone, or with a step size from the value.
+Its variants have momentum, noise, only the sign of the gradient, or a step size that comes from the
+value.
 
 Sources: Robbins & Monro, "A Stochastic Approximation Method", 1951. Sutskever et al., "On the
 importance of initialization and momentum in deep learning", 2013. Neelakantan et al., "Adding
@@ -45,7 +46,7 @@ def sgd(
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        momentum: decay of the trace; None: no trace is kept.
+        momentum: decay of the trace. With None no trace is kept.
         nesterov: look one step ahead.
         accumulator_dtype: of the trace; by default that of the params, at least float32.
 
@@ -80,7 +81,7 @@ def noisy_sgd(
     Args:
         learning_rate: 0 or greater, or a schedule; it multiplies the noise too.
         eta: variance of the noise at the first update.
-        gamma: how fast it decays; 0: constant.
+        gamma: how fast this variance decays. With 0 it is constant.
         key: int64 [2], or a seed; see `add_noise`.
 
     Source: Neelakantan et al., 2015, eq. 1.
@@ -122,12 +123,13 @@ def scale_by_polyak(
         f_min: the minimum of the function, or a lower bound of it.
         max_learning_rate: greater than 0.
         eps: 0 or greater.
-        variant: "sps+": a value below `f_min` gives no step; "sps": one upwards.
+        variant: with "sps+" a value below `f_min` gives no step; with "sps" it gives a step
+            upwards.
 
     Extra argument of ``update``: ``value``, the function at the params.
 
-    Source: Loizou et al., 2021, eq. 4. optax gives no step where ``|u|^2 + eps`` is below 2.2e-16;
-    here it is what the formula says.
+    Source: Loizou et al., 2021, eq. 4. optax gives no step if ``|u|^2 + eps`` is below 2.2e-16;
+    here the step is what the formula says.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -168,7 +170,7 @@ def polyak_sgd(
 
     Args:
         max_learning_rate, f_min, eps, variant: see `scale_by_polyak`.
-        scaling: of the gradient, before its norm is taken.
+        scaling: the factor of the gradient, before its norm is taken.
 
     Extra argument of ``update``: ``value``, the function at the params.
 

@@ -1,1 +1,1 @@
-"""Gradients of each example, and private optimizers."""
+"""The gradients of single examples, and private optimizers."""

@@ -1,4 +1,4 @@
-"""From the gradients of the examples to one: clip each to norm C, and sum.
+"""One gradient from the gradients of the examples: clip each to norm C, and sum.
 
 The formula is ``sum_i g_i / max(1, ||g_i|| / C)``.
 
@@ -20,16 +20,16 @@ from functorch_opt.tree import PyTree
 __all__ = ["ClippedSum", "clip_and_sum"]
 
 Norms = PyTree
-"""A number greater than 0, or a 0-dim tensor: for all parameters together.
+"""A number greater than 0 or a 0-dim tensor, for all parameters together.
 
-Or a tree of them, of which each leaf is for what is below it.
+It may also be a tree of them, in which each leaf is for the parameters below it.
 """
 
 
 class ClippedSum(NamedTuple):
     """What `clip_and_sum` and `clipped_grad_sum` return.
 
-    `differentially_private_aggregate` takes it.
+    `differentially_private_aggregate` takes it in place of updates.
     """
 
     sum: PyTree
@@ -37,12 +37,12 @@ class ClippedSum(NamedTuple):
     norms: PyTree
     """The norm of each example before the clip, [B].
 
-    It is one tensor, or a tree of them where `l2_norm_clip` is one.
+    It is one tensor, or a tree of tensors if `l2_norm_clip` is a tree.
     """
     l2_norm_clip: Norms
-    """What it was clipped to."""
+    """The norm to which each example was clipped."""
     values: Tensor | None = None
-    """The loss of each example, [B], where the gradients were made from one."""
+    """The loss of each example, [B], if the gradients were computed from a loss."""
 
 
 def clip_and_sum(
@@ -52,23 +52,24 @@ def clip_and_sum(
 
     The formula is ``sum_i w_i g_i / max(1, |w_i| ||g_i|| / C)``.
 
-    An example, however large its gradient and its weight, moves the sum by C at most. One that is
-    not finite makes the sum NaN.
+    An example moves the sum by at most C, however large its gradient and its weight are. A gradient
+    that is not finite makes the sum NaN.
 
     Args:
-        grads: tree of tensors [B, ...], as `per_example_grads` gives; None leaves stay None. B may
-            be 0.
-        l2_norm_clip: C, greater than 0, infinity for no clip. A tree of them clips parts of an
-            example by their own norms. An entry speaks for all that is below it:
-            ``{"encoder": 1.0, "head": 0.5}``; or one for each tensor,
+        grads: a tree of tensors [B, ...], as `per_example_grads` gives. None leaves stay None. B
+            may be 0.
+        l2_norm_clip: C, greater than 0; infinity does not clip. With a tree of them, parts of an
+            example are clipped by their own norms. An entry stands for all that is below it, as in
+            ``{"encoder": 1.0, "head": 0.5}``. With one for each tensor it is
             ``{name: C / len(params) ** 0.5 for name in params}``.
-        weights: [B], multiplies the losses, and so the gradients, before the clip; by default 1.
+        weights: [B], the factors of the losses, and so of the gradients, before the clip; by
+            default 1.
 
     Raises:
-        ValueError: leaves with different B; a leaf without the axis of examples; `weights` of
-            another shape; a C not greater than 0.
+        ValueError: leaves have different B; a leaf has no axis of examples; `weights` has another
+            shape; a C is not greater than 0.
 
-    Source: Abadi et al., 2016, alg. 1. Parts: McMahan et al., "Learning Differentially Private
+    Source: Abadi et al., 2016, alg. 1. For parts: McMahan et al., "Learning Differentially Private
     Recurrent Language Models", 2018, sec. 3.
 
     Example:
@@ -85,7 +86,7 @@ def clip_and_sum(
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
     names = ("l2_norm_clip", "grads")
-    # An error here shows the bounds; below it would show their numbers.
+    # An error raised here shows the bounds; further below it would show indices in place of them.
     structure.broadcast(l2_norm_clip, grads, names=names)
     numbers = tree.unflatten(bounds_spec, list(range(len(bounds))))
     part = structure.broadcast(numbers, grads, names=names)
@@ -105,7 +106,7 @@ def clip_and_sum(
 
 
 def _factor(norm: Tensor, bound: Any) -> Tensor:
-    """``min(1, bound / norm)``, and 0 where a bound that is a tensor is 0."""
+    """``min(1, bound / norm)``, which is 0 if the bound is a tensor of 0."""
     if not isinstance(bound, Tensor):
         return 1 / torch.clamp(norm / bound, min=1)
     closed = bound == 0
@@ -130,7 +131,7 @@ def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
 
 
 def examples(batch: PyTree, name: str) -> int:
-    """How many examples there are: the size of the first axis, which all leaves must share."""
+    """How many examples there are: the size of the first axis, which all leaves must have."""
     leaves, _ = structure.flatten_tensors(batch, name)
     sizes = {
         path: tuple(x.shape[:1])

@@ -1,9 +1,9 @@
 """The gradient of every example, ``g_i = grad loss(params, example i)``.
 
-All of them are returned, or their clipped sum, which takes some at a time.
+Either all of them are returned, or their clipped sum, for which only some are held at a time.
 
 A loss is a function ``loss(params, *batch) -> scalar`` of a batch, as it is written for ordinary
-training. It is called with batches of one example, under `torch.func.vmap`. A module takes part by
+training. It is called with batches of one example, under `torch.func.vmap`. Use a module through
 `torch.func.functional_call`.
 """
 
@@ -39,23 +39,24 @@ def per_example_grads(
 ) -> Callable[..., PyTree]:
     """A function that gives the gradient of every example.
 
-    ``grad(loss)`` gives that of a batch.
+    In comparison, ``grad(loss)`` gives the gradient of a batch.
 
-    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of what
-    this gives; if it is their mean, the mean. A layer that mixes examples (batch normalization in
-    training) sees a batch of one, if it takes that at all.
+    If the loss of a batch is the sum of the losses of its examples, its gradient is the sum of
+    these gradients; if it is the mean, its gradient is their mean. A layer that mixes examples
+    (batch normalization in training) sees a batch of one example, if it accepts that at all.
 
     Args:
-        loss: ``(params, *batch) -> scalar``. It gets batches of one example: every tensor of
-            `batch` with first axis 1.
-        chunk_size: how many examples to work on at a time; None: all. It bounds what is alive
-            beside the result.
-        randomness: of random operations in `loss` (dropout): "different" for every example, the
-            "same" for all (of a chunk), or an "error".
+        loss: ``(params, *batch) -> scalar``. It gets batches of one example, in which the first
+            axis of every tensor has size 1.
+        chunk_size: how many examples to work on at a time; None means all. It bounds the memory
+            that is needed beside the result.
+        randomness: what random operations in `loss`, such as dropout, do: they are "different" for
+            every example, the "same" for all examples of a chunk, or an "error".
 
     Returns:
-        ``(params, *batch) -> grads``. `batch`: trees of tensors [B, ...]; what is not per example
-        is closed over. `grads`: the structure of `params`, tensors [B, ...].
+        ``(params, *batch) -> grads``. The `batch` consists of trees of tensors [B, ...]; let `loss`
+        close over what is not per example. The `grads` have the structure of `params`, with tensors
+        [B, ...].
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B.
@@ -93,22 +94,23 @@ def clipped_grad_sum(
 ) -> Callable[..., ClippedSum]:
     """A function that gives the sum of the clipped gradients of the examples.
 
-    It never holds more than `chunk_size` of them.
+    It never holds more than `chunk_size` gradients.
 
-    ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip, weights)``, and the loss
-    of every example. Each chunk is clipped and added before the next begins.
+    The result is that of ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip,
+    weights)``, with the loss of every example. Each chunk is clipped and added before the next one
+    begins.
 
     Args:
         loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
-        l2_norm_clip: C, greater than 0, infinity for no clip; a tree of them clips parts by
-            themselves, see `clip_and_sum`.
-        chunk_size: how many gradients to hold at a time; None: all. On a CPU 32 to 128 is often
-            fastest too.
-        randomness: of random operations in `loss`, see `per_example_grads`.
+        l2_norm_clip: C, greater than 0; infinity does not clip. With a tree of them, parts are
+            clipped by their own norms, see `clip_and_sum`.
+        chunk_size: how many gradients to hold at a time; None means all. On a CPU, 32 to 128 is
+            often the fastest too.
+        randomness: what random operations in `loss` do, see `per_example_grads`.
 
     Returns:
-        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0: the sum is zero then.
-        `weights`: [B], multiply the losses.
+        ``(params, *batch, weights=None) -> ClippedSum``. B may be 0; then the sum is zero. The
+        `weights`, [B], are factors of the losses.
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B; what `clip_and_sum` raises.
@@ -137,7 +139,7 @@ def clipped_grad_sum(
         total: Any = None
         norms, values = [], []
         for chunk, w in _chunks(batch, weights, chunk_size):
-            # It is a call of its own, so that its gradients are gone before the next.
+            # It is a call of its own, so that its gradients are freed before the next one.
             part, losses = of_chunk(params, chunk, w)
             total = part.sum if total is None else tree.map(torch.add, total, part.sum)
             norms.append(part.norms)
@@ -155,7 +157,7 @@ def clipped_grad_sum(
 def _chunks(
     batch: tuple[PyTree, ...], weights: Tensor | None, chunk_size: int | None
 ) -> Iterator[tuple[tuple[PyTree, ...], Tensor | None]]:
-    """The batch, some examples at a time; of an empty one, itself."""
+    """The batch, some examples at a time. An empty batch is a chunk of its own."""
     n = examples(batch, "batch")
     check_weights(weights, n)
     size = n if chunk_size is None else min(chunk_size, n)

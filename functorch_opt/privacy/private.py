@@ -1,7 +1,7 @@
 """Differentially private descent.
 
-Of each example the gradient is clipped to norm C; their sum gets noise of standard deviation
-``sigma C``:
+The gradient of each example is clipped to norm C, and noise of standard deviation ``sigma C`` is
+added to their sum:
 
     g_i <- g_i / max(1, ||g_i|| / C);    u = (sum_i g_i + sigma C z) / B,    z standard normal
 
@@ -56,25 +56,28 @@ def differentially_private_aggregate(
 
     It is the first stage of a chain.
 
-    Its updates are gradients with an axis of examples in front, as `per_example_grads` gives, or
-    their `ClippedSum`, as `clipped_grad_sum` gives without ever holding all of them.
+    Its updates are gradients with an axis of examples in front, as `per_example_grads` returns
+    them. They may also be a `ClippedSum`, which `clipped_grad_sum` computes without ever holding
+    all gradients.
 
     Args:
-        l2_norm_clip: C, greater than 0. A tree of them clips parts of an example by themselves (see
-            `clip_and_sum`); the noise is then that of ``C = sqrt(sum_k C_k^2)``.
-        noise_multiplier: sigma, the standard deviation of the noise over C; 0 or greater, or a
-            schedule.
-        key: int64 [2], or a seed; see `add_noise`. Who knows it can take the noise away: draw the
-            seed by ``secrets.randbits(63)``.
-        expected_batch_size: B. None: as many as there are, as in optax. Under Poisson sampling that
-            number depends on the data, and is 0 at times: give ``sampling_rate * len(data)``.
+        l2_norm_clip: C, greater than 0. With a tree of them, parts of an example are clipped by
+            their own norms (see `clip_and_sum`), and the noise is that of
+            ``C = sqrt(sum_k C_k^2)``.
+        noise_multiplier: sigma, the standard deviation of the noise divided by C; 0 or greater, or
+            a schedule.
+        key: int64 [2], or a seed; see `add_noise`. Anyone who knows the key can remove the noise,
+            so draw the seed with ``secrets.randbits(63)``.
+        expected_batch_size: B. None means the number of examples there are, as in optax. Under
+            Poisson sampling this number depends on the data, and may be 0; then give
+            ``sampling_rate * len(data)``.
 
     Raises:
-        ValueError: a number out of its range; updates without an axis of examples; a sum that was
-            clipped to something else; no example and no `expected_batch_size`.
+        ValueError: a number is out of its range; updates have no axis of examples; a sum was
+            clipped to another norm; there is no example and no `expected_batch_size`.
 
-    Source: Abadi et al., 2016, alg. 1; optax.contrib. There an example with a gradient that is not
-    finite passes without a clip; here it makes the update NaN.
+    Source: Abadi et al., 2016, alg. 1; optax.contrib. In optax an example whose gradient is not
+    finite is not clipped; here it makes the update NaN.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -136,7 +139,7 @@ def _square(
 
 
 def _differ(a: Norms, b: Norms) -> bool:
-    """Whether they are different numbers; a tensor is not looked into."""
+    """Whether they are different numbers. The value of a tensor is not checked."""
     (xs, x_spec), (ys, y_spec) = tree.flatten(a), tree.flatten(b)
     return x_spec != y_spec or any(
         x != y
@@ -180,14 +183,14 @@ def dp_sgd(
 ) -> GradientTransformation:
     """Private gradient descent.
 
-    It is `differentially_private_aggregate`, then momentum if one is given, then the learning rate.
+    It is `differentially_private_aggregate`, then momentum if it is given, then the learning rate.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
         l2_norm_clip: C, greater than 0, or a tree of them.
         noise_multiplier: sigma, 0 or greater, or a schedule.
         key: int64 [2], or a seed.
-        momentum: decay of the trace; None: no trace is kept.
+        momentum: decay of the trace. With None no trace is kept.
         nesterov: look one step ahead.
         expected_batch_size: B; needed under Poisson sampling.
 
@@ -228,10 +231,10 @@ def dp_adam(
 ) -> GradientTransformation:
     """Adam on private gradients.
 
-    It is `differentially_private_aggregate`, `scale_by_adam`, the learning rate.
+    It is `differentially_private_aggregate`, `scale_by_adam`, then the learning rate.
 
-    What is computed from a private gradient is private too. The second moment sees the noise: with
-    much of it, ``sqrt(nu)`` is near ``sigma C / B`` for every parameter.
+    What is computed from a private gradient is private too. The second moment sees the noise too.
+    With much noise, ``sqrt(nu)`` is near ``sigma C / B`` for every parameter.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -243,7 +246,8 @@ def dp_adam(
         eps: added to the root, 0 or greater.
         expected_batch_size: B; needed under Poisson sampling.
 
-    Source: Abadi et al., 2016, alg. 1, in the place of the gradient of Kingma & Ba, "Adam", 2015.
+    Source: Abadi et al., 2016, alg. 1, whose gradient takes the place of that in Kingma & Ba,
+    "Adam", 2015.
 
     Example:
         >>> import functorch_opt as fo
@@ -264,22 +268,21 @@ def dp_adam(
 def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor:
     """The examples of one batch, drawn independently of each other.
 
-    Each of `size` is in it with probability ``expected_batch_size / size``.
+    Each of `size` examples is in it with probability ``expected_batch_size / size``.
 
-    This is the sampling that `privacy_spent` counts with. The batch has another size every time,
-    and may be empty.
+    `privacy_spent` assumes this sampling. The batch has another size every time, and may be empty.
 
     Args:
-        key: int64 [2]; a new one for each step: ``random.fold_in(key, step)``. Secret, and not the
-            key of the noise.
-        size: of the data.
+        key: int64 [2], a new one for each step, such as ``random.fold_in(key, step)``. It must be
+            secret, and must not be the key of the noise.
+        size: how many examples the data have.
         expected_batch_size: in [0, size].
 
     Returns:
         Indices in ascending order, int64.
 
     Raises:
-        ValueError: `expected_batch_size` out of its range.
+        ValueError: `expected_batch_size` is out of its range.
 
     Source: Abadi et al., 2016, sec. 3.1; Mironov, Talwar & Zhang, "Renyi Differential Privacy of
     the Sampled Gaussian Mechanism", 2019.
@@ -295,7 +298,7 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
             f"got {expected_batch_size}."
         )
     words = random.fold_in(key, torch.arange(size))[:, 0]
-    # In [0, 1): with probability 0 none is below, and with 1 all are.
+    # The numbers are in [0, 1), so with probability 0 none is below it, and with 1 all are.
     uniform = ((words >> 11) + 2**52).double() * 2.0**-53
     return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
 
@@ -307,9 +310,9 @@ def privacy_spent(
 
     The batches must have been drawn by Poisson sampling.
 
-    Two sets of data are neighbours if one has one example more. The bound is that of Google's
-    dp-accounting, by the distribution of the privacy loss. It holds for `poisson_sample` and for
-    noise of a constant `noise_multiplier`, not for shuffled batches.
+    Two data sets are neighbours if one of them has one more example. The bound is computed by
+    Google's dp-accounting, from the distribution of the privacy loss. It holds for `poisson_sample`
+    and for a constant `noise_multiplier`, not for shuffled batches.
 
     Args:
         noise_multiplier: sigma, greater than 0.

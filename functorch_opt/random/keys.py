@@ -2,13 +2,13 @@
 
 The numbers are the same in eager, compiled, vmapped and sharded runs, and after a restart.
 
-A key is an int64 tensor ``[2] = (seed, offset)``. What is drawn from it is a fixed, endless stream
-of numbers, four to a block (see `functorch_opt.random.philox`); a tensor takes them in the order of
-its elements. So any part of a draw can be drawn by itself.
+A key is an int64 tensor ``[2] = (seed, offset)``. It stands for a fixed, endless stream of numbers,
+four to a block (see `functorch_opt.random.philox`). A tensor takes numbers from the stream in the
+order of its elements, so any part of a draw can be drawn by itself.
 
-Draw from a key once; make new ones with `split` and `fold_in`, which read the words that a draw
-would. Under vmap give each member its own key (``split(key, n)``): one key for all means the same
-numbers for all.
+Draw from a key only once, and do not draw from one that was given to `split` or `fold_in`: they
+make new keys of the same words that a draw would take. Under vmap give each model its own key
+(``split(key, n)``), because one key for all means the same numbers for all.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     """The key of `seed`, an int64 tensor of shape [2].
 
     Args:
-        seed: any whole number; taken modulo 2**64.
-        device: where the key lives, and what is drawn from it.
+        seed: any whole number. It is taken modulo 2**64.
+        device: the device of the key, and of what is drawn from it.
 
     Example:
         >>> import functorch_opt as fo
@@ -64,7 +64,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def as_key(key_or_seed: Tensor | int) -> Tensor:
-    """A key from a key or a seed, checked."""
+    """A key, checked, from a key or a seed."""
     if isinstance(key_or_seed, Tensor):
         return _checked(key_or_seed)
     return key(key_or_seed)
@@ -87,14 +87,15 @@ def _checked(key: Tensor) -> Tensor:
 def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
     """A new key from `key` and a number.
 
-    The same pair gives the same key, and another number an independent one.
+    The same pair always gives the same key, and another number gives an independent one.
 
     Args:
         key: int64 [2].
-        data: 0 or greater; an int or an integer tensor of any shape, which gives as many keys.
+        data: an int or an integer tensor, 0 or greater. A tensor may have any shape, and gives one
+            key for each of its elements.
 
     Returns:
-        int64, the shape of `data` and [2].
+        An int64 tensor, whose shape is that of `data` followed by 2.
 
     Example:
         >>> import functorch_opt as fo
@@ -168,17 +169,17 @@ def normal(
 ) -> Tensor:
     """Independent standard normal numbers, float32.
 
-    The bits they are made of are the same everywhere. Their logarithm and cosine are those of eager
-    or compiled code and of the device, and differ by rounding.
+    The random bits behind them are the same everywhere. The logarithm and the cosine that make
+    normal numbers of them differ by rounding between eager and compiled code, and between devices.
 
     Args:
         key: int64 [2].
-        shape: of the whole.
-        part: slices without step, one for each dimension: only ``normal(key, shape)[part]`` is
-            drawn, and the same numbers are.
+        shape: the shape of the whole tensor.
+        part: a tuple of slices without step, one for each dimension. Then only
+            ``normal(key, shape)[part]`` is drawn, with the same numbers.
 
     Raises:
-        TypeError: a shape or part of another kind.
+        TypeError: a shape or a part is of another kind.
 
     Example:
         >>> import functorch_opt as fo
@@ -226,18 +227,18 @@ def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
 def normal_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
     """Independent standard normals in the shapes of `tree`, float32.
 
-    Where a leaf is complex they are complex64, with two of them in each number.
+    For a complex leaf they are complex64, and each complex number is made of two normals.
 
-    The leaves take their numbers from one stream, one after the other. So what a leaf gets depends
-    on the sizes of the leaves before it. Of a sharded leaf (a DTensor) each rank draws its own
-    part: together they are what one process would draw.
+    The leaves take their numbers from one stream, one leaf after another. So what a leaf gets
+    depends on the sizes of the leaves before it. Of a sharded leaf (a DTensor) each rank draws its
+    own part. Together the parts are what one process would draw.
 
     Args:
         key: int64 [2].
-        tree: tensors, and None, which stays None.
-        count: the number of this draw, if there are many from one key: 0 or greater, below 2**28;
-            or a tensor of one for each leaf. Draws of different counts never overlap, as long as a
-            tree has less than 2**38 numbers.
+        tree: a tree of tensors. None stays None.
+        count: the number of this draw, if there are many from one key; or a 1-dim tensor of such
+            numbers, one for each leaf. A count is 0 or greater, and below 2**28. The draws of
+            different counts never overlap, as long as a tree has fewer than 2**38 numbers.
 
     Raises:
         TypeError: a leaf of `tree` is not a tensor or None; something that is not a key or a whole

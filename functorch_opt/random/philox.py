@@ -1,9 +1,9 @@
-"""The generator: Philox-4x32-10, the numbers made of its words, and how many are drawn at once.
+"""The generator Philox-4x32-10, the numbers made of its words, and how many are drawn at once.
 
-A block is one call of Philox: of the 128-bit counter ``(offset + i, 0)`` under the 64-bit seed,
-where ``(seed, offset)`` is the key and i the number of the block. It gives four 32-bit words, and
-of them four numbers. This is the stream of ``torch.func._random``, so that torch's own kernels can
-check it and, later, replace it.
+A block is one call of Philox, with the 128-bit counter ``(offset + i, 0)`` and the 64-bit seed;
+``(seed, offset)`` is the key, and i is the number of the block. It gives four 32-bit words, of
+which four numbers are made. The stream is that of ``torch.func._random``, so torch's own kernels
+can check it and may later replace it.
 
 Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3. Box &
 Muller, "A Note on the Generation of Random Normal Deviates", 1958.
@@ -28,7 +28,7 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
-"""32-bit words in int64, for eager torch has few operations on unsigned integers."""
+"""32-bit words, kept in int64 because eager torch has few operations on unsigned integers."""
 
 
 def philox(
@@ -44,10 +44,10 @@ def philox(
 
 
 def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``x * m``.
+    """The high and the low word of ``x * m``.
 
-    ``m - 2**32`` is negative and small enough that int64 never overflows, which C++ leaves
-    undefined.
+    The factor ``m - 2**32`` is negative, and so small that int64 never overflows. C++ would leave
+    an overflow undefined.
     """
     product = x * (m - 2**32)
     return (product >> 32) + x, product & _MASK
@@ -72,24 +72,25 @@ def join(low: Tensor, high: Tensor) -> Tensor:
 
 
 # ---- what is made of words -----------------------------------------------------------------------
-# Of the blocks in `blocks`, or of n of them from the number `blocks` on; four numbers each, [n, 4].
+# Each function takes the blocks whose numbers are in `blocks`, or n blocks from the number `blocks`
+# on. The result is [n, 4], four numbers for each block.
 
 
 def bits(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
-    """The words themselves, int32."""
+    """The words themselves, as int32."""
     unsigned = words(key, _numbers(blocks, n))
     signed = [torch.where(w >= 2**31, w - 2**32, w) for w in unsigned]
     return torch.stack([w.to(torch.int32) for w in signed], -1)
 
 
 def uniform(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
-    """Multiples of 2**-24 in [0, 1), float32."""
+    """Uniform numbers in [0, 1), which are multiples of 2**-24, as float32."""
     low = [w & 0xFFFFFF for w in words(key, _numbers(blocks, n))]
     return torch.stack([w.to(torch.float32) * 2.0**-24 for w in low], -1)
 
 
 def normal(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
-    """Standard normals, float32, at most 6.77 in size."""
+    """Standard normal numbers, at most 6.77 in size, as float32."""
     a, b, c, d = words(key, _numbers(blocks, n))
     return torch.stack([*box_muller(a, b), *box_muller(c, d)], -1)
 
@@ -99,7 +100,7 @@ def _numbers(blocks: Tensor, n: int | None) -> Tensor:
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent normals of two words."""
+    """Two independent standard normal numbers, made of two words."""
     radius = torch.sqrt(-2.0 * torch.log(unit(a)))
     angle = (2 * math.pi) * unit(b)
     return radius * torch.cos(angle), radius * torch.sin(angle)
@@ -115,9 +116,9 @@ def unit(word: Tensor) -> Tensor:
 Make = Callable[..., Tensor]
 
 CHUNK = 1 << 15
-"""Blocks that an eager draw on a CPU makes at once.
+"""How many blocks an eager draw on a CPU makes at once.
 
-What it makes on the way then stays in the cache.
+With so few, the intermediate results stay in the cache.
 """
 
 
@@ -130,9 +131,9 @@ _MODE = _Mode()
 
 @contextmanager
 def compiled(backend: Any = "inductor") -> Iterator[None]:
-    """Inside, `draw` runs compiled code, for whoever compiles the rest too.
+    """Inside of it `draw` runs compiled code. It is for callers who compile the rest too.
 
-    It is one kernel for any number of blocks, and several times as fast.
+    There is one kernel for any number of blocks, which is several times as fast as eager code.
     """
     before, _MODE.backend = _MODE.backend, backend
     try:
@@ -142,7 +143,7 @@ def compiled(backend: Any = "inductor") -> Iterator[None]:
 
 
 def draw(make: Make, key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
-    """`bits`, `uniform` or `normal`, eagerly or compiled."""
+    """The numbers that `make` (`bits`, `uniform` or `normal`) draws, eagerly or compiled."""
     if torch.compiler.is_compiling():
         return make(key, blocks, n)
     if _MODE.backend is not None and not torch._C._are_functorch_transforms_active():
@@ -157,7 +158,7 @@ def draw(make: Make, key: Tensor, blocks: Tensor, n: int | None = None) -> Tenso
 
 @functools.cache
 def _compiled(make: Make, backend: Any) -> Make:
-    """`make` as one kernel that was tried; after a failure, which is a warning, `make` itself."""
+    """`make` as one kernel, which is tried first. If it fails, it warns and runs `make`."""
     kernel: Make = torch.compile(make, dynamic=True, backend=backend)
     tried = False
 
@@ -178,7 +179,7 @@ def _compiled(make: Make, backend: Any) -> Make:
 
 
 FEW = 37
-"""Blocks that are drawn to try compiled code: some vectors of them, and a rest."""
+"""How many blocks are drawn to try compiled code: some full vectors, and a remainder."""
 
 
 def _try_out(

@@ -1,8 +1,8 @@
 """Where the numbers of a tensor lie in the stream that is drawn from a key.
 
 A tensor takes the numbers of the stream in the order of its elements, four to a block. So the
-elements of a part of it lie in some runs, equally long, with gaps between them, and a part can
-be drawn without the whole.
+elements of a part of it lie in runs of equal length with gaps between them, and a part can be drawn
+without the whole.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from functorch_opt import tree
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes, by dimension, of a part in its whole."""
+"""The offsets and the sizes of a part of a tensor, by dimension."""
 
 
 class Place(NamedTuple):
     """Where the elements of a tensor, or of a part of one, lie in the stream.
 
-    They are some runs, equally long, of numbers without a gap.
+    They lie in runs of equal length, and inside of a run there is no gap.
     """
 
     shape: tuple[int, ...]
     first: int
-    """The number at which the first run begins."""
+    """The position in the stream at which the first run begins."""
     dims: tuple[tuple[int, int], ...]
     """The dimensions by which runs are ordered.
 
-    Each says how many there are, and how far one is from the next.
+    Each is a pair: how many runs there are along it, and how far one begins after another.
     """
     length: int
     """How many numbers a run has."""
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
     @property
     def lane(self) -> int | None:
-        """The place in its block at which a run begins; None if it is not the same for all."""
+        """The place inside of a block at which runs begin; None if they differ in it."""
         uneven = any(stride % 4 for n, stride in self.dims if n > 1)
         return None if uneven else self.first % 4
 
@@ -61,7 +61,7 @@ class Place(NamedTuple):
         return self.runs * self.width
 
     def starts(self, device: torch.device) -> Tensor:
-        """The number at which each run begins."""
+        """The position in the stream at which each run begins."""
         starts = torch.full((1,), self.first, dtype=torch.int64, device=device)
         for n, stride in self.dims:
             steps = stride * torch.arange(n, device=device)
@@ -69,13 +69,13 @@ class Place(NamedTuple):
         return starts
 
     def numbers(self, base: int, device: torch.device) -> Tensor:
-        """The blocks to draw, where the stream of the whole begins at block `base`."""
+        """The numbers of the blocks to draw, if the whole tensor begins at block `base`."""
         first = self.starts(device) >> 2
         of_a_run = torch.arange(base, base + self.width, device=device)
         return (first[:, None] + of_a_run).flatten()
 
     def take(self, drawn: Tensor) -> Tensor:
-        """The numbers, from these blocks."""
+        """The elements, taken out of the numbers that were drawn for these blocks."""
         rows = drawn.reshape(self.runs, 4 * self.width)
         if self.lane is not None:
             return rows[:, self.lane : self.lane + self.length].reshape(self.shape)
@@ -89,7 +89,7 @@ NOWHERE = Place((0,), 0, (), 0)
 
 
 def _blocks(numbers: int) -> int:
-    """How many blocks have so many numbers."""
+    """How many blocks are needed for so many numbers."""
     return -(-numbers // 4)
 
 
@@ -104,7 +104,7 @@ def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
         return Place(shape, 0, (), math.prod(shape))
     offsets, sizes = region
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    # Below the dimension `inner` the part has everything.
+    # From the dimension after `inner` on, the part has all that the whole has.
     cut = [d for d in range(len(shape)) if sizes[d] != shape[d]]
     inner = max(cut, default=0)
     first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
@@ -113,7 +113,7 @@ def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
 
 
 def place_of(leaf: Tensor) -> Place:
-    """The place of the elements of `leaf` that this process holds; a complex one is two numbers."""
+    """The place of the elements that this process holds. A complex element is two numbers."""
     shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
     if not tree.is_sharded(leaf):
         return place_in(shape)
@@ -126,9 +126,10 @@ def place_of(leaf: Tensor) -> Place:
 
 @functools.lru_cache(4096)
 def _held(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Region:
-    """What this rank holds of a tensor that is distributed so.
+    """The part that this rank holds of a tensor with these placements on a mesh.
 
-    Of a sum not yet taken, it is all that the rank would hold of the sum.
+    If the ranks hold terms of a sum that has not been taken yet, it is the part that this rank
+    would hold of the sum.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -31,7 +31,7 @@ __all__ = [
 
 @makes_schedule
 def constant_schedule(value: Scalar) -> Callable[[Tensor], Any]:
-    """Always `value`.
+    """A schedule that is always `value`.
 
     Example:
         >>> import functorch_opt as fo
@@ -58,12 +58,12 @@ def polynomial_schedule(
         init_value: value until `transition_begin`.
         end_value: value from ``transition_begin + transition_steps`` on.
         power: exponent, greater than 0; 1 is `linear_schedule`.
-        transition_steps: T, in updates, at least 1.
+        transition_steps: T, a number of updates, at least 1.
         transition_begin: updates before the transition starts.
 
     Raises:
-        ValueError: no transition steps (optax would return `init_value` for ever), or a value that
-            is not finite.
+        ValueError: there are no transition steps (optax would return `init_value` for ever), or a
+            value is not finite.
 
     Example:
         >>> import functorch_opt as fo
@@ -115,7 +115,7 @@ def exponential_decay(
 ) -> Callable[[Tensor], Any]:
     """``init_value * decay_rate^(t / transition_steps)``.
 
-    With `staircase` the exponent is rounded down: step decay.
+    With `staircase` the exponent is rounded down, which is called step decay.
 
     Args:
         init_value: value until `transition_begin`.
@@ -125,11 +125,11 @@ def exponential_decay(
         transition_begin: updates before the decay starts.
         staircase: hold the value between multiples of `transition_steps`, as torch's ``StepLR``
             does.
-        end_value: bound for the value: from below if it decays, from above otherwise
-            (``decay_rate >= 1``).
+        end_value: a bound for the value: a lower one if the value decays, and an upper one
+            otherwise (``decay_rate >= 1``).
 
     Raises:
-        ValueError: no transition steps, or a rate that is not positive.
+        ValueError: there are no transition steps, or the rate is not positive.
 
     Example:
         >>> import functorch_opt as fo
@@ -167,12 +167,12 @@ def cosine_decay_schedule(
 
     Args:
         init_value: first value.
-        decay_steps: T, in updates, at least 1.
+        decay_steps: T, a number of updates, at least 1.
         alpha: last value as a fraction of the first, 0 or greater.
         exponent: of the cosine factor, greater than 0.
 
     Raises:
-        ValueError: no decay steps, a negative fraction, or a value that is not finite.
+        ValueError: there are no decay steps, the fraction is negative, or a value is not finite.
 
     Source: Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017,
     eq. 5 (first period).

@@ -1,4 +1,4 @@
-"""Ready-made schedules that rise and fall: a warmup and what follows, one cycle, restarts."""
+"""Ready-made schedules that rise and fall: a warmup and what follows it, one cycle, restarts."""
 
 from __future__ import annotations
 
@@ -159,19 +159,20 @@ def linear_onecycle_schedule(
 ) -> Callable[[Tensor], Any]:
     """One cycle of three lines.
 
-    They go from ``peak_value / div_factor`` up to `peak_value`, down to where it began, and then
-    down by `final_div_factor`.
+    They go from ``peak_value / div_factor`` up to `peak_value`, back down to the first value, and
+    then down to the first value divided by `final_div_factor`.
 
     Args:
         transition_steps: updates of the whole cycle.
         peak_value: highest value.
         pct_start: fraction of the cycle spent going up.
         pct_final: fraction after which the last descent begins.
-        div_factor: first value is ``peak_value / div_factor``.
-        final_div_factor: last value is the first divided by this.
+        div_factor: the first value is ``peak_value / div_factor``.
+        final_div_factor: the last value is the first divided by this.
 
     Raises:
-        ValueError: fractions out of order, or so few steps that two pieces fall together.
+        ValueError: the fractions are out of order, or there are so few steps that two pieces
+            coincide.
 
     Source: Smith & Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large
     Learning Rates", 2018.
@@ -230,11 +231,11 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Callable[[Tenso
     """Cosine decay with warm restarts: one `warmup_cosine_decay_schedule` after another.
 
     Args:
-        cosine_kwargs: for each cycle the arguments of `warmup_cosine_decay_schedule`; its
+        cosine_kwargs: for each cycle, the arguments of `warmup_cosine_decay_schedule`. Their
             ``decay_steps`` is the length of the cycle.
 
     Raises:
-        ValueError: no cycle, or arguments that `warmup_cosine_decay_schedule` refuses.
+        ValueError: there is no cycle, or `warmup_cosine_decay_schedule` refuses its arguments.
 
     Source: Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017,
     eq. 5.

@@ -1,4 +1,4 @@
-"""Schedules of several pieces: one schedule after another, and values that change at boundaries."""
+"""Schedules of several pieces: one schedule after another, or values that change at boundaries."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = [
 def join_schedules(
     schedules: Sequence[Callable[[Tensor], Any]], boundaries: Sequence[int]
 ) -> Callable[[Tensor], Any]:
-    """The first schedule before the first boundary, the second from there on, and so on.
+    """The first schedule until the first boundary, then the second one, and so on.
 
-    Each schedule starts anew at 0.
+    Each schedule starts from its own count of 0.
 
     Args:
-        schedules: at least one.
-        boundaries: the counts at which the next one begins, increasing, one fewer than
-            `schedules`.
+        schedules: a list of at least one schedule.
+        boundaries: the counts at which the next schedule begins. They increase, and there is one
+            fewer than `schedules`.
 
     Raises:
-        ValueError: the numbers do not fit, or the boundaries do not increase.
-        TypeError: one of the schedules is no function.
+        ValueError: there are not as many boundaries as needed, or they do not increase.
+        TypeError: one of the schedules is not a function.
 
     Example:
         >>> import functorch_opt as fo
@@ -67,7 +67,7 @@ def join_schedules(
     def value(t: Tensor) -> Any:
         result = t
         for begin, end, schedule in pieces:
-            # Beyond its end a piece might overflow, and then 0 * inf would be its gradient.
+            # Beyond its end a piece might overflow, and then its gradient would be 0 * inf.
             piece = schedule(since(t, begin).clamp(0, end and end - begin))
             result = torch.where(t < begin, result, piece) if begin else piece
         return result
@@ -92,7 +92,7 @@ def _scales(
 def piecewise_constant_schedule(
     init_value: Scalar, boundaries_and_scales: Mapping[int, Scalar] | None = None
 ) -> Callable[[Tensor], Any]:
-    """`init_value`, multiplied by a scale at each boundary (cumulatively), from that count on.
+    """`init_value`, multiplied by one more scale from each boundary on.
 
     Args:
         init_value: first value.
@@ -124,16 +124,17 @@ def piecewise_interpolate_schedule(
     init_value: Scalar,
     boundaries_and_scales: Mapping[int, Scalar] | None = None,
 ) -> Callable[[Tensor], Any]:
-    """From one value of `piecewise_constant_schedule` to the next, by a line or half a cosine.
+    """From one value of `piecewise_constant_schedule` to the next, along a line or half a cosine.
 
     Args:
         interpolate_type: "linear" or "cosine".
         init_value: value at count 0.
-        boundaries_and_scales: ``{count: scale}``: at that count the value is the one before times
-            the scale, which is 0 or greater.
+        boundaries_and_scales: ``{count: scale}``. At that count the value is the one of the
+            boundary before, times the scale, which is 0 or greater.
 
     Raises:
-        ValueError: another type; a boundary that is not a positive whole number; a negative scale.
+        ValueError: an unknown type; a boundary that is not a positive whole number; a negative
+            scale.
 
     Example:
         >>> import functorch_opt as fo

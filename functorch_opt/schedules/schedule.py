@@ -1,14 +1,14 @@
-"""What a schedule is, and the checks of its arguments, which are made when it is made.
+"""What a schedule is, and the checks of its arguments, which run when the schedule is made.
 
     schedule(count) -> value        count: int, or int tensor (0-dim, or one entry per leaf)
                                     value: float64 tensor of that shape
 
 ``count`` is how many updates were made before this one: the first value used is ``schedule(0)``.
-Anything callable will do as a schedule. Those here carry the names and arguments that they have in
-optax; what torch calls step decay is `exponential_decay` with ``staircase=True``.
+Any callable of this form can be used as a schedule. The schedules here have the names and arguments
+that they have in optax. What torch calls step decay is `exponential_decay` with ``staircase=True``.
 
-A value may be of either sign. What multiplies values, or is a fraction of one, may not be negative:
-it would turn a descent into an ascent.
+A value may be of either sign. A factor of values, or a fraction of one, may not be negative,
+because it would turn a descent into an ascent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def makes_schedule(
 ) -> Callable[P, Schedule]:
     """Decorate a function that returns a function of the count as a float64 tensor.
 
-    What it makes is then a `Schedule`.
+    The decorated function returns a `Schedule`.
     """
 
     @functools.wraps(factory)
@@ -67,7 +67,8 @@ def makes_schedule(
 def _own(value: Any) -> Any:
     """A copy of a container, and a list of what an iterator gives.
 
-    The call is kept, to print and to pickle it; nobody may change its arguments or use them up.
+    The call is kept in order to print and to pickle it, so nobody may change its arguments or use
+    them up.
     """
     if isinstance(value, Mapping):
         return {key: _own(item) for key, item in value.items()}
@@ -80,7 +81,7 @@ def _own(value: Any) -> Any:
 
 
 def check_steps(least: int, **steps: int) -> None:
-    """Raise ValueError for what is no whole number from `least` on."""
+    """Raise ValueError for anything but a whole number of at least `least`."""
     for name, value in steps.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(
@@ -89,7 +90,7 @@ def check_steps(least: int, **steps: int) -> None:
 
 
 def check_finite(**values: Scalar | None) -> None:
-    """Raise ValueError for what is neither a finite number nor a tensor nor None."""
+    """Raise ValueError for anything but a finite number, a tensor or None."""
     for name, value in values.items():
         if value is None or isinstance(value, Tensor):
             continue
@@ -118,14 +119,14 @@ def check_not_negative(**values: Scalar) -> None:
 
 
 def check_fraction(**fractions: float) -> None:
-    """Raise ValueError for what is not between 0 and 1."""
+    """Raise ValueError for anything but a number between 0 and 1, both excluded."""
     for name, value in fractions.items():
         if not (isinstance(value, (int, float)) and 0 < value < 1):
             raise ValueError(f"{name} must be between 0 and 1; got {value!r}.")
 
 
 def check_boundaries(boundaries: Iterable[Any]) -> None:
-    """Raise ValueError for what are not increasing whole numbers from 1 on."""
+    """Raise ValueError for anything but increasing whole numbers of at least 1."""
     previous = 0
     for boundary in boundaries:
         if (
@@ -141,8 +142,8 @@ def check_boundaries(boundaries: Iterable[Any]) -> None:
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
-# What would change nothing is left out: an operation on one number takes as long as one on a small
-# parameter.
+# Operations that would change nothing are left out, because an operation on one number takes as
+# long as one on a small parameter.
 
 
 def since(t: Tensor, begin: int) -> Tensor:

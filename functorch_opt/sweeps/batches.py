@@ -1,4 +1,4 @@
-"""The data of a sweep: what is given, as batches for all runs."""
+"""The data of a sweep: batches for all runs, made of what the user gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Batches(NamedTuple):
     steps: int
     """How many there are."""
     of_runs: bool
-    """Whether they have a first dimension for the runs, each of which has its own examples."""
+    """Whether batches have a first dimension for the runs, each of which has its own examples."""
 
 
 def read_batches(
@@ -32,7 +32,7 @@ def read_batches(
 ) -> Batches:
     """The batches for this many steps or epochs.
 
-    `of_seed` has the number of the seed of each run.
+    `of_seed` has the index of the seed of each run.
     """
     _check_lengths(size, steps, epochs)
     device = of_seed.device
@@ -60,7 +60,7 @@ def read_batches(
 
 
 def _check_lengths(size: int | None, steps: int | None, epochs: int | None) -> None:
-    """Raise where it is not said how long to train, or said in what is no whole number."""
+    """Raise an error if it is not said how long to train, or not by a whole number."""
     if (steps is None) == (epochs is None):
         raise TypeError(
             "say how long to train: either steps= or epochs=; "
@@ -79,7 +79,7 @@ def _given_length(data: Any) -> int | None:
 
 
 def _drawn_length(arrays: Batch, size: int | None) -> int:
-    """How many batches of this size an epoch has; of all examples, one."""
+    """How many batches of this size an epoch has; one, of all examples, if it is None."""
     if size is None:
         return 1
     lengths = {len(x) if x.dim() else 0 for x in arrays}
@@ -92,7 +92,7 @@ def _drawn_length(arrays: Batch, size: int | None) -> int:
 
 
 def as_batch(batch: Any, device: torch.device) -> Batch:
-    """A tuple of tensors on this device; TypeError for anything else."""
+    """A batch as a tuple of tensors on this device. Anything else raises TypeError."""
     if not isinstance(batch, (tuple, list)) or not all(
         isinstance(x, Tensor) for x in batch
     ):
@@ -104,7 +104,7 @@ def as_batch(batch: Any, device: torch.device) -> Batch:
 
 
 def _in_turn(data: Any, device: torch.device) -> Iterator[Batch]:
-    """The batches of `data`, again and again."""
+    """The batches of `data`, over and over again."""
     made = 0
     while True:
         before = made
@@ -121,7 +121,7 @@ def _in_turn(data: Any, device: torch.device) -> Iterator[Batch]:
 def _shuffled(
     arrays: Batch, size: int, seeds: list[int], of_seed: Tensor
 ) -> Iterator[Batch]:
-    """Minibatches, in a new order each epoch; with several seeds [runs, size, ...].
+    """Minibatches, in a new order each epoch. With several seeds they are [runs, size, ...].
 
     The remainder of an epoch is left out.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def viz(module: str, what: str) -> Any:
-    """A module of the libraries in the extra ``viz``; `what` needs it."""
+    """A module of the libraries in the extra ``viz``. An error says that `what` needs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

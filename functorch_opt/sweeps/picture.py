@@ -17,7 +17,7 @@ MOST_CURVES = 64
 
 
 def plot(of: Sweep) -> Any:
-    """The figure, with losses on the left and curves on the right."""
+    """The figure, with the losses on the left and the curves on the right."""
     figure = viz("matplotlib.figure", "plot()").Figure(
         figsize=(12, 4.5), layout="constrained"
     )
@@ -32,7 +32,7 @@ def plot(of: Sweep) -> Any:
 
 
 class _Shown:
-    """What both parts of the picture show: the hyperparameter on the axis, and the best run."""
+    """What both parts of the picture need: the hyperparameter on the axis, and the best run."""
 
     def __init__(self, of: Sweep) -> None:
         self.names = [name for name in of.settings if name != "seed"]
@@ -78,7 +78,7 @@ def _losses(axes: Any, of: Sweep, shown: _Shown) -> None:
 
 
 def _lines(of: Sweep, shown: _Shown) -> dict[str, list[int]]:
-    """The settings that differ in the first hyperparameter only, by a label with the others."""
+    """The settings that differ in the first hyperparameter only, under a label with the others."""
     lines: dict[str, list[int]] = {}
     for i in range(len(of.means)):
         run = i * of.seeds
@@ -90,7 +90,7 @@ def _lines(of: Sweep, shown: _Shown) -> dict[str, list[int]]:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """With NaN, which leaves a gap in a line, in place of what is not finite."""
+    """`x` with NaN in place of what is not finite. A NaN leaves a gap in a line."""
     return torch.where(x.isfinite(), x, torch.nan)
 
 
@@ -98,7 +98,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
-    """A running mean of the training loss of some runs, and the colors of the hyperparameter."""
+    """A running mean of the training loss of some runs, in the colors of the hyperparameter."""
     window = max(1, of.curves.shape[1] // 50)
     means = torch.nn.functional.avg_pool1d(of.curves.unsqueeze(1), window, stride=1)
     curves = means.squeeze(1)
@@ -113,7 +113,7 @@ def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
         axes.legend(fontsize=8, frameon=False)
     kept = curves[~of.diverged]
     if len(kept) and kept.min() > 0:
-        # What diverges may leave the picture.
+        # Runs that diverge may leave the picture.
         axes.set(yscale="log", ylim=(0.8 * float(kept.min()), 1.2 * float(kept.max())))
     axes.set(xlabel="step", ylabel="training loss")
     return colors

@@ -1,6 +1,6 @@
 """What a sweep minimizes, and where it begins.
 
-It is a module with a loss, or a function of parameters.
+A problem is a module with a loss, or a function of parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     module: nn.Module | None
     loss: Loss
     starts: list[PyTree]
-    """The first parameters for each seed."""
+    """The first parameters, for each seed."""
 
 
 def read_problem(
@@ -84,7 +84,7 @@ def _trained_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_module(made: Any) -> None:
-    """Raise TypeError for what is no module, or one that many models cannot share."""
+    """Raise TypeError for anything but a module that many models can share."""
     if not isinstance(made, nn.Module):
         raise TypeError(
             "the first argument must be a module or a function that makes one; "
@@ -118,9 +118,9 @@ def _for_each_seed(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's generators start from `seed`.
+    """Inside of it, torch's generators start from `seed`.
 
-    Afterwards they go on as if nothing had been drawn.
+    Afterwards they go on as if nothing had been drawn from them.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -20,14 +20,15 @@ __all__ = ["Sweep"]
 class Sweep:
     """What `sweep` found.
 
-    Printed, it is a table of the best settings; rich prints it as a table of its own.
+    Printing it shows a table of the best settings. rich shows a table of its own.
 
     Attributes:
-        settings: of each run, ``{hyperparameter: [runs]}``, with ``"seed"`` if there are several.
-        curves: training loss at each step, [runs, steps]; NaN after a run has diverged.
-        losses: what runs are ranked by, [runs]: the validation loss, or the mean of the last tenth
-            of the curve; infinite if diverged.
-        diverged: whether the loss was not finite or greater than the bound, [runs].
+        settings: the hyperparameters of each run, ``{hyperparameter: [runs]}``, with ``"seed"`` if
+            there are several seeds.
+        curves: the training loss at each step, [runs, steps]. It is NaN after a run has diverged.
+        losses: the numbers by which runs are ranked, [runs]: the validation loss, or the mean of
+            the last tenth of the curve. They are infinite for runs that diverged.
+        diverged: whether the loss was not finite, or greater than the bound, [runs].
         params: the parameters of all runs at the end, each tensor [runs, ...].
         fixed: the keywords of the optimizer that all runs have in common.
     """
@@ -53,8 +54,8 @@ class Sweep:
     def best_run(self) -> int:
         """The index of the best run.
 
-        It is the best seed of the setting with the lowest loss (the lowest mean, if there are
-        several seeds).
+        It is the best seed of the setting with the lowest loss. With several seeds this is the
+        setting with the lowest mean.
         """
         if not self.means.isfinite().any():
             failed = f"{int(self.diverged.sum())} of {len(self.losses)} runs diverged"
@@ -81,27 +82,27 @@ class Sweep:
         }
 
     def params_of(self, run: int | None = None) -> PyTree:
-        """The parameters of one run; by default of the best."""
+        """The parameters of one run, by default of the best one."""
         run = self.best_run if run is None else run
         return tree.map(lambda p: p[run].clone(), self.params)
 
     def module(self, run: int | None = None) -> nn.Module:
-        """A copy of the module with the parameters of one run; by default of the best.
+        """A copy of the module with the parameters of one run, by default of the best one.
 
         Raises:
-            TypeError: the sweep was of a loss function; use `params_of`.
+            TypeError: the sweep was that of a loss function; use `params_of`.
         """
         if self.module_of_runs is None:
             raise TypeError(
                 "this was a sweep of a loss function, which has no module: use params_of(run)."
             )
         module = copy.deepcopy(self.module_of_runs)
-        # What is missing are buffers and frozen parameters.
+        # The missing entries are buffers and frozen parameters.
         module.load_state_dict(self.params_of(run), strict=False)
         return module
 
     def _rows(self, most: int) -> tuple[list[str], list[list[str]], str]:
-        """Header, rows and last line of the table."""
+        """The header, the rows and the last line of the table."""
         names = [name for name in self.settings if name != "seed"]
         n = self.seeds
         means, spread = self.means, self.losses.view(-1, n)
@@ -124,10 +125,10 @@ class Sweep:
         )
 
     def table(self, rows: int = 10) -> str:
-        """The best settings, a line each, best first, in plain text.
+        """The best settings in plain text, one in each line, with the best one first.
 
         Args:
-            rows: how many.
+            rows: how many settings to show.
         """
         header, body, last = self._rows(rows)
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
@@ -158,7 +159,7 @@ class Sweep:
     def plot(self) -> Any:
         """The losses over the first hyperparameter that varies, and the curves.
 
-        It is a ``matplotlib.figure.Figure``, to show or ``savefig``. Diverged runs are crosses at
-        the upper edge. Needs the extra ``viz``.
+        The result is a ``matplotlib.figure.Figure``, which you can show, or save with its
+        ``savefig``. Runs that diverged are crosses at the upper edge. This needs the extra ``viz``.
         """
         return plot(self)

@@ -34,7 +34,7 @@ class Runs:
         self.settings = len(settings)
         self.number = len(settings) * len(seeds)
         self.of_seed = torch.arange(self.number, device=device) % len(seeds)
-        """The number of the seed of each run."""
+        """The index of the seed of each run."""
         self.columns = {name: self._column([s[name] for s in settings]) for name in axes}
         """The values of each hyperparameter, [runs], as they are reported."""
         self.hyper = self._on_device(device)
@@ -44,7 +44,7 @@ class Runs:
         }
 
     def _check(self, setting: dict[str, float]) -> None:
-        """Make it with plain numbers, so that one out of its range is an error now."""
+        """Make the transformation of plain numbers, so that one out of range is an error now."""
         made = self.optimizer(**self.fixed, **setting)
         if not isinstance(made, GradientTransformation):
             raise TypeError(

@@ -2,8 +2,8 @@
 
 All combinations of the hyperparameters given as lists or 1-dim tensors, times all seeds, are the
 runs. Their parameters, states and hyperparameters have a leading dimension of that size, and one
-vmapped step trains them all. The runs do not see each other: one that diverges is frozen where its
-loss stopped being finite, and marked.
+vmapped step trains them all. The runs do not see each other. A run that diverges is frozen where
+its loss stopped being finite, and it is marked.
 
     settings x seeds = runs
     settings["learning_rate"]: [runs]     curves: [runs, steps]     params: [runs, ...]
@@ -34,7 +34,7 @@ __all__ = ["sweep"]
 
 
 COMPILE_FROM = 2_000
-"""Steps from which on the time that compiling takes is won back."""
+"""The number of steps from which on compiling saves more time than it takes."""
 
 
 def sweep(
@@ -56,50 +56,50 @@ def sweep(
 ) -> Sweep:
     """Train with all combinations of hyperparameters in one run, and say which is best.
 
-    Each run computes what it would compute alone. All begin at the same parameters and see the same
-    minibatches in the same order, so that settings are compared on equal terms; only another `seed`
-    changes these.
+    Each run computes what it would compute alone. All runs begin at the same parameters and see the
+    same minibatches in the same order, so that settings are compared on equal terms. Only another
+    `seed` changes these.
 
     Args:
-        model_or_loss: a module; a function without arguments that makes one (the class will do),
-            which is called once per seed, after ``torch.manual_seed(seed)``; or, if `params` are
-            given, a function ``loss(params, *batch)`` that returns a 0-dim tensor.
-        data: a tuple of tensors that have the examples along their first dimension, ``(x, y)``; or
-            a list of batches or a DataLoader, each batch such a tuple, used in the order they come.
-            Every run sees the same batches.
+        model_or_loss: a module; or a function without arguments that makes one (the class will do),
+            which is called once for each seed, after ``torch.manual_seed(seed)``; or, if `params`
+            are given, a function ``loss(params, *batch)`` that returns a 0-dim tensor.
+        data: a tuple of tensors with the examples along their first dimension, such as ``(x, y)``;
+            or a list of batches or a DataLoader. Each of these batches is such a tuple, and they
+            are used in the order in which they come, by every run.
         optimizer: a function of hyperparameters that returns a transformation: `adamw`,
             ``functools.partial(adamw, nesterov=True)``, or your own, ``lambda learning_rate,
             max_norm: chain(clip_by_global_norm(max_norm), adam(learning_rate))``.
         loss: for a module, ``loss(output, *rest)``: the output for the first tensor of the batch,
             then its other tensors, as in ``cross_entropy(model(x), y)``.
-        params: for a loss function: where it begins, a tree of tensors; or a function without
-            arguments that makes it, called as above.
-        steps: updates; or
-        epochs: passes over `data`. One of the two.
-        batch_size: examples in a minibatch, if `data` is a tuple; an epoch goes through
-            ``torch.randperm`` of a ``torch.Generator`` with the run's seed, and drops the
-            remainder. None: all examples, every step.
-        seed: a whole number, or several: then each setting is trained with each, and settings are
-            ranked by their mean.
-        validation: as `data`. The best setting is that with the lowest loss on it after training.
-            Without it: the lowest training loss, the mean of the last tenth of the steps.
-        bound: a run whose loss is not finite, or greater than this, counts as diverged: from there
-            its parameters stay as they are and its curve is NaN.
-        compile: whether to compile the vmapped step. None: if the sweep is so long that it pays
-            (`COMPILE_FROM` steps), for compiling takes seconds. If it fails, the sweep warns and
-            runs eagerly.
-        progress: show a progress bar (needs the extra ``viz``).
-        **hyperparameters: keywords of `optimizer`. A list of numbers, or a 1-dim tensor, has a run
-            for each. Everything else is the same for all; a noise `key` is folded with the seed, so
-            that each seed has its own noise.
+        params: for a loss function, the first parameters: a tree of tensors, or a function without
+            arguments that makes one, which is called as above.
+        steps: how many updates to make; or
+        epochs: how often to go through `data`. Give one of the two.
+        batch_size: how many examples a minibatch has, if `data` is a tuple. An epoch takes the
+            examples in the order of ``torch.randperm``, with a ``torch.Generator`` of the run's
+            seed, and drops the remainder. With None every step takes all examples.
+        seed: a whole number, or several. Then each setting is trained with each seed, and settings
+            are ranked by their mean.
+        validation: data of the same kind as `data`. The best setting is the one with the lowest
+            loss on them after training. Without them it is the one with the lowest training loss,
+            which is the mean over the last tenth of the steps.
+        bound: a run whose loss is not finite, or greater than this, counts as diverged. From then
+            on its parameters stay as they are, and its curve is NaN.
+        compile: whether to compile the vmapped step. Compiling takes seconds, so with None the step
+            is compiled if the sweep has at least `COMPILE_FROM` steps. If compiling fails, the
+            sweep warns and runs eagerly.
+        progress: whether to show a progress bar, which needs the extra ``viz``.
+        **hyperparameters: keywords of `optimizer`. Of a list of numbers, or a 1-dim tensor, each
+            number has runs of its own. Everything else is the same for all runs, except that a
+            noise `key` is folded with the seed, so that each seed has its own noise.
 
     Returns:
         A `Sweep`.
 
     Raises:
-        TypeError: an argument that does not fit the others; a hyperparameter that `optimizer` does
-            not have.
-        ValueError: a value out of its range, e.g. a negative learning rate; data that end too
+        TypeError: an argument does not fit the others; `optimizer` does not have a hyperparameter.
+        ValueError: a value is out of its range, e.g. a negative learning rate; the data end too
             early.
 
     Example:
@@ -153,7 +153,7 @@ def _step_of_all(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) ->
     def one(
         ps: PyTree, state: PyTree, alive: Tensor, hyper: dict[str, Tensor], batch: Batch
     ) -> tuple[PyTree, PyTree, Tensor, Tensor]:
-        """A step of one run, written without a thought of the others."""
+        """A step of one run, which knows nothing of the others."""
         grads, value = grad_and_value(loss)(ps, *batch)
         tx = runs.make(hyper)
         known = {"value": value, "grad": grads, "value_fn": lambda ps: loss(ps, *batch)}
@@ -175,8 +175,8 @@ def _begin(problem: Problem, runs: Runs) -> tuple[PyTree, PyTree]:
     first, *others = problem.starts
     ps = tree.map(lambda *of: torch.stack(of)[runs.of_seed], first, *others)
     init = vmap(lambda p, hyper: runs.make(hyper).init(p), randomness="different")
-    # Constants come out of vmap with stride 0, and a compiled step would compile again when they
-    # no longer are.
+    # Constants come out of vmap with stride 0, and a compiled step would be compiled again at the
+    # second step, when they no longer have it.
     return ps, tree.map(lambda x: x.contiguous(), init(ps, runs.hyper))
 
 
@@ -195,7 +195,7 @@ def _train(step: Any, problem: Problem, runs: Runs, batches: Batches) -> _Traine
 def _evaluate_module(
     problem: Problem, params: PyTree, data: Any, device: torch.device
 ) -> Tensor:
-    """The mean loss of every run, with the module in evaluation mode, if there is one."""
+    """The mean loss of every run. If there is a module, it is in evaluation mode."""
     module = problem.module
     if module is None:
         return _evaluate(problem.loss, params, data, device)
@@ -207,7 +207,7 @@ def _evaluate_module(
 
 
 def _evaluate(loss: Loss, params: PyTree, data: Any, device: torch.device) -> Tensor:
-    """The mean loss of every run, each batch weighted by its examples."""
+    """The mean loss of every run, in which each batch has the weight of its number of examples."""
     total, examples = torch.zeros((), device=device), 0
     with torch.no_grad():
         for given in [data] if isinstance(data, tuple) else data:
@@ -228,14 +228,14 @@ _numbers = itertools.count()
 
 
 class _Compiled:
-    """A vmapped step, compiled at its first call; eager, with a warning, if that fails."""
+    """A vmapped step, compiled at its first call. If that fails, it warns and runs eagerly."""
 
     def __init__(self, eager: Callable[..., Any]) -> None:
         def step(*args: Any) -> Any:
             return eager(*args)
 
-        # Dynamo keeps what it compiles by code object, and gives up after a few for the same one:
-        # so each sweep has its own.
+        # Dynamo keeps compiled code by code object, and gives up after a few versions of the same
+        # one. So each sweep has its own code object.
         step.__code__ = step.__code__.replace(co_name=f"sweep_{next(_numbers)}")
         self.run, self.eager = torch.compile(step, fullgraph=True), eager
         self.first = True
@@ -248,7 +248,7 @@ class _Compiled:
             return self.run(*args)
         except Exception as failure:
             error = failure
-        # A mistake in the functions of the caller shows itself here, as it would without compiling.
+        # A mistake in the caller's functions raises its error here, as it would without compiling.
         result = self.eager(*args)
         self.run = self.eager
         warn_uncompiled("sweep runs eagerly", error, stacklevel=5)

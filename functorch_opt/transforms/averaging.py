@@ -1,6 +1,6 @@
 """Averages of the parameters themselves.
 
-Here are a stage that looks at the new parameters, and what reads the average out of a state.
+The stage looks at the new parameters. `eval_params` reads the average out of a state.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def params_ema(
     The updates ``u`` stay as they are.
 
     It looks at the new parameters ``p + u``, so it comes last in the chain. `eval_params` reads the
-    average out of a state of any depth, and ``with opt.eval_params():`` puts it into the model. The
-    slot ``averaged`` is the average itself at every step, debiased too.
+    average out of a state at any depth, and ``with opt.eval_params():`` puts it into the model. The
+    slot ``averaged`` is the average itself at every step, already debiased.
 
-    A step at which a parameter has no gradient does not count for its average. Of low-precision
-    parameters it takes the new value before that is rounded; after `keep_master_weights` that is
-    the master copy.
+    A step at which a parameter has no gradient does not count for its average. Of a low-precision
+    parameter it takes the new value before it is rounded; after `keep_master_weights` this is the
+    master copy.
 
     Args:
-        decay: in [0, 1). A schedule makes other averages, without `debias`:
+        decay: in [0, 1). With a schedule, and without `debias`, it makes other averages:
             ``lambda count: 1 - 1 / (count.double() + 1)`` makes the mean of all parameters so far.
-        debias: weigh the parameters after step i of t by
+        debias: whether to weight the parameters after step i of t by
             ``(1 - decay) decay^(t-i) / (1 - decay^t)``, so that the first average is the first new
-            value. False: the average starts at the initial parameters, as with a
+            value. If False, the average starts at the initial parameters, as with a
             `torch.optim.swa_utils.AveragedModel` that is updated once before training.
         accumulator_dtype: of the average; by default that of the params, at least float32.
 

@@ -70,15 +70,14 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 
 @transformation
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """Scale all updates by ``min(1, max_norm / norm)``, where norm is the 2-norm of all of them
-    together.
+    """Scale all updates by ``min(1, max_norm / norm)``.
 
-    Zero updates stay zero; no epsilon is added, so what is below `max_norm` passes unchanged
-    (``torch.nn.utils.clip_grad_norm_`` adds 1e-6). Inside `partition` the norm is that of the
-    group.
+    The norm is the 2-norm of all updates together; inside of `partition` it is that of the group.
+    Zero updates stay zero. No epsilon is added, so updates with a smaller norm pass unchanged
+    (``torch.nn.utils.clip_grad_norm_`` adds 1e-6).
 
     Args:
-        max_norm: greater than 0. A tensor may be 0: then all updates are.
+        max_norm: greater than 0. A tensor may be 0; then all updates become 0.
 
     Raises:
         ValueError: `max_norm` is 0, negative or NaN.
@@ -98,7 +97,8 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         norm = tree.norm(updates)
         max_norm = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
         larger = torch.maximum(norm, max_norm)
-        # Both are 0 where a tensor of 0 meets zero updates. The factor is 0 then, and 0 / 0 is not.
+        # If `max_norm` is a tensor of 0 and all updates are 0, both are 0. The factor must be 0
+        # then, and not the NaN of 0 / 0.
         return {"factor": max_norm / torch.where(larger == 0, 1.0, larger)}
 
     return leafwise(lambda g, factor: g * factor, prepare, hyper={"max_norm": max_norm})

@@ -25,7 +25,7 @@ def add_decayed_weights(
 ) -> GradientTransformation:
     """``u -> u + weight_decay * p``.
 
-    What follows in the chain, the learning rate too, multiplies the decay as well.
+    What follows in the chain, such as the learning rate, also multiplies the decay.
 
     Args:
         weight_decay: 0 or greater, or a schedule.
@@ -44,7 +44,7 @@ def add_decayed_weights(
     """
     check_range(0, float("inf"), weight_decay=weight_decay)
     if isinstance(weight_decay, (int, float)):
-        # This is one pass over memory fewer.
+        # This saves one pass over memory.
         decay = leafwise(lambda g, p: torch.add(g, p, alpha=weight_decay))
     else:
         decay = leafwise(

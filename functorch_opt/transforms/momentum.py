@@ -33,17 +33,17 @@ def trace(
 ) -> GradientTransformation:
     """Momentum, as a decaying sum: ``t = decay t + (1 - dampening) g``.
 
-    The first ``t`` is ``g`` undampened, as in torch.optim.SGD.
+    The first ``t`` is ``g`` without dampening, as in torch.optim.SGD.
 
     Args:
         decay: 0 or greater.
         nesterov: return ``g + decay t`` in place of ``t``.
         accumulator_dtype: of the trace; by default that of the params, at least float32.
-        dampening: as in torch; optax has none, which is 0.
+        dampening: as in torch. optax has none, which is the same as 0.
 
     Raises:
-        ValueError: decay is negative or NaN; nesterov together with a number other than 0, or a
-            schedule, as dampening. The value of a tensor is not looked at.
+        ValueError: decay is negative or NaN; nesterov together with a dampening that is a schedule
+            or a number other than 0. The value of a tensor is not checked.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
     2013, eqs. 1-4.

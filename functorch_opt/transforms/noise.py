@@ -26,15 +26,15 @@ def add_noise(
 
     At the first update t is 0.
 
-    The key is kept in the state beside the count; the same key and count give the same noise,
-    eager, compiled, vmapped or sharded, on any device up to the rounding of its logarithm and
+    The key is kept in the state beside the count. The same key and count give the same noise:
+    eager, compiled, vmapped or sharded, and on any device up to the rounding of its logarithm and
     cosine. Under vmap give every model its own key: ``random.split(key, n)``.
 
     Args:
         eta: variance at the first update, 0 or greater.
-        gamma: how fast it decays; 0 for a constant variance.
-        key: int64 [2], see `functorch_opt.random.key`, or a seed. It has no default: two stages
-            with one key would add the same noise.
+        gamma: how fast the variance decays, 0 or greater. With 0 it is constant.
+        key: int64 [2], see `functorch_opt.random.key`, or a seed. There is no default, because two
+            stages with the same key would add the same noise.
 
     Raises:
         ValueError: negative or NaN `eta` or `gamma`; a gradient that is None in a call without
@@ -72,9 +72,10 @@ def add_noise(
 
 
 def sized(name: str, updates: PyTree, params: PyTree | None) -> PyTree:
-    """The tree in whose shapes noise is drawn.
+    """The tree in whose shapes the noise is drawn.
 
-    It is the params, so that a leaf without gradient does not move the streams of the others.
+    It is that of the params, if they are given, so that a leaf without gradient does not move the
+    streams of the others.
     """
     if params is None and any(leaf is None for leaf in tree.flatten(updates)[0]):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Stochastic rounding: ``p + u`` becomes one of its two neighbours in the dtype of p.
 
-The nearer one is taken more often, so that the average is ``p + u`` itself.
+The nearer one is chosen more often, so that the average is ``p + u`` itself.
 
 Source: Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 2015, section 3.
 """
@@ -23,16 +23,16 @@ __all__ = ["stochastic_round"]
 def stochastic_round(key: Tensor | int) -> GradientTransformation:
     """Let low-precision parameters keep small updates.
 
-    As the last stage, it makes ``p + u`` a random one of its two neighbours.
+    As the last stage of a chain, it moves ``p + u`` to one of its two neighbours, at random.
 
     In bfloat16 the neighbours of 1 are 1 - 1/256 and 1 + 1/128. An update of 0.001 is rounded away
     at every step, and training stalls. Here it moves the parameter by 1/128 in one step of eight:
-    ``E[p + u']`` is ``p + u``. The u' that is returned leads to the neighbour itself, so that
-    `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits and
-    more are left alone.
+    ``E[p + u']`` is ``p + u``. The update u' that it returns leads exactly to the neighbour, so
+    that `apply_updates`, which rounds to nearest, has nothing left to round. Parameters of 32 bits
+    and more are left alone.
 
-    Put it last: a stage, or a group's ``lr`` of `fo.optim.Optimizer`, that comes after it moves
-    ``p + u'`` off the numbers it rounded to.
+    Put it last. A later stage, or the ``lr`` of a group in `fo.optim.Optimizer`, would move
+    ``p + u'`` away from the numbers to which it was rounded.
 
     Args:
         key: int64 [2], see `functorch_opt.random.key`, or a seed.
@@ -82,7 +82,7 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
 
     def rule(g, p, noise, eps, tiny):
         exact = p + g
-        # The power of two that is at most |exact|: its exponent, with no other bits.
+        # The largest power of two that is at most |exact|: its exponent, with no other bits.
         exponent = exact.to(torch.float32).view(torch.int32) & 0x7F800000
         power = exponent.view(torch.float32)
         spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)

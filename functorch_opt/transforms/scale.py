@@ -1,6 +1,6 @@
-"""Multiplying, and the other stages that look at one update and nothing else.
+"""Multiplication, and other simple stages that change one update at a time.
 
-The formulas are ``u -> s u``, ``sign u``, ``0`` and ``u - mean u``.
+Their formulas are ``u -> s u``, ``sign u``, ``0`` and ``u - mean u``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def scale_by_learning_rate(
     """``u -> -learning_rate * u``: the stage that turns a direction into a step, usually the last.
 
     Args:
-        learning_rate: 0 or greater, or a schedule. None: 1, and no sign is flipped (as in optax).
+        learning_rate: 0 or greater, or a schedule. None means 1, and that no sign is flipped (as in
+            optax).
         flip_sign: whether to descend.
 
     Raises:
@@ -108,8 +109,9 @@ def scale_by_learning_rate(
 
 
 def rms(square, n):
-    """The root of the mean of squares, from their sum and number; of none it is 0."""
-    # Empty tensors divide by 1, and TINY makes the derivative at 0 finite: both would be NaN.
+    """The root of the mean of squares, from their sum and their number. Of no squares it is 0."""
+    # The sum over an empty tensor is divided by 1, as 0 / 0 is NaN. TINY makes the derivative at 0
+    # finite; it would be NaN too.
     return (square / (n + (n == 0)) + tree.TINY).sqrt()
 
 
@@ -188,8 +190,8 @@ def centralize() -> GradientTransformation:
 
     The formula is ``u - mean(u, dims 1, 2, ...)``.
 
-    Tensors with fewer than two dims pass. torch keeps weights as ``[out, in, ...]``, so dims 1, 2,
-    ... are those of the paper.
+    Tensors with fewer than two dims pass unchanged. torch keeps weights as ``[out, in, ...]``, so
+    dims 1, 2, ... are those of the paper.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural
     Networks", 2020, eq. 1.

@@ -1,1 +1,1 @@
-"""Transformation in, transformation out."""
+"""Functions that take a transformation and return another one."""

@@ -16,27 +16,27 @@ __all__ = ["MultiSteps"]
 def MultiSteps(
     opt: GradientTransformation, every_k_schedule: int, use_grad_mean: bool = True
 ) -> GradientTransformation:
-    """Gather the gradients of k steps; at each k-th, let `opt` make a step with their mean.
+    """Gather the gradients of k steps, and let `opt` make a step with their mean at each k-th.
 
         acc' = acc + (g - acc) / n        n = 1 ... k
         at n = k:  u = opt(acc'), acc' = 0          before:  u = 0
 
-    The other steps cost one addition: `opt` is not run, and its counts and schedules stay. The mean
-    is kept in the dtype of the parameters, at least float32.
+    The other steps cost one addition. `opt` is not run at them, and its counts and schedules stay
+    where they are. The mean is kept in the dtype of the parameters, but at least in float32.
 
-    A parameter without gradient at some of the k steps keeps its mean there, and each later
-    gradient still counts 1/n. At a k-th step without gradient the parameter does not move. What it has
-    gathered is not cleared: of a mean, the first gradient of the next k steps replaces it, if it
-    comes at their first step; a sum goes on.
+    If a parameter has no gradient at some of the k steps, its mean stays as it is there, and each
+    later gradient still counts 1/n. If it has none at the k-th step, the parameter does not move,
+    and what it has gathered is not cleared. A sum then goes on in the next k steps. A mean is
+    replaced by the gradient of their first step, if there is one.
 
     Args:
         opt: the optimizer that makes the steps.
         every_k_schedule: k, 1 or greater.
-        use_grad_mean: False: the sum in place of the mean.
+        use_grad_mean: whether to take the mean of the gradients; if False, their sum.
 
     Raises:
-        ValueError: `every_k_schedule` is no whole number from 1.
-        TypeError: `opt` is no transformation.
+        ValueError: `every_k_schedule` is not a whole number, or less than 1.
+        TypeError: `opt` is not a transformation.
 
     Source: optax.MultiSteps.
 

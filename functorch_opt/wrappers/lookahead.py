@@ -22,13 +22,13 @@ def lookahead(
     sync_period: int,
     slow_step_size: ScalarOrSchedule,
 ) -> GradientTransformation:
-    """Every k steps the slow weights move towards the fast ones, which start again from there.
+    """Every k steps the slow weights move towards the fast ones, which then start again from there.
 
         p' = p + fast(g)                       the fast weights: the parameters
         every k-th step:  s' = s + a (p' - s)  the slow weights, a slot; and p' = s'
 
-    The slow weights are those to evaluate with: `eval_params` reads them out. It looks at the new
-    parameters, so it comes last in a chain.
+    Evaluate with the slow weights, which `eval_params` reads out of the state. The wrapper looks at
+    the new parameters, so it comes last in a chain.
 
     Args:
         fast_optimizer: the optimizer of the fast weights.
@@ -36,8 +36,8 @@ def lookahead(
         slow_step_size: a, in [0, 1], or a schedule.
 
     Raises:
-        ValueError: an argument outside its range; ``update`` called without params.
-        TypeError: `fast_optimizer` is no transformation.
+        ValueError: an argument is outside of its range; ``update`` is called without params.
+        TypeError: `fast_optimizer` is not a transformation.
 
     Source: Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019, alg. 1. optax
     has pairs of parameters, `LookaheadParams`; here the slow ones are in the state.

@@ -13,28 +13,29 @@ __all__ = ["keep_master_weights"]
 
 @transformation
 def keep_master_weights(inner: GradientTransformation) -> GradientTransformation:
-    """Run `inner` on a float32 copy of the parameters, which are always that copy, rounded once.
+    """Run `inner` on a float32 copy of the parameters. They are always this copy, rounded once.
 
         m' = m + inner(g, m)        u = m' - p        p + u = m'  is rounded to the dtype of p
 
-    The copy is in the state. Every stage of `inner` sees it as its parameters, weight decay too. So
-    bfloat16 training takes the steps that float32 training would take with the same gradients,
-    where ``p + u`` alone loses every step below 1/512 of ``p``.
+    The copy is in the state. Every stage of `inner`, weight decay too, sees it as the parameters.
+    So bfloat16 training takes the steps that float32 training would take with the same gradients.
+    Without the copy, ``p + u`` would lose every step below 1/512 of ``p``.
 
-    The copy is ``p + u`` as float32 has it. Where a step changes a parameter to less than half or
-    more than twice of what it was, that is ``m'`` rounded once more, at the scale of the larger of
-    the two. A parameter that was set from outside (clamped, loaded) is no longer the rounded copy,
-    and is taken as it is. One that overflows its dtype is lost, with its copy: inf, then NaN.
+    The new copy is ``p + u``, computed in float32. If a step changes a parameter to less than half
+    or more than twice of what it was, this is ``m'`` rounded once more, at the scale of the larger
+    of the two. A parameter that was set from outside (clamped or loaded) is no longer the rounded
+    copy, and is taken as it is. A parameter that overflows its dtype is lost together with its
+    copy: it becomes inf, and then NaN.
 
-    It looks at the new parameters, so it comes last in a chain, before `params_ema` only, which
-    then averages the copy. For float32 and wider parameters it is a plain copy, and changes nothing but
-    memory: leave them out with `partition`.
+    It looks at the new parameters, so it comes last in a chain. Only `params_ema` may follow, which
+    then averages the copy. For parameters of float32 and wider it makes a plain copy, which costs
+    memory and changes nothing else; leave them out with `partition`.
 
     Args:
         inner: a whole optimizer, with its learning rate.
 
     Raises:
-        TypeError: `inner` is no transformation.
+        TypeError: `inner` is not a transformation.
         ValueError: ``update`` called without params.
 
     Source: Micikevicius et al., "Mixed Precision Training", 2018, sec. 3.1.
@@ -62,12 +63,12 @@ def keep_master_weights(inner: GradientTransformation) -> GradientTransformation
     def first(p):
         return p.to(tree.at_least_float32(p.dtype), copy=True)
 
-    def before(
-        p, master
-    ):  # where p is not what the copy rounds to, somebody has set it: it counts
+    def before(p, master):
+        # If p is not what the copy rounds to, somebody has set it from outside, and p counts.
         return torch.where(master.to(p.dtype) == p, master, p.to(master.dtype))
 
-    def after(u, p, master):  # the copy is what p + u is in float32, before it is rounded
+    def after(u, p, master):
+        # The new copy is p + u in float32, before it is rounded.
         wide = p.to(master.dtype)
         u = (before(p, master) + u).to(master.dtype) - wide
         return u, {"master": wide + u}

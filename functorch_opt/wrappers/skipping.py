@@ -15,11 +15,12 @@ __all__ = ["apply_if_finite"]
 def apply_if_finite(
     inner: GradientTransformation, max_consecutive_errors: int
 ) -> GradientTransformation:
-    """Let `inner` make its step only where all gradients are finite; otherwise nothing moves.
+    """Let `inner` make its step only if all gradients are finite; otherwise nothing moves.
 
-    After `max_consecutive_errors` such steps in a row the next one is made as it is, NaN and all:
-    then something else is wrong, and it should be seen. The state has ``notfinite_count`` of those
-    in a row, ``total_notfinite`` of all, and ``last_finite``.
+    After `max_consecutive_errors` such steps in a row, the next one is made as it is, with its NaN
+    and infinities. Something else is wrong then, and it should be seen. The state has
+    ``notfinite_count``, the number of such steps in a row; ``total_notfinite``, the number of all;
+    and ``last_finite``, whether the last gradients were finite.
 
     Args:
         inner: the transformation.
@@ -27,10 +28,10 @@ def apply_if_finite(
 
     Raises:
         ValueError: a negative `max_consecutive_errors`.
-        TypeError: `inner` is no transformation.
+        TypeError: `inner` is not a transformation.
 
-    Source: optax.apply_if_finite. It counts a step that is made in spite of what it holds as one
-    that is in a row, as optax does.
+    Source: optax.apply_if_finite. As there, a step that is made although it is not finite still
+    counts as one of those in a row.
 
     Example:
         >>> import torch, functorch_opt as fo

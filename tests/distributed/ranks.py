@@ -2,8 +2,9 @@
 
 They are started once for a number of ranks, get one function after another, and end with the tests.
 
-Every rank runs the function, with its rank and the arguments, and returns what the test asserts. The function must be importable (`spawn`).
-An error in a rank, or a rank that does not answer, ends all of them and fails the test; the next test starts new ones.
+Every rank runs the function, with its rank and the arguments, and returns what the test asserts.
+The function must be importable (`spawn`). An error in a rank, or a rank that does not answer, ends
+all of them and fails the test; the next test starts new ones.
 """
 
 from __future__ import annotations

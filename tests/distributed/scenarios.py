@@ -1,6 +1,7 @@
 """What the ranks do: functions of the rank that train something and return what the tests assert.
 
-The reference is one process with the whole batch. Every rank works it out for itself; the sharded model sees this rank's rows of the batch.
+The reference is one process with the whole batch. Every rank works it out for itself; the sharded
+model sees this rank's rows of the batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ STEPS, ROWS_OF_BATCH = 6, 8
 
 
 class Net(nn.Module):
-    """Sizes that neither 2 nor 4 divides: on 4 ranks some have less than others, and some nothing."""
+    """Sizes that neither 2 nor 4 divides: on 4 ranks some have less than others, and some
+    nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +83,9 @@ def mesh(*shape: int) -> DeviceMesh:
 
 
 def shard(net: Net, how: str = "all") -> Net:
-    """ "all": FSDP2; "mixed": `norm` and `gain` stay ordinary; "hybrid": two copies, each in two parts."""
+    """ "all": FSDP2; "mixed": `norm` and `gain` stay ordinary; "hybrid": two copies, each in two
+    parts.
+    """
     where = mesh(2, 2) if how == "hybrid" else mesh()
     for layer in (net.up, net.down, net.out):
         fully_shard(layer, mesh=where)
@@ -101,7 +106,11 @@ def train(
     mine: slice = slice(None),
     before_step: Any = None,
 ) -> None:
-    """An ordinary loop. A plain parameter of a partly sharded model gets the mean of the ranks' gradients by hand, as DDP would do it."""
+    """An ordinary loop.
+
+    A plain parameter of a partly sharded model gets the mean of the ranks' gradients by hand, as
+    DDP would do it.
+    """
     opts = list(opts)
     for step in steps:
         x, y = batch(step)
@@ -126,7 +135,7 @@ def my_rows(rank: int) -> slice:
     return slice(rank * n, rank * n + n)
 
 
-# ---- optimizers -----------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
 def muon(named: dict[str, nn.Parameter], **options: Any) -> list[torch.optim.Optimizer]:
@@ -179,7 +188,7 @@ OURS: dict[str, Any] = {
 REFERENCES = OURS | {"AdamW": torchs_adamw}
 
 
-# ---- FSDP2 ------------------------------------------------------------------------------------------------------------------
+# ---- FSDP2 ---------------------------------------------------------------------------------------
 
 
 def counts(entry: dict[str, Any]) -> set[float]:
@@ -192,7 +201,9 @@ def counts(entry: dict[str, Any]) -> set[float]:
 
 
 def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
-    """How far a sharded run ends from one process, how far that has moved, and where the state lies."""
+    """How far a sharded run ends from one process, how far that has moved, and where the state
+    lies.
+    """
     alone = make_net()
     start = gathered(alone)
     train(alone, REFERENCES[name](dict(alone.named_parameters())), range(STEPS))
@@ -239,7 +250,9 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
 
 
 def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
-    """A chain that clips, against torch's `clip_grad_norm_` and torch's AdamW, both sharded; and the norms that the two see."""
+    """A chain that clips, against torch's `clip_grad_norm_` and torch's AdamW, both sharded; and
+    the norms that the two see.
+    """
     seen: dict[str, list[float]] = {"ours": [], "torchs": []}
     theirs, ours = shard(make_net()), shard(make_net())
 
@@ -270,7 +283,7 @@ def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
     return {**seen, "error": max(float((a[n] - b[n]).abs().max()) for n in a)}
 
 
-# ---- the functional layer: given gradients, any layout ---------------------------------------------------------------------
+# ---- the functional layer: given gradients, any layout -------------------------------------------
 
 
 def layouts() -> dict[str, tuple[DeviceMesh, list[Any]]]:
@@ -315,7 +328,9 @@ def place(x: Tensor, where: DeviceMesh, placements: list[Any]) -> Tensor:
 
 
 def row_on_shards(rank: int, name: str) -> dict[str, Any]:
-    """Every variant of a row of the registry, two steps with given gradients, in every layout: against ordinary tensors."""
+    """Every variant of a row of the registry, two steps with given gradients, in every layout:
+    against ordinary tensors.
+    """
     row = next(row for row in ROWS if row.name == name)
     errors: dict[str, float] = {}
     for i, variant in enumerate(row.variants):
@@ -400,7 +415,9 @@ def sharded_optimizer(put: Callable[[Tensor], Tensor]) -> Any:
 
 
 def sums_not_taken(rank: int) -> float:
-    """Gradients that are terms of a sum: an elementwise rule that is not linear must see the sum."""
+    """Gradients that are terms of a sum: an elementwise rule that is not linear must see the
+    sum.
+    """
     tx, where = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1)), mesh()
     ps, terms = values(0), [values(10 + r) for r in range(dist.get_world_size())]
     gs = {n: sum(term[n] for term in terms) for n in ps}
@@ -414,7 +431,9 @@ def sums_not_taken(rank: int) -> float:
 
 
 def differentiated(rank: int) -> float:
-    """d loss / d learning rate through three updates of sharded parameters, against ordinary ones."""
+    """d loss / d learning rate through three updates of sharded parameters, against ordinary
+    ones.
+    """
 
     def after(put: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
         ps = {n: put(x) for n, x in values(0).items() if n in ("conv", "matrix", "bias")}
@@ -436,7 +455,9 @@ def differentiated(rank: int) -> float:
 
 
 def in_a_graph(rank: int) -> tuple[int, float]:
-    """The functional update of sharded tensors, a norm among them, in a user's compiled step: graphs, and the error against eager."""
+    """The functional update of sharded tensors, a norm among them, in a user's compiled step:
+    graphs, and the error against eager.
+    """
     tx, where, graphs = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1)), mesh(), []
 
     def put(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -497,13 +518,15 @@ def hang_on_one_rank(rank: int) -> None:
         dist.barrier()
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def fresh_state(
     rank: int, name: str, options: dict[str, bool], sharded: bool
 ) -> dict[str, Any]:
-    """Look at the state of a fresh optimizer by torch's function, then train: against an optimizer that nobody has looked at."""
+    """Look at the state of a fresh optimizer by torch's function, then train: against an optimizer
+    that nobody has looked at.
+    """
     nets = [shard(make_net()) if sharded else make_net() for _ in range(2)]
     (looked_at,), (left_alone,) = [
         OURS[name](dict(net.named_parameters())) for net in nets
@@ -567,7 +590,9 @@ def save(rank: int, name: str, folder: str, steps: int) -> None:
 
 
 def load(rank: int, name: str, folder: str, steps: int) -> float:
-    """Go on from a checkpoint with the ranks that there are now; how far from one process that was never interrupted."""
+    """Go on from a checkpoint with the ranks that there are now; how far from one process that was
+    never interrupted.
+    """
     alone = make_net()
     train(alone, REFERENCES[name](dict(alone.named_parameters())), range(2 * steps))
     one = dist.get_world_size() == 1
@@ -634,7 +659,7 @@ def bytes_of_state(rank: int) -> int:
     )
 
 
-# ---- DDP, ZeRO, optimizer in backward --------------------------------------------------------------------------------------------
+# ---- DDP, ZeRO, optimizer in backward ------------------------------------------------------------
 
 
 def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
@@ -666,7 +691,9 @@ def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
 
 
 def zero_checkpoint(rank: int) -> bool:
-    """Consolidate on rank 0, give that to everybody, load it into a new optimizer, and go on alike."""
+    """Consolidate on rank 0, give that to everybody, load it into a new optimizer, and go on
+    alike.
+    """
 
     def make(net: nn.Module) -> ZeroRedundancyOptimizer:
         return ZeroRedundancyOptimizer(

@@ -20,7 +20,9 @@ RUNS = [
 def test_34_a_sharded_run_is_the_run_of_one_process(
     ranks, name: str, world: int, how: str
 ) -> None:
-    """AdamW against torch's own in one process; the others against theirs, which have their own tests."""
+    """AdamW against torch's own in one process; the others against theirs, which have their own
+    tests.
+    """
     everybody = ranks(world).run(scenarios.trajectory, name, how, False)
     for seen in everybody:
         check(seen, name)
@@ -30,10 +32,12 @@ def test_34_a_sharded_run_is_the_run_of_one_process(
 
 
 def check(seen: dict, name: str) -> None:
-    # Newton-Schulz is in bfloat16: where a gradient is rounded otherwise, the update differs in its third digit.
+    # Newton-Schulz is in bfloat16: where a gradient is rounded otherwise, the update differs in its
+    # third digit.
     assert seen["error"] < (1e-3 if name == "Muon" else 1e-10)
     assert seen["moved"] > 1e-4
-    # Moments lie where their parameter does; Adafactor's factors, which have another shape, on every rank.
+    # Moments lie where their parameter does; Adafactor's factors, which have another shape, on
+    # every rank.
     assert all(
         same == (key not in ("row_var", "col_var"))
         for key, same in seen["placements"].items()

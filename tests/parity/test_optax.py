@@ -1,7 +1,9 @@
-"""The functional layer against optax: the same names, arguments and numbers, or a stated reason why not.
+"""The functional layer against optax: the same names, arguments and numbers, or a stated reason why
+not.
 
-A case is one expression, evaluated in both libraries (``lambda o: o.adamw(0.1)`` with ``o = fo`` and ``o = optax``): what ports by changing
-the import. Where the expressions have to differ, the case holds two, and `DIVERGENCES` says why. Written against optax 0.2.8.
+A case is one expression, evaluated in both libraries (``lambda o: o.adamw(0.1)`` with ``o = fo``
+and ``o = optax``): what ports by changing the import. Where the expressions have to differ, the
+case holds two, and `DIVERGENCES` says why. Written against optax 0.2.8.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ jax.config.update("jax_enable_x64", True)
 STEPS = 50
 
 
-# ---- data and the two training loops ---------------------------------------------------------------------------------------
+# ---- data and the two training loops -------------------------------------------------------------
 
 
 def draw(seed: int) -> dict:
@@ -83,7 +85,11 @@ def run_ours(tx: fo.GradientTransformation, grads: list = GRADS) -> tuple[list, 
 
 
 def run_theirs(tx: Any, grads: list = GRADS) -> tuple[list, Any, Any]:
-    """The same. Not jitted: to compile a case takes longer than its 50 steps, and single operations are compiled once for all cases."""
+    """The same.
+
+    Not jitted: to compile a case takes longer than its 50 steps, and single operations are compiled
+    once for all cases.
+    """
     ps, seen = to_jax(PARAMS), []
     state = tx.init(ps)
     for g in grads:
@@ -103,7 +109,7 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
         )
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,18 @@ MASKS = (
 )
 """The same mask as a function, in either library's form."""
 FLOAT32 = {"tolerance": 1e-5}
-"""For float32 moments under float64 params: optax multiplies them by their decay in float32, where we compute everything in float64."""
+"""For float32 moments under float64 params: optax multiplies them by their decay in float32, where
+we compute everything in float64.
+"""
 
 FLOAT32_DECAY = {"tolerance": 1e-6}
 """optax works the decay of Adafactor's means out in float32."""
 
 
 def wide(o: Any, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """optax counts in int32, and int32 / int is float32 in JAX: give its schedules an int64, so that they compute in float64 like ours."""
+    """optax counts in int32, and int32 / int is float32 in JAX: give its schedules an int64, so
+    that they compute in float64 like ours.
+    """
     return schedule if o is fo else lambda count: schedule(count.astype(jnp.int64))
 
 
@@ -385,7 +395,8 @@ CASES: list[Case] = [
         lambda o: o.scale_by_stddev(),
         lambda o: o.scale_by_stddev(0.99, 1e-2, 0.5),
         lambda o: o.scale_by_stddev(eps=1e-3, eps_in_sqrt=False),
-        # bias corrected, the variance at the first step is g^2 - g^2: the default eps of 1e-8 would show the rounding of either library
+        # bias corrected, the variance at the first step is g^2 - g^2: the default eps of 1e-8 would
+        # show the rounding of either library
         lambda o: o.scale_by_stddev(eps=1e-2, bias_correction=True),
     ),
     *same(
@@ -660,7 +671,10 @@ SIGNATURES = {
     "scale_by_zoom_linesearch": "no verbose=",
     "trace": "dampening= is ours, for torch.optim.SGD",
 }
-"""Functions whose parameters are not optax's, and why. Names, order and defaults of all others are compared."""
+"""Functions whose parameters are not optax's, and why.
+
+Names, order and defaults of all others are compared.
+"""
 
 OTHER_NAMES = {
     "muon": "contrib.muon",
@@ -668,14 +682,15 @@ OTHER_NAMES = {
     "sign": "scale_by_sign",
 }
 
-# Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without holes, where optax keeps the tree with
-# MaskedNode in the gaps; a function mask takes (path, leaf) and not the tree; zero_nans keeps no found_nan; a chain's state is a dict by
-# stage name, not a tuple. Complex tensors are pairs of reals here, as in torch.optim; optax uses |g|^2. Low-precision params keep float32
-# moments here, and moments of their own dtype in optax. centralize takes the same dims in both, which are those of a torch weight
-# [out, in], but not of a JAX kernel [in, out].
+# Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without
+# holes, where optax keeps the tree with MaskedNode in the gaps; a function mask takes (path, leaf)
+# and not the tree; zero_nans keeps no found_nan; a chain's state is a dict by stage name, not a
+# tuple. Complex tensors are pairs of reals here, as in torch.optim; optax uses |g|^2. Low-precision
+# params keep float32 moments here, and moments of their own dtype in optax. centralize takes the
+# same dims in both, which are those of a torch weight [out, in], but not of a JAX kernel [in, out].
 
 
-# ---- transformations and optimizers ---------------------------------------------------------------------------------------------
+# ---- transformations and optimizers --------------------------------------------------------------
 
 
 def named(cases: list) -> list:
@@ -799,7 +814,9 @@ def test_rprop_has_the_step_sizes_of_optax() -> None:
 @pytest.mark.parametrize(("eta", "gamma"), [(0.01, 0.55), (2.0, 0.0), (0.5, 1.3)])
 @pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
 def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) -> None:
-    """With one key the numbers drawn do not depend on the variance: dividing by the noise of variance 1 leaves the standard deviation."""
+    """With one key the numbers drawn do not depend on the variance: dividing by the noise of
+    variance 1 leaves the standard deviation.
+    """
     first = () if name == "add_noise" else (1.0,)
     deviations = []
     for o, run in ((fo, run_ours), (optax, run_theirs)):
@@ -815,7 +832,9 @@ def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) ->
 
 @pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
 def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
-    """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17 draws, within four deviations."""
+    """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17
+    draws, within four deviations.
+    """
     tx = getattr(fo, name)(
         **({} if name == "add_noise" else {"learning_rate": 1.0}),
         eta=1.0,
@@ -827,7 +846,7 @@ def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
     assert abs((drawn**2).mean() - 1) < 4 * (2 / drawn.size) ** 0.5
 
 
-# ---- schedules ---------------------------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 CYCLE = {"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 5, "decay_steps": 30}
 
@@ -1030,7 +1049,7 @@ def test_negative_scales_are_refused_as_in_optax(o: Any) -> None:
         o.piecewise_constant_schedule(1.0, {10: -0.5})
 
 
-# ---- complete ---------------------------------------------------------------------------------------------------------------------
+# ---- complete ------------------------------------------------------------------------------------
 
 
 def test_every_public_name_is_compared_or_explained() -> None:

@@ -1,6 +1,8 @@
-"""Line searches, L-BFGS and Polyak's step size against optax: the same parameters after every step, in float64.
+"""Line searches, L-BFGS and Polyak's step size against optax: the same parameters after every step,
+in float64.
 
-Not compared: ``verbose``, which is not here; what happens after a step of size 0; pairs with negative curvature, which optax keeps.
+Not compared: ``verbose``, which is not here; what happens after a step of size 0; pairs with
+negative curvature, which optax keeps.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ CASES = {
         15,
     ),
 }
-"""Transformation, function, and steps: few enough that none has converged, where rounding decides."""
+"""Transformation, function, and steps: few enough that none has converged, where rounding
+decides.
+"""
 
 START = np.array([-0.9, 1.3, 0.4])
 
