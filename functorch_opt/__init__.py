@@ -31,6 +31,7 @@ from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.asgd import *
+from functorch_opt.optimizers.belief import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
 from functorch_opt.optimizers.lion import *
@@ -39,6 +40,7 @@ from functorch_opt.optimizers.nadam import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.sgd import *
+from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *
 from functorch_opt.privacy.private import *

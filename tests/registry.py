@@ -88,11 +88,25 @@ RPROP = {
     "max_step_size": 50.0,
 }
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-3}
+ADAN = {"b1": 0.9, "b2": 0.8, "b3": 0.95, "eps": 1e-3, "eps_root": 1e-3}
+ADEMAMIX = {
+    "b1": 0.9,
+    "b2": 0.95,
+    "b3": 0.99,
+    "alpha": 2.0,
+    "eps": 1e-3,
+    "eps_root": 1e-3,
+}
+NOVOGRAD = {"b1": 0.9, "b2": 0.5, "eps": 1e-3, "eps_root": 1e-3, "weight_decay": 0.1}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 
 def matrices(path, p):
     return p.ndim > 1
+
+
+def kernels(path, p):
+    return path.endswith("w")
 
 
 def matrices_of_two(path, p):
@@ -314,6 +328,12 @@ ROWS = [
         apart=True,
     ),
     Row(
+        "scale_by_belief",
+        fo.scale_by_belief,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}, {"nesterov": True}),
+    ),
+    Row(
         "scale_by_lbfgs",
         fo.scale_by_lbfgs,
         {},
@@ -407,6 +427,12 @@ ROWS = [
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}),
     ),
     Row(
+        "scale_by_yogi",
+        fo.scale_by_yogi,
+        {**ADAM, "eps_root": 1e-3, "initial_accumulator_value": 0.1},
+        ({}, {"eps_root": 0.0}),
+    ),
+    Row(
         "scale_by_zoom_linesearch",
         lambda **options: on_a_bowl(
             fo.chain(fo.scale(-1.0), fo.scale_by_zoom_linesearch(5, **options))
@@ -468,6 +494,12 @@ ROWS = [
     ),
     # optimizers
     Row(
+        "adabelief",
+        fo.adabelief,
+        {**LR, **ADAM},
+        ({}, {"weight_decay": 0.1, "weight_decay_mask": kernels}, {"nesterov": True}),
+    ),
+    Row(
         "adafactor",
         fo.adafactor,
         {**LR, "decay_rate": 0.8, "clipping_threshold": 0.7},
@@ -488,6 +520,12 @@ ROWS = [
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
+    Row(
+        "adamaxw",
+        fo.adamaxw,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
     Row(
         "adamw",
         fo.adamw,
@@ -566,6 +604,12 @@ ROWS = [
         reads_shape=True,
     ),
     Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),
+    Row(
+        "nadamw",
+        fo.nadamw,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}, {"momentum_decay": 4e-3}),
+    ),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
     Row(
         "polyak_sgd",
@@ -585,6 +629,7 @@ ROWS = [
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
+    Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 
 NOT_TRANSFORMATIONS = {

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def draw(seed: int) -> dict:
 
 
 PARAMS, GRADS = draw(0), [draw(step) for step in range(1, STEPS + 1)]
+HUNDRED = {"grads": [draw(step) for step in range(1, 101)]}
 WITH_NANS = [tree.map(lambda g: torch.where(g > 1, torch.nan, g), g) for g in GRADS]
 SOME_NOT_FINITE = [
     tree.map(
@@ -120,6 +122,14 @@ def same(name: str, *expressions: Callable[[Any], Any], **options: Any) -> list[
     return [Case(name, expression, expression, **options) for expression in expressions]
 
 
+def of_contrib(
+    name: str, *expressions: Callable[[Any], Any], around: Callable = lambda tx: tx
+) -> list[Case]:
+    """What optax has in contrib."""
+    both = SimpleNamespace(**{**vars(optax), **vars(optax.contrib)})
+    return [Case(name, f, lambda o, f=f: around(f(both)), **HUNDRED) for f in expressions]
+
+
 def pair(
     name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **options: Any
 ) -> list[Case]:
@@ -127,6 +137,7 @@ def pair(
 
 
 MASK = {"layer": {"w": True, "b": False}, "scales": [True]}
+VECTORS = {"layer": True, "scales": False}
 LABELS = {"layer": {"w": "matrix", "b": "rest"}, "scales": ["rest"]}
 MASKS = (
     lambda path, p: p.ndim > 1,
@@ -158,6 +169,18 @@ def gathering(o: Any, k: int, inner: Any = None, **options: Any) -> Any:
     inner = o.adam(0.1) if inner is None else inner
     options["accumulator_dtype"] = jnp.float64
     return o.MultiSteps(inner, k, **options).gradient_transformation()
+
+
+def counting_in_int64(tx: Any) -> Any:
+    """`tx` of optax, which takes the root of its int32 count in float32."""
+
+    def init(params: Any) -> Any:
+        state = tx.init(params)
+        return jax.tree.map(
+            lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, state
+        )
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def in_jax_layout(tx: Any) -> Any:
@@ -324,6 +347,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2),
     ),
     *same(
+        "scale_by_belief",
+        lambda o: o.scale_by_belief(),
+        lambda o: o.scale_by_belief(0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.scale_by_belief(nesterov=True),
+        lambda o: o.scale_by_belief(0.5, 0.7, 1e-2, 0.0, nesterov=True),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_learning_rate",
         lambda o: o.scale_by_learning_rate(0.1),
         lambda o: o.scale_by_learning_rate(0.1, flip_sign=False),
@@ -400,6 +431,14 @@ CASES: list[Case] = [
         grads=ZEROS,
         moves=False,
     ),
+    *same(
+        "scale_by_yogi",
+        lambda o: o.scale_by_yogi(),
+        lambda o: o.scale_by_yogi(0.5, 0.7, 1e-2, 1e-3, 0.5),
+        lambda o: o.scale_by_yogi(eps=1e-8, initial_accumulator_value=1e-3),
+        lambda o: o.scale_by_yogi(0.0, 0.0, 1.0),
+        **HUNDRED,
+    ),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
     *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
     *pair(
@@ -427,6 +466,24 @@ CASES: list[Case] = [
     ),
     *same("zero_nans", lambda o: o.zero_nans(), grads=WITH_NANS),
     # optimizers
+    *same(
+        "adabelief",
+        lambda o: o.adabelief(0.1),
+        lambda o: o.adabelief(decay(o), 0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.adabelief(0.1, nesterov=True),
+        lambda o: o.adabelief(warmup(o), eps=1e-8, eps_root=0.0),
+        **HUNDRED,
+    ),
+    *pair(
+        "adabelief",
+        lambda o: o.adabelief(0.1, weight_decay=0.1, weight_decay_mask=MASK),
+        lambda o: o.chain(
+            o.scale_by_belief(),
+            o.add_decayed_weights(0.1, MASK),
+            o.scale_by_learning_rate(0.1),
+        ),
+        **HUNDRED,
+    ),
     *same(
         "adafactor",
         lambda o: o.adafactor(0.01),
@@ -466,6 +523,14 @@ CASES: list[Case] = [
     ),
     *same(
         "adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)
+    ),
+    *same(
+        "adamaxw",
+        lambda o: o.adamaxw(0.1),
+        lambda o: o.adamaxw(decay(o), 0.8, 0.95, 1e-3, 0.1, MASK),
+        lambda o: o.adamaxw(warmup(o), weight_decay=decay(o)),
+        lambda o: o.adamaxw(0.1, weight_decay=0.0),
+        **HUNDRED,
     ),
     *same(
         "adamw",
@@ -547,6 +612,14 @@ CASES: list[Case] = [
         lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4),
     ),
     *same(
+        "nadamw",
+        lambda o: o.nadamw(0.1),
+        lambda o: o.nadamw(decay(o), 0.8, 0.95, 1e-3, 1e-4, None, 0.1, MASK),
+        lambda o: o.nadamw(warmup(o), weight_decay=decay(o)),
+        lambda o: o.nadamw(0.1, weight_decay=0.0),
+        **HUNDRED,
+    ),
+    *same(
         "radam",
         lambda o: o.radam(0.1),
         lambda o: o.radam(decay(o), 0.8, 0.95, 1e-3, 1e-4, 4.5, nesterov=True),
@@ -578,6 +651,14 @@ CASES: list[Case] = [
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=torch.float32),
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=jnp.float32),
         **FLOAT32,
+    ),
+    *same(
+        "yogi",
+        lambda o: o.yogi(0.1),
+        lambda o: o.yogi(decay(o), 0.8, 0.95, 1e-2),
+        lambda o: o.yogi(warmup(o), eps=1e-8),
+        lambda o: o.yogi(0.1, 0.0, 0.0),
+        **HUNDRED,
     ),
     *same("sign_sgd", lambda o: o.sign_sgd(0.1), lambda o: o.sign_sgd(decay(o))),
     # wrappers; optax gathers in float32 unless told otherwise
@@ -635,8 +716,13 @@ SIGNATURES = {
     "MultiSteps": "k is a number; no should_skip_update_fn (apply_if_finite, inside or around it) "
     "and no accumulator_dtype: at least float32",
     "lookahead": "no reset_state= so far",
+    "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
     "adafactor": "eps=None stands for 1e-30",
     "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
+    **dict.fromkeys(
+        ("adopt", "scale_by_adopt"),
+        "the default of clip_value_fn, a fourth root, is a function of each library",
+    ),
     "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
     "chain": "the stages are *stages, not *args: nobody names them",
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
@@ -646,6 +732,7 @@ SIGNATURES = {
     "variant= is ours, for torch.optim.Muon",
     "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
     "momentum_decay= is ours, for torch.optim.NAdam",
+    "nadamw": "as nadam",
     "radam": "variant= is ours, for torch.optim.RAdam",
     "noisy_sgd": "as add_noise; without a default, the key comes after * ",
     "partition": "extra arguments as in masked",
@@ -663,6 +750,11 @@ SIGNATURES = {
 """Functions whose parameters are not optax's, and why. Names, order and defaults of all others are compared."""
 
 OTHER_NAMES = {
+    **{
+        name: f"contrib.{name}"
+        for direction in ("ademamix", "simplified_ademamix", "adopt", "madgrad")
+        for name in (direction, f"scale_by_{direction}")
+    },
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",
