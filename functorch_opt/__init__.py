@@ -30,6 +30,7 @@ from functorch_opt.line_search.zoom import *
 from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
+from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
 from functorch_opt.optimizers.lamb import *

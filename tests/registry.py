@@ -315,6 +315,7 @@ ROWS = [
         ),
     ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
+    Row("scale_by_adan", fo.scale_by_adan, ADAN, ({}, {"eps_root": 0.0})),
     Row(
         "scale_by_backtracking_linesearch",
         lambda **options: on_a_bowl(
@@ -532,6 +533,7 @@ ROWS = [
         {**LR, **ADAM, "weight_decay": 0.1},
         ({}, {"mask": lambda path, p: p.ndim > 1}),
     ),
+    Row("adan", fo.adan, {**LR, **ADAN, "weight_decay": 0.1}, ({}, {"mask": matrices})),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})

@@ -311,6 +311,7 @@ HYPERPARAMETERS = [
     hyper(fo.adamaxw, "weight_decay", -0.1, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.nadamw, "momentum_decay", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.scale_by_yogi, "initial_accumulator_value", -1.0, ValueError, r"must be in \[0, inf\)"),
+    hyper(fo.scale_by_adan, "b3", 1.0, ValueError, r"must be in \[0, 1\)"),
     hyper(fo.asgd, "t0", NAN, ValueError, r"must be in \[-inf, inf\)", learning_rate=0.1),
     hyper(fo.scale_by_factored_rms, "decay_rate", -0.8, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.clip_by_block_rms, "threshold", 0.0, ValueError, r"must be in \(0, inf\)"),

@@ -347,6 +347,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2),
     ),
     *same(
+        "scale_by_adan",
+        lambda o: o.scale_by_adan(b2=0.5),
+        lambda o: o.scale_by_adan(0.9, 0.5, 0.95, 1e-3),
+        lambda o: o.scale_by_adan(0.5, 0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.scale_by_adan(0.0, 0.5, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_belief",
         lambda o: o.scale_by_belief(),
         lambda o: o.scale_by_belief(0.5, 0.7, 1e-2, 1e-3),
@@ -545,6 +553,14 @@ CASES: list[Case] = [
         "adamw",
         lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[0]),
         lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1]),
+    ),
+    *same(
+        "adan",
+        lambda o: o.adan(0.1, b2=0.5),
+        lambda o: o.adan(decay(o), 0.9, 0.5, 0.95, 1e-3, 0.0, 0.1, MASK),
+        lambda o: o.adan(warmup(o), b2=0.5, weight_decay=decay(o)),
+        lambda o: o.adan(0.1, 0.5, 0.5, 0.5, 1e-2),
+        **HUNDRED,
     ),
     *same(
         "amsgrad",
