@@ -317,6 +317,12 @@ ROWS = [
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
     Row("scale_by_adan", fo.scale_by_adan, ADAN, ({}, {"eps_root": 0.0})),
     Row(
+        "scale_by_ademamix",
+        fo.scale_by_ademamix,
+        ADEMAMIX,
+        ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
+    ),
+    Row(
         "scale_by_backtracking_linesearch",
         lambda **options: on_a_bowl(
             fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(5, **options))
@@ -421,6 +427,12 @@ ROWS = [
         ({}, {"min_norm": 0.0, "eps": 0.0}),
     ),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
+    Row(
+        "scale_by_simplified_ademamix",
+        fo.scale_by_simplified_ademamix,
+        {**ADAM, "alpha": 2.0, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
+    ),
     Row(
         "scale_by_stddev",
         fo.scale_by_stddev,
@@ -534,6 +546,12 @@ ROWS = [
         ({}, {"mask": lambda path, p: p.ndim > 1}),
     ),
     Row("adan", fo.adan, {**LR, **ADAN, "weight_decay": 0.1}, ({}, {"mask": matrices})),
+    Row(
+        "ademamix",
+        fo.ademamix,
+        {**LR, **ADEMAMIX, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
@@ -631,6 +649,12 @@ ROWS = [
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
+    Row(
+        "simplified_ademamix",
+        fo.simplified_ademamix,
+        {**LR, **ADAM, "alpha": 2.0, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 

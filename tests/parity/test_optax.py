@@ -354,6 +354,13 @@ CASES: list[Case] = [
         lambda o: o.scale_by_adan(0.0, 0.5, 0.0, 1.0),
         **HUNDRED,
     ),
+    *of_contrib(
+        "scale_by_ademamix",
+        lambda o: o.scale_by_ademamix(),
+        lambda o: o.scale_by_ademamix(0.5, 0.7, 0.9, 2.0, 1e-2, 1e-3),
+        lambda o: o.scale_by_ademamix(b3=0.99, alpha=decay(o)),
+        lambda o: o.scale_by_ademamix(b3=wide(o, o.linear_schedule(0.9, 0.99, 30))),
+    ),
     *same(
         "scale_by_belief",
         lambda o: o.scale_by_belief(),
@@ -418,6 +425,13 @@ CASES: list[Case] = [
         "scale_by_schedule",
         lambda o: o.scale_by_schedule(decay(o)),
         lambda o: o.scale_by_schedule(lambda count: -(0.5**count)),
+    ),
+    *of_contrib(
+        "scale_by_simplified_ademamix",
+        lambda o: o.scale_by_simplified_ademamix(),
+        lambda o: o.scale_by_simplified_ademamix(0.5, 0.7, 2.0, 1e-2, 1e-3),
+        lambda o: o.scale_by_simplified_ademamix(0.9, alpha=decay(o)),
+        lambda o: o.scale_by_simplified_ademamix(0.0, 0.0, 3.0, 1.0),
     ),
     *same(
         "scale_by_stddev",
@@ -562,6 +576,13 @@ CASES: list[Case] = [
         lambda o: o.adan(0.1, 0.5, 0.5, 0.5, 1e-2),
         **HUNDRED,
     ),
+    *of_contrib(
+        "ademamix",
+        lambda o: o.ademamix(0.1),
+        lambda o: o.ademamix(decay(o), 0.8, 0.95, 0.99, 2.0, 1e-3, 1e-4, None, 0.1, MASK),
+        lambda o: o.ademamix(warmup(o), alpha=wide(o, o.linear_schedule(0.0, 5.0, 60))),
+        lambda o: o.ademamix(0.01, b3=0.9, weight_decay=0.1),
+    ),
     *same(
         "amsgrad",
         lambda o: o.amsgrad(0.1),
@@ -667,6 +688,13 @@ CASES: list[Case] = [
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=torch.float32),
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=jnp.float32),
         **FLOAT32,
+    ),
+    *of_contrib(
+        "simplified_ademamix",
+        lambda o: o.simplified_ademamix(0.1),
+        lambda o: o.simplified_ademamix(decay(o), 0.5, 0.7, 2.0, 1e-2, 1e-3, 0.1, MASK),
+        lambda o: o.simplified_ademamix(warmup(o), 0.9, alpha=decay(o)),
+        lambda o: o.simplified_ademamix(1e-3, alpha=100.0, weight_decay=0.1),
     ),
     *same(
         "yogi",
