@@ -32,6 +32,7 @@ from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.ademamix import *
+from functorch_opt.optimizers.adopt import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
 from functorch_opt.optimizers.lamb import *

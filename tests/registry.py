@@ -323,6 +323,17 @@ ROWS = [
         ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
     ),
     Row(
+        "scale_by_adopt",
+        fo.scale_by_adopt,
+        {"b1": 0.9, "b2": 0.99, "eps": 0.3},
+        (
+            {},
+            {"nesterov": True},
+            {"use_clipping": False},
+            {"clip_value_fn": lambda count: 0.5 * count},
+        ),
+    ),
+    Row(
         "scale_by_backtracking_linesearch",
         lambda **options: on_a_bowl(
             fo.chain(fo.scale(-1.0), fo.scale_by_backtracking_linesearch(5, **options))
@@ -552,6 +563,7 @@ ROWS = [
         {**LR, **ADEMAMIX, "weight_decay": 0.1},
         ({}, {"mask": matrices}),
     ),
+    Row("adopt", fo.adopt, {**LR, "b1": 0.9, "b2": 0.99, "eps": 0.3}),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})

@@ -361,6 +361,15 @@ CASES: list[Case] = [
         lambda o: o.scale_by_ademamix(b3=0.99, alpha=decay(o)),
         lambda o: o.scale_by_ademamix(b3=wide(o, o.linear_schedule(0.9, 0.99, 30))),
     ),
+    *of_contrib(
+        "scale_by_adopt",
+        lambda o: o.scale_by_adopt(),
+        lambda o: o.scale_by_adopt(0.5, 0.7, 1e-2, use_clipping=False),
+        lambda o: o.scale_by_adopt(0.8, 0.99, use_clipping=False, nesterov=True),
+        lambda o: o.scale_by_adopt(
+            0.8, 0.99, 0.5, nesterov=True, clip_value_fn=wide(o, lambda t: 0.1 * t)
+        ),
+    ),
     *same(
         "scale_by_belief",
         lambda o: o.scale_by_belief(),
@@ -582,6 +591,12 @@ CASES: list[Case] = [
         lambda o: o.ademamix(decay(o), 0.8, 0.95, 0.99, 2.0, 1e-3, 1e-4, None, 0.1, MASK),
         lambda o: o.ademamix(warmup(o), alpha=wide(o, o.linear_schedule(0.0, 5.0, 60))),
         lambda o: o.ademamix(0.01, b3=0.9, weight_decay=0.1),
+    ),
+    *of_contrib(
+        "adopt",
+        lambda o: o.adopt(0.1),
+        lambda o: o.adopt(decay(o), 0.8, 0.95, 1e-2, use_clipping=False),
+        lambda o: o.adopt(warmup(o), nesterov=True, use_clipping=False),
     ),
     *same(
         "amsgrad",
