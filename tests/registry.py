@@ -398,6 +398,7 @@ ROWS = [
         {**ADAM, "momentum_decay": 4e-3},
         ({}, {"eps_root": 1e-3, "momentum_decay": 0.1}),
     ),
+    Row("scale_by_novograd", fo.scale_by_novograd, NOVOGRAD, ({}, {"eps_root": 0.0})),
     Row("scale_by_param_block_rms", fo.scale_by_param_block_rms, {"min_scale": 0.5}),
     Row(
         "scale_by_polyak",
@@ -568,6 +569,7 @@ ROWS = [
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
     ),
+    Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
@@ -643,6 +645,7 @@ ROWS = [
         ({}, {"mask": matrices}, {"momentum_decay": 4e-3}),
     ),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
+    Row("novograd", fo.novograd, {**LR, **NOVOGRAD}),
     Row(
         "polyak_sgd",
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),

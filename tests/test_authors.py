@@ -88,3 +88,30 @@ def test_adan_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, b3, eps, wd = options
     ours = train(fo.adan(lr, b1, b2, b3, eps, 0.0, wd))
     assert_same(ours, train_plainly(plain_adan(lr, b1, b2, b3, eps, wd)))
+
+
+# ---- the weights that Fromage keeps, and torch's NAdamW ------------------------------------------------------------------------
+
+
+def test_fromage_keeps_the_norm_where_the_gradient_is_at_right_angles() -> None:
+    tx, p = fo.fromage(0.3), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    for _ in range(10):
+        updates, _ = tx.update(torch.stack([-p[1], p[0]]), tx.init(p), p)
+        p = fo.apply_updates(p, updates)
+    torch.testing.assert_close(p.norm().item(), 5.0, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("momentum_decay", [4e-3, 0.1])
+def test_nadamw_is_torchs_nadam_with_decoupled_decay(momentum_decay: float) -> None:
+    theirs = {name: torch.nn.Parameter(p.clone()) for name, p in draw(0).items()}
+    options = {"weight_decay": 0.1, "momentum_decay": momentum_decay}
+    optimizer = torch.optim.NAdam(
+        theirs.values(), lr=0.01, decoupled_weight_decay=True, **options
+    )
+    for step in range(1, STEPS + 1):
+        for name, g in draw(step).items():
+            theirs[name].grad = g
+        optimizer.step()
+    ours = train(fo.nadamw(0.01, **options))
+    # torch multiplies the decays of the momentum in float32.
+    assert_same(ours, {name: p.detach() for name, p in theirs.items()}, 1e-8)

@@ -311,6 +311,8 @@ HYPERPARAMETERS = [
     hyper(fo.adamaxw, "weight_decay", -0.1, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.nadamw, "momentum_decay", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.scale_by_yogi, "initial_accumulator_value", -1.0, ValueError, r"must be in \[0, inf\)"),
+    hyper(fo.novograd, "weight_decay", -0.1, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
+    hyper(fo.fromage, "learning_rate", -0.1, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.scale_by_adan, "b3", 1.0, ValueError, r"must be in \[0, 1\)"),
     hyper(fo.ademamix, "alpha", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.simplified_ademamix, "b1", 1.0, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),

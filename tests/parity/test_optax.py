@@ -404,6 +404,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_lion(mu_dtype=jnp.float32),
     ),
     *same(
+        "scale_by_novograd",
+        lambda o: o.scale_by_novograd(),
+        lambda o: o.scale_by_novograd(0.5, 0.7, 1e-2, 1e-3, 0.1),
+        lambda o: o.scale_by_novograd(0.95, 0.98, weight_decay=0.01),
+        lambda o: o.scale_by_novograd(0.0, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_param_block_rms",
         lambda o: o.scale_by_param_block_rms(),
         lambda o: o.scale_by_param_block_rms(2.0),
@@ -604,6 +612,14 @@ CASES: list[Case] = [
         lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4),
     ),
     *same(
+        "fromage",
+        lambda o: o.fromage(0.1),
+        lambda o: o.fromage(decay(o)),
+        lambda o: o.fromage(0.5, 0.3),
+        lambda o: o.fromage(warmup(o), min_norm=0.0),
+        **HUNDRED,
+    ),
+    *same(
         "lamb",
         lambda o: o.lamb(0.1),
         lambda o: o.lamb(warmup(o), 0.8, 0.95, 1e-3, 1e-4, 0.1, MASK),
@@ -669,6 +685,14 @@ CASES: list[Case] = [
         lambda o: o.nadamw(decay(o), 0.8, 0.95, 1e-3, 1e-4, None, 0.1, MASK),
         lambda o: o.nadamw(warmup(o), weight_decay=decay(o)),
         lambda o: o.nadamw(0.1, weight_decay=0.0),
+        **HUNDRED,
+    ),
+    *same(
+        "novograd",
+        lambda o: o.novograd(0.1),
+        lambda o: o.novograd(decay(o), 0.5, 0.7, 1e-2, 1e-3, 0.1),
+        lambda o: o.novograd(warmup(o), 0.95, 0.98, weight_decay=0.01),
+        lambda o: o.novograd(0.1, 0.0, 0.0),
         **HUNDRED,
     ),
     *same(
