@@ -399,6 +399,12 @@ ROWS = [
         ({}, {"eps_root": 1e-3, "momentum_decay": 0.1}),
     ),
     Row("scale_by_novograd", fo.scale_by_novograd, NOVOGRAD, ({}, {"eps_root": 0.0})),
+    Row(
+        "scale_by_optimistic_gradient",
+        fo.scale_by_optimistic_gradient,
+        {"alpha": 0.7, "beta": 0.5},
+        ({}, {"beta": decay_schedule}),
+    ),
     Row("scale_by_param_block_rms", fo.scale_by_param_block_rms, {"min_scale": 0.5}),
     Row(
         "scale_by_polyak",
@@ -647,6 +653,11 @@ ROWS = [
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
     Row("novograd", fo.novograd, {**LR, **NOVOGRAD}),
     Row(
+        "optimistic_gradient_descent",
+        fo.optimistic_gradient_descent,
+        {**LR, "alpha": 0.7, "beta": 0.5},
+    ),
+    Row(
         "polyak_sgd",
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
         {"max_learning_rate": 1.0, "scaling": 0.5},
@@ -664,6 +675,7 @@ ROWS = [
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
+    Row("signum", fo.signum, {**LR, "beta": 0.9}, smooth=False),
     Row(
         "simplified_ademamix",
         fo.simplified_ademamix,

@@ -412,6 +412,14 @@ CASES: list[Case] = [
         **HUNDRED,
     ),
     *same(
+        "scale_by_optimistic_gradient",
+        lambda o: o.scale_by_optimistic_gradient(),
+        lambda o: o.scale_by_optimistic_gradient(0.5, 2.0),
+        lambda o: o.scale_by_optimistic_gradient(1.0, 0.0),
+        lambda o: o.scale_by_optimistic_gradient(0.0, -1.0),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_param_block_rms",
         lambda o: o.scale_by_param_block_rms(),
         lambda o: o.scale_by_param_block_rms(2.0),
@@ -696,6 +704,14 @@ CASES: list[Case] = [
         **HUNDRED,
     ),
     *same(
+        "optimistic_gradient_descent",
+        lambda o: o.optimistic_gradient_descent(0.1),
+        lambda o: o.optimistic_gradient_descent(decay(o), 0.5, 2.0),
+        lambda o: o.optimistic_gradient_descent(warmup(o), beta=0.0),
+        lambda o: o.optimistic_gradient_descent(0.1, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *same(
         "radam",
         lambda o: o.radam(0.1),
         lambda o: o.radam(decay(o), 0.8, 0.95, 1e-3, 1e-4, 4.5, nesterov=True),
@@ -727,6 +743,14 @@ CASES: list[Case] = [
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=torch.float32),
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=jnp.float32),
         **FLOAT32,
+    ),
+    *same(
+        "signum",
+        lambda o: o.signum(0.1),
+        lambda o: o.signum(decay(o), 0.5),
+        lambda o: o.signum(warmup(o), 0.99),
+        lambda o: o.signum(0.1, 0.0),
+        **HUNDRED,
     ),
     *of_contrib(
         "simplified_ademamix",
