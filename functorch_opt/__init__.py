@@ -45,6 +45,7 @@ from functorch_opt.optimizers.optimistic import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.sgd import *
+from functorch_opt.optimizers.sm3 import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *

@@ -452,6 +452,13 @@ ROWS = [
         ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
     ),
     Row(
+        "scale_by_sm3",
+        fo.scale_by_sm3,
+        {"b1": 0.9, "b2": 0.95, "eps": 1e-3},
+        ({}, {"b2": 1.0, "eps": 1e-8}),
+        reads_shape=True,
+    ),
+    Row(
         "scale_by_stddev",
         fo.scale_by_stddev,
         {"decay": 0.9, "eps": 1e-3},
@@ -682,6 +689,7 @@ ROWS = [
         {**LR, **ADAM, "alpha": 2.0, "weight_decay": 0.1},
         ({}, {"mask": matrices}),
     ),
+    Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 

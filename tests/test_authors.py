@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 import functorch_opt as fo
+from functorch_opt import tree
 
 STEPS = 100
 
@@ -88,6 +91,63 @@ def test_adan_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, b3, eps, wd = options
     ours = train(fo.adan(lr, b1, b2, b3, eps, 0.0, wd))
     assert_same(ours, train_plainly(plain_adan(lr, b1, b2, b3, eps, wd)))
+
+
+# ---- SM3-II, alg. 2, element by element -------------------------------------------------------------------------------------
+
+
+def plain_sm3(lr: float, momentum: float, eps: float):
+    def make(p: Tensor) -> Callable:
+        # The slices of a tensor: one index is fixed. A number is the only slice of itself.
+        cover = [(d, i) for d, n in enumerate(p.shape) for i in range(n)] or [None]
+        elements = list(itertools.product(*[range(n) for n in p.shape]))
+        held_by = {
+            at: [r for r in cover if r is None or at[r[0]] == r[1]] for at in elements
+        }
+        mu, m = dict.fromkeys(cover, 0.0), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal mu, m
+            new, u = dict.fromkeys(cover, 0.0), torch.zeros_like(g)
+            for at in elements:
+                nu = min(mu[r] for r in held_by[at]) + g[at].item() ** 2
+                u[at] = g[at] / math.sqrt(nu + eps)
+                new |= {r: max(new[r], nu) for r in held_by[at]}
+            mu, m = new, momentum * m + (1 - momentum) * u
+            return p - lr * m
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", [(0.1, 0.9), (0.5, 0.0), (0.01, 0.99)])
+def test_sm3_is_that_of_the_paper_for_numbers_too(options: tuple[float, ...]) -> None:
+    assert_same(train(fo.sm3(*options)), train_plainly(plain_sm3(*options, 1e-8)))
+
+
+def test_sm3_keeps_one_maximum_for_each_slice() -> None:
+    slots = fo.get(fo.scale_by_sm3().init(draw(0)), "mu")
+    assert {name: x.numel() for name, x in slots.items()} == {
+        "kernel": 7,
+        "w": 7,
+        "b": 4,
+        "scale": 1,
+    }
+
+
+def test_sm3_of_complex_numbers_divides_by_their_size() -> None:
+    """What multiplies all gradients by a number of size 1 multiplies the updates by it."""
+    tx, turn = fo.scale_by_sm3(), torch.polar(torch.tensor(1.0), torch.tensor(0.7))
+    real, turned = ({"w": x, "s": y} for x, y in [(draw(0)["w"], draw(0)["scale"])] * 2)
+    turned = tree.map(lambda x: x * turn.to(torch.complex128), turned)
+    a, b = tx.init(real), tx.init(turned)
+    for _ in range(3):
+        u, a = tx.update(real, a)
+        v, b = tx.update(turned, b)
+        torch.testing.assert_close(
+            v, tree.map(lambda x: x * turn.to(torch.complex128), u)
+        )
 
 
 # ---- the weights that Fromage keeps, and torch's NAdamW ------------------------------------------------------------------------

@@ -314,6 +314,8 @@ HYPERPARAMETERS = [
     hyper(fo.novograd, "weight_decay", -0.1, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.fromage, "learning_rate", -0.1, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.scale_by_optimistic_gradient, "alpha", NAN, ValueError, r"must be in \[-inf, inf\)"),
+    hyper(fo.scale_by_sm3, "b2", 1.5, ValueError, r"must be in \[0, 1\]"),
+    hyper(fo.sm3, "momentum", 1.0, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),
     hyper(fo.scale_by_adan, "b3", 1.0, ValueError, r"must be in \[0, 1\)"),
     hyper(fo.signum, "beta", 1.0, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),
     hyper(fo.ademamix, "alpha", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),

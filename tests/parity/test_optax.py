@@ -459,6 +459,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_simplified_ademamix(0.0, 0.0, 3.0, 1.0),
     ),
     *same(
+        "scale_by_sm3",
+        lambda o: o.masked(o.scale_by_sm3(), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(0.5, 0.9, 1e-3), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(0.0), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(b2=0.5, eps=1.0), VECTORS),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_stddev",
         lambda o: o.scale_by_stddev(),
         lambda o: o.scale_by_stddev(0.99, 1e-2, 0.5),
@@ -758,6 +766,14 @@ CASES: list[Case] = [
         lambda o: o.simplified_ademamix(decay(o), 0.5, 0.7, 2.0, 1e-2, 1e-3, 0.1, MASK),
         lambda o: o.simplified_ademamix(warmup(o), 0.9, alpha=decay(o)),
         lambda o: o.simplified_ademamix(1e-3, alpha=100.0, weight_decay=0.1),
+    ),
+    *same(
+        "sm3",
+        lambda o: o.masked(o.sm3(0.1), VECTORS),
+        lambda o: o.masked(o.sm3(0.5, 0.5), VECTORS),
+        lambda o: o.masked(o.sm3(0.01, 0.99), VECTORS),
+        lambda o: o.masked(o.sm3(0.1, 0.0), VECTORS),
+        **HUNDRED,
     ),
     *same(
         "yogi",
