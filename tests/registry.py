@@ -379,6 +379,12 @@ ROWS = [
     ),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
     Row(
+        "scale_by_madgrad",
+        fo.scale_by_madgrad,
+        {**LR, "momentum": 0.9, "eps": 1e-3},
+        ({}, {"learning_rate": decay_schedule}),
+    ),
+    Row(
         "scale_by_muon",
         lambda beta, **options: fo.masked(
             fo.scale_by_muon(beta=beta, **options), matrices_of_two
@@ -636,6 +642,7 @@ ROWS = [
         apart=True,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
+    Row("madgrad", fo.madgrad, {**LR, "weight_decay": 0.1, "eps": 1e-3}),
     Row(
         "muon",
         fo.muon,

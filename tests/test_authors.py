@@ -150,6 +150,33 @@ def test_sm3_of_complex_numbers_divides_by_their_size() -> None:
         )
 
 
+# ---- MADGRAD, alg. 1, with the authors' eps beside the learning rate ---------------------------------------------------------
+
+
+def plain_madgrad(lr: float, momentum: float, decay: float, eps: float):
+    def make(p: Tensor) -> Callable:
+        first, s, nu = p, torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal s, nu
+            g = g + decay * p
+            lamb = (lr + eps) * math.sqrt(t)
+            s, nu = s + lamb * g, nu + lamb * g**2
+            z = first - s / (nu ** (1 / 3) + eps)
+            return momentum * p + (1 - momentum) * z
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options", [(0.1, 0.9, 0.0, 1e-6), (0.5, 0.5, 0.1, 1e-3), (0.01, 0.0, 0.01, 1e-8)]
+)
+def test_madgrad_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    assert_same(train(fo.madgrad(*options)), train_plainly(plain_madgrad(*options)))
+
+
 # ---- the weights that Fromage keeps, and torch's NAdamW ------------------------------------------------------------------------
 
 

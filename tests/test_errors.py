@@ -321,6 +321,7 @@ HYPERPARAMETERS = [
     hyper(fo.ademamix, "alpha", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.simplified_ademamix, "b1", 1.0, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),
     hyper(fo.adopt, "eps", 0.0, ValueError, r"must be in \(0, inf\)", learning_rate=0.1),
+    hyper(fo.madgrad, "momentum", 1.0, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),
     hyper(fo.asgd, "t0", NAN, ValueError, r"must be in \[-inf, inf\)", learning_rate=0.1),
     hyper(fo.scale_by_factored_rms, "decay_rate", -0.8, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.clip_by_block_rms, "threshold", 0.0, ValueError, r"must be in \(0, inf\)"),

@@ -403,6 +403,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_lion(mu_dtype=torch.float32),
         lambda o: o.scale_by_lion(mu_dtype=jnp.float32),
     ),
+    *of_contrib(
+        "scale_by_madgrad",
+        lambda o: o.scale_by_madgrad(0.1),
+        lambda o: o.scale_by_madgrad(0.5, 0.5, 1e-3),
+        lambda o: o.scale_by_madgrad(decay(o), 0.8),
+        lambda o: o.scale_by_madgrad(0.1, 0.0, 0.0),
+        around=counting_in_int64,
+    ),
     *same(
         "scale_by_novograd",
         lambda o: o.scale_by_novograd(),
@@ -656,6 +664,14 @@ CASES: list[Case] = [
         "lion",
         lambda o: o.lion(0.01),
         lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK),
+    ),
+    *of_contrib(
+        "madgrad",
+        lambda o: o.madgrad(0.1),
+        lambda o: o.madgrad(decay(o), 0.5, 0.1, 1e-3),
+        lambda o: o.madgrad(1.0, weight_decay=0.01),
+        lambda o: o.madgrad(0.1, 0.0, eps=0.0),
+        around=counting_in_int64,
     ),
     *pair("muon", lambda o: o.muon(0.1), lambda o: in_jax_layout(o.contrib.muon(0.1))),
     *pair(
