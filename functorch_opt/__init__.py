@@ -58,6 +58,7 @@ from functorch_opt.sweeps.report import *
 from functorch_opt.sweeps.sweep import *
 from functorch_opt.transforms.averaging import *
 from functorch_opt.transforms.clip import *
+from functorch_opt.transforms.constrain import *
 from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.noise import *

@@ -203,6 +203,13 @@ DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
     Row(
+        "adaptive_grad_clip",
+        fo.adaptive_grad_clip,
+        {"clipping": 0.5, "eps": 0.4},
+        ({}, {"clipping": 100.0}, {"axis": 0}),
+        reads_shape=True,
+    ),
+    Row(
         "add_decayed_weights",
         fo.add_decayed_weights,
         {"weight_decay": 0.1},
@@ -265,6 +272,7 @@ ROWS = [
         LR,
         written=False,
     ),
+    Row("keep_params_nonnegative", fo.keep_params_nonnegative),
     Row("largest", distance_over_gradients, {"first_distance": 0.01}, written=False),
     Row(
         "masked",
@@ -276,6 +284,11 @@ ROWS = [
         ({}, {"otherwise": "zero"}),
         reads_shape=True,
         written=False,
+    ),
+    Row(
+        "normalize_by_update_norm",
+        fo.normalize_by_update_norm,
+        {"scale_factor": -0.5, "eps": 0.1},
     ),
     Row(
         "params_ema",
@@ -411,6 +424,7 @@ ROWS = [
         {"alpha": 0.7, "beta": 0.5},
         ({}, {"beta": decay_schedule}),
     ),
+    Row("scale_by_param_block_norm", fo.scale_by_param_block_norm, {"min_scale": 3.0}),
     Row("scale_by_param_block_rms", fo.scale_by_param_block_rms, {"min_scale": 0.5}),
     Row(
         "scale_by_polyak",

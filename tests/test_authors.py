@@ -177,6 +177,43 @@ def test_madgrad_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     assert_same(train(fo.madgrad(*options)), train_plainly(plain_madgrad(*options)))
 
 
+# ---- adaptive gradient clipping, eq. 3, of torch's layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "units"),
+    [
+        (torch.nn.Linear(3, 5), 5),
+        (torch.nn.Linear(3, 1), 1),
+        (torch.nn.Linear(1, 5), 1),
+        (torch.nn.Conv1d(2, 4, 3), 4),
+        (torch.nn.Conv2d(2, 4, 3), 4),
+        (torch.nn.Conv2d(4, 4, 3, groups=4), 4),
+        (torch.nn.Conv3d(2, 4, 3), 4),
+        (torch.nn.LayerNorm(6), 1),
+    ],
+    ids=str,
+)
+def test_the_units_of_adaptive_clipping_are_the_outputs(
+    layer: torch.nn.Module, units: int
+) -> None:
+    weight = layer.weight.detach()
+    g = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    tx = fo.adaptive_grad_clip(0.1)
+    clipped = tx.update(g, tx.init(weight), weight)[0]
+    rows = zip(*(x.reshape(units, -1) for x in (weight, g, clipped)), strict=True)
+    for w, before, after in rows:
+        scale = min(1.0, 0.1 * max(w.norm().item(), 1e-3) / before.norm().item())
+        torch.testing.assert_close(after, scale * before)
+
+
+def test_zero_updates_have_no_direction() -> None:
+    """In optax 0 / 0 is NaN."""
+    tx = fo.normalize_by_update_norm(eps=0.0)
+    zeros = tree.map(torch.zeros_like, draw(0))
+    assert all((u == 0).all() for u in tree.leaves(tx.update(zeros, tx.init(zeros))[0]))
+
+
 # ---- the weights that Fromage keeps, and torch's NAdamW ------------------------------------------------------------------------
 
 

@@ -197,6 +197,25 @@ def in_jax_layout(tx: Any) -> Any:
 
 
 CASES: list[Case] = [
+    *pair(
+        "adaptive_grad_clip",
+        lambda o: o.adaptive_grad_clip(0.1),
+        lambda o: in_jax_layout(o.adaptive_grad_clip(0.1)),
+        **HUNDRED,
+    ),
+    *pair(
+        "adaptive_grad_clip",
+        lambda o: o.adaptive_grad_clip(1.5, 2.0),
+        lambda o: in_jax_layout(o.adaptive_grad_clip(1.5, 2.0)),
+        **HUNDRED,
+    ),
+    *same(
+        "adaptive_grad_clip",
+        lambda o: o.masked(o.adaptive_grad_clip(0.5, axis=0), VECTORS),
+        lambda o: o.masked(o.adaptive_grad_clip(0.5, 0.1, -1), VECTORS),
+        lambda o: o.adaptive_grad_clip(100.0, axis=()),
+        **HUNDRED,
+    ),
     *same(
         "add_decayed_weights",
         lambda o: o.add_decayed_weights(0.1),
@@ -266,6 +285,14 @@ CASES: list[Case] = [
         lambda o: o.inject_hyperparams(o.sgd, static_args=("momentum",))(decay(o), 0.9),
     ),
     *same(
+        "keep_params_nonnegative",
+        lambda o: o.keep_params_nonnegative(),
+        lambda o: o.chain(o.scale(-0.1), o.keep_params_nonnegative()),
+        lambda o: o.chain(o.sgd(decay(o), 0.9), o.keep_params_nonnegative()),
+        lambda o: o.chain(o.adam(0.01), o.keep_params_nonnegative()),
+        **HUNDRED,
+    ),
+    *same(
         "masked",
         lambda o: o.masked(o.chain(o.trace(0.9), o.scale(-0.3)), MASK),
         lambda o: o.masked(o.clip_by_global_norm(0.5), MASK),
@@ -279,6 +306,14 @@ CASES: list[Case] = [
         "masked",
         lambda o: o.masked(o.adam(0.1), MASKS[0]),
         lambda o: o.masked(o.adam(0.1), MASKS[1]),
+    ),
+    *same(
+        "normalize_by_update_norm",
+        lambda o: o.normalize_by_update_norm(),
+        lambda o: o.normalize_by_update_norm(-0.3),
+        lambda o: o.normalize_by_update_norm(0.5, 2.0),
+        lambda o: o.normalize_by_update_norm(eps=0.0),
+        **HUNDRED,
     ),
     *same(
         "partition",
@@ -425,6 +460,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_optimistic_gradient(0.5, 2.0),
         lambda o: o.scale_by_optimistic_gradient(1.0, 0.0),
         lambda o: o.scale_by_optimistic_gradient(0.0, -1.0),
+        **HUNDRED,
+    ),
+    *same(
+        "scale_by_param_block_norm",
+        lambda o: o.chain(o.scale(-0.1), o.scale_by_param_block_norm()),
+        lambda o: o.chain(o.scale(-0.1), o.scale_by_param_block_norm(2.0)),
+        lambda o: o.chain(o.scale(0.01), o.scale_by_param_block_norm(0.0)),
+        lambda o: o.chain(o.adam(0.01), o.scale_by_param_block_norm(3.0)),
         **HUNDRED,
     ),
     *same(
