@@ -105,11 +105,25 @@ RPROP = {
     "max_step_size": 50.0,
 }
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-3}
+ADAN = {"b1": 0.9, "b2": 0.8, "b3": 0.95, "eps": 1e-3, "eps_root": 1e-3}
+ADEMAMIX = {
+    "b1": 0.9,
+    "b2": 0.95,
+    "b3": 0.99,
+    "alpha": 2.0,
+    "eps": 1e-3,
+    "eps_root": 1e-3,
+}
+NOVOGRAD = {"b1": 0.9, "b2": 0.5, "eps": 1e-3, "eps_root": 1e-3, "weight_decay": 0.1}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 
 def matrices(path, p):
     return p.ndim > 1
+
+
+def kernels(path, p):
+    return path.endswith("w")
 
 
 def matrices_of_two(path, p):
@@ -210,6 +224,13 @@ DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
     Row(
+        "adaptive_grad_clip",
+        fo.adaptive_grad_clip,
+        {"clipping": 0.5, "eps": 0.4},
+        ({}, {"clipping": 100.0}, {"axis": 0}),
+        reads_shape=True,
+    ),
+    Row(
         "add_decayed_weights",
         fo.add_decayed_weights,
         {"weight_decay": 0.1},
@@ -272,6 +293,7 @@ ROWS = [
         LR,
         written=False,
     ),
+    Row("keep_params_nonnegative", fo.keep_params_nonnegative),
     Row("largest", distance_over_gradients, {"first_distance": 0.01}, written=False),
     Row(
         "masked",
@@ -283,6 +305,11 @@ ROWS = [
         ({}, {"otherwise": "zero"}),
         reads_shape=True,
         written=False,
+    ),
+    Row(
+        "normalize_by_update_norm",
+        fo.normalize_by_update_norm,
+        {"scale_factor": -0.5, "eps": 0.1},
     ),
     Row(
         "params_ema",
@@ -322,6 +349,24 @@ ROWS = [
         ),
     ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
+    Row("scale_by_adan", fo.scale_by_adan, ADAN, ({}, {"eps_root": 0.0})),
+    Row(
+        "scale_by_ademamix",
+        fo.scale_by_ademamix,
+        ADEMAMIX,
+        ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
+    ),
+    Row(
+        "scale_by_adopt",
+        fo.scale_by_adopt,
+        {"b1": 0.9, "b2": 0.99, "eps": 0.3},
+        (
+            {},
+            {"nesterov": True},
+            {"use_clipping": False},
+            {"clip_value_fn": lambda count: 0.5 * count},
+        ),
+    ),
     Row(
         "scale_by_backtracking_linesearch",
         lambda **options: on_a_bowl(
@@ -333,6 +378,12 @@ ROWS = [
         shards=False,
         written=False,
         apart=True,
+    ),
+    Row(
+        "scale_by_belief",
+        fo.scale_by_belief,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}, {"nesterov": True}),
     ),
     Row(
         "scale_by_lbfgs",
@@ -362,6 +413,12 @@ ROWS = [
     ),
     Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
     Row(
+        "scale_by_madgrad",
+        fo.scale_by_madgrad,
+        {**LR, "momentum": 0.9, "eps": 1e-3},
+        ({}, {"learning_rate": decay_schedule}),
+    ),
+    Row(
         "scale_by_muon",
         lambda beta, **options: fo.masked(
             fo.scale_by_muon(beta=beta, **options), matrices_of_two
@@ -381,6 +438,14 @@ ROWS = [
         {**ADAM, "momentum_decay": 4e-3},
         ({}, {"eps_root": 1e-3, "momentum_decay": 0.1}),
     ),
+    Row("scale_by_novograd", fo.scale_by_novograd, NOVOGRAD, ({}, {"eps_root": 0.0})),
+    Row(
+        "scale_by_optimistic_gradient",
+        fo.scale_by_optimistic_gradient,
+        {"alpha": 0.7, "beta": 0.5},
+        ({}, {"beta": decay_schedule}),
+    ),
+    Row("scale_by_param_block_norm", fo.scale_by_param_block_norm, {"min_scale": 3.0}),
     Row("scale_by_param_block_rms", fo.scale_by_param_block_rms, {"min_scale": 0.5}),
     Row(
         "scale_by_polyak",
@@ -422,10 +487,29 @@ ROWS = [
     ),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
     Row(
+        "scale_by_simplified_ademamix",
+        fo.scale_by_simplified_ademamix,
+        {**ADAM, "alpha": 2.0, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0, "alpha": decay_schedule}),
+    ),
+    Row(
+        "scale_by_sm3",
+        fo.scale_by_sm3,
+        {"b1": 0.9, "b2": 0.95, "eps": 1e-3},
+        ({}, {"b2": 1.0, "eps": 1e-8}),
+        reads_shape=True,
+    ),
+    Row(
         "scale_by_stddev",
         fo.scale_by_stddev,
         {"decay": 0.9, "eps": 1e-3},
         ({}, {"eps_in_sqrt": False}, {"bias_correction": True}),
+    ),
+    Row(
+        "scale_by_yogi",
+        fo.scale_by_yogi,
+        {**ADAM, "eps_root": 1e-3, "initial_accumulator_value": 0.1},
+        ({}, {"eps_root": 0.0}),
     ),
     Row(
         "scale_by_zoom_linesearch",
@@ -489,6 +573,12 @@ ROWS = [
     ),
     # optimizers
     Row(
+        "adabelief",
+        fo.adabelief,
+        {**LR, **ADAM},
+        ({}, {"weight_decay": 0.1, "weight_decay_mask": kernels}, {"nesterov": True}),
+    ),
+    Row(
         "adafactor",
         fo.adafactor,
         {**LR, "decay_rate": 0.8, "clipping_threshold": 0.7},
@@ -510,15 +600,30 @@ ROWS = [
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
     Row(
+        "adamaxw",
+        fo.adamaxw,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
+    Row(
         "adamw",
         fo.adamw,
         {**LR, **ADAM, "weight_decay": 0.1},
         ({}, {"mask": lambda path, p: p.ndim > 1}),
     ),
+    Row("adan", fo.adan, {**LR, **ADAN, "weight_decay": 0.1}, ({}, {"mask": matrices})),
+    Row(
+        "ademamix",
+        fo.ademamix,
+        {**LR, **ADEMAMIX, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
+    Row("adopt", fo.adopt, {**LR, "b1": 0.9, "b2": 0.99, "eps": 0.3}),
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
     ),
+    Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
@@ -572,6 +677,7 @@ ROWS = [
         apart=True,
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
+    Row("madgrad", fo.madgrad, {**LR, "weight_decay": 0.1, "eps": 1e-3}),
     Row(
         "muon",
         fo.muon,
@@ -587,7 +693,19 @@ ROWS = [
         reads_shape=True,
     ),
     Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),
+    Row(
+        "nadamw",
+        fo.nadamw,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}, {"momentum_decay": 4e-3}),
+    ),
     Row("noisy_sgd", fo.noisy_sgd, {**LR, "eta": 0.1}, keyed=True),
+    Row("novograd", fo.novograd, {**LR, **NOVOGRAD}),
+    Row(
+        "optimistic_gradient_descent",
+        fo.optimistic_gradient_descent,
+        {**LR, "alpha": 0.7, "beta": 0.5},
+    ),
     Row(
         "polyak_sgd",
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
@@ -606,6 +724,15 @@ ROWS = [
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
+    Row("signum", fo.signum, {**LR, "beta": 0.9}, smooth=False),
+    Row(
+        "simplified_ademamix",
+        fo.simplified_ademamix,
+        {**LR, **ADAM, "alpha": 2.0, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
+    Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
+    Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 
 NOT_TRANSFORMATIONS = {

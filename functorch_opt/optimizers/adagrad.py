@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def _constant_like(value):
+def constant_like(value):
     """A function that makes a slot of `value`, a number or a tensor, in both parts if complex."""
 
     def start(p):
@@ -105,7 +105,7 @@ def scale_by_rms(
         nu = torch.lerp(nu, g * g, weight)
         return _by_root(g, nu * correction, eps, eps_in_sqrt), {"nu": nu}
 
-    slots = {"nu": _constant_like(initial_scale)}
+    slots = {"nu": constant_like(initial_scale)}
     return leafwise(
         rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps}
     )
@@ -142,7 +142,7 @@ def scale_by_stddev(
         variance = (nu * correction - (mu * correction) ** 2).clamp(min=0)
         return _by_root(g, variance, eps, eps_in_sqrt), {"mu": mu, "nu": nu}
 
-    slots = {"mu": tree.zeros_like, "nu": _constant_like(initial_scale)}
+    slots = {"mu": tree.zeros_like, "nu": constant_like(initial_scale)}
     return leafwise(
         rule, _weights(bias_correction), slots=slots, hyper={"decay": decay, "eps": eps}
     )
@@ -180,7 +180,7 @@ def scale_by_rss(
         return _by_root(g, sum, eps, eps_in_sqrt), {"sum": sum}
 
     return leafwise(
-        rule, slots={"sum": _constant_like(initial_accumulator_value)}, hyper={"eps": eps}
+        rule, slots={"sum": constant_like(initial_accumulator_value)}, hyper={"eps": eps}
     )
 
 

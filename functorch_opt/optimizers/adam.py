@@ -31,7 +31,15 @@ from functorch_opt._core.transformation import (
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["adam", "adamax", "adamw", "amsgrad", "scale_by_adam", "scale_by_adamax"]
+__all__ = [
+    "adam",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "amsgrad",
+    "scale_by_adam",
+    "scale_by_adamax",
+]
 
 
 # ---- the rules: Adam, with Nesterov momentum, and with either maximum of AMSGrad ---------------
@@ -308,3 +316,37 @@ def adamax(
         adamax(0.002)
     """
     return chain(scale_by_adamax(b1, b2, eps), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def adamaxw(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: MaskOrFn | None = None,
+) -> GradientTransformation:
+    """Adamax with decoupled weight decay: ``p -> p - learning_rate (adamax + weight_decay p)``.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, eps: see `scale_by_adamax`.
+        weight_decay: multiplied by the learning rate.
+        mask: which parameters decay, see `masked`; by default all.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: Kingma & Ba, 2015, alg. 2; Loshchilov & Hutter, 2019, alg. 2.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.adamaxw(0.002, weight_decay=0.01)
+        adamaxw(0.002, weight_decay=0.01)
+    """
+    return chain(
+        scale_by_adamax(b1, b2, eps),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,9 +1,11 @@
-"""LARS and LAMB: each tensor moves in proportion to its own size, ``u |p| / |u|``.
+"""LARS, LAMB, Fromage: each tensor moves in proportion to its own size, ``u |p| / |u|``.
 
 This allows the large learning rates that large batches need.
 
 Sources: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017 (LARS). You
 et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020 (LAMB).
+Bernstein, Vahdat, Yue & Liu, "On the distance between two neural networks and the stability of
+learning", 2020 (Fromage).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["lamb", "lars", "scale_by_trust_ratio"]
+__all__ = ["fromage", "lamb", "lars", "scale_by_trust_ratio"]
 
 
 @transformation
@@ -157,3 +159,47 @@ def lars(
         scale_by_learning_rate(learning_rate),
         trace(momentum, nesterov),
     )
+
+
+@transformation
+def step_and_shrink(learning_rate) -> GradientTransformation:
+    """``p + u = (p - eta g) / sqrt(1 + eta^2)``.
+
+    So weights keep their size where g is as long as p and at right angles to it.
+    """
+    check_range(0, float("inf"), learning_rate=learning_rate)
+
+    def prepare(learning_rate):
+        shrink = (1 + learning_rate**2) ** -0.5
+        return {"step": shrink * learning_rate, "loss": 1 - shrink}
+
+    hyper = {"learning_rate": learning_rate}
+    return leafwise(lambda g, p, step, loss: -step * g - loss * p, prepare, hyper=hyper)
+
+
+@transformation
+def fromage(
+    learning_rate: ScalarOrSchedule, min_norm: Scalar = 1e-6
+) -> GradientTransformation:
+    """Fromage: ``p -> (p - learning_rate g |p| / |g|) / sqrt(1 + learning_rate^2)``.
+
+    It is `scale_by_trust_ratio`, the learning rate, and the shrinking that keeps weights from
+    growing with every step.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        min_norm: a smaller norm counts as this one; 0 or greater.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: Bernstein, Vahdat, Yue & Liu, 2020, alg. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.fromage(0.75), [torch.tensor([5.0, 0.0])]
+        >>> updates, _ = tx.update([torch.tensor([0.0, 2.0])], tx.init(params), params)
+        >>> fo.apply_updates(params, updates)
+        [tensor([ 4., -3.])]
+    """
+    return chain(scale_by_trust_ratio(min_norm), step_and_shrink(learning_rate))

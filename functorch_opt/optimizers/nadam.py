@@ -21,6 +21,7 @@ import torch
 from functorch_opt import tree
 from functorch_opt._core import numerics
 from functorch_opt._core.chain import chain
+from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -29,9 +30,10 @@ from functorch_opt._core.transformation import (
     transformation,
 )
 from functorch_opt.optimizers.adam import scale_by_adam
+from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["nadam", "scale_by_nadam"]
+__all__ = ["nadam", "nadamw", "scale_by_nadam"]
 
 
 @transformation
@@ -132,10 +134,51 @@ def nadam(
         >>> fo.nadam(0.002, momentum_decay=4e-3)
         nadam(0.002, momentum_decay=0.004)
     """
-    if momentum_decay is None:
-        direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=True)
-    else:
-        direction = scale_by_nadam(
-            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay
-        )
+    direction = _direction(momentum_decay, b1, b2, eps, eps_root, mu_dtype)
     return chain(direction, scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def nadamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: MaskOrFn | None = None,
+    *,
+    momentum_decay: ScalarOrSchedule | None = None,
+) -> GradientTransformation:
+    """`nadam` with decoupled weight decay: ``p -> p - learning_rate (nadam + weight_decay p)``.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        b1, b2, eps, eps_root, mu_dtype: see `scale_by_adam`.
+        weight_decay: multiplied by the learning rate.
+        mask: which parameters decay, see `masked`; by default all.
+        momentum_decay: as in `nadam`; with 4e-3 these are the numbers of torch.optim.NAdam with
+            ``decoupled_weight_decay=True``.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: Dozat, 2016; Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.nadamw(0.002, weight_decay=0.01)
+        nadamw(0.002, weight_decay=0.01)
+    """
+    return chain(
+        _direction(momentum_decay, b1, b2, eps, eps_root, mu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def _direction(momentum_decay, *options):
+    if momentum_decay is None:
+        return scale_by_adam(*options, nesterov=True)
+    return scale_by_nadam(*options, momentum_decay=momentum_decay)

@@ -28,11 +28,11 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.transforms.momentum import trace
+from functorch_opt.transforms.momentum import ema, trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate, sign
 
-__all__ = ["noisy_sgd", "polyak_sgd", "scale_by_polyak", "sgd", "sign_sgd"]
+__all__ = ["noisy_sgd", "polyak_sgd", "scale_by_polyak", "sgd", "sign_sgd", "signum"]
 
 
 @transformation
@@ -106,6 +106,37 @@ def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
         sign_sgd(0.1)
     """
     return chain(sign(), scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def signum(
+    learning_rate: ScalarOrSchedule,
+    beta: ScalarOrSchedule = 0.9,
+    accumulator_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Descent by the sign of the momentum: `ema`, `sign`, then the learning rate.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        beta: decay of the mean, in [0, 1).
+        accumulator_dtype: of the mean; by default that of the params, at least float32.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Bernstein et al., 2018, alg. 2.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.signum(0.1)
+        >>> updates, state = tx.update(torch.tensor(5.0), tx.init(torch.tensor(0.0)))
+        >>> tx.update(torch.tensor(-1.0), state)[0]
+        tensor(-0.1000)
+    """
+    check_range(0, 1, beta=beta)
+    # The sign of a mean is that of the mean corrected for its start.
+    mean = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
+    return chain(mean, sign(), scale_by_learning_rate(learning_rate))
 
 
 @transformation

@@ -1,4 +1,4 @@
-"""Clipping of each element, or of all updates together by their norm.
+"""Clipping of each element, or by a norm: of units, of tensors, of all updates together.
 
 The formulas are ``min(max(u, -c), c)`` and ``u min(1, c / ||u||)``.
 """
@@ -17,7 +17,7 @@ from functorch_opt._core.transformation import (
 )
 from functorch_opt.transforms.scale import rms
 
-__all__ = ["clip", "clip_by_block_rms", "clip_by_global_norm"]
+__all__ = ["adaptive_grad_clip", "clip", "clip_by_block_rms", "clip_by_global_norm"]
 
 
 @transformation
@@ -66,6 +66,63 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 
     sums = {"gg": lambda g: g.square().sum(), "n": lambda g: g.numel()}
     return leafwise(rule, hyper={"threshold": threshold}, sums=sums)
+
+
+def _unit_dims(shape):
+    """The dims over which the norm of a unit is taken: all but the first, that of outputs.
+
+    A tensor with one dim at most, but for dims of size 1, is one unit.
+    """
+    is_vector = sum(n != 1 for n in shape) <= 1
+    return tuple(range(0 if is_vector else 1, len(shape)))
+
+
+def _unit_norm(x, axis):
+    dims = _unit_dims(x.shape) if axis is None else axis
+    square = (x * x.conj()).real
+    if dims != ():  # torch's sum over no dims is over all
+        square = square.sum(dims, keepdim=True)
+    return (square + tree.TINY).sqrt()  # at 0 the derivative of the root is infinite
+
+
+@transformation
+def adaptive_grad_clip(
+    clipping: Scalar, eps: Scalar = 1e-3, axis: int | tuple[int, ...] | None = None
+) -> GradientTransformation:
+    """Scale each unit by ``min(1, clipping max(|p|, eps) / |u|)``: steps in proportion to weights.
+
+    The units of a weight are its rows, or its output channels: what remains where the first index
+    is fixed, for torch's weights are ``[out, in, ...]``. (JAX's are ``[..., in, out]``: optax takes
+    norms over the dims before the last, and of three dims over the first.) A tensor with one dim at
+    most, but for dims of size 1, is one unit.
+
+    Args:
+        clipping: the largest ratio of the norms, 0 or greater.
+        eps: a smaller norm of the parameters counts as this one; 0 or greater.
+        axis: the dims over which norms are taken, of every tensor; by default as above.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+        IndexError: a tensor has no such dim.
+
+    Source: Brock, De, Smith & Simonyan, "High-Performance Large-Scale Image Recognition Without
+    Normalization", 2021, eq. 3.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.adaptive_grad_clip(0.1), [torch.tensor([[3.0, 4.0], [3.0, 4.0]])]
+        >>> tx.update([torch.tensor([[6.0, 8.0], [0.1, 0.2]])], tx.init(params), params)[0]
+        [tensor([[0.3000, 0.4000],
+                [0.1000, 0.2000]])]
+    """
+    check_range(0, float("inf"), clipping=clipping, eps=eps)
+
+    def rule(g, p, clipping, eps):
+        largest = clipping * _unit_norm(p, axis).clamp(min=eps)
+        return g * (largest / torch.maximum(largest, _unit_norm(g, axis)))
+
+    hyper = {"clipping": clipping, "eps": eps}
+    return leafwise(rule, hyper=hyper, kind="tensorwise")
 
 
 @transformation

@@ -1,6 +1,6 @@
 """Multiplication, and other simple stages that change one update at a time.
 
-Their formulas are ``u -> s u``, ``sign u``, ``0`` and ``u - mean u``.
+Their formulas are ``u -> s u``, ``u |p|``, ``u / |u|``, ``sign u``, ``0`` and ``u - mean u``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -20,8 +21,10 @@ from functorch_opt.schedules.schedule import Schedule
 
 __all__ = [
     "centralize",
+    "normalize_by_update_norm",
     "scale",
     "scale_by_learning_rate",
+    "scale_by_param_block_norm",
     "scale_by_param_block_rms",
     "scale_by_schedule",
     "set_to_zero",
@@ -141,6 +144,73 @@ def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation
 
     sums = {"pp": lambda p: p.square().sum(), "n": lambda g: g.numel()}
     return leafwise(rule, hyper={"min_scale": min_scale}, sums=sums)
+
+
+@transformation
+def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """``u -> u max(|p|, min_scale)``, with the 2-norm of each tensor.
+
+    Args:
+        min_scale: 0 or greater.
+
+    Raises:
+        ValueError: a negative or NaN `min_scale`; ``update`` called without params.
+
+    Source: You, Gitman & Ginsburg, "Large Batch Training of Convolutional Networks", 2017, eq. 6,
+    the factor of the parameters.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_param_block_norm(), [torch.tensor([3.0, 4.0])]
+        >>> tx.update([torch.tensor([0.1, 0.2])], tx.init(params), params)[0]
+        [tensor([0.5000, 1.0000])]
+    """
+    check_range(0, float("inf"), min_scale=min_scale)
+
+    def rule(g, pp, min_scale):
+        return g * rms(pp, 1).clamp(min=min_scale)
+
+    sums = {"pp": lambda p: p.square().sum()}
+    return leafwise(rule, hyper={"min_scale": min_scale}, sums=sums)
+
+
+@transformation
+def normalize_by_update_norm(
+    scale_factor: Scalar = 1.0, eps: Scalar = 1e-6
+) -> GradientTransformation:
+    """``u -> u * scale_factor / (norm + eps)``, where norm is the 2-norm of all updates together.
+
+    Zero updates stay zero, also where eps is 0. Inside `partition` the norm is that of the group.
+
+    Args:
+        scale_factor: the norm of what comes out, less what eps takes; negative to descend.
+        eps: 0 or greater.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Hazan, Levy & Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization",
+    2015, alg. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.normalize_by_update_norm(-1.0)
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([-0.6000, -0.8000])]
+    """
+    check_range(-float("inf"), float("inf"), scale_factor=scale_factor)
+    check_range(0, float("inf"), eps=eps)
+
+    def prepare(updates, scale_factor, eps):
+        norm = tree.norm(updates)
+        divisor = norm.to(numerics.real_dtype(norm.device)) + eps
+        return {"factor": scale_factor / torch.where(divisor == 0, 1.0, divisor)}
+
+    return leafwise(
+        lambda g, factor: g * factor,
+        prepare,
+        hyper={"scale_factor": scale_factor, "eps": eps},
+    )
 
 
 @transformation

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ def draw(seed: int) -> dict:
 
 
 PARAMS, GRADS = draw(0), [draw(step) for step in range(1, STEPS + 1)]
+HUNDRED = {"grads": [draw(step) for step in range(1, 101)]}
 WITH_NANS = [tree.map(lambda g: torch.where(g > 1, torch.nan, g), g) for g in GRADS]
 SOME_NOT_FINITE = [
     tree.map(
@@ -126,6 +128,14 @@ def same(name: str, *expressions: Callable[[Any], Any], **options: Any) -> list[
     return [Case(name, expression, expression, **options) for expression in expressions]
 
 
+def of_contrib(
+    name: str, *expressions: Callable[[Any], Any], around: Callable = lambda tx: tx
+) -> list[Case]:
+    """What optax has in contrib."""
+    both = SimpleNamespace(**{**vars(optax), **vars(optax.contrib)})
+    return [Case(name, f, lambda o, f=f: around(f(both)), **HUNDRED) for f in expressions]
+
+
 def pair(
     name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **options: Any
 ) -> list[Case]:
@@ -133,6 +143,7 @@ def pair(
 
 
 MASK = {"layer": {"w": True, "b": False}, "scales": [True]}
+VECTORS = {"layer": True, "scales": False}
 LABELS = {"layer": {"w": "matrix", "b": "rest"}, "scales": ["rest"]}
 MASKS = (
     lambda path, p: p.ndim > 1,
@@ -170,6 +181,18 @@ def gathering(o: Any, k: int, inner: Any = None, **options: Any) -> Any:
     return o.MultiSteps(inner, k, **options).gradient_transformation()
 
 
+def counting_in_int64(tx: Any) -> Any:
+    """`tx` of optax, which takes the root of its int32 count in float32."""
+
+    def init(params: Any) -> Any:
+        state = tx.init(params)
+        return jax.tree.map(
+            lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, state
+        )
+
+    return optax.GradientTransformation(init, tx.update)
+
+
 def in_jax_layout(tx: Any) -> Any:
     """`tx` of optax, which sees matrices as JAX has them, [in, out], where torch has [out, in]."""
 
@@ -184,6 +207,25 @@ def in_jax_layout(tx: Any) -> Any:
 
 
 CASES: list[Case] = [
+    *pair(
+        "adaptive_grad_clip",
+        lambda o: o.adaptive_grad_clip(0.1),
+        lambda o: in_jax_layout(o.adaptive_grad_clip(0.1)),
+        **HUNDRED,
+    ),
+    *pair(
+        "adaptive_grad_clip",
+        lambda o: o.adaptive_grad_clip(1.5, 2.0),
+        lambda o: in_jax_layout(o.adaptive_grad_clip(1.5, 2.0)),
+        **HUNDRED,
+    ),
+    *same(
+        "adaptive_grad_clip",
+        lambda o: o.masked(o.adaptive_grad_clip(0.5, axis=0), VECTORS),
+        lambda o: o.masked(o.adaptive_grad_clip(0.5, 0.1, -1), VECTORS),
+        lambda o: o.adaptive_grad_clip(100.0, axis=()),
+        **HUNDRED,
+    ),
     *same(
         "add_decayed_weights",
         lambda o: o.add_decayed_weights(0.1),
@@ -253,6 +295,14 @@ CASES: list[Case] = [
         lambda o: o.inject_hyperparams(o.sgd, static_args=("momentum",))(decay(o), 0.9),
     ),
     *same(
+        "keep_params_nonnegative",
+        lambda o: o.keep_params_nonnegative(),
+        lambda o: o.chain(o.scale(-0.1), o.keep_params_nonnegative()),
+        lambda o: o.chain(o.sgd(decay(o), 0.9), o.keep_params_nonnegative()),
+        lambda o: o.chain(o.adam(0.01), o.keep_params_nonnegative()),
+        **HUNDRED,
+    ),
+    *same(
         "masked",
         lambda o: o.masked(o.chain(o.trace(0.9), o.scale(-0.3)), MASK),
         lambda o: o.masked(o.clip_by_global_norm(0.5), MASK),
@@ -266,6 +316,14 @@ CASES: list[Case] = [
         "masked",
         lambda o: o.masked(o.adam(0.1), MASKS[0]),
         lambda o: o.masked(o.adam(0.1), MASKS[1]),
+    ),
+    *same(
+        "normalize_by_update_norm",
+        lambda o: o.normalize_by_update_norm(),
+        lambda o: o.normalize_by_update_norm(-0.3),
+        lambda o: o.normalize_by_update_norm(0.5, 2.0),
+        lambda o: o.normalize_by_update_norm(eps=0.0),
+        **HUNDRED,
     ),
     *same(
         "partition",
@@ -334,6 +392,38 @@ CASES: list[Case] = [
         lambda o: o.scale_by_adamax(0.5, 0.7, 1e-2),
     ),
     *same(
+        "scale_by_adan",
+        lambda o: o.scale_by_adan(b2=0.5),
+        lambda o: o.scale_by_adan(0.9, 0.5, 0.95, 1e-3),
+        lambda o: o.scale_by_adan(0.5, 0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.scale_by_adan(0.0, 0.5, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *of_contrib(
+        "scale_by_ademamix",
+        lambda o: o.scale_by_ademamix(),
+        lambda o: o.scale_by_ademamix(0.5, 0.7, 0.9, 2.0, 1e-2, 1e-3),
+        lambda o: o.scale_by_ademamix(b3=0.99, alpha=decay(o)),
+        lambda o: o.scale_by_ademamix(b3=wide(o, o.linear_schedule(0.9, 0.99, 30))),
+    ),
+    *of_contrib(
+        "scale_by_adopt",
+        lambda o: o.scale_by_adopt(),
+        lambda o: o.scale_by_adopt(0.5, 0.7, 1e-2, use_clipping=False),
+        lambda o: o.scale_by_adopt(0.8, 0.99, use_clipping=False, nesterov=True),
+        lambda o: o.scale_by_adopt(
+            0.8, 0.99, 0.5, nesterov=True, clip_value_fn=wide(o, lambda t: 0.1 * t)
+        ),
+    ),
+    *same(
+        "scale_by_belief",
+        lambda o: o.scale_by_belief(),
+        lambda o: o.scale_by_belief(0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.scale_by_belief(nesterov=True),
+        lambda o: o.scale_by_belief(0.5, 0.7, 1e-2, 0.0, nesterov=True),
+        **HUNDRED,
+    ),
+    *same(
         "scale_by_learning_rate",
         lambda o: o.scale_by_learning_rate(0.1),
         lambda o: o.scale_by_learning_rate(0.1, flip_sign=False),
@@ -357,6 +447,38 @@ CASES: list[Case] = [
         "scale_by_lion",
         lambda o: o.scale_by_lion(mu_dtype=torch.float32),
         lambda o: o.scale_by_lion(mu_dtype=jnp.float32),
+    ),
+    *of_contrib(
+        "scale_by_madgrad",
+        lambda o: o.scale_by_madgrad(0.1),
+        lambda o: o.scale_by_madgrad(0.5, 0.5, 1e-3),
+        lambda o: o.scale_by_madgrad(decay(o), 0.8),
+        lambda o: o.scale_by_madgrad(0.1, 0.0, 0.0),
+        around=counting_in_int64,
+    ),
+    *same(
+        "scale_by_novograd",
+        lambda o: o.scale_by_novograd(),
+        lambda o: o.scale_by_novograd(0.5, 0.7, 1e-2, 1e-3, 0.1),
+        lambda o: o.scale_by_novograd(0.95, 0.98, weight_decay=0.01),
+        lambda o: o.scale_by_novograd(0.0, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *same(
+        "scale_by_optimistic_gradient",
+        lambda o: o.scale_by_optimistic_gradient(),
+        lambda o: o.scale_by_optimistic_gradient(0.5, 2.0),
+        lambda o: o.scale_by_optimistic_gradient(1.0, 0.0),
+        lambda o: o.scale_by_optimistic_gradient(0.0, -1.0),
+        **HUNDRED,
+    ),
+    *same(
+        "scale_by_param_block_norm",
+        lambda o: o.chain(o.scale(-0.1), o.scale_by_param_block_norm()),
+        lambda o: o.chain(o.scale(-0.1), o.scale_by_param_block_norm(2.0)),
+        lambda o: o.chain(o.scale(0.01), o.scale_by_param_block_norm(0.0)),
+        lambda o: o.chain(o.adam(0.01), o.scale_by_param_block_norm(3.0)),
+        **HUNDRED,
     ),
     *same(
         "scale_by_param_block_rms",
@@ -390,6 +512,21 @@ CASES: list[Case] = [
         lambda o: o.scale_by_schedule(decay(o)),
         lambda o: o.scale_by_schedule(lambda count: -(0.5**count)),
     ),
+    *of_contrib(
+        "scale_by_simplified_ademamix",
+        lambda o: o.scale_by_simplified_ademamix(),
+        lambda o: o.scale_by_simplified_ademamix(0.5, 0.7, 2.0, 1e-2, 1e-3),
+        lambda o: o.scale_by_simplified_ademamix(0.9, alpha=decay(o)),
+        lambda o: o.scale_by_simplified_ademamix(0.0, 0.0, 3.0, 1.0),
+    ),
+    *same(
+        "scale_by_sm3",
+        lambda o: o.masked(o.scale_by_sm3(), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(0.5, 0.9, 1e-3), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(0.0), VECTORS),
+        lambda o: o.masked(o.scale_by_sm3(b2=0.5, eps=1.0), VECTORS),
+        **HUNDRED,
+    ),
     *same(
         "scale_by_stddev",
         lambda o: o.scale_by_stddev(),
@@ -410,6 +547,14 @@ CASES: list[Case] = [
         lambda o: o.scale_by_trust_ratio(),
         grads=ZEROS,
         moves=False,
+    ),
+    *same(
+        "scale_by_yogi",
+        lambda o: o.scale_by_yogi(),
+        lambda o: o.scale_by_yogi(0.5, 0.7, 1e-2, 1e-3, 0.5),
+        lambda o: o.scale_by_yogi(eps=1e-8, initial_accumulator_value=1e-3),
+        lambda o: o.scale_by_yogi(0.0, 0.0, 1.0),
+        **HUNDRED,
     ),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
     *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
@@ -438,6 +583,24 @@ CASES: list[Case] = [
     ),
     *same("zero_nans", lambda o: o.zero_nans(), grads=WITH_NANS),
     # optimizers
+    *same(
+        "adabelief",
+        lambda o: o.adabelief(0.1),
+        lambda o: o.adabelief(decay(o), 0.5, 0.7, 1e-2, 1e-3),
+        lambda o: o.adabelief(0.1, nesterov=True),
+        lambda o: o.adabelief(warmup(o), eps=1e-8, eps_root=0.0),
+        **HUNDRED,
+    ),
+    *pair(
+        "adabelief",
+        lambda o: o.adabelief(0.1, weight_decay=0.1, weight_decay_mask=MASK),
+        lambda o: o.chain(
+            o.scale_by_belief(),
+            o.add_decayed_weights(0.1, MASK),
+            o.scale_by_learning_rate(0.1),
+        ),
+        **HUNDRED,
+    ),
     *same(
         "adafactor",
         lambda o: o.adafactor(0.01),
@@ -479,6 +642,14 @@ CASES: list[Case] = [
         "adamax", lambda o: o.adamax(0.1), lambda o: o.adamax(decay(o), 0.8, 0.95, 1e-3)
     ),
     *same(
+        "adamaxw",
+        lambda o: o.adamaxw(0.1),
+        lambda o: o.adamaxw(decay(o), 0.8, 0.95, 1e-3, 0.1, MASK),
+        lambda o: o.adamaxw(warmup(o), weight_decay=decay(o)),
+        lambda o: o.adamaxw(0.1, weight_decay=0.0),
+        **HUNDRED,
+    ),
+    *same(
         "adamw",
         lambda o: o.adamw(0.1),
         lambda o: o.adamw(warmup(o), weight_decay=0.1, mask=MASK),
@@ -493,9 +664,38 @@ CASES: list[Case] = [
         lambda o: o.adamw(0.1, weight_decay=0.1, mask=MASKS[1]),
     ),
     *same(
+        "adan",
+        lambda o: o.adan(0.1, b2=0.5),
+        lambda o: o.adan(decay(o), 0.9, 0.5, 0.95, 1e-3, 0.0, 0.1, MASK),
+        lambda o: o.adan(warmup(o), b2=0.5, weight_decay=decay(o)),
+        lambda o: o.adan(0.1, 0.5, 0.5, 0.5, 1e-2),
+        **HUNDRED,
+    ),
+    *of_contrib(
+        "ademamix",
+        lambda o: o.ademamix(0.1),
+        lambda o: o.ademamix(decay(o), 0.8, 0.95, 0.99, 2.0, 1e-3, 1e-4, None, 0.1, MASK),
+        lambda o: o.ademamix(warmup(o), alpha=wide(o, o.linear_schedule(0.0, 5.0, 60))),
+        lambda o: o.ademamix(0.01, b3=0.9, weight_decay=0.1),
+    ),
+    *of_contrib(
+        "adopt",
+        lambda o: o.adopt(0.1),
+        lambda o: o.adopt(decay(o), 0.8, 0.95, 1e-2, use_clipping=False),
+        lambda o: o.adopt(warmup(o), nesterov=True, use_clipping=False),
+    ),
+    *same(
         "amsgrad",
         lambda o: o.amsgrad(0.1),
         lambda o: o.amsgrad(decay(o), 0.8, 0.95, 1e-3, 1e-4),
+    ),
+    *same(
+        "fromage",
+        lambda o: o.fromage(0.1),
+        lambda o: o.fromage(decay(o)),
+        lambda o: o.fromage(0.5, 0.3),
+        lambda o: o.fromage(warmup(o), min_norm=0.0),
+        **HUNDRED,
     ),
     *same(
         "lamb",
@@ -518,6 +718,14 @@ CASES: list[Case] = [
         "lion",
         lambda o: o.lion(0.01),
         lambda o: o.lion(decay(o), 0.8, 0.95, weight_decay=0.1, mask=MASK),
+    ),
+    *of_contrib(
+        "madgrad",
+        lambda o: o.madgrad(0.1),
+        lambda o: o.madgrad(decay(o), 0.5, 0.1, 1e-3),
+        lambda o: o.madgrad(1.0, weight_decay=0.01),
+        lambda o: o.madgrad(0.1, 0.0, eps=0.0),
+        around=counting_in_int64,
     ),
     *pair("muon", lambda o: o.muon(0.1), lambda o: in_jax_layout(o.contrib.muon(0.1))),
     *pair(
@@ -558,6 +766,30 @@ CASES: list[Case] = [
         lambda o: o.nadam(decay(o), 0.8, 0.95, 1e-3, 1e-4),
     ),
     *same(
+        "nadamw",
+        lambda o: o.nadamw(0.1),
+        lambda o: o.nadamw(decay(o), 0.8, 0.95, 1e-3, 1e-4, None, 0.1, MASK),
+        lambda o: o.nadamw(warmup(o), weight_decay=decay(o)),
+        lambda o: o.nadamw(0.1, weight_decay=0.0),
+        **HUNDRED,
+    ),
+    *same(
+        "novograd",
+        lambda o: o.novograd(0.1),
+        lambda o: o.novograd(decay(o), 0.5, 0.7, 1e-2, 1e-3, 0.1),
+        lambda o: o.novograd(warmup(o), 0.95, 0.98, weight_decay=0.01),
+        lambda o: o.novograd(0.1, 0.0, 0.0),
+        **HUNDRED,
+    ),
+    *same(
+        "optimistic_gradient_descent",
+        lambda o: o.optimistic_gradient_descent(0.1),
+        lambda o: o.optimistic_gradient_descent(decay(o), 0.5, 2.0),
+        lambda o: o.optimistic_gradient_descent(warmup(o), beta=0.0),
+        lambda o: o.optimistic_gradient_descent(0.1, 0.0, 1.0),
+        **HUNDRED,
+    ),
+    *same(
         "radam",
         lambda o: o.radam(0.1),
         lambda o: o.radam(decay(o), 0.8, 0.95, 1e-3, 1e-4, 4.5, nesterov=True),
@@ -589,6 +821,37 @@ CASES: list[Case] = [
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=torch.float32),
         lambda o: o.sgd(0.1, 0.9, accumulator_dtype=jnp.float32),
         **FLOAT32,
+    ),
+    *same(
+        "signum",
+        lambda o: o.signum(0.1),
+        lambda o: o.signum(decay(o), 0.5),
+        lambda o: o.signum(warmup(o), 0.99),
+        lambda o: o.signum(0.1, 0.0),
+        **HUNDRED,
+    ),
+    *of_contrib(
+        "simplified_ademamix",
+        lambda o: o.simplified_ademamix(0.1),
+        lambda o: o.simplified_ademamix(decay(o), 0.5, 0.7, 2.0, 1e-2, 1e-3, 0.1, MASK),
+        lambda o: o.simplified_ademamix(warmup(o), 0.9, alpha=decay(o)),
+        lambda o: o.simplified_ademamix(1e-3, alpha=100.0, weight_decay=0.1),
+    ),
+    *same(
+        "sm3",
+        lambda o: o.masked(o.sm3(0.1), VECTORS),
+        lambda o: o.masked(o.sm3(0.5, 0.5), VECTORS),
+        lambda o: o.masked(o.sm3(0.01, 0.99), VECTORS),
+        lambda o: o.masked(o.sm3(0.1, 0.0), VECTORS),
+        **HUNDRED,
+    ),
+    *same(
+        "yogi",
+        lambda o: o.yogi(0.1),
+        lambda o: o.yogi(decay(o), 0.8, 0.95, 1e-2),
+        lambda o: o.yogi(warmup(o), eps=1e-8),
+        lambda o: o.yogi(0.1, 0.0, 0.0),
+        **HUNDRED,
     ),
     *same("sign_sgd", lambda o: o.sign_sgd(0.1), lambda o: o.sign_sgd(decay(o))),
     # wrappers; optax gathers in float32 unless told otherwise
@@ -646,8 +909,13 @@ SIGNATURES = {
     "MultiSteps": "k is a number; no should_skip_update_fn (apply_if_finite, inside or around it) "
     "and no accumulator_dtype: at least float32",
     "lookahead": "no reset_state= so far",
+    "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
     "adafactor": "eps=None stands for 1e-30",
     "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
+    **dict.fromkeys(
+        ("adopt", "scale_by_adopt"),
+        "the default of clip_value_fn, a fourth root, is a function of each library",
+    ),
     "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
     "chain": "the stages are *stages, not *args: nobody names them",
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
@@ -657,6 +925,7 @@ SIGNATURES = {
     "variant= is ours, for torch.optim.Muon",
     "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
     "momentum_decay= is ours, for torch.optim.NAdam",
+    "nadamw": "as nadam",
     "radam": "variant= is ours, for torch.optim.RAdam",
     "noisy_sgd": "as add_noise; without a default, the key comes after * ",
     "partition": "extra arguments as in masked",
@@ -677,6 +946,11 @@ Names, order and defaults of all others are compared.
 """
 
 OTHER_NAMES = {
+    **{
+        name: f"contrib.{name}"
+        for direction in ("ademamix", "simplified_ademamix", "adopt", "madgrad")
+        for name in (direction, f"scale_by_{direction}")
+    },
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",

@@ -1,0 +1,241 @@
+"""Rules of papers, written out as they stand there: where optax has another one, or fails."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import functorch_opt as fo
+from functorch_opt import tree
+
+STEPS = 100
+
+
+def draw(seed: int) -> dict[str, Tensor]:
+    """No entry near zero."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"kernel": (2, 3, 2), "w": (3, 4), "b": (4,), "scale": ()}
+    xs = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    return {name: x + 0.01 * torch.sign(x) for name, x in xs.items()}
+
+
+def train(tx: fo.GradientTransformation) -> dict[str, Tensor]:
+    params = draw(0)
+    state = tx.init(params)
+    for step in range(1, STEPS + 1):
+        updates, state = tx.update(draw(step), state, params)
+        params = fo.apply_updates(params, updates)
+    return params
+
+
+def train_plainly(make: Callable[[Tensor], Callable]) -> dict[str, Tensor]:
+    """`make` gets the first value of a parameter, and returns ``(t, g, p) -> next p``."""
+    params = draw(0)
+    steps = {name: make(p) for name, p in params.items()}
+    for t in range(1, STEPS + 1):
+        gs = draw(t)
+        params = {name: steps[name](t, gs[name], p) for name, p in params.items()}
+    return params
+
+
+def assert_same(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-10
+) -> None:
+    assert not torch.equal(ours["w"], draw(0)["w"])
+    for name in theirs:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=tolerance, atol=tolerance
+        )
+
+
+# ---- Adan, alg. 1, with the decays of the authors' code --------------------------------------------------------------------
+
+
+def plain_adan(lr: float, b1: float, b2: float, b3: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        m, v, n, last = (torch.zeros_like(p) for _ in range(4))
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, v, n, last
+            change = torch.zeros_like(g) if t == 1 else g - last
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * change
+            n = b3 * n + (1 - b3) * (g + b2 * change) ** 2
+            last = g
+            eta = lr / ((n / (1 - b3**t)).sqrt() + eps)
+            return (1 - lr * wd) * p - eta * (m / (1 - b1**t) + b2 * v / (1 - b2**t))
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.1, 0.98, 0.92, 0.99, 1e-8, 0.0),
+        (0.05, 0.9, 0.7, 0.95, 1e-2, 0.1),
+        (0.1, 0.0, 0.9, 0.5, 1e-3, 0.02),
+        (0.01, 0.99, 0.0, 0.999, 1e-8, 0.0),
+    ],
+)
+def test_adan_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, b3, eps, wd = options
+    ours = train(fo.adan(lr, b1, b2, b3, eps, 0.0, wd))
+    assert_same(ours, train_plainly(plain_adan(lr, b1, b2, b3, eps, wd)))
+
+
+# ---- SM3-II, alg. 2, element by element -------------------------------------------------------------------------------------
+
+
+def plain_sm3(lr: float, momentum: float, eps: float):
+    def make(p: Tensor) -> Callable:
+        # The slices of a tensor: one index is fixed. A number is the only slice of itself.
+        cover = [(d, i) for d, n in enumerate(p.shape) for i in range(n)] or [None]
+        elements = list(itertools.product(*[range(n) for n in p.shape]))
+        held_by = {
+            at: [r for r in cover if r is None or at[r[0]] == r[1]] for at in elements
+        }
+        mu, m = dict.fromkeys(cover, 0.0), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal mu, m
+            new, u = dict.fromkeys(cover, 0.0), torch.zeros_like(g)
+            for at in elements:
+                nu = min(mu[r] for r in held_by[at]) + g[at].item() ** 2
+                u[at] = g[at] / math.sqrt(nu + eps)
+                new |= {r: max(new[r], nu) for r in held_by[at]}
+            mu, m = new, momentum * m + (1 - momentum) * u
+            return p - lr * m
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", [(0.1, 0.9), (0.5, 0.0), (0.01, 0.99)])
+def test_sm3_is_that_of_the_paper_for_numbers_too(options: tuple[float, ...]) -> None:
+    assert_same(train(fo.sm3(*options)), train_plainly(plain_sm3(*options, 1e-8)))
+
+
+def test_sm3_keeps_one_maximum_for_each_slice() -> None:
+    slots = fo.get(fo.scale_by_sm3().init(draw(0)), "mu")
+    assert {name: x.numel() for name, x in slots.items()} == {
+        "kernel": 7,
+        "w": 7,
+        "b": 4,
+        "scale": 1,
+    }
+
+
+def test_sm3_of_complex_numbers_divides_by_their_size() -> None:
+    """What multiplies all gradients by a number of size 1 multiplies the updates by it."""
+    tx, turn = fo.scale_by_sm3(), torch.polar(torch.tensor(1.0), torch.tensor(0.7))
+    real, turned = ({"w": x, "s": y} for x, y in [(draw(0)["w"], draw(0)["scale"])] * 2)
+    turned = tree.map(lambda x: x * turn.to(torch.complex128), turned)
+    a, b = tx.init(real), tx.init(turned)
+    for _ in range(3):
+        u, a = tx.update(real, a)
+        v, b = tx.update(turned, b)
+        torch.testing.assert_close(
+            v, tree.map(lambda x: x * turn.to(torch.complex128), u)
+        )
+
+
+# ---- MADGRAD, alg. 1, with the authors' eps beside the learning rate ---------------------------------------------------------
+
+
+def plain_madgrad(lr: float, momentum: float, decay: float, eps: float):
+    def make(p: Tensor) -> Callable:
+        first, s, nu = p, torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal s, nu
+            g = g + decay * p
+            lamb = (lr + eps) * math.sqrt(t)
+            s, nu = s + lamb * g, nu + lamb * g**2
+            z = first - s / (nu ** (1 / 3) + eps)
+            return momentum * p + (1 - momentum) * z
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options", [(0.1, 0.9, 0.0, 1e-6), (0.5, 0.5, 0.1, 1e-3), (0.01, 0.0, 0.01, 1e-8)]
+)
+def test_madgrad_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    assert_same(train(fo.madgrad(*options)), train_plainly(plain_madgrad(*options)))
+
+
+# ---- adaptive gradient clipping, eq. 3, of torch's layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "units"),
+    [
+        (torch.nn.Linear(3, 5), 5),
+        (torch.nn.Linear(3, 1), 1),
+        (torch.nn.Linear(1, 5), 1),
+        (torch.nn.Conv1d(2, 4, 3), 4),
+        (torch.nn.Conv2d(2, 4, 3), 4),
+        (torch.nn.Conv2d(4, 4, 3, groups=4), 4),
+        (torch.nn.Conv3d(2, 4, 3), 4),
+        (torch.nn.LayerNorm(6), 1),
+    ],
+    ids=str,
+)
+def test_the_units_of_adaptive_clipping_are_the_outputs(
+    layer: torch.nn.Module, units: int
+) -> None:
+    weight = layer.weight.detach()
+    g = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    tx = fo.adaptive_grad_clip(0.1)
+    clipped = tx.update(g, tx.init(weight), weight)[0]
+    rows = zip(*(x.reshape(units, -1) for x in (weight, g, clipped)), strict=True)
+    for w, before, after in rows:
+        scale = min(1.0, 0.1 * max(w.norm().item(), 1e-3) / before.norm().item())
+        torch.testing.assert_close(after, scale * before)
+
+
+def test_zero_updates_have_no_direction() -> None:
+    """In optax 0 / 0 is NaN."""
+    tx = fo.normalize_by_update_norm(eps=0.0)
+    zeros = tree.map(torch.zeros_like, draw(0))
+    assert all((u == 0).all() for u in tree.leaves(tx.update(zeros, tx.init(zeros))[0]))
+
+
+# ---- the weights that Fromage keeps, and torch's NAdamW ------------------------------------------------------------------------
+
+
+def test_fromage_keeps_the_norm_where_the_gradient_is_at_right_angles() -> None:
+    tx, p = fo.fromage(0.3), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    for _ in range(10):
+        updates, _ = tx.update(torch.stack([-p[1], p[0]]), tx.init(p), p)
+        p = fo.apply_updates(p, updates)
+    torch.testing.assert_close(p.norm().item(), 5.0, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("momentum_decay", [4e-3, 0.1])
+def test_nadamw_is_torchs_nadam_with_decoupled_decay(momentum_decay: float) -> None:
+    theirs = {name: torch.nn.Parameter(p.clone()) for name, p in draw(0).items()}
+    options = {"weight_decay": 0.1, "momentum_decay": momentum_decay}
+    optimizer = torch.optim.NAdam(
+        theirs.values(), lr=0.01, decoupled_weight_decay=True, **options
+    )
+    for step in range(1, STEPS + 1):
+        for name, g in draw(step).items():
+            theirs[name].grad = g
+        optimizer.step()
+    ours = train(fo.nadamw(0.01, **options))
+    # torch multiplies the decays of the momentum in float32.
+    assert_same(ours, {name: p.detach() for name, p in theirs.items()}, 1e-8)
