@@ -243,7 +243,7 @@ class _Stage:
 
     def next_state(self, spec: Any) -> StageState:
         slots = {
-            name: structure.like(self.state.slots[name], tree.unflatten(spec, column))
+            name: structure.like(self.state.slots[name], spec, column)
             for name, column in self.new.items()
         }
         return StageState(self.shared, slots)

@@ -50,6 +50,7 @@ class Once:
             ["clock"] if self.schedules else []
         )
         self.keys = tuple(dict.fromkeys((*shared, *kept)))
+        self.is_constant = not (prepare or self.varying or self.keys)
 
     @property
     def needs_params(self) -> bool:

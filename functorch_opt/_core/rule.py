@@ -100,6 +100,7 @@ class Leafwise(GradientTransformation):
         self.once = Once(name, prepare, hyper, shared, "count" in read)
         self.extra_args = self.once.extra_args
         self.has_sums, self.has_totals = bool(sums), bool(totals)
+        self.is_constant = self.once.is_constant and not (rare or totals)
         self.looks_around = "updates" in self.once.reads or self.has_totals
         """Whether something of it has to see all updates before the rule sees one."""
         self._check(rule, prepare, slots, shared, hyper, sums, totals, rare)
@@ -159,6 +160,8 @@ class Leafwise(GradientTransformation):
         slots: dict[str, list[Any]],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the rule may read of this step, by name; and the next shared values."""
+        if self.is_constant:
+            return dict(self.once.numbers), shared
         now = self.once.hypers(shared, len(gs))
         if self.has_totals:
             names = self.totals.reads

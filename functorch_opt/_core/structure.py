@@ -134,15 +134,17 @@ def are_tensors(leaves: list[Any]) -> bool:
     return all(x is None or isinstance(x, Tensor) for x in leaves)
 
 
-def like(reference: PyTree, tree: PyTree) -> PyTree:
-    """`tree` in the containers of `reference`.
+def like(reference: PyTree, spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
+    """The tree of these `leaves`, whose structure is `spec`, in the containers of `reference`.
 
     It is needed because gradients may come as an OrderedDict where the params are a dict.
     """
-    spec = flatten(reference)[1]
-    return unflatten(
-        spec, match(reference, spec, tree, names=("the state", "the new state"))
-    )
+    own = flatten(reference)[1]
+    tree = unflatten(spec, leaves)
+    if own == spec:
+        return tree
+    names = ("the state", "the new state")
+    return unflatten(own, match(reference, own, tree, names=names))
 
 
 def map(

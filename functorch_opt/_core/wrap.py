@@ -298,7 +298,7 @@ class Leaves:
             for name, x in slots.items():
                 new[name].append(x)
         slots_of = {
-            name: structure.like(self.slots[name], tree.unflatten(self.spec, column))
+            name: structure.like(self.slots[name], self.spec, column)
             for name, column in new.items()
         }
         return tree.unflatten(self.spec, new_us), slots_of

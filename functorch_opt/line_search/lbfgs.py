@@ -101,7 +101,7 @@ def scale_by_lbfgs(
         new = _remembered(gs, ps, old, begun=(state.shared["count"] > 0).all())
         us = _directions(gs, new, scale_init_precond)
         slots = {
-            name: structure.like(state.slots[name], tree.unflatten(spec, column))
+            name: structure.like(state.slots[name], spec, column)
             for name, column in new.items()
         }
         return tree.unflatten(spec, us), StageState(count, slots)

@@ -171,9 +171,7 @@ class Line:
             )
             for i, g in zip(self.moved, gs, strict=True):
                 kept[i] = g.to(kept[i].dtype)
-            slots["grad"] = structure.like(
-                state.slots["grad"], tree.unflatten(spec, kept)
-            )
+            slots["grad"] = structure.like(state.slots["grad"], spec, kept)
         scaled = [None if u is None else size.to(u.real.dtype) * u for u in leaves]
         return tree.unflatten(spec, scaled), StageState(shared, slots)
 
