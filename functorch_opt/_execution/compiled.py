@@ -227,7 +227,8 @@ class CompiledStep:
         for segment in known:
             if segment.knows(columns):
                 return segment, body
-        check_memory(walk)
+        if walk.writes_params:
+            check_memory(walk)
         where = _pick(walk.paths, route.leaves)
         try:
             segment = Segment(self.backend, body, columns, where)

@@ -93,6 +93,7 @@ class Walk:
         self.doors: list[Door] = []
         self.columns: list[list[Any]] = []
         self.settled = True
+        self.writes_params = True
 
     @cached_property
     def sharded(self) -> bool:
@@ -376,6 +377,7 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     view.write(us, tree.flatten(seen)[0])
     view.write(ps, tree.flatten(seen_params)[0])
     walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known)
+    walk.writes_params = False
     walk.columns = [outer.ps, *outer.columns, *leaves.columns.values()]
     inner = walk.look(tx.inner, state["inner"], view)
     walk.go()
