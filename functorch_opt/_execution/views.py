@@ -92,3 +92,17 @@ class View:
         if rest:
             views[None] = View(None, [self.indices[k] for k in rest], False)
         return views
+
+
+def check_shapes(
+    tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]
+) -> None:
+    """Raise ValueError for a slot that has not the shape which its first value has."""
+    for x, p, path in zip(column, ps, paths, strict=True):
+        if x is None or p is None or x.shape == p.shape:
+            continue
+        if x.shape != tx.slots[name](p.detach().to("meta")).shape:
+            raise ValueError(
+                f"{tx.name}: the state's {name} at {path!r} has shape {tuple(x.shape)}, its "
+                f"parameter {tuple(p.shape)}. Is the state that of other params?"
+            )

@@ -37,7 +37,7 @@ from functorch_opt._execution.fusing import (
     made_once,
     rules_of,
 )
-from functorch_opt._execution.views import View
+from functorch_opt._execution.views import View, check_shapes
 from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
 from functorch_opt.tree import PyTree
 
@@ -333,20 +333,6 @@ class Walk:
                 self.doors_now = doors
                 action()
         self.todo = []
-
-
-def check_shapes(
-    tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]
-) -> None:
-    """Raise ValueError for a slot that has not the shape which its first value has."""
-    for x, p, path in zip(column, ps, paths, strict=True):
-        if x is None or p is None or x.shape == p.shape:
-            continue
-        if x.shape != tx.slots[name](p.detach().to("meta")).shape:
-            raise ValueError(
-                f"{tx.name}: the state's {name} at {path!r} has shape {tuple(x.shape)}, its "
-                f"parameter {tuple(p.shape)}. Is the state that of other params?"
-            )
 
 
 def _both(flags: list[Any]) -> Any:
