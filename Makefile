@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test quick next fuzz clients lint types docs ci clean
+.PHONY: help demo test test-fast test-slow quick next fuzz clients lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -23,8 +23,15 @@ $(VENV)/.%: pyproject.toml $(VENV)/.torch
 demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
 	$(BIN)/python -m demo
 
+# Two processes: what compiles, and the rest. Each keeps one core busy.
 test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity with torch.optim and optax, examples in docs and docstrings
-	$(RUN) $(BIN)/python -m pytest -q -rs
+	$(MAKE) --no-print-directory --jobs 2 test-fast test-slow
+
+test-fast: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
+	$(RUN) $(BIN)/python -m pytest -q -rs -m "not slow"
+
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
+	$(RUN) $(BIN)/python -m pytest -q -rs -m slow
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
