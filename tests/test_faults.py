@@ -138,6 +138,7 @@ BUILDERS: dict[str, tuple[Callable, dict]] = {
 def bits(value: Any) -> Any:
     """Something that is equal for equal bits, NaN and negative zeros too."""
     if isinstance(value, Tensor):
+        value = value.to_dense()
         return (
             value.dtype,
             tuple(value.shape),

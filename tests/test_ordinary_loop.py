@@ -1,4 +1,7 @@
-"""Habits of ordinary loops: what people do with an optimizer of torch works with those here, or says what to write instead."""
+"""Habits of ordinary loops.
+
+What people do with an optimizer of torch works with those here, or says what to write instead.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def test_the_named_classes_look_at_no_name_as_torchs() -> None:
     assert (two.weight != before).all()
 
 
-# ---- entries of others -----------------------------------------------------------------------------
+# ---- entries of others ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD", "Muon", "RAdam"])
@@ -167,7 +170,7 @@ def test_defaults_and_groups_may_be_added_to(compile: bool) -> None:
     assert opt.param_groups[0]["lookahead_steps"] == [1, 2] and (p != 0).all()
 
 
-# ---- numbers -----------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = [
     ("lr", np.float32(1e-3)),
@@ -287,7 +290,7 @@ def test_a_tensor_lr_is_the_users() -> None:
         assert lr == 0.5
 
 
-# ---- parameters that are frozen --------------------------------------------------------------------
+# ---- parameters that are frozen ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -398,7 +401,7 @@ def test_shared_state_is_saved_where_parameters_are_frozen(
 
 
 def test_shared_state_is_found_with_whichever_parameter_has_it() -> None:
-    """The first one is frozen when it is saved, and trained when it is loaded; and the other way."""
+    """The first is frozen when it is saved, and trained when it is loaded; and the other way."""
     for before, after in ((False, True), (True, False)):
         p, q = zeros().requires_grad_(before), zeros()
         opt = fo.optim.Optimizer([p, q], scheduled())
@@ -424,7 +427,7 @@ def test_no_empty_entries() -> None:
     assert [*opt.state_dict()["state"]] == [1, 2]
 
 
-# ---- schedulers that write a momentum ----------------------------------------------------------------
+# ---- schedulers that write a momentum ------------------------------------------------------------
 
 WITH_MOMENTUM = {
     "factory": lambda p: fo.optim.Optimizer(p, fo.adamw, learning_rate=0.1),
@@ -523,7 +526,7 @@ def test_plans_of_values_that_are_gone_are_forgotten() -> None:
     assert len(opt._plans) < 12 and opt.state[p]["step"] == 40
 
 
-# ---- the generic optimizer ---------------------------------------------------------------------------
+# ---- the generic optimizer -----------------------------------------------------------------------
 
 
 def test_lr_is_an_argument() -> None:
@@ -607,7 +610,7 @@ def test_a_mask_of_the_whole_tree_is_explained() -> None:
             build(lambda params: {"w": True}).init({"w": torch.zeros(2)})
 
 
-# ---- where optimizers are made -----------------------------------------------------------------------
+# ---- where optimizers are made -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -659,7 +662,7 @@ def test_types_reach_the_user() -> None:
     assert (Path(fo.__file__).parent / "py.typed").exists()
 
 
-# ---- several processes, several optimizers -------------------------------------------------------------
+# ---- several processes, several optimizers -------------------------------------------------------
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -51,7 +51,8 @@ class RMSprop(TorchNamed):
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> opt = fo.optim.RMSprop(torch.nn.Linear(2, 1).parameters(), lr=0.01, momentum=0.9, centered=True)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = fo.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.9, centered=True)
     """
 
     _names: ClassVar = {

@@ -174,7 +174,7 @@ class Optimizer(torch.optim.Optimizer):
         scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
         return scaled if isinstance(scaled, Chain) else chain(scaled)
 
-    # ---- what torch.optim.Optimizer asks for -----------------------------------------------------------------------------
+    # ---- what torch.optim.Optimizer asks for -----------------------------------------------------
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -349,7 +349,8 @@ class Optimizer(torch.optim.Optimizer):
         ``state_dict`` of the optimizer is the same inside, that of the model holds the averages.
 
         Raises:
-            ValueError: nothing in the optimizer averages parameters, or two stages average the same one.
+            ValueError: nothing in the optimizer averages parameters, or two stages average the same
+                one.
             RuntimeError: by `step` and `load_state_dict`, inside.
 
         Example:
@@ -404,7 +405,7 @@ class Optimizer(torch.optim.Optimizer):
                         name, value.clone() if isinstance(value, Tensor) else value
                     )
 
-    # ---- a step ------------------------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
 
     def _advance(self, loss: Any = None) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and

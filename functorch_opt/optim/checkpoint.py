@@ -2,8 +2,8 @@
 
 All of it is checked against what the optimizer expects before any of it counts.
 
-The keys of ``state[p]`` are matched by name, as `functorch_opt._core.checkpoint.fit` does it. So the checkpoint
-of a chain outlives a stage that is put in or taken out.
+The keys of ``state[p]`` are matched by name, as `functorch_opt._core.checkpoint.fit` does it. So
+the checkpoint of a chain outlives a stage that is put in or taken out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The hyperparameters of a stateful optimizer, from the groups to where a transformation reads them."""
+"""The hyperparameters of a stateful optimizer.
+
+They go from the groups to where a transformation reads them.
+"""
 
 from __future__ import annotations
 

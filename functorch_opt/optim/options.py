@@ -98,7 +98,8 @@ def check_names(groups: list[dict[str, Any]]) -> None:
 
 
 def is_open(options: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether an option is a hyperparameter as soon as it is a float: where it is None or an int."""
+    """Whether an option is a hyperparameter as soon as it is a float: where it is None or an
+    int."""
     return lambda name: options[name] is None or type(options[name]) is int
 
 

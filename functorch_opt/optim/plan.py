@@ -27,7 +27,8 @@ Make = Callable[[dict[str, Any]], GradientTransformation]
 
 
 class Plan:
-    """What is worked out once for a bucket of groups: its transformation, and where its state lives."""
+    """What is worked out once for a bucket of groups: its transformation, and where its state
+    lives."""
 
     def __init__(
         self,
