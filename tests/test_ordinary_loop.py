@@ -6,6 +6,7 @@ What people do with an optimizer of torch works with those here, or says what to
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -241,6 +242,9 @@ def test_what_a_step_takes_can_be_loaded(option: str, value: object) -> None:
         ("lr", torch.ones(2), r"Tensor lr must be 1-element and real; got .* \(2,\)"),
         ("lr", np.ones(2), "lr must be a number or a 1-element tensor; got ndarray"),
         ("betas", (0.9, "b"), "betas must be a number"),
+        ("betas", 0.9, r"betas must be 2 numbers; got float 0\.9"),
+        ("betas", (0.9,), r"betas has not enough values: there must be 2; got \(0\.9,\)"),
+        ("lr", (0.1, 0.2), "lr must be a number or a 1-element tensor; got tuple"),
         ("maximize", "no", "maximize must be of the type of False; got str 'no'"),
         ("amsgrad", 2, "amsgrad must be of the type of False; got int 2"),
     ],
@@ -562,6 +566,32 @@ def test_a_factory_may_call_its_learning_rate_lr() -> None:
     opt = fo.optim.Optimizer([{"params": [p]}, {"params": [q], "lr": 1}], factory, lr=0.5)
     step(opt, p, q)
     assert (p == -0.5).all() and (q == -1).all()
+
+
+def test_a_group_may_call_its_learning_rate_as_the_factory_does() -> None:
+    p, q = zeros(), zeros()
+    groups = [{"params": [p], "learning_rate": 0.5}, {"params": [q]}]
+    opt = fo.optim.Optimizer(groups, fo.sgd, learning_rate=1.0)
+    step(opt, p, q)
+    assert (p == -0.5).all() and (q == -1).all()
+    assert "learning_rate" not in opt.param_groups[0]
+
+
+def test_factories_need_no_name() -> None:
+    for factory in (functools.partial(fo.adamw, weight_decay=0.0), Factory()):
+        p, q = zeros(), zeros()
+        opt = fo.optim.Optimizer([p], factory, lr=0.1)
+        step(opt, p)
+        step(fo.optim.AdamW([q], lr=0.1, weight_decay=False), q)
+        torch.testing.assert_close(p, q)
+        assert "Transformation: " in repr(opt)
+    with pytest.raises(TypeError, match="hyperparameters need names"):
+        fo.optim.Optimizer([zeros()], fo.inject_hyperparams(fo.sgd), learning_rate=1.0)
+
+
+class Factory:
+    def __call__(self, learning_rate: float) -> fo.GradientTransformation:
+        return fo.adam(learning_rate)
 
 
 def noisy(nesterov: bool = False) -> fo.GradientTransformation:

@@ -172,12 +172,13 @@ def hyperparameters(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of a call of `factory`, defaults included, in two dicts: the hyperparameters (numbers and schedules), and the rest."""
     signature = inspect.signature(factory)
+    called = getattr(factory, "__name__", repr(factory))
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
         raise TypeError(
-            f"{factory.__name__}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}."
+            f"{called}: {error}; got ({', '.join(given)}); its arguments are {list(signature.parameters)}."
         ) from None
     bound.apply_defaults()
     numbers: dict[str, Any] = {}
@@ -190,7 +191,7 @@ def hyperparameters(
             parameter.POSITIONAL_ONLY,
         ):
             raise TypeError(
-                f"{factory.__name__} takes {parameter}; hyperparameters need names. Wrap it in a function that names them."
+                f"{called} takes {parameter}; hyperparameters need names. Wrap it in a function that names them."
             )
         annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(
             parameter.annotation

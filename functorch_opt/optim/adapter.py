@@ -191,6 +191,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: an option outside its range; names that are not unique.
             TypeError: an option of another type.
         """
+        rate = self._recipe[2] if "_recipe" in vars(self) else None
+        if rate is not None and rate in param_group:
+            param_group.setdefault("lr", param_group.pop(rate))
         super().add_param_group(param_group)
         *others, group = self.param_groups
         try:
@@ -210,6 +213,11 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
         self._chain(**{name: scalar(value) for name, value in options.items()})
 
+    def _check_option(self, name: str, value: Any) -> None:
+        """Raise an error for an option of another type than its default."""
+        check = check_number if self._is_number(name, value) else check_like
+        check(name, value, self.defaults[name])
+
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Raise for options that no step could be made with, and for others than were given.
 
@@ -218,10 +226,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         options = {name: plain(group[name]) for name in self._own}
         for name, value in options.items():
-            if self._is_number(name, value):
-                check_number(name, value)
-            else:
-                check_like(name, value, self.defaults[name])
+            self._check_option(name, value)
         group.update(options)
         if loaded:
             options = {
@@ -469,11 +474,10 @@ class Optimizer(torch.optim.Optimizer):
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or plan.layout != layout(groups):
-            options = dict(fixed)
-            for name, value in fixed:
-                if name not in self._numbers:
-                    check_like(name, value, self.defaults[name])
-            varying = [name for name in self._own if name not in options]
+            for group in groups:
+                for name in self._own:
+                    self._check_option(name, group[name])
+            varying = [name for name in self._own if name not in dict(fixed)]
             params = [p for group in self.param_groups for p in group["params"]]
             plan = Plan(
                 self._maker(fixed),
@@ -499,5 +503,7 @@ class Optimizer(torch.optim.Optimizer):
             return text
         first, _, groups = text.partition("\n")
         tx = self._recipe[0]
-        shown = tx if isinstance(tx, GradientTransformation) else tx.__name__
+        shown = tx
+        if not isinstance(tx, GradientTransformation):
+            shown = getattr(tx, "__name__", tx)
         return f"{first}\nTransformation: {shown}\n{groups}"

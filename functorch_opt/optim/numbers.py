@@ -44,7 +44,7 @@ class Numbers:
             if plain and values == self.written.get(name):
                 continue
             for value in values:
-                check_number(name, value)
+                check_number(name, value, target)
             if isinstance(target, tuple):
                 for part, of_groups in zip(
                     target, zip(*values, strict=True), strict=True

@@ -44,12 +44,21 @@ def in_a_step(value: Any) -> Any:
     return torch.zeros((), dtype=torch.float64)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number, no tensor and no tuple of these; ValueError for a
-    tensor that does not hold one number."""
-    if isinstance(value, tuple):
+def check_number(name: str, value: Any, like: Any) -> None:
+    """Raise TypeError for what is no number and no tensor, or no tuple of these where `like` is
+    one; ValueError for a tensor that does not hold one number, and for a tuple of more or fewer."""
+    if isinstance(like, tuple):
+        if not isinstance(value, tuple):
+            raise TypeError(
+                f"{name} must be {len(like)} numbers; got {type(value).__name__} {value!r}."
+            )
+        if len(value) != len(like):
+            few = "not enough" if len(value) < len(like) else "too many"
+            raise ValueError(
+                f"{name} has {few} values: there must be {len(like)}; got {value!r}."
+            )
         for part in value:
-            check_number(name, part)
+            check_number(name, part, None)
     elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(
             f"{name} must be a number or a 1-element tensor; "

@@ -76,6 +76,8 @@ class TorchNamed(Optimizer):
                 "functional layer: tx.update and apply_updates."
             )
         options = {n: plain(value) for n, value in given.items() if n not in FLAGS}
+        # Somebody writes weight_decay=False.
+        options |= {n: int(options[n]) for n in self._ranges if options.get(n) is False}
         # As in torch, an argument outside its range is an error before any parameter is looked at.
         self._check(options)
         numbers = [
