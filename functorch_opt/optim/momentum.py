@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optimizers.muon import muon, scale_by_muon
 from functorch_opt.transforms.momentum import trace
@@ -39,9 +41,10 @@ def with_momentum(tx: Any, momentum: Any) -> Any:
         return tx
     bound.apply_defaults()
     for name in (*NAMES, OTHERWISE.get(function, "")):
-        if bound.arguments.get(name) is not None:
+        if _is_number(bound.arguments.get(name)):
             bound.arguments[name] = momentum
             return function(*bound.args, **bound.kwargs)
+    # No momentum of its own: those of what it was given.
     new_args = [with_momentum(arg, momentum) for arg in args]
     new_kwargs = {name: with_momentum(arg, momentum) for name, arg in kwargs.items()}
     pairs = [*zip(new_args, args, strict=True)]
@@ -49,3 +52,9 @@ def with_momentum(tx: Any, momentum: Any) -> Any:
     if all(new is old for new, old in pairs):
         return tx
     return function(*new_args, **new_kwargs)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a hyperparameter: a number, or a schedule of it."""
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    return number or callable(value)
