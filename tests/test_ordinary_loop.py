@@ -365,6 +365,10 @@ def test_a_gradient_of_integers_is_an_error_that_changes_nothing() -> None:
     with pytest.raises(TypeError, match=r"'base' is torch.uint8.*Set its grad to None"):
         step(opt, p)
     assert (p == 0).all() and not opt.state
+    alone = fo.optim.AdamW([{"params": [p]}, {"params": [base], "maximize": True}])
+    with pytest.raises(TypeError, match=r"a group are torch.uint8.*Set its grad to None"):
+        step(alone, p)
+    assert (p == 0).all() and not alone.state
 
 
 def scheduled() -> fo.GradientTransformation:

@@ -286,7 +286,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Call it before `torch.compile` of ``opt.step`` or of a training step: then there is one
         graph, from the first step on. And before ``torch.distributed.checkpoint`` asks for the
-        state: it would make a step to have one. What is there stays.
+        state: it would make a step to have one. What is there stays. Make schedulers that write a
+        momentum before it: the first number may put a stage into the chain.
 
         Example:
             >>> import torch, functorch_opt as fo

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import Fit, fit, state_dict
-from functorch_opt.optim.plan import Plan
+from functorch_opt.optim.plan import Plan, on_meta
 
 KEYS = {"step"}
 """What the classes with torch's names call their state."""
@@ -36,7 +36,7 @@ class Expected(NamedTuple):
 
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
-    first = state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
+    first = state_dict(plan.tx.init(plan._tree(on_meta(params))))
     keys: list[dict[str, Expected]] = [
         {key: Expected("count", torch.zeros(())) for key in plan.counts.keys}
         for _ in params

@@ -43,6 +43,11 @@ class Plan:
         params = [p for group in groups for p in group["params"]]
         self.layout, self.device = layout(groups), params[0].device
         self.left_out = {i for i, p in enumerate(params) if not can_be_trained(p)}
+        if len(self.left_out) == len(params):
+            raise TypeError(
+                f"all parameters of a group are {params[0].dtype}, and one has a gradient: only "
+                "floating and complex tensors can be optimized. Set its grad to None."
+            )
         self.numbers = Numbers(varying, groups, len(params), self.device)
         self.tx = make(self.numbers.buffers)
         self.compiled = compiled_step(self.tx) if compile else None
@@ -54,13 +59,13 @@ class Plan:
         self.paths = names if self.named else [str(i) for i in range(len(params))]
         number = {path: i for i, path in enumerate(self.paths)}
         self.order = [number[path] for path in tree.paths(self._tree(params))]
-        self._lay_out([p.to("meta") for p in params], number, rename)
+        self._lay_out(on_meta(params), number, rename)
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
         self.place = next(i for i, p in enumerate(everybody) if p is params[0])
 
     def _lay_out(
-        self, params: list[Tensor], number: dict[str, int], rename: dict[str, str]
+        self, params: list[Tensor | None], number: dict[str, int], rename: dict[str, str]
     ) -> None:
         """Find a place for each tensor of the state."""
         like = self._tree(params)
@@ -331,6 +336,12 @@ class Plan:
 def can_be_trained(p: Tensor) -> bool:
     """Whether there can be a gradient of it; a tensor of integers is frozen for ever."""
     return p.is_floating_point() or p.is_complex()
+
+
+def on_meta(params: list[Tensor]) -> list[Tensor | None]:
+    """Their shapes and dtypes, without what is no part of the trees: a quantised one may be of a
+    class that does not go there."""
+    return [p.to("meta") if can_be_trained(p) else None for p in params]
 
 
 def layout(groups: Groups) -> list[Any]:
