@@ -536,18 +536,6 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
         r"number of its own .*\[0, 0, 1\]",
     ),
     (
-        "NaN lr",
-        edit(["param_groups", 0, "lr"], float("nan")),
-        ValueError,
-        "group 0 .* Invalid learning rate: nan",
-    ),
-    (
-        "negative lr",
-        edit(["param_groups", 0, "lr"], -0.1),
-        ValueError,
-        "group 0 .* Invalid learning rate: -0.1",
-    ),
-    (
         "lr is a string",
         edit(["param_groups", 0, "lr"], "0.1"),
         ValueError,
@@ -576,12 +564,6 @@ BAD: list[tuple[str, Callable[[dict], None], type[Exception], str]] = [
         edit(["param_groups", 0, "betas"], 0.9),
         ValueError,
         "group 0 ",
-    ),
-    (
-        "beta out of range",
-        edit(["param_groups", 0, "betas"], (0.9, 1.0)),
-        ValueError,
-        "group 0 .* Invalid beta parameter at index 1: 1.0",
     ),
     (
         "amsgrad is a number",

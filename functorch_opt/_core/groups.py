@@ -84,6 +84,7 @@ class Groups(GradientTransformation):
                     f"{self.what} is a function of path and leaf, but the gradient at {missing!r} "
                     "is None: call update(updates, state, params)."
                 )
+            check_takes_path_and_leaf(self.what, self.labels)
             found = [
                 None if p is None else self.labels(q, p)
                 for q, p in zip(paths, ps, strict=True)
@@ -160,6 +161,19 @@ class Groups(GradientTransformation):
             us = [None if u is None else torch.zeros_like(u) for u in us]
         merged = [changed.get(path, u) for path, u in zip(paths, us, strict=True)]
         return tree.unflatten(spec, merged), new_state
+
+
+def check_takes_path_and_leaf(what: str, f: Any) -> None:
+    """Raise TypeError for a function of fewer than two arguments: optax gives it the whole tree."""
+    code = getattr(f, "__code__", None)
+    if code is None or code.co_flags & 0x04 or code.co_argcount >= 2:
+        return
+    raise TypeError(
+        f"{what} must be a function of path and leaf, called for every leaf, "
+        f"e.g. lambda path, p: p.ndim > 1; got {f.__qualname__} of "
+        f"{code.co_argcount} argument(s). If it makes a tree of the whole params, as in optax, "
+        "give that tree itself."
+    )
 
 
 def joined_arguments(

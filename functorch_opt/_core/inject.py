@@ -186,12 +186,13 @@ def hyperparameters(
     The first has the hyperparameters, which are numbers and schedules; the second has the rest.
     """
     signature = inspect.signature(factory)
+    called = getattr(factory, "__name__", repr(factory))
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         given = [*map(repr, args), *(f"{name}=" for name in kwargs)]
         raise TypeError(
-            f"{factory.__name__}: {error}; got ({', '.join(given)}); "
+            f"{called}: {error}; got ({', '.join(given)}); "
             f"its arguments are {list(signature.parameters)}."
         ) from None
     bound.apply_defaults()
@@ -201,7 +202,7 @@ def hyperparameters(
         parameter = signature.parameters[name]
         if parameter.kind in _WITHOUT_NAMES:
             raise TypeError(
-                f"{factory.__name__} takes {parameter}; hyperparameters need names. "
+                f"{called} takes {parameter}; hyperparameters need names. "
                 "Wrap it in a function that names them."
             )
         annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(

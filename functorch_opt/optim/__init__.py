@@ -1,4 +1,7 @@
-"""Optimizers for ordinary loops: any transformation as a `torch.optim.Optimizer`, and torch's own names."""
+"""Optimizers for ordinary loops.
+
+They are any transformation as a `torch.optim.Optimizer`, and torch's own names.
+"""
 
 from functorch_opt.optim.adafactor import *
 from functorch_opt.optim.adagrad import *

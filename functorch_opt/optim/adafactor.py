@@ -21,8 +21,8 @@ class Adafactor(TorchNamed):
     """torch.optim.Adafactor: of the second moment of a matrix only the means of rows and of columns
     are kept, and steps are relative.
 
-    The whole rule is at the top of `functorch_opt.optimizers.adafactor`. Of tensors with more than two
-    dims the last two are the matrix.
+    The whole rule is at the top of `functorch_opt.optimizers.adafactor`. Of tensors with more than
+    two dims the last two are the matrix.
 
     Args:
         params: parameters, named parameters or groups; not complex.
@@ -112,5 +112,6 @@ class Adafactor(TorchNamed):
     def _check_parameter(self, p: Tensor) -> None:
         if p.is_complex():
             raise RuntimeError(
-                f"Adafactor does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}."
+                "Adafactor does not support complex parameters; "
+                f"one is {p.dtype} of shape {tuple(p.shape)}."
             )

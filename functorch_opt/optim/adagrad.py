@@ -51,7 +51,8 @@ class RMSprop(TorchNamed):
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> opt = fo.optim.RMSprop(torch.nn.Linear(2, 1).parameters(), lr=0.01, momentum=0.9, centered=True)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = fo.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.9, centered=True)
     """
 
     _names: ClassVar = {
@@ -93,6 +94,9 @@ class RMSprop(TorchNamed):
 class Adagrad(TorchNamed):
     """torch.optim.Adagrad: ``p -= lr / (1 + (step - 1) lr_decay) g / (sqrt(sum) + eps)``.
 
+    As in torch its state is there from construction on, so that `share_memory` can put it where
+    other processes see it.
+
     Args:
         params: parameters, named parameters or groups.
         lr: learning rate, 0 or greater; a float or a 1-element tensor.
@@ -133,6 +137,12 @@ class Adagrad(TorchNamed):
         compile: bool = False,
     ) -> None:
         self._begin(locals())
+        self.init_state()
+
+    def share_memory(self) -> None:
+        """Put the sums of squares into shared memory, for processes that train one model."""
+        for entry in self.state.values():
+            entry["sum"].share_memory_()
 
     def _chain(
         self,

@@ -1,21 +1,26 @@
-"""Any transformation as a `torch.optim.Optimizer`: the same pure update, with its state kept where torch's tools look for it.
+"""Any transformation as a `torch.optim.Optimizer`.
 
-A step gathers the gradients and the state into trees, calls ``tx.update``, and writes what came back into the parameters and the state,
-in place. Two places are the truth, and are read anew at every step, because schedulers, checkpoints and wrappers write into them:
+It is the same pure update, with its state kept where torch's tools look for it. A step gathers the
+gradients and the state into trees, calls ``tx.update``, and writes what came back into the
+parameters and the state, in place. Two places are the truth, and are read anew at every step,
+because schedulers, checkpoints and wrappers write into them:
 
-    opt.state[p]        a flat dict of tensors: this parameter's slots, e.g. ``exp_avg``, and its counts, e.g. ``step``; of a generic chain
-                        by the path they have in its state, e.g. ``scale_by_adam/mu``, so that a stage more or less moves no other
+    opt.state[p]        a flat dict of tensors: this parameter's slots, e.g. ``exp_avg``, and its
+                        counts, e.g. ``step``; of a generic chain by the path they have in its
+                        state, e.g. ``scale_by_adam/mu``, so that a stage more or less moves no
+                        other
     opt.param_groups    the hyperparameters; ``lr`` is always among them
 
-Counts are kept per parameter, as torch does: without a gradient a parameter keeps its count. Values that a stage shares among all
-parameters (a noise key) are kept with the first one.
+Others may keep entries of their own in both, under other names: they are let be, saved and loaded.
+
+Counts are kept per parameter, as torch does: without a gradient a parameter keeps its count. Values
+that a stage shares among all parameters (a noise key) are kept with the first one that is trained.
+A parameter of integers, such as a quantised weight, is frozen, and no part of the trees.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -23,51 +28,71 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.chain import Chain, chain
-from functorch_opt._core.checkpoint import LEFT_OVER, Fit
 from functorch_opt._core.points import has_point
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
+from functorch_opt.optim.loading import load
+from functorch_opt.optim.momentum import with_momentum
 from functorch_opt.optim.options import (
     FLAGS,
+    PLAIN,
     arguments,
     check_like,
+    check_names,
     check_number,
+    in_a_step,
+    is_open,
     only_sets_up,
+    plain,
+    scalar,
 )
-from functorch_opt.optim.plan import Make, Plan, layout
+from functorch_opt.optim.plan import Make, Plan, can_be_trained, layout
 
 __all__ = ["Optimizer"]
+
+
+Recipe = tuple[Any, dict[str, Any], str | None, bool]
+"""A transformation or a factory, its fixed arguments, what it calls the learning rate, and whether
+the option ``momentum`` is set in what it gives."""
 
 
 class Optimizer(torch.optim.Optimizer):
     """A ready transformation, or a factory of one, as a `torch.optim.Optimizer`.
 
-    ``Optimizer(params, tx)``: the group option ``lr``, 1.0 by default, multiplies what `tx` gives; schedulers drive it.
-    ``Optimizer(params, factory, **hyper)``: the factory's arguments become group options, ``learning_rate`` under the name ``lr``; numbers
-    may differ from group to group and change between steps. All groups make one tree: a global norm is that of all of them. (Groups whose
-    other options differ, a bool for example, are updated separately.) A schedule given as ``learning_rate`` stays in the transformation,
-    and ``lr`` multiplies it.
+    ``Optimizer(params, tx)``: the group option ``lr``, 1.0 by default, multiplies what `tx` gives;
+    schedulers drive it. ``Optimizer(params, factory, **hyper)``: the factory's arguments become
+    group options, ``learning_rate`` under the name ``lr``; numbers may differ from group to group
+    and change between steps. All groups make one tree: a global norm is that of all of them.
+    (Groups whose other options differ, a bool for example, are updated separately, and each draws
+    noise of its own.) A schedule given as ``learning_rate`` stays in the transformation, and ``lr``
+    multiplies it.
+
+    Where there is a momentum in the transformation (``b1`` of Adam, say) and no argument of that
+    name, the groups have an option ``momentum``, which is None: as the transformation says. A
+    number takes its place; OneCycleLR and CyclicLR write one.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs or group dicts, as for every torch optimizer. With names, masks and labels see
-            the tree ``{name: parameter}``, otherwise a list.
+        params: parameters, ``(name, parameter)`` pairs or group dicts, as for every torch
+            optimizer. With names, which must be unique, masks and labels see the tree ``{name:
+            parameter}``, otherwise a list.
         tx: a transformation, or a function that returns one.
-        compile: run the step in place through `compiled_step`; the numbers are the same. The first step then takes seconds.
-        **hyper: arguments of the function.
+        compile: run the step in place through `compiled_step`; the numbers are the same. The first
+            step then takes seconds.
+        **hyper: arguments of the function; ``lr`` is another name of ``learning_rate``. Beside a
+            ready transformation only ``lr``.
 
     Raises:
-        TypeError: `tx` is neither; an argument that the function does not take; a parameter that is not floating or complex.
-        ValueError: a hyperparameter outside its range.
+        TypeError: `tx` is neither; an argument that the function does not take.
+        ValueError: a hyperparameter outside its range; names that are not unique.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> model = torch.nn.Linear(2, 1)
         >>> tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(3e-4))
         >>> opt = fo.optim.Optimizer(model.parameters(), tx)
-        >>> opt = fo.optim.Optimizer(model.parameters(), fo.adamw, learning_rate=3e-4, weight_decay=0.1)
+        >>> opt = fo.optim.Optimizer(model.parameters(), fo.adamw, lr=3e-4, weight_decay=0.1)
         >>> opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]
         (0.0003, 0.1)
         >>> model(torch.ones(1, 2)).sum().backward()
@@ -82,6 +107,10 @@ class Optimizer(torch.optim.Optimizer):
     """Options that, when zero, leave a stage out."""
     _uncounted: ClassVar[tuple[str, ...]] = ()
     """Keys that a checkpoint of torch's class may lack: SGD and Muon keep no step."""
+    _optional: frozenset[str] = frozenset()
+    """Options that are hyperparameters while they are a float or a tensor."""
+    _sees_names: ClassVar = True
+    """Whether a mask or a label may look at the names of parameters."""
     _evaluating = False
 
     def __init__(
@@ -92,92 +121,138 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool = False,
         **hyper: Any,
     ) -> None:
-        numbers, plain, fixed = arguments(tx, hyper)
-        has_lr = "learning_rate" in numbers
-        lr = numbers.pop("learning_rate", 1.0)
-        self._recipe: tuple[Any, dict[str, Any], bool] = (tx, fixed, has_lr)
-        self._setup(params, {"lr": lr, **numbers, **plain}, ("lr", *numbers), compile)
+        given = arguments(tx, hyper)
+        self._setup(
+            params,
+            given.defaults,
+            ("lr", *given.numbers),
+            compile,
+            (tx, given.fixed, given.rate, given.has_momentum),
+        )
 
+    @torch._disable_dynamo
     def _setup(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         numbers: Iterable[str],
         compile: bool,
+        recipe: Recipe | None = None,
     ) -> None:
-        """What every constructor ends with; `numbers` names the options that are hyperparameters."""
+        """What every constructor ends with; `numbers` names the options that are hyperparameters.
+
+        Where a function that makes an optimizer is compiled, attributes that it sets are lost. So
+        they are all set here, outside of the graph.
+        """
         self._compile = compile
+        if recipe is not None:
+            self._recipe = recipe
+            self._optional = frozenset(filter(is_open(defaults), defaults))
+        self._own = tuple(name for name in defaults if name not in FLAGS)
         self._numbers = frozenset(numbers)
         self._plans: dict[Any, Plan] = {}
         self._called = {"step": False}
         super().__init__(params, defaults)
 
     def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
-        """The transformation for these group options, of which numbers may be tensors: 0-dim, or one entry per parameter."""
-        tx, fixed, has_lr = self._recipe
+        """The transformation for these group options.
+
+        Numbers among them may be tensors: 0-dim, or with one entry per parameter.
+        """
+        tx, fixed, rate, has_momentum = self._recipe
+        momentum = options.pop("momentum") if has_momentum else None
         lr = options.pop("lr")
-        if has_lr:
-            return tx(**fixed, **options, learning_rate=lr)
+        if rate is not None:
+            options[rate] = lr
         ready: GradientTransformation = (
             tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
         )
+        if momentum is not None:
+            ready = with_momentum(ready, momentum)
+        if rate is not None:
+            return ready
         scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
         return scaled if isinstance(scaled, Chain) else chain(scaled)
 
-    # ---- what torch.optim.Optimizer asks for -----------------------------------------------------------------------------
+    # ---- what torch.optim.Optimizer asks for -----------------------------------------------------
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters start with fresh state. A tensor lr is copied, so that groups do not share it.
+        """Add a group; its parameters start with fresh state.
+
+        A tensor lr that another group has already is copied: schedulers write into it, for each
+        group by itself.
 
         Args:
-            param_group: ``{"params": ..., option: value, ...}``; options that are left out take their defaults.
+            param_group: ``{"params": ..., option: value, ...}``; options that are left out take
+                their defaults.
 
         Raises:
-            ValueError: an option outside its range.
-            TypeError: a parameter that is not floating or complex.
+            ValueError: an option outside its range; names that are not unique.
+            TypeError: an option of another type.
         """
+        rate = self._recipe[2] if "_recipe" in vars(self) else None
+        if rate is not None and rate in param_group:
+            param_group.setdefault("lr", param_group.pop(rate))
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        *others, group = self.param_groups
         try:
             self._check_group(group)
+            if self._sees_names:
+                check_names(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone()
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and any(lr is other["lr"] for other in others):
+            group["lr"] = lr.clone()
 
     def _check(self, options: dict[str, Any]) -> None:
         """Raise an error for options of which no chain can be made."""
         if isinstance(lr := options["lr"], Tensor) and lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
-        self._chain(**options)
+        self._chain(**{name: scalar(value) for name, value in options.items()})
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise for options that no step could be made with."""
-        for name in self._options():
-            if isinstance(group[name], list):
-                group[name] = tuple(group[name])  # as JSON has it
-            if name in self._numbers:
-                check_number(name, group[name])
-            else:
-                check_like(name, group[name], self.defaults[name])
-        self._check({name: group[name] for name in self._options()})
+    def _check_option(self, name: str, value: Any) -> None:
+        """Raise an error for an option of another type than its default."""
+        check = check_number if self._is_number(name, value) else check_like
+        check(name, value, self.defaults[name])
+
+    def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
+        """Raise for options that no step could be made with, and for others than were given.
+
+        Of what is loaded no range is checked: schedulers and people write any number into a group,
+        a step takes it, and so it can be saved.
+        """
+        options = {name: plain(group[name]) for name in self._own}
+        for name, value in options.items():
+            self._check_option(name, value)
+        group.update(options)
+        if loaded:
+            options = {
+                name: in_a_step(value) if self._varies(name, value) else value
+                for name, value in options.items()
+            }
+        self._check(options)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in place.
 
-        A first step with zero lr and zero gradients (torch.distributed.checkpoint makes one) creates the state, and is not counted.
+        A first step with zero lr and zero gradients (torch.distributed.checkpoint makes one)
+        creates the state, and is not counted.
 
         Args:
-            closure: evaluates the model anew and returns the loss; called with gradients enabled, before any gradient is read. A
-                transformation that reads ``value`` (`scale_by_polyak`) gets this loss, and one that reads ``grad`` the gradients.
+            closure: evaluates the model anew and returns the loss; called with gradients enabled,
+                before any gradient is read. A transformation that reads ``value``
+                (`scale_by_polyak`) gets this loss, and one that reads ``grad`` the gradients.
 
         Returns:
             What `closure` returned, or None.
 
         Raises:
-            TypeError: the transformation reads ``value`` and there is no closure; it reads something else, such as the ``value_fn`` of
-                a line search, which a closure cannot be.
+            TypeError: the transformation reads ``value`` and there is no closure; it reads
+                something else, such as the ``value_fn`` of a line search, which a closure cannot
+                be; a gradient of a parameter that is not floating or complex.
         """
         if self._evaluating:
             raise RuntimeError(
@@ -192,8 +267,9 @@ class Optimizer(torch.optim.Optimizer):
             self._advance(loss)
         return loss
 
-    # To see that steps come before theirs, torch's schedulers put a wrapper around step, which torch.compile cannot trace. Not around one
-    # that says it has it. What the wrapper would set is `_opt_called`; in a dict, for Dynamo does not set attributes of optimizers.
+    # To see that steps come before theirs, torch's schedulers put a wrapper around step, which
+    # torch.compile cannot trace. Not around one that says it has it. What the wrapper would set is
+    # `_opt_called`; in a dict, for Dynamo does not set attributes of optimizers.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @property
@@ -208,8 +284,10 @@ class Optimizer(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Create the state of all parameters now; otherwise the first step does.
 
-        Call it before `torch.compile` of ``opt.step`` or of a training step: then there is one graph, from the first step on. And
-        before ``torch.distributed.checkpoint`` asks for the state: it would make a step to have one. What is there stays.
+        Call it before `torch.compile` of ``opt.step`` or of a training step: then there is one
+        graph, from the first step on. And before ``torch.distributed.checkpoint`` asks for the
+        state: it would make a step to have one. What is there stays. Make schedulers that write a
+        momentum before it: the first number may put a stage into the chain.
 
         Example:
             >>> import torch, functorch_opt as fo
@@ -220,9 +298,8 @@ class Optimizer(torch.optim.Optimizer):
             (tensor(0.), 1.0)
         """
         with torch.no_grad():
-            for fixed, groups in self._buckets():
-                if any(group["params"] for group in groups):
-                    self._plan(fixed, groups).initialize(groups, self.state)
+            for fixed, groups in self._trained_buckets():
+                self._plan(fixed, groups).initialize(groups, self.state)
 
     def _initialized(self) -> bool:
         for fixed, groups in self._buckets():
@@ -236,19 +313,27 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(
         self, state_dict: dict[str, Any], *, strict: bool = False
     ) -> None:
-        """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is copied, and keeps its dtype.
+        """Load what `state_dict` gave, or torch's optimizer of the same name. Every tensor is
+        copied, and keeps its dtype.
 
-        What is called alike is loaded, so the checkpoint of a chain outlives a stage that is put in or taken out. A chain that was put into
-        another is found again by the end of its names: ``scale_by_adam/mu`` is loaded as ``adamw/scale_by_adam/mu``.
+        What is called alike is loaded, so the checkpoint of a chain outlives a stage that is put in
+        or taken out. A chain that was put into another is found again by the end of its names:
+        ``scale_by_adam/mu`` is loaded as ``adamw/scale_by_adam/mu``. The names of parameters stay
+        those of this optimizer. What is not called like the state of an optimizer belongs to
+        others, and is loaded too.
 
         Args:
-            state_dict: as from ``torch.load``. Options that it lacks keep their defaults.
-            strict: whether names that do not fit exactly are an error. False: a warning lists what was left over on either side.
+            state_dict: as from ``torch.load``. Options that it lacks keep their defaults; any
+                number that a step takes is taken.
+            strict: whether names that do not fit exactly are an error. False: a warning lists what
+                was left over on either side.
 
         Raises:
             KeyError: names that do not fit, if strict.
-            ValueError: groups that do not fit; an option outside its range; a shape that differs; a count that cannot be one.
-            TypeError: no state dict; a value that is no tensor, or of a kind that cannot stand there.
+            ValueError: groups that do not fit; an option that no step can be made with; a shape
+                that differs; a count that cannot be one.
+            TypeError: no state dict; a value that is no tensor, or of a kind that cannot stand
+                there.
             RuntimeError: inside `eval_params`.
 
         After an error, that of a hook too, the optimizer is as it was before.
@@ -257,106 +342,21 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "the parameters hold their averages: load after leaving eval_params()."
             )
-        if not isinstance(state_dict, Mapping):
-            check_form(state_dict)
-        before = self.state, self.param_groups
-        given: dict[str, Any] = {}
-        found: list[Fit] = []
-
-        def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
-            """The last hook before: keeps the state from torch, which would cast it (a noise key would lose its bits)."""
-            check_form(final)
-            given.update(final)
-            return {**final, "state": {}}
-
-        def fill(_: Any) -> None:
-            """The first hook after: the groups are loaded."""
-            found.append(self._fill(given))
-            if strict and not found[0].exact:
-                raise KeyError(str(found[0]))
-
-        handles = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(fill, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-            # A wrapper that lends its class from this one, as that of Lightning does, registers
-            # hooks on one object and runs those of another: then nothing has been filled yet.
-            if not found:
-                fill(self)
-            if found[0].missing or found[0].unexpected:
-                warnings.warn(
-                    f"{found[0]} {LEFT_OVER} With strict=True this is an error.",
-                    stacklevel=2,
-                )
-        except BaseException:
-            self.__setstate__({"state": before[0], "param_groups": before[1]})
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _expected(self) -> dict[Tensor, dict[str, Expected]]:
-        """What belongs into the state of each parameter."""
-        expected: dict[Tensor, dict[str, Expected]] = {}
-        for fixed, groups in self._buckets():
-            params = [p for group in groups for p in group["params"]]
-            if params:
-                try:
-                    expected |= zip(
-                        params,
-                        expectations(self._plan(fixed, groups), params),
-                        strict=True,
-                    )
-                except Exception as error:
-                    raise ValueError(
-                        f"the options of this state dict make no optimizer of these parameters: {error}"
-                    ) from error
-        return expected
-
-    def _fill(self, given: dict[str, Any]) -> Fit:
-        """Take over the tensors of a state dict whose groups are loaded already."""
-        for k, group in enumerate(self.param_groups):
-            try:
-                self._check_group(group)
-            except Exception as error:  # noqa: PERF203
-                raise ValueError(
-                    f"group {k} of this state dict has options that do not fit: {error}"
-                ) from error
-        expected = self._expected()
-        params = [p for group in self.param_groups for p in group["params"]]
-        other = {
-            key: value
-            for key, value in given["state"].items()
-            if not isinstance(value, Mapping)
-        }  # a hook's own, as in torch
-        given = {
-            **given,
-            "state": {
-                key: entry for key, entry in given["state"].items() if key not in other
-            },
-        }
-        entries, found = fitted(
-            given, params, [expected[p] for p in params], self._uncounted
-        )
-        self.state = defaultdict(
-            dict,
-            {p: entry for p, entry in zip(params, entries, strict=True) if entry} | other,
-        )
-        self._plans = {}
-        return found
+        load(self, super().load_state_dict, state_dict, strict)
 
     @contextmanager
     def eval_params(self) -> Iterator[None]:
-        """Inside, the parameters hold the averages that a stage keeps of them (`params_ema`); afterwards they are as before, bit for bit.
+        """Inside, the parameters hold the averages that a stage keeps of them (`params_ema`);
+        afterwards they are as before, bit for bit.
 
-        Also after an exception. Parameters without an average, or without a step so far, stay. Buffers are not touched: batch norm's are
-        those of the parameters (`torch.optim.swa_utils.update_bn`, on a copy of the model, makes those of the averages).
+        Also after an exception. Parameters without an average, or without a step so far, stay.
+        Buffers are not touched: batch norm's are those of the parameters
+        (`torch.optim.swa_utils.update_bn`, on a copy of the model, makes those of the averages).
         ``state_dict`` of the optimizer is the same inside, that of the model holds the averages.
 
         Raises:
-            ValueError: nothing in the optimizer averages parameters, or two stages average the same one.
+            ValueError: nothing in the optimizer averages parameters, or two stages average the same
+                one.
             RuntimeError: by `step` and `load_state_dict`, inside.
 
         Example:
@@ -375,7 +375,7 @@ class Optimizer(torch.optim.Optimizer):
         values: dict[Tensor, Tensor] = {}
         averaging = False
         with torch.no_grad():
-            for fixed, groups in self._buckets():
+            for fixed, groups in self._trained_buckets():
                 plan = self._plan(fixed, groups)
                 averaging |= has_point(plan.tx)
                 values |= plan.points(groups, self.state)
@@ -395,7 +395,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         private: dict[str, Any] = {
             name: vars(self)[name]
-            for name in ("_recipe", "_numbers", "_compile")
+            for name in ("_recipe", "_own", "_numbers", "_optional", "_compile")
             if name in vars(self)
         }
         return {**super().__getstate__(), **private}
@@ -411,12 +411,14 @@ class Optimizer(torch.optim.Optimizer):
                         name, value.clone() if isinstance(value, Tensor) else value
                     )
 
-    # ---- a step ------------------------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
 
     def _advance(self, loss: Any = None) -> None:
-        """Compute everything, then write everything: an error on the way leaves parameters and state as they were."""
+        """Compute everything, then write everything: an error on the way leaves parameters and
+        state as they were."""
         if torch.compiler.is_compiling() and not self._initialized():
-            self.init_state()  # outside of the graph. Call it before torch.compile, and there is one graph.
+            # Outside of the graph. Call it before torch.compile, and there is one graph.
+            self.init_state()
         if only_sets_up(self.param_groups, self.state):
             self.init_state()
             return
@@ -431,37 +433,78 @@ class Optimizer(torch.optim.Optimizer):
             write()
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
-        """The groups, in order, by their options that are not numbers: each bucket is one tree with one transformation."""
+        """The groups, in order, by their options that are not numbers: each bucket is one tree with
+        one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            for name, value in group.items():
-                if isinstance(value, list) and name in self.defaults:
-                    group[name] = tuple(value)
+            for name in self._own:
+                if not isinstance(group[name], PLAIN):
+                    group[name] = plain(group[name])
             fixed = tuple(
                 (name, group[name])
-                for name in self._options()
+                for name in self._own
                 if not self._varies(name, group[name])
             )
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
 
+    def _trained_buckets(self) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+        """Those with a parameter that can be trained: of the others there is no tree."""
+        return [
+            (fixed, groups)
+            for fixed, groups in self._buckets()
+            if any(can_be_trained(p) for group in groups for p in group["params"])
+        ]
+
     def _options(self) -> list[str]:
-        return [name for name in self.defaults if name not in FLAGS]
+        return [*self._own]
+
+    def _is_number(self, name: str, value: Any) -> bool:
+        """Whether this option is a hyperparameter, with this value."""
+        return name in self._numbers or (
+            name in self._optional and isinstance(value, (float, Tensor))
+        )
 
     def _varies(self, name: str, value: Any) -> bool:
-        """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a zero leaves out a stage."""
-        return name in self._numbers and (
+        """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a
+        zero leaves out a stage."""
+        return self._is_number(name, value) and (
             name not in self._structural or isinstance(value, Tensor) or value != 0
         )
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or plan.layout != layout(groups):
-            varying = [name for name in self._options() if name not in dict(fixed)]
-            plan = self._plans[fixed] = Plan(
-                self._maker(fixed), varying, groups, self._names, self._compile
+            for group in groups:
+                for name in self._own:
+                    self._check_option(name, group[name])
+            varying = [name for name in self._own if name not in dict(fixed)]
+            params = [p for group in self.param_groups for p in group["params"]]
+            plan = Plan(
+                self._maker(fixed),
+                varying,
+                groups,
+                self._names,
+                self._compile,
+                self.state,
+                params,
             )
+            # Of options that have had many values only the last ones are remembered.
+            for old in [*self._plans][: -len(self.param_groups) - 8]:
+                del self._plans[old]
+            self._plans[fixed] = plan
         return plan
 
     def _maker(self, fixed: tuple[Any, ...]) -> Make:
         return lambda numbers: self._chain(**dict(fixed), **numbers)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if "_recipe" not in vars(self):
+            return text
+        first, _, groups = text.partition("\n")
+        tx = self._recipe[0]
+        shown = tx
+        if not isinstance(tx, GradientTransformation):
+            shown = getattr(tx, "__name__", tx)
+        return f"{first}\nTransformation: {shown}\n{groups}"

@@ -2,8 +2,8 @@
 
 All of it is checked against what the optimizer expects before any of it counts.
 
-The keys of ``state[p]`` are matched by name, as `functorch_opt._core.checkpoint.fit` does it. So the checkpoint
-of a chain outlives a stage that is put in or taken out.
+The keys of ``state[p]`` are matched by name, as `functorch_opt._core.checkpoint.fit` does it. So
+the checkpoint of a chain outlives a stage that is put in or taken out.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import Fit, fit, state_dict
-from functorch_opt.optim.plan import Plan
+from functorch_opt.optim.plan import Plan, on_meta
+
+KEYS = {"step"}
+"""What the classes with torch's names call their state."""
 
 
 class Expected(NamedTuple):
     """What belongs under a key of ``state[p]``.
 
-    It is a "slot", a "count", or what is "joint" and kept with the first parameter.
+    It is a "slot", a "count", or what is "joint": of some parameters together, with one of them.
     """
 
     kind: str
     like: Tensor
+    of: int = 0
+    """By which parameters it is shared: those with the same number here."""
 
 
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
-    first = state_dict(plan.tx.init(plan._tree([p.to("meta") for p in params])))
+    first = state_dict(plan.tx.init(plan._tree(on_meta(params))))
     keys: list[dict[str, Expected]] = [
         {key: Expected("count", torch.zeros(())) for key in plan.counts.keys}
         for _ in params
     ]
     for place in plan.flat:
-        if place and place.kind in ("slot", "joint"):
-            keys[place.i][place.key] = Expected(place.kind, first[place.path])
+        if place and place.kind == "slot":
+            keys[place.i][place.key] = Expected("slot", first[place.path])
+        elif place and place.kind == "joint":
+            for mine in keys:
+                mine[place.key] = Expected("joint", first[place.path], plan.place)
     return keys
 
 
@@ -83,7 +91,7 @@ def fitted(
     params: list[Tensor],
     expected: list[dict[str, Expected]],
     optional: Collection[str],
-) -> tuple[list[dict[str, Tensor]], Fit]:
+) -> tuple[list[dict[str, Any]], Fit]:
     """The entries of ``state[p]``, copied from a state dict, and how well its names fitted.
 
     Those in `optional` may be missing.
@@ -92,39 +100,101 @@ def fitted(
         TypeError: a value that is no tensor, or one of another kind (integer for floating, real for
             complex).
         ValueError: a shape that differs; a count that is no whole number from 0.
+
+    What is not called like the state of an optimizer is somebody else's, and comes along.
     """
     numbers = _numbers(given)
     saved = [_entry(given, number) for number in numbers]
     keys_here = [key for keys in expected for key in keys]
     names = fit(keys_here, [key for entry in saved for key in entry])
-    entries: list[dict[str, Tensor]] = []
+    somebodys = {key for entry in saved for key in entry if _is_somebodys(key)}
+    saved, others = _parted(saved, somebodys - set(names.source.values()))
+    shared = _found_somewhere(names.source, expected, saved)
+    entries: list[dict[str, Any]] = []
     source: dict[str, str] = {}
     missing: dict[str, list[Any]] = {}
     unexpected: dict[str, None] = {}
     begun = 0
     for number, p, keys, entry in zip(numbers, params, expected, saved, strict=True):
         mine = {key: names.source[key] for key in keys if names.source.get(key) in entry}
-        checked = {}
-        for key, there in mine.items():
-            name = f"{there!r} of parameter {number}"
-            checked[key] = _checked(entry[there], keys[key], p, name, key)
-        entries.append(checked)
+        entries.append(_copied(mine, entry, keys, p, number))
         source |= mine
         # A parameter that never had a gradient has no state of its own.
         own = any(keys[key].kind != "joint" for key in mine)
         has_state = own or len(mine) < len(entry)
         begun += has_state
-        absent = [key for key in keys if key not in mine and key not in optional]
-        for key in absent:
-            if has_state or (keys[key].kind == "joint" and any(saved)):
+        for key, at in keys.items():
+            absent = key not in {*mine, *optional} and (at.of, key) not in shared
+            if absent and (has_state or (at.kind == "joint" and any(saved))):
                 missing.setdefault(key, []).append(number)
         unexpected |= dict.fromkeys(
             str(there) for there in entry if there not in mine.values()
         )
-    others = [number for number in given["state"] if number not in numbers]
-    strays = [f"all of parameter {number!r}" for number in others]
+    strays = [n for n in given["state"] if n not in numbers]
+    left = [*unexpected, *(f"all of parameter {number!r}" for number in strays)]
     told = [_missing(name, those, begun, expected) for name, those in missing.items()]
-    return entries, Fit(source, told, [*unexpected, *strays])
+    rows = zip(entries, params, numbers, others, strict=True)
+    for entry, p, number, also in rows:
+        for key, value in also.items():
+            entry[key] = _moved(value, p, f"{key!r} of parameter {number}")
+    return entries, Fit(source, told, left)
+
+
+def _copied(
+    mine: dict[str, Any],
+    entry: dict[str, Any],
+    keys: dict[str, Expected],
+    p: Tensor,
+    number: Any,
+) -> dict[str, Any]:
+    """What is saved of a parameter, by the names that it has here."""
+    return {
+        key: _checked(entry[there], keys[key], p, f"{there!r} of parameter {number}", key)
+        for key, there in mine.items()
+    }
+
+
+def _parted(
+    saved: list[dict[Any, Any]], somebodys: set[Any]
+) -> tuple[list[dict[str, Any]], list[dict[Any, Any]]]:
+    """What is saved of each parameter, and beside it what is somebody else's."""
+    mine = [{k: x for k, x in entry.items() if k not in somebodys} for entry in saved]
+    others = [{k: x for k, x in entry.items() if k in somebodys} for entry in saved]
+    return mine, others
+
+
+def _found_somewhere(
+    source: Mapping[str, str],
+    expected: list[dict[str, Expected]],
+    saved: list[dict[str, Any]],
+) -> set[tuple[int, str]]:
+    """What is joint and saved with any of the parameters that share it."""
+    return {
+        (at.of, key)
+        for keys, entry in zip(expected, saved, strict=True)
+        for key, at in keys.items()
+        if at.kind == "joint" and source.get(key) in entry
+    }
+
+
+def _is_somebodys(key: Any) -> bool:
+    """Whether no optimizer here has state of this name.
+
+    Chains name it by the path of its stage, with a slash, and the classes as torch does.
+    """
+    return not isinstance(key, str) or ("/" not in key and key not in KEYS)
+
+
+def _moved(value: Any, p: Tensor, name: str) -> Any:
+    """Somebody else's value, with copies of its tensors beside the parameter, as torch does it."""
+    if isinstance(value, Tensor):
+        _check_real(value, p, name)
+        return value.detach().to(p.device, copy=True)
+    if type(value) is dict:
+        return {key: _moved(part, p, name) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_moved(part, p, name) for part in value])
+    return value
 
 
 def _entry(given: Mapping[str, Any], number: Any) -> dict[str, Any]:
@@ -145,8 +215,8 @@ def _missing(
 
 def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> Tensor:
     """A copy of `value`, if it can stand where it is expected."""
-    if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
-        raise TypeError(f"{name} is a meta tensor: there is no value in it.")
+    if isinstance(value, Tensor):
+        _check_real(value, p, name)
     if expected.kind == "count":
         return _count(value, name, key)
     like = expected.like
@@ -162,6 +232,12 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
             f"{name} is {value.dtype}, and here it is {like.dtype}, which cannot be made of it."
         )
     return value.detach().to(p.device, copy=True)
+
+
+def _check_real(value: Tensor, p: Tensor, name: str) -> None:
+    """Raise TypeError for a meta tensor, where the parameter is none."""
+    if value.is_meta and not p.is_meta:
+        raise TypeError(f"{name} is a meta tensor: there is no value in it.")
 
 
 def _count(value: Any, name: str, key: str) -> Tensor:

@@ -67,7 +67,8 @@ class Counts:
     ) -> None:
         """Add `by`, a number or one for each, to these counts.
 
-        `in_place`, those of all parameters become elements of one tensor: one operation.
+        `in_place`, those of all parameters become elements of one tensor: one operation. Not those
+        that lie in shared memory, where other processes see them.
         """
         if (together := self._together(key, counts)) is not None:
             together.add_(by)
@@ -80,7 +81,7 @@ class Counts:
                 counts, [x.to(c.dtype) for x, c in zip(shares, counts, strict=True)]
             )
         kinds = {(type(count), count.dtype, count.device) for count in counts}
-        if entries and in_place and len(kinds) == 1:
+        if entries and in_place and len(kinds) == 1 and not any(map(_is_shared, counts)):
             together = torch.stack(counts)
             self.tallies[key] = together, together.unbind()
             for entry, count in zip(entries, self.tallies[key][1], strict=True):
@@ -93,8 +94,12 @@ class Counts:
                 entry[key].copy_(time)
             return
         time = time.detach().to("cpu", copy=True)
+        shared = _is_shared(entries[0][key])
         for entry in entries:
-            entry[key] = time
+            if shared:
+                entry[key].copy_(time)
+            else:
+                entry[key] = time
 
     def first(self, key: str, started: bool) -> Tensor:
         """The count of a parameter that makes its first step.
@@ -106,3 +111,8 @@ class Counts:
         wide = torch.get_default_dtype() == torch.float64
         dtype = torch.float64 if wide else torch.float32  # that of torch's own ``step``
         return torch.tensor(int(started), dtype=dtype)
+
+
+def _is_shared(x: Tensor) -> bool:
+    """Whether other processes may see it."""
+    return x.device.type == "cpu" and x.is_shared()

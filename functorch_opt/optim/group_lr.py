@@ -1,4 +1,7 @@
-"""Where the group option ``lr`` of a ready transformation multiplies: after everything, but before what looks at the new parameters."""
+"""Where the group option ``lr`` of a ready transformation multiplies.
+
+It is after everything, but before what looks at the new parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from functorch_opt._core.wrap import Wrap
 def then(
     tx: GradientTransformation, stage: GradientTransformation
 ) -> GradientTransformation:
-    """`tx` and then `stage`; but `stage` before an average of the parameters, and inside of a wrapper that keeps them."""
+    """`tx` and then `stage`; but `stage` before an average of the parameters, and inside of a
+    wrapper that keeps them."""
     if isinstance(tx, Chain):
         stages = list(tx.stages.values())
         at = next((i for i, of in enumerate(stages) if of.last), len(stages))

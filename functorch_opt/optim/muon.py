@@ -43,7 +43,8 @@ class Muon(TorchNamed):
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        >>> model = torch.nn.Sequential(*layers)
         >>> matrices = [p for p in model.parameters() if p.ndim == 2]
         >>> rest = [p for p in model.parameters() if p.ndim != 2]
         >>> opts = [fo.optim.Muon(matrices, lr=0.02), fo.optim.AdamW(rest)]
@@ -105,7 +106,8 @@ class Muon(TorchNamed):
         cure = "Give the rest to another optimizer, e.g. AdamW."
         if p.is_complex():
             raise RuntimeError(
-                f"Muon does not support complex parameters; one is {p.dtype} of shape {tuple(p.shape)}. {cure}"
+                "Muon does not support complex parameters; "
+                f"one is {p.dtype} of shape {tuple(p.shape)}. {cure}"
             )
         if p.ndim != 2:
             raise ValueError(

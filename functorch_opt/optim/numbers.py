@@ -1,4 +1,7 @@
-"""The hyperparameters of a stateful optimizer, from the groups to where a transformation reads them."""
+"""The hyperparameters of a stateful optimizer.
+
+They go from the groups to where a transformation reads them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core import numerics
+from functorch_opt.optim.options import check_number
 
 Groups = list[dict[str, Any]]
 
 
 class Numbers:
-    """The options that are hyperparameters: one number, or with several groups one for each parameter."""
+    """The options that are hyperparameters: one number, or with several groups one for each
+    parameter."""
 
     def __init__(
         self, names: list[str], groups: Groups, n: int, device: torch.device
@@ -22,7 +27,7 @@ class Numbers:
         shape = () if len(groups) == 1 else (n,)
 
         def buffer(value: Any) -> Any:
-            """Where a hyperparameter is written at every step; the transformation reads it there."""
+            """Where a hyperparameter is written at every step, for the transformation to read."""
             if isinstance(value, tuple):
                 return tuple(buffer(part) for part in value)
             return torch.zeros(shape, dtype=numerics.real_dtype(device), device=device)
@@ -34,9 +39,12 @@ class Numbers:
         """Write the hyperparameters where the transformation reads them."""
         for name, target in self.buffers.items():
             values = [group[name] for group in groups]
-            tensors = any(isinstance(value, Tensor) for value in values)
-            if values == self.written.get(name) and not tensors:
+            # A tensor may be changed without our seeing it.
+            plain = all(isinstance(value, (int, float)) for value in values)
+            if plain and values == self.written.get(name):
                 continue
+            for value in values:
+                check_number(name, value, target)
             if isinstance(target, tuple):
                 for part, of_groups in zip(
                     target, zip(*values, strict=True), strict=True
@@ -44,8 +52,6 @@ class Numbers:
                     _write(part, of_groups, groups)
             else:
                 _write(target, values, groups)
-            # A tensor may be changed without our seeing it.
-            plain = all(isinstance(value, (int, float)) for value in values)
             self.written[name] = values if plain else []
 
     def read(self, groups: Groups) -> dict[str, Any]:

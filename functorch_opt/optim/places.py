@@ -25,7 +25,7 @@ class Place:
            parameter on, for it belongs to a transformation that looks at whole trees.
     count  With each parameter, which has one of its own.
     clock  With each parameter that moved; the largest one is that of the training.
-    joint  With the first parameter, for all.
+    joint  With the first parameter that is trained, for all.
     """
 
     kind: Kind
@@ -48,7 +48,7 @@ class Places:
     def __init__(self, number: dict[str, int], like: PyTree) -> None:
         self.number = number
         leaves, self.spec = tree.flatten(like)
-        self.shapes = [p.shape for p in leaves]
+        self.shapes = [None if p is None else p.shape for p in leaves]
 
     def of(self, state: PyTree, path: str = "", real: str = "") -> PyTree:
         """The tree `state` with a `Place` for every tensor. `path` names it in keys."""
@@ -88,8 +88,10 @@ class Places:
     def _slot(self, slot: PyTree, key: str, real: str, whole: bool) -> PyTree:
         spec = tree.flatten(slot)[1]
         places = [
-            Place("slot", key, _under(real, leaf), self.number[leaf], whole)
-            for leaf in tree.paths(slot)
+            None
+            if x is None
+            else Place("slot", key, _under(real, leaf), self.number[leaf], whole)
+            for leaf, x in zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
         ]
         return tree.unflatten(spec, places)
 
@@ -98,11 +100,12 @@ class Places:
         if not isinstance(node, (dict, list, tuple)) or not node:
             return False
         leaves, spec = tree.flatten(node)
-        if not all(isinstance(x, Tensor) for x in leaves):
+        if not all(x is None or isinstance(x, Tensor) for x in leaves):
             return False
         if isinstance(node, dict):
             return spec == self.spec or all(name in self.number for name in node)
-        return spec == self.spec and [x.shape for x in leaves] == self.shapes
+        shapes = [None if x is None else x.shape for x in leaves]
+        return spec == self.spec and shapes == self.shapes
 
 
 def _under(path: str, name: object) -> str:

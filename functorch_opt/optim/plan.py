@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from functorch_opt import tree
+from functorch_opt import random, tree
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
@@ -18,7 +18,7 @@ from functorch_opt._execution.compiled import compiled_step, with_memory_of_its_
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.numbers import Groups, Numbers
-from functorch_opt.optim.places import Places, assemble, differences
+from functorch_opt.optim.places import Place, Places, assemble, differences
 from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
 
@@ -27,7 +27,8 @@ Make = Callable[[dict[str, Any]], GradientTransformation]
 
 
 class Plan:
-    """What is worked out once for a bucket of groups: its transformation, and where its state lives."""
+    """What is worked out once for a bucket of groups: its transformation, and where its state
+    lives."""
 
     def __init__(
         self,
@@ -36,9 +37,17 @@ class Plan:
         groups: Groups,
         rename: dict[str, str],
         compile: bool,
+        state: State,
+        everybody: list[Tensor],
     ) -> None:
         params = [p for group in groups for p in group["params"]]
         self.layout, self.device = layout(groups), params[0].device
+        self.left_out = {i for i, p in enumerate(params) if not can_be_trained(p)}
+        if len(self.left_out) == len(params):
+            raise TypeError(
+                f"all parameters of a group are {params[0].dtype}, and one has a gradient: only "
+                "floating and complex tensors can be optimized. Set its grad to None."
+            )
         self.numbers = Numbers(varying, groups, len(params), self.device)
         self.tx = make(self.numbers.buffers)
         self.compiled = compiled_step(self.tx) if compile else None
@@ -50,10 +59,13 @@ class Plan:
         self.paths = names if self.named else [str(i) for i in range(len(params))]
         number = {path: i for i, path in enumerate(self.paths)}
         self.order = [number[path] for path in tree.paths(self._tree(params))]
-        self._lay_out([p.to("meta") for p in params], number, rename)
+        self._lay_out(on_meta(params), number, rename)
+        self._settle(params, state)
+        # Two buckets draw from one key: each after the first folds its place into it.
+        self.place = next(i for i, p in enumerate(everybody) if p is params[0])
 
     def _lay_out(
-        self, params: list[Tensor], number: dict[str, int], rename: dict[str, str]
+        self, params: list[Tensor | None], number: dict[str, int], rename: dict[str, str]
     ) -> None:
         """Find a place for each tensor of the state."""
         like = self._tree(params)
@@ -68,7 +80,6 @@ class Plan:
         self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
-        self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
         self.counted = [
             (k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"
         ]
@@ -80,7 +91,21 @@ class Plan:
         )
         self.counts = Counts(own, clocks, self.device)
 
+    def _settle(self, params: list[Tensor], state: State) -> None:
+        """Find the parameter that has what all share: the one that has it, or the first that is
+        trained, for tools that save a state leave out those that are frozen."""
+        joint = [k for k in self.kept if self.flat[k].kind == "joint"]
+        keys = {self.flat[k].key for k in joint}
+        having = (i for i, p in enumerate(params) if keys & state.get(p, NOTHING).keys())
+        trained = (i for i, p in enumerate(params) if p.requires_grad)
+        home = next(having, next(trained, 0))
+        for k in joint:
+            self.flat[k] = replace(self.flat[k], i=home)
+        self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
+
     def _tree(self, values: list[Any]) -> PyTree:
+        if self.left_out:
+            values = [None if i in self.left_out else x for i, x in enumerate(values)]
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
     def initialize(self, groups: Groups, state: State) -> None:
@@ -127,6 +152,8 @@ class Plan:
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
+        if self.left_out:
+            self._check_frozen(params, moved)
         entries, began = self._entries(state, params, moved)
         flat = self._values(entries, moved)
         step = Step(self, params, moved, entries, flat, self._assembled(flat))
@@ -146,6 +173,14 @@ class Plan:
             write()
 
         return act
+
+    def _check_frozen(self, params: list[Tensor], moved: list[int]) -> None:
+        """Raise TypeError for a gradient of a parameter that is no part of the trees."""
+        for i in self.left_out.intersection(moved):
+            raise TypeError(
+                f"the parameter at {self.paths[i]!r} is {params[i].dtype} and has a gradient: only "
+                "floating and complex tensors can be optimized. Set its grad to None."
+            )
 
     def _compiled(
         self, step: Step, grads: PyTree, extra: dict[str, Any], state: State | None
@@ -248,8 +283,9 @@ class Plan:
             return place.kind in ("slot", "joint") and place.key not in entries[place.i]
 
         absent = [place for place in self.flat if place and is_needed(place)]
+        slots = {(at.i, at.key) for at in self.flat if at and at.kind == "slot"}
         for i in moved:
-            started = len(entries[i]) > 0
+            started = any((i, key) in slots for key in entries[i])
             for key in self.counts.keys:
                 if key not in entries[i]:
                     entries[i][key] = self.counts.first(key, started and key == "step")
@@ -264,7 +300,13 @@ class Plan:
             mine = {place.path: first[place.path] for place in absent}
             mine = with_memory_of_its_own(mine, params)
             for place in absent:
-                entries[place.i][place.key] = mine[place.path]
+                entries[place.i][place.key] = self._own_draws(place, mine[place.path])
+
+    def _own_draws(self, place: Place, first: Tensor) -> Tensor:
+        """The first value of a tensor of the state; a noise key is this bucket's own."""
+        is_key = place.kind == "joint" and place.path.rpartition("/")[2] == "key"
+        is_key = is_key and first.dtype is torch.int64 and first.shape == (2,)
+        return random.fold_in(first, self.place) if is_key and self.place else first
 
     # ---- where to evaluate -----------------------------------------------------------------------
 
@@ -289,6 +331,17 @@ class Plan:
         return {
             params[number[path]]: x for path, x in found.items() if number[path] in moved
         }
+
+
+def can_be_trained(p: Tensor) -> bool:
+    """Whether there can be a gradient of it; a tensor of integers is frozen for ever."""
+    return p.is_floating_point() or p.is_complex()
+
+
+def on_meta(params: list[Tensor]) -> list[Tensor | None]:
+    """Their shapes and dtypes, without what is no part of the trees: a quantised one may be of a
+    class that does not go there."""
+    return [p.to("meta") if can_be_trained(p) else None for p in params]
 
 
 def layout(groups: Groups) -> list[Any]:

@@ -60,7 +60,8 @@ class Step:
     def kept_apart(
         self, us: list[Tensor], new: PyTree, targets: list[Tensor]
     ) -> tuple[list[Tensor], list[tuple[int, Any]]]:
-        """The updates, and what of the state is another tensor now, in memory that nothing writes."""
+        """The updates, and what of the state is another tensor now, in memory that nothing
+        writes."""
         changed = self._changed(new)
         kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
         found = dict(changed)

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from functorch_opt._core.chain import chain
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
-from functorch_opt.optim.options import FLAGS
+from functorch_opt.optim.checkpoint import KEYS
+from functorch_opt.optim.options import FLAGS, plain
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
 
@@ -43,13 +45,22 @@ RANGES: dict[str, Range] = {
     "momentum_decay": ("momentum_decay value", 0, _inf),
     "initial_accumulator_value": ("initial_accumulator_value value", 0, _inf),
 }
-"""What torch's errors call an option, and where it must lie: ``[low, high)``. Tensors are not looked into."""
+"""What torch's errors call an option, and where it must lie: ``[low, high)``.
+
+Tensors are not looked into.
+"""
 
 
 class TorchNamed(Optimizer):
     _fixed: ClassVar[tuple[str, ...]] = ()
-    """Options that are no hyperparameters although they look like numbers: where they change, the chain is another one."""
+    """Options that are no hyperparameters although they look like numbers: where they change, the
+    chain is another one."""
     _ranges: ClassVar[dict[str, Range]] = RANGES
+    _sees_names: ClassVar = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        KEYS.update(cls._names.values())
 
     def _begin(self, given: dict[str, Any], **options: Any) -> None:
         """What every constructor consists of; `given` are its ``locals()``.
@@ -64,11 +75,9 @@ class TorchNamed(Optimizer):
                 f"{type(self).__name__} updates in place. To differentiate through updates use the "
                 "functional layer: tx.update and apply_updates."
             )
-        options = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
-            if name not in FLAGS
-        }
+        options = {n: plain(value) for n, value in given.items() if n not in FLAGS}
+        # Somebody writes weight_decay=False.
+        options |= {n: int(options[n]) for n in self._ranges if options.get(n) is False}
         # As in torch, an argument outside its range is an error before any parameter is looked at.
         self._check(options)
         numbers = [
@@ -94,6 +103,7 @@ class TorchNamed(Optimizer):
     def _check_parameter(self, p: Tensor) -> None:
         """Raise an error, torch's, for what cannot be a parameter of this class."""
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:

@@ -1,7 +1,8 @@
 """Two classes that are torch's own, so that `functorch_opt.optim` is complete.
 
-L-BFGS evaluates the model many times within a step: that is no transformation of gradients, and torch's loop does it well. SparseAdam works
-on the layout of sparse gradients, which no rule for a tensor sees. So neither takes ``compile``.
+L-BFGS evaluates the model many times within a step: that is no transformation of gradients, and
+torch's loop does it well. SparseAdam works on the layout of sparse gradients, which no rule for a
+tensor sees. So neither takes ``compile``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ __all__ = ["LBFGS", "SparseAdam"]
 
 
 class LBFGS(torch.optim.LBFGS):
-    """torch.optim.LBFGS, which it is but for one mended defect: a copy or a pickle of it can make steps too.
+    """torch.optim.LBFGS, which it is but for one mended defect: a copy or a pickle of it can make
+    steps too.
 
     Args:
         params: parameters or one group.
@@ -26,8 +28,8 @@ class LBFGS(torch.optim.LBFGS):
         history_size: pairs that the curvature is estimated from.
         line_search_fn: None or ``"strong_wolfe"``.
 
-    ``step(closure)`` needs the closure: it clears the gradients, calls ``backward`` and returns the loss. For a pure L-BFGS, to be vmapped
-    or differentiated, see the functional layer.
+    ``step(closure)`` needs the closure: it clears the gradients, calls ``backward`` and returns the
+    loss. For a pure L-BFGS, to be vmapped or differentiated, see the functional layer.
 
     Raises:
         ValueError: more than one group.
@@ -54,17 +56,20 @@ class LBFGS(torch.optim.LBFGS):
 
 
 class SparseAdam(torch.optim.SparseAdam):
-    """torch.optim.SparseAdam as it is: Adam for sparse gradients, which touches only the rows that have one.
+    """torch.optim.SparseAdam as it is: Adam for sparse gradients, which touches only the rows that
+    have one.
 
     Args:
-        params: dense parameters, named parameters or groups; their gradients must be sparse (``nn.Embedding(..., sparse=True)``).
+        params: dense parameters, named parameters or groups; their gradients must be sparse
+            (``nn.Embedding(..., sparse=True)``).
         lr: learning rate, greater than 0; a float or a 1-element tensor.
         betas: decays of the two moments, in [0, 1).
         eps: greater than 0.
         maximize: ascend.
 
-    Its numbers are not those of `Adam` on the same gradients: rows without gradient keep their moments. If dense gradients fit into memory
-    (``sparse=False``), take `Adam`, which composes, compiles and keeps dtypes.
+    Its numbers are not those of `Adam` on the same gradients: rows without gradient keep their
+    moments. If dense gradients fit into memory (``sparse=False``), take `Adam`, which composes,
+    compiles and keeps dtypes.
 
     Raises:
         ValueError: an argument outside its range; a sparse parameter.

@@ -124,7 +124,7 @@ def scale_by_muon(
     check_choice("optax", "torch", variant=variant)
     of_torch, of_steps = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
 
-    def prepare(count, beta):
+    def prepare(count, beta, eps):
         t = tree.as_real(count + 1)
         c = 1 - beta**t
         # beta mu / (1 - beta^(t+1)) + (1 - beta) g / c  =  (beta ahead mu + (1 - beta) g) / c, and
@@ -140,7 +140,7 @@ def scale_by_muon(
     def torchs_prepare(beta):
         return {"weight": 1 - beta}
 
-    def torchs_rule(g, mu, beta, weight):
+    def torchs_rule(g, mu, beta, weight, eps):
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(g, mu, beta) if nesterov else mu
         x = m.bfloat16()
@@ -151,7 +151,7 @@ def scale_by_muon(
         torchs_rule if of_torch else rule,
         torchs_prepare if of_torch else prepare,
         slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)},
-        hyper={"beta": beta},
+        hyper={"beta": beta, "eps": eps},
         kind="tensorwise",
     )
 
