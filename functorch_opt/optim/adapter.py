@@ -37,13 +37,13 @@ from functorch_opt.optim.loading import load
 from functorch_opt.optim.momentum import with_momentum
 from functorch_opt.optim.options import (
     FLAGS,
-    PLAIN,
     arguments,
     check_like,
     check_names,
     check_number,
     in_a_step,
     is_open,
+    is_plain,
     only_sets_up,
     plain,
     scalar,
@@ -438,7 +438,7 @@ class Optimizer(torch.optim.Optimizer):
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
             for name in self._own:
-                if not isinstance(group[name], PLAIN):
+                if not is_plain(group[name]):
                     group[name] = plain(group[name])
             fixed = tuple(
                 (name, group[name])

@@ -19,6 +19,14 @@ PLAIN = (float, int, str, Tensor, torch.dtype, type(None))
 """Types of options that stay as they are."""
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `plain` gives it back. In compiled code a group is written only where it has to be,
+    for a write is compiled again."""
+    if isinstance(value, tuple):
+        return all(is_plain(part) for part in value)
+    return isinstance(value, PLAIN)
+
+
 def plain(value: Any) -> Any:
     """numpy's numbers, and arrays of one element, as Python's; lists, which JSON has, as tuples."""
     if isinstance(value, (list, tuple)):
