@@ -1,9 +1,9 @@
 """The eager execution: a leaf goes through the rules of all consecutive stages, then the next leaf.
 
-So a leaf stays in the cache on its way. For small tensors looking at them takes longer than computing
-with them. That is why leaves whose tensors all have one dtype take the short way: one rule after
-another, with nothing between (`_quickly`). Only where that gives something unusual, they take the long
-way, which checks everything and knows what to say.
+So a leaf stays in the cache on its way. For small tensors looking at them takes longer than
+computing with them. That is why leaves whose tensors all have one dtype take the short way: one
+rule after another, with nothing between (`_quickly`). Only where that gives something unusual,
+they take the long way, which checks everything and knows what to say.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a function computes, as a key for compiled code: its bytecode, and the values that it reads.
 
-A rule may read names of its module, and what it closes over, and these may change: a global is bound
-anew, an object gets another attribute. So the key of a function has the values of all that it reads,
-functions by what they compute, and it is asked again at every step whether they are still the same.
+A rule may read names of its module, and what it closes over, and these may change: a global is
+bound anew, an object gets another attribute. So the key of a function has the values of all that it
+reads, functions by what they compute. At every step it is asked again whether they are the same.
 What cannot be looked into (an object with methods or properties) stands for itself, and a rule that
 reads one is not compiled, for nobody could tell whether it has changed.
 """

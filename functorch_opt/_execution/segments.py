@@ -26,7 +26,7 @@ from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
 BLOCK = {"cpu": 1}
-"""Tensors in a block. On a CPU calling a kernel costs nothing; elsewhere `LAUNCH` share a launch."""
+"""Tensors in a block. On a CPU a call costs nothing; elsewhere `LAUNCH` tensors share a launch."""
 LAUNCH = 32
 EXAMPLE = 131_072
 """Elements of the tensors that a block of several is traced on."""

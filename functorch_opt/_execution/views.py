@@ -34,7 +34,7 @@ class View:
         return tree.paths(tree.unflatten(self.spec, [None] * len(self.indices)))
 
     def fitting(self, given: PyTree) -> list[Any] | None:
-        """The leaves of `given`; None if it has another structure, or something that is no tensor."""
+        """The leaves of `given`; None if its structure is another, or something in it is no tensor."""
         try:
             found = self.spec.flatten_up_to(given)
         except (ValueError, TypeError):

@@ -136,7 +136,7 @@ class Walk:
         return self._other(tx, state, view)
 
     def _do(self, action: Callable[[], None], writes: bool = False) -> None:
-        """Do it now, if it writes nothing and nothing is listed that comes before it; else list it."""
+        """Do it now, if it writes nothing and nothing is listed before it; else list it."""
         if writes or self.todo:
             self.todo.append(([*self.doors], action))
         else:
@@ -201,8 +201,8 @@ class Walk:
     def _ends_pass(self, tx: Leafwise) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
 
-        It has to see changed updates; or tensors are sharded, and it has sums, or sees whole tensors
-        where a rule that waits sees parts, or the reverse.
+        It has to see changed updates. Or tensors are sharded, and it has sums, or sees whole
+        tensors where a rule that waits sees parts, or the reverse.
         """
         moving = [x.entry for x in self.waiting if x.entry.kind not in ("enter", "open")]
         if tx.looks_around and moving:
