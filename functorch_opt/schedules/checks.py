@@ -92,8 +92,8 @@ def check_boundaries(boundaries: Iterable[Any]) -> None:
 
 
 def check_schedules(*schedules: Any) -> None:
-    """Raise TypeError for anything but a function of the count, and for nothing at all."""
-    for schedule in schedules or [None]:
+    """Raise TypeError for anything but a function of the count."""
+    for schedule in schedules:
         if not callable(schedule):
             raise TypeError(
                 f"a schedule must be a function of the count; got {schedule!r}. "
