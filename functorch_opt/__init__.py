@@ -54,6 +54,8 @@ from functorch_opt.privacy.private import *
 from functorch_opt.schedules.curves import *
 from functorch_opt.schedules.cycles import *
 from functorch_opt.schedules.pieces import *
+from functorch_opt.schedules.schedule import *
+from functorch_opt.schedules.warmups import *
 from functorch_opt.sweeps.report import *
 from functorch_opt.sweeps.sweep import *
 from functorch_opt.transforms.averaging import *

@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,62 @@ def warmup_exponential(t, init_value, peak_value, warmup_steps, **decay):
     )
 
 
+def warmup_stable_decay(
+    t,
+    init_value,
+    peak_value,
+    warmup_steps,
+    stable_steps,
+    decay_steps,
+    end_value=0.0,
+    decay_type="linear",
+):
+    if t < warmup_steps:
+        return line(t, init_value, peak_value, warmup_steps)
+    t = max(t - warmup_steps - stable_steps, 0)
+    if decay_type == "cosine":
+        return half_cosine(t, peak_value, end_value, decay_steps)
+    x = min(t / decay_steps, 1)
+    x = math.sqrt(x) if decay_type == "1-sqrt" else x
+    return peak_value * (1 - x) + end_value * x
+
+
+def inverse_sqrt(t, init_value, peak_value, warmup_steps, timescale=None):
+    if t < warmup_steps:
+        return line(t, init_value, peak_value, warmup_steps)
+    s = timescale or warmup_steps
+    return peak_value / math.sqrt(1 + (t - warmup_steps) / s)
+
+
+def cyclic(
+    t,
+    init_value,
+    peak_value,
+    step_size_up=2000,
+    step_size_down=None,
+    mode="triangular",
+    gamma=1.0,
+):
+    up, down = step_size_up, step_size_down or step_size_up
+    cycle, phase = divmod(t, up + down)
+    peak = (
+        init_value
+        + (peak_value - init_value)
+        * {
+            "triangular": 1,
+            "triangular2": 2.0**-cycle,
+            "exp_range": gamma**t,
+        }[mode]
+    )
+    if phase < up:
+        return line(phase, init_value, peak, up)
+    return line(phase - up, peak, init_value, down)
+
+
+ENDLESS = cyclic, inverse_sqrt
+"""The formulas that go on after any count."""
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -172,6 +229,8 @@ class Row:
     """Builds the schedule from `hyper` and `fixed`, where that is not simply a call of the
     function.
     """
+    endless: bool = False
+    """Whether it goes on after any count."""
 
     def build(self, **hyper: Any) -> Any:
         return (self.make or getattr(fo, self.name))(
@@ -236,12 +295,37 @@ def restarts_formula(t, init_value, peak_value, second_peak, end_value, exponent
     return warmup_cosine(t - 13, end_value, second_peak, 0, 20, 0.0, exponent)
 
 
+def pair(init_value, end_value, decay_rate):
+    return fo.linear_schedule(init_value, end_value, 10), fo.exponential_decay(
+        0.8, 5, decay_rate
+    )
+
+
+def pair_formula(t, init_value, end_value, decay_rate):
+    return line(t, init_value, end_value, 10), exponential(t, 0.8, 5, decay_rate)
+
+
+def cosine(peak_value, alpha):
+    return fo.cosine_decay_schedule(peak_value, 20, alpha)
+
+
+def cosine_formula(t, peak_value, alpha):
+    return half_cosine(t, peak_value, alpha * peak_value, 20)
+
+
+def clipped_formula(t, min_value, max_value, **of_pair):
+    return min(max(pair_formula(t, **of_pair)[0], min_value), max_value)
+
+
 LINE = {"init_value": 0.1, "end_value": 0.7}
 DECAY = {"init_value": 0.8, "decay_rate": 0.6}
 JOINED = {**LINE, "decay_rate": 0.5, "peak_value": 2.0}
 STEPS = {"init_value": 0.4, "at_10": 0.5, "at_31": 3.0}
 WARM = {"init_value": 0.05, "peak_value": 0.9}
 FALL = {**WARM, "decay_rate": 0.7}
+PAIR = {**LINE, "decay_rate": 0.7}
+COSINE = {"peak_value": 0.6, "alpha": 0.1}
+BOUNDS = {"min_value": 0.23, "max_value": 0.56}
 CYCLES = {"peak_value": 0.6, "div_factor": 4.0, "final_div_factor": 10.0}
 
 ROWS = [
@@ -415,6 +499,100 @@ ROWS = [
         {**WARM, "second_peak": 0.5, "end_value": 0.02, "exponent": 1.5},
         make=restarts,
     ),
+    *(
+        Row(
+            "warmup_stable_decay_schedule",
+            warmup_stable_decay,
+            {**WARM, "end_value": end},
+            {
+                "warmup_steps": warmup,
+                "stable_steps": stable,
+                "decay_steps": decay,
+                "decay_type": kind,
+            },
+        )
+        for end, warmup, stable, decay, kind in (
+            (0.0, 8, 20, 12, "linear"),
+            (0.2, 0, 30, 7, "linear"),
+            (0.2, 5, 0, 30, "cosine"),
+            (0.01, 1, 30, 12, "1-sqrt"),
+        )
+    ),
+    Row("inverse_sqrt_schedule", inverse_sqrt, WARM, {"warmup_steps": 9}),
+    Row(
+        "inverse_sqrt_schedule",
+        inverse_sqrt,
+        {**WARM, "timescale": 4.5},
+        {"warmup_steps": 12},
+    ),
+    Row(
+        "inverse_sqrt_schedule",
+        lambda t, peak_value, timescale: inverse_sqrt(t, 0.0, peak_value, 0, timescale),
+        {"peak_value": 0.9, "timescale": 10.0},
+        make=lambda peak_value, timescale: fo.inverse_sqrt_schedule(
+            0.0, peak_value, 0, timescale
+        ),
+        endless=True,
+    ),
+    Row("cyclic_schedule", cyclic, WARM, {"step_size_up": 4}),
+    Row(
+        "cyclic_schedule",
+        cyclic,
+        WARM,
+        {"step_size_up": 3, "step_size_down": 8, "mode": "triangular2"},
+    ),
+    Row(
+        "cyclic_schedule",
+        cyclic,
+        {**WARM, "gamma": 0.95},
+        {"step_size_up": 10, "step_size_down": 1, "mode": "exp_range"},
+    ),
+    Row(
+        "add_schedules",
+        lambda t, number, **hyper: sum(pair_formula(t, **hyper)) + number,
+        {**PAIR, "number": 0.3},
+        make=lambda number, **hyper: fo.add_schedules(*pair(**hyper), number),
+    ),
+    Row(
+        "multiply_schedules",
+        lambda t, number, **hyper: math.prod(pair_formula(t, **hyper)) * number,
+        {**PAIR, "number": -1.5},
+        make=lambda number, **hyper: fo.multiply_schedules(number, *pair(**hyper)),
+    ),
+    Row(
+        "clip_schedule",
+        clipped_formula,
+        {**PAIR, **BOUNDS},
+        make=lambda min_value, max_value, **hyper: fo.clip_schedule(
+            pair(**hyper)[0], min_value, max_value
+        ),
+    ),
+    Row(
+        "clip_schedule",
+        lambda t, max_value, **hyper: min(cosine_formula(t, **hyper), max_value),
+        {**COSINE, "max_value": 0.35},
+        make=lambda max_value, **hyper: fo.clip_schedule(
+            cosine(**hyper), max_value=max_value
+        ),
+    ),
+    *(
+        Row(
+            "shift_schedule",
+            lambda t, steps, **hyper: cosine_formula(max(t - steps, 0), **hyper),
+            COSINE,
+            {"steps": steps},
+            make=lambda steps, **hyper: fo.shift_schedule(cosine(**hyper), steps),
+        )
+        for steps in (7, -7, 0)
+    ),
+    Row(
+        "repeat_schedule",
+        lambda t, steps, **hyper: cosine_formula(t % steps, **hyper),
+        COSINE,
+        {"steps": 13},
+        make=lambda steps, **hyper: fo.repeat_schedule(cosine(**hyper), steps),
+        endless=True,
+    ),
 ]
 rows = pytest.mark.parametrize(
     "row", [pytest.param(row, id=f"{row.name}-{i}") for i, row in enumerate(ROWS)]
@@ -446,11 +624,30 @@ def test_the_counts_exercise_the_formulas() -> None:
             row.formula is warmup_constant and row.fixed["warmup_steps"] == 0
         )
         assert (len(set(values)) == 1) == constant_here, row
-        assert values[-1] == values[-2] or "decay_rate" in row.hyper, row
+        assert values[-1] == values[-2] or endless(row), row
+
+
+def endless(row: Row) -> bool:
+    return row.endless or row.formula in ENDLESS or "decay_rate" in row.hyper
 
 
 def powers(row: Row) -> bool:
-    return bool({"decay_rate", "power", "exponent"} & row.hyper.keys())
+    return bool({"decay_rate", "power", "exponent", "gamma"} & row.hyper.keys())
+
+
+@rows
+def test_a_negative_count_is_a_count_of_0(row: Row) -> None:
+    schedule = row.build()
+    counts = torch.tensor([-1, -(10**6)])
+    assert torch.equal(schedule(counts), schedule(torch.zeros_like(counts)))
+
+
+@rows
+def test_far_beyond_the_end_is_the_end(row: Row) -> None:
+    schedule = row.build()
+    far = schedule(torch.tensor([10**12, 2**53]))
+    assert far.isfinite().all()
+    assert endless(row) or torch.equal(far, schedule(torch.tensor([LAST, LAST])))
 
 
 @rows
@@ -486,13 +683,18 @@ def test_compiles_in_one_graph_without_recompiling(row: Row) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    schedule = row.build()
-    compiled = torch.compile(
-        lambda count: schedule(count), fullgraph=True, backend=backend
+    schedule, of_tensors = row.build(), row.build(**tensors(row.hyper))
+    compiled, compiled_of_tensors = (
+        torch.compile(lambda count, s=s: s(count), fullgraph=True, backend=backend)
+        for s in (schedule, of_tensors)
     )
     for t in (0, 1, 5, 10, 11, LAST, 3):
         torch.testing.assert_close(compiled(torch.tensor(t)), schedule(t), rtol=0, atol=0)
     assert len(graphs) == 1
+    for t in (0, LAST):
+        values = compiled_of_tensors(torch.tensor(t)), of_tensors(t)
+        torch.testing.assert_close(*values, rtol=0, atol=0)
+    assert len(graphs) == 2
     torch.testing.assert_close(
         compiled(torch.arange(LAST)), schedule(torch.arange(LAST)), rtol=0, atol=0
     )
@@ -541,6 +743,44 @@ def test_float32_hyperparameters_give_float64_values(row: Row) -> None:
     torch.testing.assert_close(
         value, row.build()(torch.arange(LAST + 1)), rtol=1e-5, atol=1e-6
     )
+
+
+@rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrow_hyperparameters_are_rounded_once(row: Row, dtype: torch.dtype) -> None:
+    """When they are given; what is made of them is float64."""
+    narrow, counts = tensors(row.hyper, dtype), torch.arange(LAST + 1)
+    wide = {name: value.double() for name, value in narrow.items()}
+    assert torch.equal(row.build(**narrow)(counts), row.build(**wide)(counts))
+
+
+@rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_is_read_when_the_schedule_is_called(
+    row: Row, dtype: torch.dtype
+) -> None:
+    """It may be a parameter that is trained, and a step of torch.optim changes it in place."""
+    hyper, counts = tensors(row.hyper, dtype), torch.arange(LAST + 1)
+    schedule = row.build(**hyper)
+    for value in hyper.values():
+        value.mul_(0.9)
+    assert torch.equal(schedule(counts), row.build(**hyper)(counts))
+
+
+@rows
+def test_a_tensor_that_is_trained_gets_its_gradient_at_every_step(row: Row) -> None:
+    """Nothing of the graph is kept from one call to the next."""
+    hyper = {name: value.requires_grad_() for name, value in tensors(row.hyper).items()}
+    schedule = row.build(**hyper)
+    first, second = (
+        torch.autograd.grad(
+            schedule(torch.arange(LAST + 1)).sum(),
+            [*hyper.values()],
+            materialize_grads=True,
+        )
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
 
 
 @rows
@@ -634,9 +874,96 @@ def test_any_function_of_the_count_can_be_joined() -> None:
     assert schedule(torch.arange(7)).tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 7.0, 7.0]
 
 
+@pytest.mark.parametrize("peak", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_peak_of_0(peak) -> None:
+    """No quotient of values: one of 64 swept peaks may be 0."""
+    counts = torch.arange(31)
+    for schedule in (
+        fo.warmup_cosine_decay_schedule(0.0, peak, 5, 30),
+        fo.warmup_exponential_decay_schedule(0.0, peak, 5, 30, 0.5),
+        fo.warmup_stable_decay_schedule(0.0, peak, 5, 5, 20),
+        fo.inverse_sqrt_schedule(0.0, peak, 5),
+        fo.cosine_onecycle_schedule(30, peak),
+        fo.linear_onecycle_schedule(30, peak),
+        fo.cyclic_schedule(0.0, peak, 5),
+        fo.sgdr_schedule([{**CYCLE, "peak_value": peak}]),
+    ):
+        assert schedule(counts).tolist() == [0.0] * 31, schedule
+    assert fo.warmup_cosine_decay_schedule(0.1, peak, 5, 30, 0.3)(30) == 0.3
+
+
+# ---- algebra -------------------------------------------------------------------------------------
+
+
+def test_the_operators_are_the_functions() -> None:
+    a, b = fo.linear_schedule(0.0, 1.0, 10), fo.cosine_decay_schedule(2.0, 20)
+    plain, number = lambda t: 3.0 * t, torch.tensor(0.5)
+    for pairs, add, multiply in (
+        ((a, b), a + b, a * b),
+        ((a, plain), a + plain, a * plain),
+        ((plain, a), plain + a, plain * a),
+        ((a, 0.5), a + 0.5, a * 0.5),
+        ((2, a), 2 + a, 2 * a),
+        ((number, a), number + a, number * a),
+    ):
+        assert repr(add) == repr(fo.add_schedules(*pairs))
+        assert repr(multiply) == repr(fo.multiply_schedules(*pairs))
+        assert torch.equal(add(COUNTS), fo.add_schedules(*pairs)(COUNTS))
+        assert torch.equal(multiply(COUNTS), fo.multiply_schedules(*pairs)(COUNTS))
+    assert torch.equal(sum([a, b])(COUNTS), a(COUNTS) + b(COUNTS))
+
+
+COUNTS = torch.arange(25)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda f: fo.add_schedules(f), 6.0),
+        (lambda f: fo.multiply_schedules(f, f), 36.0),
+        (lambda f: fo.clip_schedule(f, max_value=5), 5.0),
+        (lambda f: fo.shift_schedule(f, 1), 4.0),
+        (lambda f: fo.repeat_schedule(f, 2), 2.0),
+        (lambda f: fo.clip_schedule(lambda count: 7, 8), 8.0),
+        (lambda f: fo.multiply_schedules(2, 3), 6.0),
+    ],
+)
+def test_algebra_of_any_function_of_the_count(make, expected: float) -> None:
+    value = make(lambda count: 2.0 * count)(torch.tensor([3, 3]))
+    assert value.tolist() == [expected] * 2
+    assert value.dtype == torch.float64
+
+
+def test_a_product_is_a_learning_rate() -> None:
+    tx = fo.sgd(0.5 * fo.linear_schedule(1.0, 0.0, 4) + 0.25)
+    params = torch.zeros(2)
+    state = tx.init(params)
+    for rate in (0.75, 0.625, 0.5, 0.375, 0.25, 0.25):
+        updates, state = tx.update(torch.ones(2), state, params)
+        assert updates.tolist() == [-rate] * 2
+
+
+def test_the_schedule_of_attention_is_all_you_need() -> None:
+    d, warmup = 512, 400
+    peak = (d * warmup) ** -0.5
+    schedule = fo.shift_schedule(fo.inverse_sqrt_schedule(0.0, peak, warmup), -1)
+    for count in (0, 5, 398, 399, 400, 9999):
+        step = count + 1
+        expected = d**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        assert schedule(count).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_warmup_stable_decay_continues_from_a_checkpoint() -> None:
+    """A longer run has the same values until the decay of the shorter one."""
+    short = fo.warmup_stable_decay_schedule(0.0, 1.0, 5, 10, 5)
+    long = fo.warmup_stable_decay_schedule(0.0, 1.0, 5, 30, 5)
+    assert torch.equal(short(COUNTS)[:16], long(COUNTS)[:16])
+    assert torch.equal(short(COUNTS)[15:21], long(COUNTS + 20)[15:21])
+
+
 # ---- against torch.optim.lr_scheduler ------------------------------------------------------------
 
-LR, N = 0.4, 60
+LR, N = 0.4, 200
 torch_lr = torch.optim.lr_scheduler
 
 TORCH = {
@@ -671,7 +998,7 @@ TORCH = {
                     "decay_steps": n,
                     "end_value": 0.1,
                 }
-                for n in (10, 20, 40)
+                for n in (10, 20, 40, 80, 160)
             ]
         ),
         N,
@@ -695,15 +1022,63 @@ TORCH = {
     # at pct_start * total_steps - 1
     "OneCycleLR-cosine": (
         lambda o: torch_lr.OneCycleLR(o, LR, total_steps=N, pct_start=0.3),
-        fo.cosine_onecycle_schedule(N - 1, LR, pct_start=17.5 / (N - 1)),
+        fo.cosine_onecycle_schedule(N - 1, LR, pct_start=59.5 / (N - 1)),
         N - 1,
     ),
+    "OneCycleLR-linear": (
+        lambda o: torch_lr.OneCycleLR(
+            o, LR, total_steps=N, pct_start=0.3, anneal_strategy="linear"
+        ),
+        fo.piecewise_interpolate_schedule(
+            "linear", LR / 25, {59: 25.0, N - 1: 1 / (25 * 1e4)}
+        ),
+        N - 1,
+    ),
+    "OneCycleLR-three_phase": (
+        lambda o: torch_lr.OneCycleLR(
+            o, LR, total_steps=N, pct_start=0.3, three_phase=True
+        ),
+        fo.piecewise_interpolate_schedule(
+            "cosine", LR / 25, {59: 25.0, 118: 1 / 25, N - 1: 1e-4}
+        ),
+        N - 1,
+    ),
+    "CosineAnnealingLR-beyond": (
+        lambda o: torch_lr.CosineAnnealingLR(o, 30, eta_min=0.1),
+        fo.repeat_schedule(
+            fo.piecewise_interpolate_schedule("cosine", LR, {30: 0.1 / LR, 60: LR / 0.1}),
+            60,
+        ),
+        N,
+    ),
+    "CosineAnnealingWarmRestarts-endless": (
+        lambda o: torch_lr.CosineAnnealingWarmRestarts(o, 13, eta_min=0.1),
+        fo.repeat_schedule(fo.cosine_decay_schedule(LR, 13, 0.1 / LR), 13),
+        N,
+    ),
+    **{
+        f"CyclicLR-{mode}": (
+            lambda o, mode=mode, down=down: torch_lr.CyclicLR(
+                o, 0.1, LR, 12, down, mode, gamma=0.98, cycle_momentum=False
+            ),
+            fo.cyclic_schedule(0.1, LR, 12, down, mode, gamma=0.98),
+            N,
+        )
+        for mode, down in (
+            ("triangular", None),
+            ("triangular2", 21),
+            ("exp_range", 5),
+        )
+    },
 }
 
 
-@pytest.mark.parametrize("name", TORCH)
-def test_equals_torch(name: str) -> None:
-    make, schedule, last = TORCH[name]
+PAGE = Path(__file__).parents[1] / "docs" / "migrate.md"
+PAIRS = re.findall(r"^\| `(\w+\(.*\))` \| `(.*)` \|$", PAGE.read_text(), re.MULTILINE)
+"""The table of schedulers: torch's call, and the schedule."""
+
+
+def assert_equals_torch(make, schedule, last: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     scheduler = make(optimizer)
     seen = []
@@ -713,7 +1088,30 @@ def test_equals_torch(name: str) -> None:
         optimizer.step()
         if t < last:
             scheduler.step()
-    assert len(set(seen)) > 2
+    assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_torch(name: str) -> None:
+    assert_equals_torch(*TORCH[name])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=[t[:40] for t, _ in PAIRS])
+def test_the_pairs_of_the_page_are_equal(theirs: str, ours: str) -> None:
+    names = {"lr": LR, "f": lambda t: 1 / (1 + t)}
+    assert_equals_torch(
+        lambda opt: eval(theirs, {**vars(torch_lr), **names, "opt": opt}),
+        eval(ours, {"fo": fo, **names}),
+        N - 1,
+    )
+
+
+def test_every_scheduler_of_torch_has_a_counterpart() -> None:
+    """`ReduceLROnPlateau` reads the loss, so it is no function of the count."""
+    others = {"LRScheduler", "ReduceLROnPlateau"}
+    assert {theirs.partition("(")[0] for theirs, _ in PAIRS} == (
+        set(torch_lr.__all__) - others
+    )
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -857,8 +1255,8 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         "peak_value must be a finite number",
     ),
     (
-        lambda: fo.warmup_cosine_decay_schedule(0.0, 0.0, 10, 50),
-        "peak_value must be greater than 0",
+        lambda: fo.warmup_cosine_decay_schedule(0.0, -0.1, 10, 50),
+        "peak_value must be 0 or greater",
     ),
     (
         lambda: fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, NAN),
@@ -926,6 +1324,86 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: fo.sgdr_schedule([CYCLE, {**CYCLE, "peak_value": NAN}]),
         "peak_value must be a finite number",
     ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, 1.0, 5, 5, 0),
+        "decay_steps must be a whole number of updates, at least 1; got 0",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, 1.0, 5, -1, 5),
+        "stable_steps must be a whole number of updates, at least 0; got -1",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, 1.0, 2.5, 5, 5),
+        "warmup_steps must be a whole number",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(NAN, 1.0, 5, 5, 5),
+        "init_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, INF, 5, 5, 5),
+        "peak_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, 1.0, 5, 5, 5, NAN),
+        "end_value must be a finite number",
+    ),
+    (
+        lambda: fo.warmup_stable_decay_schedule(0.0, 1.0, 5, 5, 5, decay_type="sqrt"),
+        r"decay_type must be one of \['linear', 'cosine', '1-sqrt'\]; got 'sqrt'",
+    ),
+    (
+        lambda: fo.inverse_sqrt_schedule(0.0, 1.0, 0),
+        "without a warmup, inverse_sqrt_schedule must be given a timescale",
+    ),
+    (
+        lambda: fo.inverse_sqrt_schedule(0.0, 1.0, 5, 0.0),
+        r"timescale must be greater than 0; got 0\.0",
+    ),
+    (
+        lambda: fo.inverse_sqrt_schedule(0.0, 1.0, -5),
+        "warmup_steps .* at least 0; got -5",
+    ),
+    (lambda: fo.inverse_sqrt_schedule(0.0, NAN, 5), "peak_value must be a finite number"),
+    (
+        lambda: fo.cyclic_schedule(0.1, 0.4, 0),
+        "step_size_up must be a whole number of updates, at least 1; got 0",
+    ),
+    (lambda: fo.cyclic_schedule(0.1, 0.4, 5, 0), "step_size_down .* at least 1; got 0"),
+    (
+        lambda: fo.cyclic_schedule(0.1, 0.4, 5, mode="triangle"),
+        r"mode must be one of \['triangular', 'triangular2', 'exp_range'\]; got 'triangle'",
+    ),
+    (
+        lambda: fo.cyclic_schedule(0.1, 0.4, 5, mode="exp_range", gamma=0.0),
+        "gamma must be greater than 0",
+    ),
+    (lambda: fo.cyclic_schedule(NAN, 0.4), "init_value must be a finite number"),
+    (lambda: fo.cyclic_schedule(0.1, INF), "peak_value must be a finite number"),
+    (
+        lambda: fo.constant_schedule(1.0) + NAN,
+        "a number beside schedules must be a finite number .* got nan",
+    ),
+    (
+        lambda: fo.clip_schedule(fo.constant_schedule(1.0)),
+        "give min_value, max_value or both; got neither",
+    ),
+    (
+        lambda: fo.clip_schedule(fo.constant_schedule(1.0), 0.5, 0.1),
+        r"min_value must not be greater than max_value; got 0\.5 and 0\.1",
+    ),
+    (
+        lambda: fo.clip_schedule(fo.constant_schedule(1.0), NAN),
+        "min_value must be a finite number",
+    ),
+    (
+        lambda: fo.shift_schedule(fo.constant_schedule(1.0), 2.5),
+        r"steps must be a whole number of updates; got 2\.5",
+    ),
+    (
+        lambda: fo.repeat_schedule(fo.constant_schedule(1.0), 0),
+        "steps must be a whole number of updates, at least 1; got 0",
+    ),
     # what multiplies a value must not turn its sign
     (
         lambda: fo.piecewise_constant_schedule(1.0, {3: -2.0}),
@@ -964,6 +1442,25 @@ def test_refused_when_made(make: Callable[[], Any], match: str) -> None:
         make()
 
 
-def test_joining_what_is_no_function_is_refused() -> None:
-    with pytest.raises(TypeError, match="For a number use constant_schedule"):
-        fo.join_schedules([0.1, 0.2], [10])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.join_schedules([0.1, 0.2], [10]),
+        lambda: fo.clip_schedule(0.1, 0.0, 1.0),
+        lambda: fo.shift_schedule(0.1, 5),
+        lambda: fo.repeat_schedule(0.1, 5),
+        lambda: fo.constant_schedule(1.0) + "0.1",
+        lambda: None * fo.constant_schedule(1.0),
+    ],
+)
+def test_what_is_no_function_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(
+        TypeError, match=r"function of the count; .*use constant_schedule"
+    ):
+        make()
+
+
+def test_a_sum_of_nothing_is_refused() -> None:
+    for function in (fo.add_schedules, fo.multiply_schedules):
+        with pytest.raises(TypeError, match="at least one schedule is needed; got none"):
+            function()

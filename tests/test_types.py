@@ -57,7 +57,7 @@ step = fo.compiled_step(tx, donate=False)
 value: Tensor = fo.cosine_decay_schedule(0.1, 100)(3)
 joined = fo.join_schedules([fo.constant_schedule(0.1), lambda count: 0.1], [10])
 value = joined(torch.tensor(3))
-hyper: fo.ScalarOrSchedule = joined
+hyper: fo.ScalarOrSchedule = 0.5 * joined + 0.1
 length: Tensor = fo.tree.norm(params) + fo.tree.zeros_like(params["weight"]).sum()
 paths: list[str] = fo.tree.paths(params)
 noise: Tensor = fo.random.normal(fo.random.key(0), (3,))

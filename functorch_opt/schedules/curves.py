@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,13 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.transformation import Scalar
-from functorch_opt.schedules.schedule import (
+from functorch_opt.schedules.checks import (
     check_finite,
     check_not_negative,
     check_positive,
     check_steps,
-    makes_schedule,
-    since,
-    to_power,
 )
+from functorch_opt.schedules.schedule import half_cosine, makes_schedule, since, to_power
 
 __all__ = [
     "constant_schedule",
@@ -188,7 +185,7 @@ def cosine_decay_schedule(
     check_steps(1, decay_steps=decay_steps)
 
     def value(t: Tensor) -> Any:
-        cosine = 0.5 * (1 + torch.cos(math.pi * t.clamp(0, decay_steps) / decay_steps))
-        return init_value * (1 - alpha) * to_power(cosine, exponent) + init_value * alpha
+        left = half_cosine(t, decay_steps, exponent)
+        return init_value * (1 - alpha) * left + init_value * alpha
 
     return value

@@ -1,151 +1,32 @@
-"""Ready-made schedules that rise and fall: a warmup and what follows it, one cycle, restarts."""
+"""Ready-made schedules that rise and fall: one cycle, or many."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from functorch_opt._core.transformation import Scalar
-from functorch_opt.schedules.curves import (
-    constant_schedule,
-    cosine_decay_schedule,
-    exponential_decay,
-    linear_schedule,
-)
-from functorch_opt.schedules.pieces import join_schedules, piecewise_interpolate_schedule
-from functorch_opt.schedules.schedule import (
-    Schedule,
+from functorch_opt.schedules.checks import (
     check_boundaries,
     check_finite,
     check_fraction,
-    check_not_negative,
     check_positive,
     check_steps,
-    makes_schedule,
 )
+from functorch_opt.schedules.pieces import join_schedules, piecewise_interpolate_schedule
+from functorch_opt.schedules.schedule import makes_schedule
+from functorch_opt.schedules.warmups import warmup_cosine_decay_schedule
 
 __all__ = [
     "cosine_onecycle_schedule",
+    "cyclic_schedule",
     "linear_onecycle_schedule",
     "sgdr_schedule",
-    "warmup_constant_schedule",
-    "warmup_cosine_decay_schedule",
-    "warmup_exponential_decay_schedule",
 ]
-
-
-# ---- a warmup and what follows -------------------------------------------------------------------
-
-
-def _after_warmup(
-    init_value: Scalar, peak_value: Scalar, warmup_steps: int, then: Schedule
-) -> Schedule:
-    """A line from `init_value` to `peak_value`, then another schedule.
-
-    Without warmup steps it is that schedule from the start.
-    """
-    check_steps(0, warmup_steps=warmup_steps)
-    check_finite(init_value=init_value, peak_value=peak_value)
-    if warmup_steps == 0:
-        return then
-    line = linear_schedule(init_value, peak_value, warmup_steps)
-    return join_schedules([line, then], [warmup_steps])
-
-
-@makes_schedule
-def warmup_constant_schedule(
-    init_value: Scalar, peak_value: Scalar, warmup_steps: int
-) -> Callable[[Tensor], Any]:
-    """A line from `init_value` to `peak_value` over `warmup_steps` updates, then constant.
-
-    With 0 steps it is `peak_value` from the start.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.warmup_constant_schedule(0.0, 1.0, 10)(20)
-        tensor(1., dtype=torch.float64)
-    """
-    check_finite(init_value=init_value, peak_value=peak_value)
-    return _after_warmup(
-        init_value, peak_value, warmup_steps, constant_schedule(peak_value)
-    )
-
-
-@makes_schedule
-def warmup_cosine_decay_schedule(
-    init_value: Scalar,
-    peak_value: Scalar,
-    warmup_steps: int,
-    decay_steps: int,
-    end_value: Scalar = 0.0,
-    exponent: Scalar = 1.0,
-) -> Callable[[Tensor], Any]:
-    """A line up to `peak_value`, then `cosine_decay_schedule` down to `end_value`.
-
-    Args:
-        init_value: first value.
-        peak_value: value after the warmup, greater than 0.
-        warmup_steps: updates of the warmup.
-        decay_steps: updates of the **whole** schedule, the warmup included (as in optax).
-        end_value: last value, 0 or greater.
-        exponent: of the cosine factor, greater than 0.
-
-    Raises:
-        ValueError: `decay_steps` not greater than `warmup_steps`, a negative last value, or a
-            value that is not finite.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> schedule = fo.warmup_cosine_decay_schedule(0.0, 1.0, 10, 110)
-        >>> [round(schedule(count).item(), 3) for count in (0, 5, 10, 60, 110)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    check_finite(init_value=init_value)
-    check_positive(peak_value=peak_value)
-    check_not_negative(end_value=end_value)
-    check_steps(0, warmup_steps=warmup_steps)
-    check_steps(1, decay_steps=decay_steps)
-    if decay_steps <= warmup_steps:
-        raise ValueError(
-            "decay_steps counts the warmup too, so it must be greater than warmup_steps; "
-            f"got {decay_steps} and {warmup_steps}."
-        )
-    falls = decay_steps - warmup_steps
-    cosine = cosine_decay_schedule(peak_value, falls, end_value / peak_value, exponent)
-    return _after_warmup(init_value, peak_value, warmup_steps, cosine)
-
-
-@makes_schedule
-def warmup_exponential_decay_schedule(
-    init_value: Scalar,
-    peak_value: Scalar,
-    warmup_steps: int,
-    transition_steps: int,
-    decay_rate: Scalar,
-    transition_begin: int = 0,
-    staircase: bool = False,
-    end_value: Scalar | None = None,
-) -> Callable[[Tensor], Any]:
-    """A line up to `peak_value` over `warmup_steps` updates, then `exponential_decay`.
-
-    The other arguments are those of `exponential_decay`.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.warmup_exponential_decay_schedule(0.0, 1.0, 10, 5, 0.5)(15)
-        tensor(0.5000, dtype=torch.float64)
-    """
-    check_finite(init_value=init_value, peak_value=peak_value)
-    decay = exponential_decay(
-        peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value
-    )
-    return _after_warmup(init_value, peak_value, warmup_steps, decay)
-
-
-# ---- cycles --------------------------------------------------------------------------------------
 
 
 @makes_schedule
@@ -254,3 +135,61 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Callable[[Tenso
     schedules = [warmup_cosine_decay_schedule(**kwargs) for kwargs in cycles]
     ends = list(itertools.accumulate(kwargs["decay_steps"] for kwargs in cycles))
     return join_schedules(schedules, ends[:-1])
+
+
+@makes_schedule
+def cyclic_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+    gamma: Scalar = 1.0,
+) -> Callable[[Tensor], Any]:
+    """Up and down along two lines, again and again, as torch's ``CyclicLR``.
+
+    The value is ``init + (peak - init) triangle(t) scale(t)``. The triangle goes from 0 to 1 and
+    back. In the mode "triangular" the scale is 1, in "triangular2" it is halved after every cycle,
+    and in "exp_range" it is ``gamma^t``.
+
+    For another scale, write ``init_value + scale * cyclic_schedule(0.0, peak_value - init_value)``.
+
+    Args:
+        init_value: value at both ends of a cycle, torch's ``base_lr``.
+        peak_value: value at the peak of the first cycle, torch's ``max_lr``.
+        step_size_up: updates from the start of a cycle to its peak, at least 1.
+        step_size_down: updates back, at least 1. The default is `step_size_up`.
+        mode: "triangular", "triangular2" or "exp_range".
+        gamma: factor of each update in the mode "exp_range", greater than 0.
+
+    Raises:
+        ValueError: an unknown mode, no steps up or down, or a value that is not finite.
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, sec. 3.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> schedule = fo.cyclic_schedule(0.0, 1.0, 10, mode="triangular2")
+        >>> [schedule(count).item() for count in (0, 5, 10, 20, 30, 50)]
+        [0.0, 0.5, 1.0, 0.0, 0.5, 0.25]
+    """
+    up, down = step_size_up, step_size_up if step_size_down is None else step_size_down
+    check_finite(init_value=init_value, peak_value=peak_value)
+    check_positive(gamma=gamma)
+    check_steps(1, step_size_up=up, step_size_down=down)
+    modes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "triangular": lambda x, t: x,
+        "triangular2": lambda x, t: x * 0.5 ** (t / (up + down)).floor(),
+        "exp_range": lambda x, t: x * torch.as_tensor(gamma, dtype=t.dtype) ** t,
+    }
+    if mode not in modes:
+        raise ValueError(f"mode must be one of {[*modes]}; got {mode!r}.")
+    scaled = modes[mode]
+
+    def value(t: Tensor) -> Any:
+        t = t.clamp(min=0)
+        phase = t % (up + down)
+        triangle = torch.minimum(phase / up, (up + down - phase) / down)
+        return init_value + (peak_value - init_value) * scaled(triangle, t)
+
+    return value

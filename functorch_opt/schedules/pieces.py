@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.transformation import Scalar
-from functorch_opt.schedules.schedule import (
+from functorch_opt.schedules.checks import (
     check_boundaries,
     check_finite,
     check_not_negative,
-    makes_schedule,
-    since,
+    check_schedules,
 )
+from functorch_opt.schedules.schedule import makes_schedule, since
 
 __all__ = [
     "join_schedules",
@@ -55,12 +55,7 @@ def join_schedules(
             "join_schedules needs one boundary fewer than schedules; "
             f"got {len(schedules)} schedules and {len(boundaries)} boundaries."
         )
-    for schedule in schedules:
-        if not callable(schedule):
-            raise TypeError(
-                f"join_schedules takes functions of the count; got {schedule!r}. "
-                "For a number use constant_schedule."
-            )
+    check_schedules(*schedules)
     check_boundaries(boundaries)
     pieces = list(zip([0, *boundaries], [*boundaries, None], schedules, strict=True))
 
@@ -79,7 +74,8 @@ def _scales(
     init_value: Scalar, boundaries_and_scales: Mapping[int, Scalar] | None
 ) -> dict[int, Scalar]:
     """The scales in the order of their boundaries, checked."""
-    scales = dict(sorted((boundaries_and_scales or {}).items()))
+    given = boundaries_and_scales or {}
+    scales = {boundary: given[boundary] for boundary in sorted(given)}
     check_finite(init_value=init_value)
     check_not_negative(
         **{f"the scale at {boundary}": scale for boundary, scale in scales.items()}

@@ -1,20 +1,19 @@
-"""What a schedule is, and the checks of its arguments, which run when the schedule is made.
+"""What a schedule is, and the algebra of schedules.
 
     schedule(count) -> value        count: int, or int tensor (0-dim, or one entry per leaf)
                                     value: float64 tensor of that shape
 
 ``count`` is how many updates were made before this one: the first value used is ``schedule(0)``.
 Any callable of this form can be used as a schedule. The schedules here have the names and arguments
-that they have in optax. What torch calls step decay is `exponential_decay` with ``staircase=True``.
-
-A value may be of either sign. A factor of values, or a fraction of one, may not be negative,
-because it would turn a descent into an ascent.
+that they have in optax, and a negative count is to them a count of 0. What torch calls step decay
+is `exponential_decay` with ``staircase=True``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
@@ -22,7 +21,21 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.transformation import Expression, Scalar
+from functorch_opt._core.transformation import Expression, Scalar, ScalarOrSchedule
+from functorch_opt.schedules.checks import (
+    check_bounds,
+    check_schedules,
+    check_steps,
+    check_terms,
+)
+
+__all__ = [
+    "add_schedules",
+    "clip_schedule",
+    "multiply_schedules",
+    "repeat_schedule",
+    "shift_schedule",
+]
 
 
 class Schedule(Expression):
@@ -41,6 +54,18 @@ class Schedule(Expression):
         )
         return value if is_like_t else torch.zeros_like(t) + value
 
+    def __add__(self, other: ScalarOrSchedule) -> Schedule:
+        return add_schedules(self, other)
+
+    def __radd__(self, other: ScalarOrSchedule) -> Schedule:
+        return add_schedules(other, self)
+
+    def __mul__(self, other: ScalarOrSchedule) -> Schedule:
+        return multiply_schedules(self, other)
+
+    def __rmul__(self, other: ScalarOrSchedule) -> Schedule:
+        return multiply_schedules(other, self)
+
 
 P = ParamSpec("P")
 
@@ -57,11 +82,35 @@ def makes_schedule(
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Schedule:
         own_args: Any = [_own(value) for value in args]
         own_kwargs: Any = {name: _own(value) for name, value in kwargs.items()}
-        schedule = Schedule(factory(*own_args, **own_kwargs))
+        value = factory(*own_args, **own_kwargs)
+        if any(isinstance(x, Tensor) for x in [*own_args, *own_kwargs.values()]):
+            value = _of_tensors(factory, own_args, own_kwargs)
+        schedule = Schedule(value)
         schedule.call = (wrapper, tuple(own_args), own_kwargs)
         return schedule
 
     return wrapper
+
+
+def _of_tensors(
+    factory: Callable[..., Callable[[Tensor], Any]],
+    args: list[Any],
+    kwargs: dict[str, Any],
+) -> Callable[[Tensor], Any]:
+    """The function of the count, made anew for each count from tensors of the count's dtype.
+
+    A tensor may be trained, so what counts is its value when the schedule is called, and not when
+    it is made. In bfloat16 the difference of two tensors would be rounded to bfloat16.
+    """
+
+    def widen(x: Any, t: Tensor) -> Any:
+        return x.to(t.dtype) if isinstance(x, Tensor) else x
+
+    def value(t: Tensor) -> Any:
+        wide = {name: widen(x, t) for name, x in kwargs.items()}
+        return factory(*[widen(x, t) for x in args], **wide)(t)
+
+    return value
 
 
 def _own(value: Any) -> Any:
@@ -77,73 +126,147 @@ def _own(value: Any) -> Any:
     return value
 
 
-# ---- checks: tensors are not looked into ---------------------------------------------------------
+# ---- algebra -------------------------------------------------------------------------------------
 
 
-def check_steps(least: int, **steps: int) -> None:
-    """Raise ValueError for anything but a whole number of at least `least`."""
-    for name, value in steps.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"{name} must be a whole number of updates, at least {least}; got {value!r}."
-            )
+@makes_schedule
+def add_schedules(*schedules: ScalarOrSchedule) -> Callable[[Tensor], Any]:
+    """The sum ``a(t) + b(t) + ...``, also written ``a + b`` if one of the two is from here.
+
+    Args:
+        schedules: functions of the count, and numbers or 0-dim tensors; at least one.
+
+    Raises:
+        TypeError: there is none, or one is neither a function nor a number.
+        ValueError: a number is not finite.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> schedule = fo.linear_schedule(0.0, 1.0, 10) + 0.25
+        >>> schedule
+        add_schedules(linear_schedule(0.0, 1.0, 10), 0.25)
+        >>> schedule(5)
+        tensor(0.7500, dtype=torch.float64)
+    """
+    check_terms(*schedules)
+    return lambda t: functools.reduce(operator.add, [at(a, t) for a in schedules])
 
 
-def check_finite(**values: Scalar | None) -> None:
-    """Raise ValueError for anything but a finite number, a tensor or None."""
-    for name, value in values.items():
-        if value is None or isinstance(value, Tensor):
-            continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(
-                f"{name} must be a finite number or a 0-dim tensor; got {value!r}."
-            )
+@makes_schedule
+def multiply_schedules(*schedules: ScalarOrSchedule) -> Callable[[Tensor], Any]:
+    """The product ``a(t) * b(t) * ...``, also written ``a * b`` if one of the two is from here.
+
+    Arguments and errors are those of `add_schedules`. A factor may be negative:
+    ``scale_by_schedule(-1.0 * learning_rate)`` descends.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> cosine = fo.cosine_decay_schedule(1.0, 100)
+        >>> schedule = fo.multiply_schedules(0.5, lambda t: t / 100, cosine)
+        >>> schedule(50)
+        tensor(0.1250, dtype=torch.float64)
+    """
+    check_terms(*schedules)
+    return lambda t: functools.reduce(operator.mul, [at(a, t) for a in schedules])
 
 
-def check_positive(**values: Scalar) -> None:
-    """Raise ValueError for a number that is not finite, or not greater than 0."""
-    check_finite(**values)
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and value <= 0:
-            raise ValueError(f"{name} must be greater than 0; got {value!r}.")
+@makes_schedule
+def clip_schedule(
+    schedule: Callable[[Tensor], Any],
+    min_value: Scalar | None = None,
+    max_value: Scalar | None = None,
+) -> Callable[[Tensor], Any]:
+    """``min(max(schedule(t), min_value), max_value)``; a bound that is None is left out.
 
+    Args:
+        schedule: a function of the count.
+        min_value: the value is at least this.
+        max_value: the value is at most this.
 
-def check_not_negative(**values: Scalar) -> None:
-    """Raise ValueError for a number that is not finite, or less than 0."""
-    check_finite(**values)
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and value < 0:
-            raise ValueError(
-                f"{name} must be 0 or greater, for it must not turn the sign; got {value!r}."
-            )
+    Raises:
+        TypeError: `schedule` is not a function.
+        ValueError: there is no bound, a bound is not finite, or the bounds are out of order.
 
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.clip_schedule(fo.linear_schedule(0.0, 1.0, 10), 0.25, 0.75)(9)
+        tensor(0.7500, dtype=torch.float64)
+    """
+    check_schedules(schedule)
+    check_bounds(min_value, max_value)
 
-def check_fraction(**fractions: float) -> None:
-    """Raise ValueError for anything but a number between 0 and 1, both excluded."""
-    for name, value in fractions.items():
-        if not (isinstance(value, (int, float)) and 0 < value < 1):
-            raise ValueError(f"{name} must be between 0 and 1; got {value!r}.")
-
-
-def check_boundaries(boundaries: Iterable[Any]) -> None:
-    """Raise ValueError for anything but increasing whole numbers of at least 1."""
-    previous = 0
-    for boundary in boundaries:
-        if (
-            isinstance(boundary, bool)
-            or not isinstance(boundary, int)
-            or boundary <= previous
+    def value(t: Tensor) -> Any:
+        result = Schedule(schedule)(t)
+        for larger_or_smaller, bound in (
+            (torch.maximum, min_value),
+            (torch.minimum, max_value),
         ):
-            raise ValueError(
-                "boundaries must be increasing whole numbers, at least 1; "
-                f"got {boundary!r} after {previous}."
-            )
-        previous = boundary
+            if bound is not None:
+                result = larger_or_smaller(result, torch.as_tensor(bound, dtype=t.dtype))
+        return result
+
+    return value
+
+
+@makes_schedule
+def shift_schedule(
+    schedule: Callable[[Tensor], Any], steps: int
+) -> Callable[[Tensor], Any]:
+    """``schedule(max(t - steps, 0))``: the same schedule, `steps` updates later.
+
+    Args:
+        schedule: a function of the count.
+        steps: a number of updates. Until then the value is the first one. If it is negative, the
+            schedule begins that many updates earlier, and so in its midst.
+
+    Raises:
+        TypeError: `schedule` is not a function.
+        ValueError: `steps` is not a whole number.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> line = fo.linear_schedule(0.0, 1.0, 10)
+        >>> fo.shift_schedule(line, 5)(7), fo.shift_schedule(line, -5)(0)
+        (tensor(0.2000, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+    """
+    check_schedules(schedule)
+    check_steps(None, steps=steps)
+    return lambda t: schedule(since(t, steps).clamp(min=max(-steps, 0)))
+
+
+@makes_schedule
+def repeat_schedule(
+    schedule: Callable[[Tensor], Any], steps: int
+) -> Callable[[Tensor], Any]:
+    """``schedule(t mod steps)``: the first `steps` updates of a schedule, again and again.
+
+    Args:
+        schedule: a function of the count.
+        steps: updates of one round, at least 1.
+
+    Raises:
+        TypeError: `schedule` is not a function.
+        ValueError: there are no steps.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> warm_restarts = fo.repeat_schedule(fo.cosine_decay_schedule(1.0, 10), 10)
+        >>> [round(warm_restarts(count).item(), 3) for count in (0, 5, 10, 1_000_005)]
+        [1.0, 0.5, 1.0, 0.5]
+    """
+    check_schedules(schedule)
+    check_steps(1, steps=steps)
+    return lambda t: schedule(t.clamp(min=0) % steps)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 # Operations that would change nothing are left out, because an operation on one number takes as
 # long as one on a small parameter.
+
+
+def at(schedule: ScalarOrSchedule, t: Tensor) -> Any:
+    """The value at a count, of a schedule or of a number."""
+    return schedule(t) if callable(schedule) else schedule
 
 
 def since(t: Tensor, begin: int) -> Tensor:
@@ -154,3 +277,9 @@ def since(t: Tensor, begin: int) -> Tensor:
 def to_power(x: Tensor, exponent: Scalar) -> Tensor:
     """``x**exponent``."""
     return x if isinstance(exponent, (int, float)) and exponent == 1 else x**exponent
+
+
+def half_cosine(t: Tensor, steps: int, exponent: Scalar = 1) -> Tensor:
+    """From 1 to 0: ``((1 + cos(pi t/T)) / 2)^exponent``."""
+    cosine = 0.5 * (1 + torch.cos(math.pi * t.clamp(0, steps) / steps))
+    return to_power(cosine, exponent)
