@@ -57,6 +57,7 @@ from functorch_opt.schedules.pieces import *
 from functorch_opt.sweeps.report import *
 from functorch_opt.sweeps.sweep import *
 from functorch_opt.transforms.averaging import *
+from functorch_opt.transforms.cautious import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.constrain import *
 from functorch_opt.transforms.decay import *

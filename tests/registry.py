@@ -563,6 +563,25 @@ ROWS = [
         written=False,
     ),
     Row(
+        "cautious",
+        lambda learning_rate, **options: fo.cautious(
+            fo.sgd(learning_rate, momentum=0.9), **options
+        ),
+        LR,
+        ({}, {"flip_sign": False}),
+        written=False,
+    ),
+    Row(
+        "gradient_signs",
+        lambda learning_rate, **options: fo.gradient_signs(
+            fo.sgd(learning_rate, momentum=0.9), **options
+        ),
+        LR,
+        ({}, {"flip_sign": False}),
+        smooth=False,
+        written=False,
+    ),
+    Row(
         "lookahead",
         lambda learning_rate, **options: fo.lookahead(
             fo.adam(learning_rate), 2, **{"slow_step_size": 0.5, **options}

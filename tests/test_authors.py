@@ -239,3 +239,61 @@ def test_nadamw_is_torchs_nadam_with_decoupled_decay(momentum_decay: float) -> N
     ours = train(fo.nadamw(0.01, **options))
     # torch multiplies the decays of the momentum in float32.
     assert_same(ours, {name: p.detach() for name, p in theirs.items()}, 1e-8)
+
+
+# ---- cautious AdamW and Grams, with the decay outside of the mask --------------------------------------------------------------
+
+
+def plain_adam(b1: float, b2: float, eps: float) -> Callable:
+    """Adam's update of one tensor: ``(t, g) -> u``."""
+    m, v = torch.tensor(0.0), torch.tensor(0.0)
+
+    def step(t: int, g: Tensor) -> Tensor:
+        nonlocal m, v
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        return m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
+
+    return step
+
+
+def plain_cautious(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            u = adam(t, g)
+            mask = (u * g > 0).double()
+            u = u * mask / max(mask.mean().item(), 1e-3)
+            return (1 - lr * wd) * p - lr * u
+
+        return step
+
+    return make
+
+
+OPTIONS_OF_ADAMW = [
+    (0.1, 0.9, 0.999, 1e-8, 0.0),
+    (0.05, 0.5, 0.9, 1e-2, 0.1),
+    (0.01, 0.99, 0.7, 1e-6, 0.02),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_cautious_adamw_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.chain(
+        fo.cautious(fo.scale_by_adam(b1, b2, eps), flip_sign=False),
+        fo.add_decayed_weights(wd),
+        fo.scale_by_learning_rate(lr),
+    )
+    assert_same(train(ours), train_plainly(plain_cautious(*options)))
+
+
+def test_flip_sign_says_where_the_learning_rate_is() -> None:
+    for wrapper in (fo.cautious, fo.gradient_signs):
+        inside = wrapper(fo.adam(0.1))
+        outside = fo.chain(
+            wrapper(fo.scale_by_adam(), flip_sign=False), fo.scale_by_learning_rate(0.1)
+        )
+        assert_same(train(inside), train(outside))

@@ -900,6 +900,7 @@ DIVERGENCES = {
         ("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
         "see test_optax_line_search.py",
     ),
+    **dict.fromkeys(("cautious", "gradient_signs"), "optax has none"),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
