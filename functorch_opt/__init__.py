@@ -35,6 +35,7 @@ from functorch_opt.optimizers.ademamix import *
 from functorch_opt.optimizers.adopt import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
+from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
 from functorch_opt.optimizers.lion import *

@@ -644,6 +644,13 @@ ROWS = [
     ),
     Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(
+        "grams",
+        fo.grams,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+        smooth=False,
+    ),
+    Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
         variants=({}, {"linesearch": None, **LR}),

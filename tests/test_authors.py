@@ -297,3 +297,22 @@ def test_flip_sign_says_where_the_learning_rate_is() -> None:
             wrapper(fo.scale_by_adam(), flip_sign=False), fo.scale_by_learning_rate(0.1)
         )
         assert_same(train(inside), train(outside))
+
+
+def plain_grams(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            return (1 - lr * wd) * p - lr * torch.sign(g) * adam(t, g).abs()
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_grams_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.grams(lr, b1, b2, eps, weight_decay=wd)
+    assert_same(train(ours), train_plainly(plain_grams(*options)))

@@ -901,6 +901,7 @@ DIVERGENCES = {
         "see test_optax_line_search.py",
     ),
     **dict.fromkeys(("cautious", "gradient_signs"), "optax has none"),
+    "grams": "optax has none",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
