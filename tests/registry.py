@@ -243,6 +243,12 @@ ROWS = [
         ({}, {"gamma": 0.0}),
         keyed=True,
     ),
+    Row(
+        "cautious_weight_decay",
+        fo.cautious_weight_decay,
+        {"weight_decay": 0.1},
+        ({}, {"mask": matrices}, {"weight_decay": decay_schedule}),
+    ),
     Row("centralize", fo.centralize, reads_shape=True),
     Row(
         "chain",

@@ -316,3 +316,30 @@ def test_grams_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
     ours = fo.grams(lr, b1, b2, eps, weight_decay=wd)
     assert_same(train(ours), train_plainly(plain_grams(*options)))
+
+
+# ---- cautious weight decay ------------------------------------------------------------------------------------------------------
+
+
+def plain_cautious_decay(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            u = adam(t, g)
+            return p - lr * (u + wd * p * (u * p >= 0).double())
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_cautious_weight_decay_is_that_of_the_paper(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.chain(
+        fo.scale_by_adam(b1, b2, eps),
+        fo.cautious_weight_decay(wd),
+        fo.scale_by_learning_rate(lr),
+    )
+    assert_same(train(ours), train_plainly(plain_cautious_decay(*options)))

@@ -902,6 +902,7 @@ DIVERGENCES = {
     ),
     **dict.fromkeys(("cautious", "gradient_signs"), "optax has none"),
     "grams": "optax has none",
+    "cautious_weight_decay": "optax has none",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
