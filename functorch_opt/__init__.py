@@ -38,6 +38,7 @@ from functorch_opt.optimizers.belief import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
+from functorch_opt.optimizers.laprop import *
 from functorch_opt.optimizers.lion import *
 from functorch_opt.optimizers.madgrad import *
 from functorch_opt.optimizers.muon import *

@@ -392,6 +392,12 @@ ROWS = [
         ({}, {"eps_root": 0.0}, {"nesterov": True}),
     ),
     Row(
+        "scale_by_laprop",
+        fo.scale_by_laprop,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}),
+    ),
+    Row(
         "scale_by_lbfgs",
         fo.scale_by_lbfgs,
         {},
@@ -671,6 +677,12 @@ ROWS = [
         fo.lamb,
         {**LR, **ADAM, "weight_decay": 0.1},
         ({}, {"mask": lambda path, p: p.ndim > 1}),
+    ),
+    Row(
+        "laprop",
+        fo.laprop,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
     ),
     Row(
         "lars",

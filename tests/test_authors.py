@@ -343,3 +343,28 @@ def test_cautious_weight_decay_is_that_of_the_paper(options: tuple[float, ...]) 
         fo.scale_by_learning_rate(lr),
     )
     assert_same(train(ours), train_plainly(plain_cautious_decay(*options)))
+
+
+# ---- LaProp ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_laprop(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        m, n = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, n
+            n = b2 * n + (1 - b2) * g**2
+            m = b1 * m + lr * (1 - b1) * g / ((n / (1 - b2**t)).sqrt() + eps)
+            return (1 - lr * wd) * p - m / (1 - b1**t)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_laprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.laprop(lr, b1, b2, eps, weight_decay=wd)
+    assert_same(train(ours), train_plainly(plain_laprop(*options)))

@@ -903,6 +903,7 @@ DIVERGENCES = {
     **dict.fromkeys(("cautious", "gradient_signs"), "optax has none"),
     "grams": "optax has none",
     "cautious_weight_decay": "optax has none",
+    **dict.fromkeys(("laprop", "scale_by_laprop"), "optax has none"),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
