@@ -49,6 +49,7 @@ from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.sm3 import *
+from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.per_example import *

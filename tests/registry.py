@@ -512,6 +512,12 @@ ROWS = [
         reads_shape=True,
     ),
     Row(
+        "scale_by_stable_adamw",
+        fo.scale_by_stable_adamw,
+        {**ADAM, "weight_decay": 0.1},
+        ({}, {"b2": 0.3}),
+    ),
+    Row(
         "scale_by_stddev",
         fo.scale_by_stddev,
         {"decay": 0.9, "eps": 1e-3},
@@ -776,6 +782,7 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
+    Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 

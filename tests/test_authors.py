@@ -368,3 +368,30 @@ def test_laprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
     ours = fo.laprop(lr, b1, b2, eps, weight_decay=wd)
     assert_same(train(ours), train_plainly(plain_laprop(*options)))
+
+
+# ---- StableAdamW, alg. 2, with the paper's decays that correct themselves ---------------------------------------------------------
+
+
+def plain_stable_adamw(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        v, u = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal v, u
+            d1, d2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
+            v = d1 * v + (1 - d1) * g
+            u = d2 * u + (1 - d2) * g**2
+            rms = (g**2 / u.clamp(min=eps**2)).mean().sqrt().item()
+            eta = lr / max(1.0, rms)
+            return p - eta * wd * p - eta * v / (u.sqrt() + eps)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_stable_adamw_is_that_of_the_paper(options: tuple[float, ...]) -> None:
+    ours = train(fo.stable_adamw(*options))
+    assert_same(ours, train_plainly(plain_stable_adamw(*options)))

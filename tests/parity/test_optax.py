@@ -904,6 +904,7 @@ DIVERGENCES = {
     "grams": "optax has none",
     "cautious_weight_decay": "optax has none",
     **dict.fromkeys(("laprop", "scale_by_laprop"), "optax has none"),
+    **dict.fromkeys(("stable_adamw", "scale_by_stable_adamw"), "optax has none"),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
