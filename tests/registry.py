@@ -430,6 +430,7 @@ ROWS = [
         {**LR, "momentum": 0.9, "eps": 1e-3},
         ({}, {"learning_rate": decay_schedule}),
     ),
+    Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
     Row(
         "scale_by_muon",
         lambda beta, **options: fo.masked(
@@ -728,6 +729,12 @@ ROWS = [
     ),
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("madgrad", fo.madgrad, {**LR, "weight_decay": 0.1, "eps": 1e-3}),
+    Row(
+        "mars_adamw",
+        fo.mars_adamw,
+        {**LR, **ADAM, "weight_decay": 0.1, "gamma": 0.05},
+        ({}, {"mask": matrices}),
+    ),
     Row(
         "muon",
         fo.muon,

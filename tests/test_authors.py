@@ -395,3 +395,34 @@ def plain_stable_adamw(lr: float, b1: float, b2: float, eps: float, wd: float):
 def test_stable_adamw_is_that_of_the_paper(options: tuple[float, ...]) -> None:
     ours = train(fo.stable_adamw(*options))
     assert_same(ours, train_plainly(plain_stable_adamw(*options)))
+
+
+# ---- MARS-AdamW, in the authors' approximate form ---------------------------------------------------------------------------------
+
+
+def plain_mars_adamw(
+    gamma: float, lr: float, b1: float, b2: float, eps: float, wd: float
+):
+    def make(p: Tensor) -> Callable:
+        adam, last = plain_adam(b1, b2, eps), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal last
+            c = g + gamma * b1 / (1 - b1) * (g - last)
+            last = g
+            c = c / max(1.0, c.norm().item())
+            return p - lr * (wd * p + adam(t, c))
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("gamma", [0.025, 0.3])
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_mars_adamw_is_that_of_its_authors(
+    gamma: float, options: tuple[float, ...]
+) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.mars_adamw(lr, b1, b2, eps, weight_decay=wd, gamma=gamma)
+    assert_same(train(ours), train_plainly(plain_mars_adamw(gamma, *options)))

@@ -905,6 +905,7 @@ DIVERGENCES = {
     "cautious_weight_decay": "optax has none",
     **dict.fromkeys(("laprop", "scale_by_laprop"), "optax has none"),
     **dict.fromkeys(("stable_adamw", "scale_by_stable_adamw"), "optax has none"),
+    **dict.fromkeys(("mars_adamw", "scale_by_mars"), "optax has none"),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
