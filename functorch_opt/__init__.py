@@ -48,6 +48,7 @@ from functorch_opt.optimizers.novograd import *
 from functorch_opt.optimizers.optimistic import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.rprop import *
+from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.sm3 import *
 from functorch_opt.optimizers.stable_adamw import *

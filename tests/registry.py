@@ -609,6 +609,15 @@ ROWS = [
         ({}, {"slow_step_size": decay_schedule}),
         written=False,
     ),
+    Row(
+        "schedule_free",
+        lambda learning_rate, **options: fo.schedule_free(
+            fo.sgd(learning_rate), learning_rate, **options
+        ),
+        {**LR, "b1": 0.8, "weight_lr_power": 1.5},
+        ({}, {"warmup_steps": 2, "r": 0.5}),
+        written=False,
+    ),
     # optimizers
     Row(
         "adabelief",
@@ -778,6 +787,18 @@ ROWS = [
         ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
     ),
     Row("rprop", fo.rprop, RPROP, smooth=False),
+    Row(
+        "schedule_free_adamw",
+        fo.schedule_free_adamw,
+        {**LR, "b1": 0.8, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
+        ({}, {"warmup_steps": 2, "mask": matrices}),
+    ),
+    Row(
+        "schedule_free_sgd",
+        fo.schedule_free_sgd,
+        {**LR, "b1": 0.8, "weight_decay": 0.1},
+        ({}, {"warmup_steps": 2, "mask": matrices}),
+    ),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),

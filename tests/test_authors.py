@@ -426,3 +426,72 @@ def test_mars_adamw_is_that_of_its_authors(
     lr, b1, b2, eps, wd = options
     ours = fo.mars_adamw(lr, b1, b2, eps, weight_decay=wd, gamma=gamma)
     assert_same(train(ours), train_plainly(plain_mars_adamw(gamma, *options)))
+
+
+# ---- Schedule-Free, with the three sequences of the paper -----------------------------------------------------------------------
+
+
+class PlainScheduleFree:
+    """z, x and y of one tensor, and the sum of the weights."""
+
+    def __init__(self, lr: float, warmup: int, b1: float, wd: float, r: float) -> None:
+        self.lr, self.warmup, self.b1, self.wd, self.r = lr, warmup, b1, wd, r
+        self.highest = self.total = 0.0
+
+    def __call__(self, p: Tensor) -> Callable:
+        z, x, v = p, p, torch.zeros_like(p)
+        highest = total = 0.0
+
+        def step(t: int, g: Tensor, y: Tensor) -> Tensor:
+            nonlocal z, x, v, highest, total
+            lr = self.lr * min(1.0, t / self.warmup) if self.warmup else self.lr
+            v, d = self.direction(t, g, v)
+            z = z - lr * (d + self.wd * y)
+            highest = max(highest, lr)
+            weight = t**self.r * highest**2
+            total += weight
+            x = (1 - weight / total) * x + weight / total * z
+            self.x = x
+            return (1 - self.b1) * z + self.b1 * x
+
+        return step
+
+    def direction(self, t: int, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return v, g
+
+
+class PlainScheduleFreeAdamW(PlainScheduleFree):
+    def direction(self, t: int, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        v = 0.99 * v + 0.01 * g**2
+        return v, g / ((v / (1 - 0.99**t)).sqrt() + 1e-3)
+
+
+OPTIONS_OF_SCHEDULE_FREE = [
+    (0.1, 0, 0.9, 0.0, 0.0),
+    (0.05, 40, 0.5, 0.1, 1.0),
+    (0.5, 7, 0.98, 0.02, 0.0),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_SCHEDULE_FREE)
+def test_schedule_free_is_that_of_its_authors(options: tuple) -> None:
+    lr, warmup, b1, wd, r = options
+    given = {"warmup_steps": warmup, "b1": b1, "weight_decay": wd, "r": r}
+    sgd, adamw = PlainScheduleFree(*options), PlainScheduleFreeAdamW(*options)
+    ours = train(fo.schedule_free_sgd(lr, **given))
+    assert_same(ours, train_plainly(sgd))
+    ours = train(fo.schedule_free_adamw(lr, b2=0.99, eps=1e-3, **given))
+    assert_same(ours, train_plainly(adamw))
+
+
+def test_schedule_free_evaluates_at_the_average() -> None:
+    tx, plain = fo.schedule_free_sgd(0.1, 5), PlainScheduleFree(0.1, 5, 0.9, 0.0, 0.0)
+    params, state = draw(0), None
+    state = tx.init(params)
+    step, y = plain(params["w"]), params["w"]
+    for t in range(1, STEPS + 1):
+        updates, state = tx.update(draw(t), state, params)
+        params = fo.apply_updates(params, updates)
+        y = step(t, draw(t)["w"], y)
+    averages = fo.eval_params(tx, state, params)
+    torch.testing.assert_close(averages["w"], plain.x, rtol=1e-10, atol=1e-10)

@@ -854,6 +854,26 @@ CASES: list[Case] = [
         **HUNDRED,
     ),
     *same("sign_sgd", lambda o: o.sign_sgd(0.1), lambda o: o.sign_sgd(decay(o))),
+    # Under warm-up the learning rates of optax's weights are one step ahead: see test_authors.py.
+    *of_contrib(
+        "schedule_free",
+        lambda o: o.schedule_free(o.sgd(0.1), 0.1),
+        lambda o: o.schedule_free(o.sgd(0.1), 0.1, 0.5, 1.0),
+        lambda o: o.schedule_free(o.adam(0.1, b1=0.0), 0.1, b1=0.98),
+        lambda o: o.schedule_free(o.adamw(0.1, b1=0.0, weight_decay=0.1), 0.1),
+    ),
+    *of_contrib(
+        "schedule_free_adamw",
+        lambda o: o.schedule_free_adamw(),
+        lambda o: o.schedule_free_adamw(0.1, None, 0.5, 0.9, 1e-3, 0.1),
+        lambda o: o.schedule_free_adamw(0.01, b1=0.98, weight_lr_power=1.0),
+    ),
+    *of_contrib(
+        "schedule_free_sgd",
+        lambda o: o.schedule_free_sgd(),
+        lambda o: o.schedule_free_sgd(0.1, None, 0.5, 0.1),
+        lambda o: o.schedule_free_sgd(0.01, b1=0.98, weight_lr_power=1.0),
+    ),
     # wrappers; optax gathers in float32 unless told otherwise
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 4), lambda o: gathering(o, 4)
@@ -944,6 +964,9 @@ SIGNATURES = {
     "scale_by_radam": "as radam",
     "scale_by_rss": "eps_in_sqrt= is ours, for torch.optim.Adagrad",
     "scale_by_zoom_linesearch": "no verbose=",
+    "schedule_free": "warmup_steps= and r= are ours: they are the authors'",
+    "schedule_free_adamw": "r= is the authors', mask= is ours",
+    "schedule_free_sgd": "as schedule_free_adamw; weight_decay is a number, 0 by default",
     "trace": "dampening= is ours, for torch.optim.SGD",
 }
 """Functions whose parameters are not optax's, and why.
@@ -956,6 +979,10 @@ OTHER_NAMES = {
         name: f"contrib.{name}"
         for direction in ("ademamix", "simplified_ademamix", "adopt", "madgrad")
         for name in (direction, f"scale_by_{direction}")
+    },
+    **{
+        f"schedule_free{base}": f"contrib.schedule_free{base}"
+        for base in ("", "_adamw", "_sgd")
     },
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
