@@ -27,6 +27,7 @@ from functorch_opt.line_search.backtracking import *
 from functorch_opt.line_search.lbfgs import *
 from functorch_opt.line_search.reuse import *
 from functorch_opt.line_search.zoom import *
+from functorch_opt.optimizers.acprop import *
 from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *

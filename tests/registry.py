@@ -341,6 +341,12 @@ ROWS = [
         written=False,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
+    Row(
+        "scale_by_acprop",
+        fo.scale_by_acprop,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}),
+    ),
     Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
     Row(
         "scale_by_adam",
@@ -624,6 +630,12 @@ ROWS = [
         fo.adabelief,
         {**LR, **ADAM},
         ({}, {"weight_decay": 0.1, "weight_decay_mask": kernels}, {"nesterov": True}),
+    ),
+    Row(
+        "acprop",
+        fo.acprop,
+        {**LR, **ADAM, "eps_root": 1e-3, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
     ),
     Row(
         "adafactor",

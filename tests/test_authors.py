@@ -495,3 +495,41 @@ def test_schedule_free_evaluates_at_the_average() -> None:
         y = step(t, draw(t)["w"], y)
     averages = fo.eval_params(tx, state, params)
     torch.testing.assert_close(averages["w"], plain.x, rtol=1e-10, atol=1e-10)
+
+
+# ---- ACProp, with the authors' mean that has seen g -----------------------------------------------------------------------------
+
+
+def plain_acprop(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        m, s = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, s
+            p = (1 - lr * wd) * p
+            if t == 1:
+                p = p - lr * g
+            else:
+                s = s + eps
+                p = p - lr * g / ((s / (1 - b2 ** (t - 1))).sqrt() + eps)
+            m = b1 * m + (1 - b1) * g
+            s = b2 * s + (1 - b2) * (g - m) ** 2
+            return p
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.1, 0.9, 0.999, 1e-16, 0.0),
+        (0.05, 0.5, 0.9, 1e-2, 0.1),
+        (0.01, 0.99, 0.7, 1e-6, 0.02),
+    ],
+)
+def test_acprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = train(fo.acprop(lr, b1, b2, eps, eps, wd))
+    assert_same(ours, train_plainly(plain_acprop(*options)))

@@ -926,6 +926,10 @@ DIVERGENCES = {
     **dict.fromkeys(("laprop", "scale_by_laprop"), "optax has none"),
     **dict.fromkeys(("stable_adamw", "scale_by_stable_adamw"), "optax has none"),
     **dict.fromkeys(("mars_adamw", "scale_by_mars"), "optax has none"),
+    **dict.fromkeys(
+        ("acprop", "scale_by_acprop"),
+        "optax 0.2.8 has g - m with the mean of the step before: see test_authors.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -984,6 +988,8 @@ OTHER_NAMES = {
         f"schedule_free{base}": f"contrib.schedule_free{base}"
         for base in ("", "_adamw", "_sgd")
     },
+    "acprop": "contrib.acprop",
+    "scale_by_acprop": "contrib.scale_by_acprop",
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",
