@@ -36,6 +36,7 @@ from functorch_opt.optimizers.ademamix import *
 from functorch_opt.optimizers.adopt import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
+from functorch_opt.optimizers.dog import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *

@@ -419,6 +419,22 @@ ROWS = [
         ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
     ),
     Row(
+        "scale_by_dog",
+        fo.scale_by_dog,
+        {"eps": 0.1},
+        (
+            {"init_step": ("heuristic", 0.1)},
+            {"init_step": ("distance", 0.2)},
+            {"init_step": ("learning_rate", 0.3)},
+        ),
+    ),
+    Row(
+        "scale_by_dowg",
+        fo.scale_by_dowg,
+        {"init_estim_sq_dist": 0.04, "eps": 0.1},
+        ({}, {"init_estim_sq_dist": None}),
+    ),
+    Row(
         "scale_by_factored_rms",
         fo.scale_by_factored_rms,
         {"decay_rate": 0.8},
@@ -681,6 +697,18 @@ ROWS = [
     Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
+    ),
+    Row(
+        "dog",
+        fo.dog,
+        {**LR, "eps": 0.1, "weight_decay": 0.1},
+        ({"init_step": ("distance", 0.2)}, {"mask": matrices}),
+    ),
+    Row(
+        "dowg",
+        fo.dowg,
+        {**LR, "init_estim_sq_dist": 0.04, "eps": 0.1, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
     ),
     Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(

@@ -533,3 +533,73 @@ def test_acprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
     ours = train(fo.acprop(lr, b1, b2, eps, eps, wd))
     assert_same(ours, train_plainly(plain_acprop(*options)))
+
+
+# ---- DoG and DoWG ---------------------------------------------------------------------------------------------------------------
+
+
+def train_whole(
+    step: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """``step(t, g, p, first p) -> next p``, of one vector that holds all parameters."""
+
+    def joined(xs: dict[str, Tensor]) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in xs.values()])
+
+    first = draw(0)
+    p = joined(first)
+    for t in range(1, STEPS + 1):
+        p = step(t, joined(draw(t)), p, joined(first))
+    parts = p.split([x.numel() for x in first.values()])
+    rows = zip(first.items(), parts, strict=True)
+    return {name: part.reshape(x.shape) for (name, x), part in rows}
+
+
+def plain_dog(lr: float, kind: str, value: float, eps: float, wd: float):
+    r, gathered = 0.0, 0.0
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal r, gathered
+        g = g + wd * p
+        least = {"heuristic": value * (1 + first.norm().item()), "distance": value}
+        r = max(r, least.get(kind, 0.0), (p - first).norm().item())
+        gathered += g.norm().item() ** 2
+        first_rate = kind == "learning_rate" and t == 1
+        eta = value if first_rate else r / math.sqrt(gathered + eps)
+        return p - lr * eta * g
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, "heuristic", 1e-6, 1e-8, 0.0),
+        (0.5, "distance", 0.1, 1e-2, 0.1),
+        (2.0, "learning_rate", 0.05, 1e-8, 0.02),
+    ],
+)
+def test_dog_is_that_of_the_paper(options: tuple) -> None:
+    lr, kind, value, eps, wd = options
+    ours = train(fo.dog(lr, (kind, value), eps, wd))
+    assert_same(ours, train_whole(plain_dog(*options)))
+
+
+def plain_dowg(lr: float, least: float | None, eps: float, wd: float):
+    s, gathered = least or eps, 0.0
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal s, gathered
+        g = g + wd * p
+        s = max(s, (p - first).norm().item() ** 2)
+        gathered += s * g.norm().item() ** 2
+        return p - lr * s / (math.sqrt(gathered) + eps) * g
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options", [(1.0, None, 1e-4, 0.0), (0.5, 0.1, 1e-2, 0.1), (2.0, 1e-3, 1e-8, 0.02)]
+)
+def test_dowg_is_that_of_the_paper(options: tuple) -> None:
+    assert_same(train(fo.dowg(*options)), train_whole(plain_dowg(*options)))

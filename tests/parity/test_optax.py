@@ -874,6 +874,19 @@ CASES: list[Case] = [
         lambda o: o.schedule_free_sgd(0.1, None, 0.5, 0.1),
         lambda o: o.schedule_free_sgd(0.01, b1=0.98, weight_lr_power=1.0),
     ),
+    *of_contrib(
+        "dog",
+        lambda o: o.dog(),
+        lambda o: o.dog(0.5, ("distance", 0.1), 1e-2, 0.1),
+        lambda o: o.dog(2.0, ("learning_rate", 0.05), weight_decay=0.1, mask=MASK),
+        lambda o: o.dog(decay(o), ("heuristic", 1e-3)),
+    ),
+    *of_contrib(
+        "dowg",
+        lambda o: o.dowg(),
+        lambda o: o.dowg(0.5, 0.1, 1e-2, 0.1),
+        lambda o: o.dowg(decay(o), eps=1e-3, weight_decay=0.1, mask=MASK),
+    ),
     # wrappers; optax gathers in float32 unless told otherwise
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 4), lambda o: gathering(o, 4)
@@ -930,6 +943,9 @@ DIVERGENCES = {
         ("acprop", "scale_by_acprop"),
         "optax 0.2.8 has g - m with the mean of the step before: see test_authors.py",
     ),
+    **dict.fromkeys(
+        ("scale_by_dog", "scale_by_dowg"), "optax has none in public: see dog"
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -971,6 +987,7 @@ SIGNATURES = {
     "schedule_free": "warmup_steps= and r= are ours: they are the authors'",
     "schedule_free_adamw": "r= is the authors', mask= is ours",
     "schedule_free_sgd": "as schedule_free_adamw; weight_decay is a number, 0 by default",
+    **dict.fromkeys(("dog", "dowg"), "weight_decay is a number, 0 by default"),
     "trace": "dampening= is ours, for torch.optim.SGD",
 }
 """Functions whose parameters are not optax's, and why.
@@ -990,6 +1007,8 @@ OTHER_NAMES = {
     },
     "acprop": "contrib.acprop",
     "scale_by_acprop": "contrib.scale_by_acprop",
+    "dog": "contrib.dog",
+    "dowg": "contrib.dowg",
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",
