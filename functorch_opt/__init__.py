@@ -48,6 +48,7 @@ from functorch_opt.optimizers.muon import *
 from functorch_opt.optimizers.nadam import *
 from functorch_opt.optimizers.novograd import *
 from functorch_opt.optimizers.optimistic import *
+from functorch_opt.optimizers.prodigy import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *

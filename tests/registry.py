@@ -819,6 +819,22 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row(
+        "prodigy",
+        fo.prodigy,
+        {
+            "learning_rate": 0.5,
+            "eps": 0.1,
+            "estim_lr0": 0.1,
+            "estim_lr_coef": 0.8,
+            "weight_decay": 0.1,
+        },
+        (
+            {},
+            {"use_bias_correction": True, "growth_rate": 1.02},
+            {"safeguard_warmup": True, "betas": (0.5, 0.9), "beta3": 0.7},
+        ),
+    ),
     Row("radam", fo.radam, {**LR, **ADAM}, ({}, {"variant": "torch"})),
     Row(
         "rmsprop",

@@ -603,3 +603,65 @@ def plain_dowg(lr: float, least: float | None, eps: float, wd: float):
 )
 def test_dowg_is_that_of_the_paper(options: tuple) -> None:
     assert_same(train(fo.dowg(*options)), train_whole(plain_dowg(*options)))
+
+
+# ---- Prodigy, the authors' code ---------------------------------------------------------------------------------------------------
+
+
+def plain_prodigy(
+    lr: float,
+    betas: tuple[float, float],
+    beta3: float | None,
+    d0: float,
+    coef: float,
+    wd: float,
+    safeguard: bool,
+    growth: float,
+    corrected: bool,
+):
+    (b1, b2), d, d_max, r = betas, d0, d0, 0.0
+    b3 = math.sqrt(b2) if beta3 is None else beta3
+    m = v = s = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal d, d_max, r, m, v, s
+        bias = math.sqrt(1 - b2**t) / (1 - b1**t) if corrected else 1.0
+        dlr = d * lr * bias
+        r = b3 * r + d / d0 * dlr * torch.dot(g, first - p).item()
+        m = b1 * m + d * (1 - b1) * g
+        v = b2 * v + d * d * (1 - b2) * g**2
+        s = b3 * s + d / d0 * (d if safeguard else dlr) * g
+        estimate = coef * r / s.abs().sum().item()
+        if d == d0:
+            d = max(d, estimate)
+        d_max = max(d_max, estimate)
+        d = min(d_max, d * growth)
+        return p - dlr * wd * p - dlr * m / (v.sqrt() + d * 1e-8)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, (0.9, 0.999), None, 1e-6, 1.0, 0.0, False, math.inf, False),
+        (0.5, (0.8, 0.9), 0.95, 1e-3, 2.0, 0.1, True, 1.02, True),
+        (2.0, (0.5, 0.99), None, 1e-2, 0.5, 0.02, False, 1.5, False),
+        (1.0, (0.9, 0.99), 0.5, 1e-4, 1.0, 0.0, True, math.inf, False),
+    ],
+)
+def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
+    lr, betas, beta3, d0, coef, wd, safeguard, growth, corrected = options
+    tx = fo.prodigy(
+        lr,
+        betas,
+        beta3,
+        1e-8,
+        d0,
+        coef,
+        wd,
+        safeguard,
+        growth_rate=None if growth == math.inf else growth,
+        use_bias_correction=corrected,
+    )
+    assert_same(train(tx), train_whole(plain_prodigy(*options)))

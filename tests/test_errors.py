@@ -344,6 +344,7 @@ HYPERPARAMETERS = [
     hyper(fo.acprop, "eps_root", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.dog, "init_step", ("step", 1.0), ValueError, "must be a pair of one of"),
     hyper(fo.dowg, "eps", 0.0, ValueError, r"must be in \(0, inf\)"),
+    hyper(fo.prodigy, "estim_lr0", 0.0, ValueError, r"must be in \(0, inf\)"),
     hyper(fo.normalize_by_update_norm, "eps", -1.0, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.scale_by_param_block_norm, "min_scale", NAN, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.adaptive_grad_clip, "clipping", -0.1, ValueError, r"must be in \[0, inf\)"),

@@ -946,6 +946,7 @@ DIVERGENCES = {
     **dict.fromkeys(
         ("scale_by_dog", "scale_by_dowg"), "optax has none in public: see dog"
     ),
+    "prodigy": "optax 0.2.8 has other numbers than the authors: see test_authors.py",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -988,6 +989,7 @@ SIGNATURES = {
     "schedule_free_adamw": "r= is the authors', mask= is ours",
     "schedule_free_sgd": "as schedule_free_adamw; weight_decay is a number, 0 by default",
     **dict.fromkeys(("dog", "dowg"), "weight_decay is a number, 0 by default"),
+    "prodigy": "growth_rate= and use_bias_correction= are the authors'",
     "trace": "dampening= is ours, for torch.optim.SGD",
 }
 """Functions whose parameters are not optax's, and why.
@@ -1009,6 +1011,7 @@ OTHER_NAMES = {
     "scale_by_acprop": "contrib.scale_by_acprop",
     "dog": "contrib.dog",
     "dowg": "contrib.dowg",
+    "prodigy": "contrib.prodigy",
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",
