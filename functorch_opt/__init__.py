@@ -44,6 +44,7 @@ from functorch_opt.optimizers.laprop import *
 from functorch_opt.optimizers.lion import *
 from functorch_opt.optimizers.madgrad import *
 from functorch_opt.optimizers.mars import *
+from functorch_opt.optimizers.momo import *
 from functorch_opt.optimizers.muon import *
 from functorch_opt.optimizers.nadam import *
 from functorch_opt.optimizers.novograd import *

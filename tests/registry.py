@@ -785,6 +785,22 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row(
+        "momo",
+        lambda **options: on_a_bowl(fo.momo(**options)),
+        {**LR, "beta": 0.9, "lower_bound": 0.5, "weight_decay": 0.1},
+        ({}, {"adapt_lower_bound": True}, {"learning_rate": 100.0}),
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "momo_adam",
+        lambda **options: on_a_bowl(fo.momo_adam(**options)),
+        {**LR, **ADAM, "lower_bound": 0.5, "weight_decay": 0.1},
+        ({}, {"adapt_lower_bound": True}, {"learning_rate": 100.0}),
+        written=False,
+        apart=True,
+    ),
+    Row(
         "muon",
         fo.muon,
         {**LR, "beta": 0.9, "weight_decay": 0.1},

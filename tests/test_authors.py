@@ -665,3 +665,69 @@ def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
         use_bias_correction=corrected,
     )
     assert_same(train(tx), train_whole(plain_prodigy(*options)))
+
+
+# ---- MoMo and MoMo-Adam: the model of the loss, of values that are given ----------------------------------------------------------
+
+
+def value_at(t: int) -> float:
+    return 40 / t + 2 + math.sin(t)
+
+
+def train_with_values(tx: fo.GradientTransformation) -> dict[str, Tensor]:
+    params = draw(0)
+    state = tx.init(params)
+    for t in range(1, STEPS + 1):
+        value = torch.tensor(value_at(t), dtype=torch.float64)
+        updates, state = tx.update(draw(t), state, params, value=value)
+        params = fo.apply_updates(params, updates)
+    return params
+
+
+def plain_momo(
+    lr: float, b1: float, b2: float | None, lowest: float, wd: float, adapt: bool
+):
+    m, v, f, c, lower = torch.tensor(0.0), torch.tensor(0.0), 0.0, 0.0, lowest
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal m, v, f, c, lower
+        b, bias, d = (0.0 if t == 1 else b1), 1.0, torch.ones_like(g)
+        if b2 is not None:
+            v = b2 * v + (1 - b2) * g**2
+            b, bias, d = b1, 1 - b1**t, (v / (1 - b2**t)).sqrt() + 1e-3
+        m = b * m + (1 - b) * g
+        f = b * f + (1 - b) * value_at(t)
+        c = b * c + (1 - b) * torch.dot(g, p).item()
+        model, size = f - c, torch.dot(m, m / d).item()
+        there = torch.dot(m, p).item()
+        cap = (1 + lr * wd) * model + there
+        if adapt and cap < (1 + lr * wd) * bias * lower:
+            lower = max(cap / (2 * bias * (1 + lr * wd)), lowest)
+        tau = min(lr / bias, max(0.0, cap - (1 + lr * wd) * bias * lower) / size)
+        if adapt:
+            lower = max((model + there - tau * size / 2) / bias, lowest)
+        return p / (1 + lr * wd) - tau * m / d
+
+    return step
+
+
+@pytest.mark.parametrize("b2", [None, 0.95])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 0.9, 0.0, 0.0, False),
+        (0.05, 0.5, -1.0, 0.1, False),
+        (0.1, 0.9, 0.5, 0.1, True),
+        (1.0, 0.7, 0.0, 0.0, True),
+    ],
+)
+def test_momo_is_that_of_the_paper(options: tuple, b2: float | None) -> None:
+    lr, b1, lowest, wd, adapt = options
+    plain = {"lower_bound": lowest, "weight_decay": wd, "adapt_lower_bound": adapt}
+    tx = (
+        fo.momo(lr, b1, **plain)
+        if b2 is None
+        else fo.momo_adam(lr, b1, b2, 1e-3, **plain)
+    )
+    ours = train_with_values(tx)
+    assert_same(ours, train_whole(plain_momo(lr, b1, b2, lowest, wd, adapt)))

@@ -345,6 +345,8 @@ HYPERPARAMETERS = [
     hyper(fo.dog, "init_step", ("step", 1.0), ValueError, "must be a pair of one of"),
     hyper(fo.dowg, "eps", 0.0, ValueError, r"must be in \(0, inf\)"),
     hyper(fo.prodigy, "estim_lr0", 0.0, ValueError, r"must be in \(0, inf\)"),
+    hyper(fo.momo, "beta", 1.0, ValueError, r"must be in \[0, 1\)"),
+    hyper(fo.momo_adam, "eps", 0.0, ValueError, r"must be in \(0, inf\)"),
     hyper(fo.normalize_by_update_norm, "eps", -1.0, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.scale_by_param_block_norm, "min_scale", NAN, ValueError, r"must be in \[0, inf\)"),
     hyper(fo.adaptive_grad_clip, "clipping", -0.1, ValueError, r"must be in \[0, inf\)"),

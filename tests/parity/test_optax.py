@@ -947,6 +947,10 @@ DIVERGENCES = {
         ("scale_by_dog", "scale_by_dowg"), "optax has none in public: see dog"
     ),
     "prodigy": "optax 0.2.8 has other numbers than the authors: see test_authors.py",
+    **dict.fromkeys(
+        ("momo", "momo_adam"),
+        "they read value=: see test_authors.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -1012,6 +1016,8 @@ OTHER_NAMES = {
     "dog": "contrib.dog",
     "dowg": "contrib.dowg",
     "prodigy": "contrib.prodigy",
+    "momo": "contrib.momo",
+    "momo_adam": "contrib.momo_adam",
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
     "sign": "scale_by_sign",
