@@ -243,6 +243,12 @@ ROWS = [
         ({}, {"gamma": 0.0}),
         keyed=True,
     ),
+    Row(
+        "cautious_weight_decay",
+        fo.cautious_weight_decay,
+        {"weight_decay": 0.1},
+        ({}, {"mask": matrices}, {"weight_decay": decay_schedule}),
+    ),
     Row("centralize", fo.centralize, reads_shape=True),
     Row(
         "chain",
@@ -335,6 +341,12 @@ ROWS = [
         written=False,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
+    Row(
+        "scale_by_acprop",
+        fo.scale_by_acprop,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}),
+    ),
     Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
     Row(
         "scale_by_adam",
@@ -386,6 +398,12 @@ ROWS = [
         ({}, {"eps_root": 0.0}, {"nesterov": True}),
     ),
     Row(
+        "scale_by_laprop",
+        fo.scale_by_laprop,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"eps_root": 0.0}),
+    ),
+    Row(
         "scale_by_lbfgs",
         fo.scale_by_lbfgs,
         {},
@@ -399,6 +417,22 @@ ROWS = [
         fo.scale_by_learning_rate,
         LR,
         ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
+    ),
+    Row(
+        "scale_by_dog",
+        fo.scale_by_dog,
+        {"eps": 0.1},
+        (
+            {"init_step": ("heuristic", 0.1)},
+            {"init_step": ("distance", 0.2)},
+            {"init_step": ("learning_rate", 0.3)},
+        ),
+    ),
+    Row(
+        "scale_by_dowg",
+        fo.scale_by_dowg,
+        {"init_estim_sq_dist": 0.04, "eps": 0.1},
+        ({}, {"init_estim_sq_dist": None}),
     ),
     Row(
         "scale_by_factored_rms",
@@ -418,6 +452,7 @@ ROWS = [
         {**LR, "momentum": 0.9, "eps": 1e-3},
         ({}, {"learning_rate": decay_schedule}),
     ),
+    Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
     Row(
         "scale_by_muon",
         lambda beta, **options: fo.masked(
@@ -500,6 +535,12 @@ ROWS = [
         reads_shape=True,
     ),
     Row(
+        "scale_by_stable_adamw",
+        fo.scale_by_stable_adamw,
+        {**ADAM, "weight_decay": 0.1},
+        ({}, {"b2": 0.3}),
+    ),
+    Row(
         "scale_by_stddev",
         fo.scale_by_stddev,
         {"decay": 0.9, "eps": 1e-3},
@@ -563,6 +604,25 @@ ROWS = [
         written=False,
     ),
     Row(
+        "cautious",
+        lambda learning_rate, **options: fo.cautious(
+            fo.sgd(learning_rate, momentum=0.9), **options
+        ),
+        LR,
+        ({}, {"flip_sign": False}),
+        written=False,
+    ),
+    Row(
+        "gradient_signs",
+        lambda learning_rate, **options: fo.gradient_signs(
+            fo.sgd(learning_rate, momentum=0.9), **options
+        ),
+        LR,
+        ({}, {"flip_sign": False}),
+        smooth=False,
+        written=False,
+    ),
+    Row(
         "lookahead",
         lambda learning_rate, **options: fo.lookahead(
             fo.adam(learning_rate), 2, **{"slow_step_size": 0.5, **options}
@@ -571,12 +631,27 @@ ROWS = [
         ({}, {"slow_step_size": decay_schedule}),
         written=False,
     ),
+    Row(
+        "schedule_free",
+        lambda learning_rate, **options: fo.schedule_free(
+            fo.sgd(learning_rate), learning_rate, **options
+        ),
+        {**LR, "b1": 0.8, "weight_lr_power": 1.5},
+        ({}, {"warmup_steps": 2, "r": 0.5}),
+        written=False,
+    ),
     # optimizers
     Row(
         "adabelief",
         fo.adabelief,
         {**LR, **ADAM},
         ({}, {"weight_decay": 0.1, "weight_decay_mask": kernels}, {"nesterov": True}),
+    ),
+    Row(
+        "acprop",
+        fo.acprop,
+        {**LR, **ADAM, "eps_root": 1e-3, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
     ),
     Row(
         "adafactor",
@@ -623,7 +698,26 @@ ROWS = [
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
     ),
+    Row(
+        "dog",
+        fo.dog,
+        {**LR, "eps": 0.1, "weight_decay": 0.1},
+        ({"init_step": ("distance", 0.2)}, {"mask": matrices}),
+    ),
+    Row(
+        "dowg",
+        fo.dowg,
+        {**LR, "init_estim_sq_dist": 0.04, "eps": 0.1, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
     Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
+    Row(
+        "grams",
+        fo.grams,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+        smooth=False,
+    ),
     Row(
         "lbfgs",
         lambda **options: on_a_bowl(fo.lbfgs(**options)),
@@ -639,6 +733,12 @@ ROWS = [
         fo.lamb,
         {**LR, **ADAM, "weight_decay": 0.1},
         ({}, {"mask": lambda path, p: p.ndim > 1}),
+    ),
+    Row(
+        "laprop",
+        fo.laprop,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
     ),
     Row(
         "lars",
@@ -679,6 +779,28 @@ ROWS = [
     Row("lion", fo.lion, {**LR, "weight_decay": 0.1}, smooth=False),
     Row("madgrad", fo.madgrad, {**LR, "weight_decay": 0.1, "eps": 1e-3}),
     Row(
+        "mars_adamw",
+        fo.mars_adamw,
+        {**LR, **ADAM, "weight_decay": 0.1, "gamma": 0.05},
+        ({}, {"mask": matrices}),
+    ),
+    Row(
+        "momo",
+        lambda **options: on_a_bowl(fo.momo(**options)),
+        {**LR, "beta": 0.9, "lower_bound": 0.5, "weight_decay": 0.1},
+        ({}, {"adapt_lower_bound": True}, {"learning_rate": 100.0}),
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "momo_adam",
+        lambda **options: on_a_bowl(fo.momo_adam(**options)),
+        {**LR, **ADAM, "lower_bound": 0.5, "weight_decay": 0.1},
+        ({}, {"adapt_lower_bound": True}, {"learning_rate": 100.0}),
+        written=False,
+        apart=True,
+    ),
+    Row(
         "muon",
         fo.muon,
         {**LR, "beta": 0.9, "weight_decay": 0.1},
@@ -713,6 +835,22 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row(
+        "prodigy",
+        fo.prodigy,
+        {
+            "learning_rate": 0.5,
+            "eps": 0.1,
+            "estim_lr0": 0.1,
+            "estim_lr_coef": 0.8,
+            "weight_decay": 0.1,
+        },
+        (
+            {},
+            {"use_bias_correction": True, "growth_rate": 1.02},
+            {"safeguard_warmup": True, "betas": (0.5, 0.9), "beta3": 0.7},
+        ),
+    ),
     Row("radam", fo.radam, {**LR, **ADAM}, ({}, {"variant": "torch"})),
     Row(
         "rmsprop",
@@ -721,6 +859,18 @@ ROWS = [
         ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
     ),
     Row("rprop", fo.rprop, RPROP, smooth=False),
+    Row(
+        "schedule_free_adamw",
+        fo.schedule_free_adamw,
+        {**LR, "b1": 0.8, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
+        ({}, {"warmup_steps": 2, "mask": matrices}),
+    ),
+    Row(
+        "schedule_free_sgd",
+        fo.schedule_free_sgd,
+        {**LR, "b1": 0.8, "weight_decay": 0.1},
+        ({}, {"warmup_steps": 2, "mask": matrices}),
+    ),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),
@@ -732,6 +882,7 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
+    Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
 

@@ -239,3 +239,495 @@ def test_nadamw_is_torchs_nadam_with_decoupled_decay(momentum_decay: float) -> N
     ours = train(fo.nadamw(0.01, **options))
     # torch multiplies the decays of the momentum in float32.
     assert_same(ours, {name: p.detach() for name, p in theirs.items()}, 1e-8)
+
+
+# ---- cautious AdamW and Grams, with the decay outside of the mask --------------------------------------------------------------
+
+
+def plain_adam(b1: float, b2: float, eps: float) -> Callable:
+    """Adam's update of one tensor: ``(t, g) -> u``."""
+    m, v = torch.tensor(0.0), torch.tensor(0.0)
+
+    def step(t: int, g: Tensor) -> Tensor:
+        nonlocal m, v
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        return m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
+
+    return step
+
+
+def plain_cautious(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            u = adam(t, g)
+            mask = (u * g > 0).double()
+            u = u * mask / max(mask.mean().item(), 1e-3)
+            return (1 - lr * wd) * p - lr * u
+
+        return step
+
+    return make
+
+
+OPTIONS_OF_ADAMW = [
+    (0.1, 0.9, 0.999, 1e-8, 0.0),
+    (0.05, 0.5, 0.9, 1e-2, 0.1),
+    (0.01, 0.99, 0.7, 1e-6, 0.02),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_cautious_adamw_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.chain(
+        fo.cautious(fo.scale_by_adam(b1, b2, eps), flip_sign=False),
+        fo.add_decayed_weights(wd),
+        fo.scale_by_learning_rate(lr),
+    )
+    assert_same(train(ours), train_plainly(plain_cautious(*options)))
+
+
+def test_flip_sign_says_where_the_learning_rate_is() -> None:
+    for wrapper in (fo.cautious, fo.gradient_signs):
+        inside = wrapper(fo.adam(0.1))
+        outside = fo.chain(
+            wrapper(fo.scale_by_adam(), flip_sign=False), fo.scale_by_learning_rate(0.1)
+        )
+        assert_same(train(inside), train(outside))
+
+
+def plain_grams(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            return (1 - lr * wd) * p - lr * torch.sign(g) * adam(t, g).abs()
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_grams_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.grams(lr, b1, b2, eps, weight_decay=wd)
+    assert_same(train(ours), train_plainly(plain_grams(*options)))
+
+
+# ---- cautious weight decay ------------------------------------------------------------------------------------------------------
+
+
+def plain_cautious_decay(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            u = adam(t, g)
+            return p - lr * (u + wd * p * (u * p >= 0).double())
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_cautious_weight_decay_is_that_of_the_paper(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.chain(
+        fo.scale_by_adam(b1, b2, eps),
+        fo.cautious_weight_decay(wd),
+        fo.scale_by_learning_rate(lr),
+    )
+    assert_same(train(ours), train_plainly(plain_cautious_decay(*options)))
+
+
+# ---- LaProp ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_laprop(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        m, n = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, n
+            n = b2 * n + (1 - b2) * g**2
+            m = b1 * m + lr * (1 - b1) * g / ((n / (1 - b2**t)).sqrt() + eps)
+            return (1 - lr * wd) * p - m / (1 - b1**t)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_laprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.laprop(lr, b1, b2, eps, weight_decay=wd)
+    assert_same(train(ours), train_plainly(plain_laprop(*options)))
+
+
+# ---- StableAdamW, alg. 2, with the paper's decays that correct themselves ---------------------------------------------------------
+
+
+def plain_stable_adamw(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        v, u = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal v, u
+            d1, d2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
+            v = d1 * v + (1 - d1) * g
+            u = d2 * u + (1 - d2) * g**2
+            rms = (g**2 / u.clamp(min=eps**2)).mean().sqrt().item()
+            eta = lr / max(1.0, rms)
+            return p - eta * wd * p - eta * v / (u.sqrt() + eps)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_stable_adamw_is_that_of_the_paper(options: tuple[float, ...]) -> None:
+    ours = train(fo.stable_adamw(*options))
+    assert_same(ours, train_plainly(plain_stable_adamw(*options)))
+
+
+# ---- MARS-AdamW, in the authors' approximate form ---------------------------------------------------------------------------------
+
+
+def plain_mars_adamw(
+    gamma: float, lr: float, b1: float, b2: float, eps: float, wd: float
+):
+    def make(p: Tensor) -> Callable:
+        adam, last = plain_adam(b1, b2, eps), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal last
+            c = g + gamma * b1 / (1 - b1) * (g - last)
+            last = g
+            c = c / max(1.0, c.norm().item())
+            return p - lr * (wd * p + adam(t, c))
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("gamma", [0.025, 0.3])
+@pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
+def test_mars_adamw_is_that_of_its_authors(
+    gamma: float, options: tuple[float, ...]
+) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = fo.mars_adamw(lr, b1, b2, eps, weight_decay=wd, gamma=gamma)
+    assert_same(train(ours), train_plainly(plain_mars_adamw(gamma, *options)))
+
+
+# ---- Schedule-Free, with the three sequences of the paper -----------------------------------------------------------------------
+
+
+class PlainScheduleFree:
+    """z, x and y of one tensor, and the sum of the weights."""
+
+    def __init__(self, lr: float, warmup: int, b1: float, wd: float, r: float) -> None:
+        self.lr, self.warmup, self.b1, self.wd, self.r = lr, warmup, b1, wd, r
+        self.highest = self.total = 0.0
+
+    def __call__(self, p: Tensor) -> Callable:
+        z, x, v = p, p, torch.zeros_like(p)
+        highest = total = 0.0
+
+        def step(t: int, g: Tensor, y: Tensor) -> Tensor:
+            nonlocal z, x, v, highest, total
+            lr = self.lr * min(1.0, t / self.warmup) if self.warmup else self.lr
+            v, d = self.direction(t, g, v)
+            z = z - lr * (d + self.wd * y)
+            highest = max(highest, lr)
+            weight = t**self.r * highest**2
+            total += weight
+            x = (1 - weight / total) * x + weight / total * z
+            self.x = x
+            return (1 - self.b1) * z + self.b1 * x
+
+        return step
+
+    def direction(self, t: int, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return v, g
+
+
+class PlainScheduleFreeAdamW(PlainScheduleFree):
+    def direction(self, t: int, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        v = 0.99 * v + 0.01 * g**2
+        return v, g / ((v / (1 - 0.99**t)).sqrt() + 1e-3)
+
+
+OPTIONS_OF_SCHEDULE_FREE = [
+    (0.1, 0, 0.9, 0.0, 0.0),
+    (0.05, 40, 0.5, 0.1, 1.0),
+    (0.5, 7, 0.98, 0.02, 0.0),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_SCHEDULE_FREE)
+def test_schedule_free_is_that_of_its_authors(options: tuple) -> None:
+    lr, warmup, b1, wd, r = options
+    given = {"warmup_steps": warmup, "b1": b1, "weight_decay": wd, "r": r}
+    sgd, adamw = PlainScheduleFree(*options), PlainScheduleFreeAdamW(*options)
+    ours = train(fo.schedule_free_sgd(lr, **given))
+    assert_same(ours, train_plainly(sgd))
+    ours = train(fo.schedule_free_adamw(lr, b2=0.99, eps=1e-3, **given))
+    assert_same(ours, train_plainly(adamw))
+
+
+def test_schedule_free_evaluates_at_the_average() -> None:
+    tx, plain = fo.schedule_free_sgd(0.1, 5), PlainScheduleFree(0.1, 5, 0.9, 0.0, 0.0)
+    params, state = draw(0), None
+    state = tx.init(params)
+    step, y = plain(params["w"]), params["w"]
+    for t in range(1, STEPS + 1):
+        updates, state = tx.update(draw(t), state, params)
+        params = fo.apply_updates(params, updates)
+        y = step(t, draw(t)["w"], y)
+    averages = fo.eval_params(tx, state, params)
+    torch.testing.assert_close(averages["w"], plain.x, rtol=1e-10, atol=1e-10)
+
+
+# ---- ACProp, with the authors' mean that has seen g -----------------------------------------------------------------------------
+
+
+def plain_acprop(lr: float, b1: float, b2: float, eps: float, wd: float):
+    def make(p: Tensor) -> Callable:
+        m, s = torch.zeros_like(p), torch.zeros_like(p)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, s
+            p = (1 - lr * wd) * p
+            if t == 1:
+                p = p - lr * g
+            else:
+                s = s + eps
+                p = p - lr * g / ((s / (1 - b2 ** (t - 1))).sqrt() + eps)
+            m = b1 * m + (1 - b1) * g
+            s = b2 * s + (1 - b2) * (g - m) ** 2
+            return p
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.1, 0.9, 0.999, 1e-16, 0.0),
+        (0.05, 0.5, 0.9, 1e-2, 0.1),
+        (0.01, 0.99, 0.7, 1e-6, 0.02),
+    ],
+)
+def test_acprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
+    lr, b1, b2, eps, wd = options
+    ours = train(fo.acprop(lr, b1, b2, eps, eps, wd))
+    assert_same(ours, train_plainly(plain_acprop(*options)))
+
+
+# ---- DoG and DoWG ---------------------------------------------------------------------------------------------------------------
+
+
+def train_whole(
+    step: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """``step(t, g, p, first p) -> next p``, of one vector that holds all parameters."""
+
+    def joined(xs: dict[str, Tensor]) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in xs.values()])
+
+    first = draw(0)
+    p = joined(first)
+    for t in range(1, STEPS + 1):
+        p = step(t, joined(draw(t)), p, joined(first))
+    parts = p.split([x.numel() for x in first.values()])
+    rows = zip(first.items(), parts, strict=True)
+    return {name: part.reshape(x.shape) for (name, x), part in rows}
+
+
+def plain_dog(lr: float, kind: str, value: float, eps: float, wd: float):
+    r, gathered = 0.0, 0.0
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal r, gathered
+        g = g + wd * p
+        least = {"heuristic": value * (1 + first.norm().item()), "distance": value}
+        r = max(r, least.get(kind, 0.0), (p - first).norm().item())
+        gathered += g.norm().item() ** 2
+        first_rate = kind == "learning_rate" and t == 1
+        eta = value if first_rate else r / math.sqrt(gathered + eps)
+        return p - lr * eta * g
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, "heuristic", 1e-6, 1e-8, 0.0),
+        (0.5, "distance", 0.1, 1e-2, 0.1),
+        (2.0, "learning_rate", 0.05, 1e-8, 0.02),
+    ],
+)
+def test_dog_is_that_of_the_paper(options: tuple) -> None:
+    lr, kind, value, eps, wd = options
+    ours = train(fo.dog(lr, (kind, value), eps, wd))
+    assert_same(ours, train_whole(plain_dog(*options)))
+
+
+def plain_dowg(lr: float, least: float | None, eps: float, wd: float):
+    s, gathered = least or eps, 0.0
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal s, gathered
+        g = g + wd * p
+        s = max(s, (p - first).norm().item() ** 2)
+        gathered += s * g.norm().item() ** 2
+        return p - lr * s / (math.sqrt(gathered) + eps) * g
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options", [(1.0, None, 1e-4, 0.0), (0.5, 0.1, 1e-2, 0.1), (2.0, 1e-3, 1e-8, 0.02)]
+)
+def test_dowg_is_that_of_the_paper(options: tuple) -> None:
+    assert_same(train(fo.dowg(*options)), train_whole(plain_dowg(*options)))
+
+
+# ---- Prodigy, the authors' code ---------------------------------------------------------------------------------------------------
+
+
+def plain_prodigy(
+    lr: float,
+    betas: tuple[float, float],
+    beta3: float | None,
+    d0: float,
+    coef: float,
+    wd: float,
+    safeguard: bool,
+    growth: float,
+    corrected: bool,
+):
+    (b1, b2), d, d_max, r = betas, d0, d0, 0.0
+    b3 = math.sqrt(b2) if beta3 is None else beta3
+    m = v = s = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal d, d_max, r, m, v, s
+        bias = math.sqrt(1 - b2**t) / (1 - b1**t) if corrected else 1.0
+        dlr = d * lr * bias
+        r = b3 * r + d / d0 * dlr * torch.dot(g, first - p).item()
+        m = b1 * m + d * (1 - b1) * g
+        v = b2 * v + d * d * (1 - b2) * g**2
+        s = b3 * s + d / d0 * (d if safeguard else dlr) * g
+        estimate = coef * r / s.abs().sum().item()
+        if d == d0:
+            d = max(d, estimate)
+        d_max = max(d_max, estimate)
+        d = min(d_max, d * growth)
+        return p - dlr * wd * p - dlr * m / (v.sqrt() + d * 1e-8)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, (0.9, 0.999), None, 1e-6, 1.0, 0.0, False, math.inf, False),
+        (0.5, (0.8, 0.9), 0.95, 1e-3, 2.0, 0.1, True, 1.02, True),
+        (2.0, (0.5, 0.99), None, 1e-2, 0.5, 0.02, False, 1.5, False),
+        (1.0, (0.9, 0.99), 0.5, 1e-4, 1.0, 0.0, True, math.inf, False),
+    ],
+)
+def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
+    lr, betas, beta3, d0, coef, wd, safeguard, growth, corrected = options
+    tx = fo.prodigy(
+        lr,
+        betas,
+        beta3,
+        1e-8,
+        d0,
+        coef,
+        wd,
+        safeguard,
+        growth_rate=None if growth == math.inf else growth,
+        use_bias_correction=corrected,
+    )
+    assert_same(train(tx), train_whole(plain_prodigy(*options)))
+
+
+# ---- MoMo and MoMo-Adam: the model of the loss, of values that are given ----------------------------------------------------------
+
+
+def value_at(t: int) -> float:
+    return 40 / t + 2 + math.sin(t)
+
+
+def train_with_values(tx: fo.GradientTransformation) -> dict[str, Tensor]:
+    params = draw(0)
+    state = tx.init(params)
+    for t in range(1, STEPS + 1):
+        value = torch.tensor(value_at(t), dtype=torch.float64)
+        updates, state = tx.update(draw(t), state, params, value=value)
+        params = fo.apply_updates(params, updates)
+    return params
+
+
+def plain_momo(
+    lr: float, b1: float, b2: float | None, lowest: float, wd: float, adapt: bool
+):
+    m, v, f, c, lower = torch.tensor(0.0), torch.tensor(0.0), 0.0, 0.0, lowest
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal m, v, f, c, lower
+        b, bias, d = (0.0 if t == 1 else b1), 1.0, torch.ones_like(g)
+        if b2 is not None:
+            v = b2 * v + (1 - b2) * g**2
+            b, bias, d = b1, 1 - b1**t, (v / (1 - b2**t)).sqrt() + 1e-3
+        m = b * m + (1 - b) * g
+        f = b * f + (1 - b) * value_at(t)
+        c = b * c + (1 - b) * torch.dot(g, p).item()
+        model, size = f - c, torch.dot(m, m / d).item()
+        there = torch.dot(m, p).item()
+        cap = (1 + lr * wd) * model + there
+        if adapt and cap < (1 + lr * wd) * bias * lower:
+            lower = max(cap / (2 * bias * (1 + lr * wd)), lowest)
+        tau = min(lr / bias, max(0.0, cap - (1 + lr * wd) * bias * lower) / size)
+        if adapt:
+            lower = max((model + there - tau * size / 2) / bias, lowest)
+        return p / (1 + lr * wd) - tau * m / d
+
+    return step
+
+
+@pytest.mark.parametrize("b2", [None, 0.95])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 0.9, 0.0, 0.0, False),
+        (0.05, 0.5, -1.0, 0.1, False),
+        (0.1, 0.9, 0.5, 0.1, True),
+        (1.0, 0.7, 0.0, 0.0, True),
+    ],
+)
+def test_momo_is_that_of_the_paper(options: tuple, b2: float | None) -> None:
+    lr, b1, lowest, wd, adapt = options
+    plain = {"lower_bound": lowest, "weight_decay": wd, "adapt_lower_bound": adapt}
+    tx = (
+        fo.momo(lr, b1, **plain)
+        if b2 is None
+        else fo.momo_adam(lr, b1, b2, 1e-3, **plain)
+    )
+    ours = train_with_values(tx)
+    assert_same(ours, train_whole(plain_momo(lr, b1, b2, lowest, wd, adapt)))
