@@ -202,6 +202,10 @@ class Part:
         """
         return any(child.counts() for child in self.children())
 
+    def shares_counts(self) -> bool:
+        """Whether a value that all parameters share is made of a count."""
+        return any(child.shares_counts() for child in self.children())
+
     def shards(self) -> bool:
         """Whether it takes sharded tensors: what is written over whole trees, by hand, need not."""
         return all(child.shards() for child in self.children())
@@ -254,6 +258,9 @@ class Rule(Part):
             self.update,
         ]
         return bool(self.work) or any(reads("count", text) for text in texts)
+
+    def shares_counts(self) -> bool:
+        return any(reads("count", text) for text in self.new_shared.values())
 
     def taken(self, names: list[str], texts: list[str]) -> str:
         """The arguments of a function of this source."""
