@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 60
+TIMEOUT = 180
 """Seconds a function may take, and a collective in it."""
 
 

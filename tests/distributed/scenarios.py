@@ -7,6 +7,7 @@ model sees this rank's rows of the batch.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -74,7 +75,9 @@ def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return ((net(x) - y) ** 2).mean()
 
 
+@functools.cache
 def mesh(*shape: int) -> DeviceMesh:
+    """A mesh of all ranks. It is made once: its groups have threads that never end."""
     return init_device_mesh(
         "cpu",
         shape or (dist.get_world_size(),),
