@@ -34,6 +34,16 @@ class Spec:
             return
         self.children = [Spec(child, leaves) for child in _below(node, self.keys)]
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Spec) or type(self.like) is not type(other.like):
+            return False
+        if self.keys != other.keys:
+            return False
+        pairs = zip(self.children, other.children, strict=True)
+        return all(mine == theirs for mine, theirs in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def num_leaves(self) -> int:
         """How many leaves it has, ``None`` among them."""
