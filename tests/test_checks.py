@@ -320,6 +320,9 @@ def test_12_the_step_of_a_fresh_checkpoint_moves_nothing() -> None:
     """torch.distributed.checkpoint makes a step with lr 0 and zero gradients to create state."""
     for row in ROWS:
         params = make_params()
+        with torch.no_grad():
+            for p in params:
+                p.abs_()  # for a projection would move a negative one, whatever the learning rate
         opt = fo.optim.Optimizer(params, row.build())
         before = [p.detach().clone() for p in params]
         for p in params:
