@@ -20,6 +20,7 @@ from torch.func import grad, jacfwd, jacrev
 
 import functorch_opt as fo
 from functorch_opt._execution import kernel
+from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.segments import PROGRAMS
 
 Make = Callable[[], fo.GradientTransformation]
@@ -729,3 +730,27 @@ def test_loading_looks_at_dtypes_and_counts(key: str, value: Tensor) -> None:
     assert key in saved
     with pytest.raises((TypeError, ValueError)):
         fo.load_state_dict(state, {**saved, key: value})
+
+
+def in_dtype(dtype: torch.dtype) -> fo.GradientTransformation:
+    """A rule whose update has a dtype of its own."""
+    return fo.leafwise(lambda g: (0.5 * g).to(dtype))
+
+
+def test_updates_between_passes_have_the_dtype_of_their_rule() -> None:
+    """Two groups have rules of the same code, and another dtype each."""
+    seen: list[dict[str, torch.dtype]] = []
+
+    def look(updates, params):
+        seen.append({path: u.dtype for path, u in updates.items()})
+        return updates
+
+    groups = {"a": in_dtype(torch.float64), "b": in_dtype(torch.float32)}
+    tx = fo.chain(fo.partition(groups, lambda path, p: path), fo.stateless(look))
+    params = {"a": torch.randn(3), "b": torch.randn(3)}
+    grads = {"a": torch.randn(3), "b": torch.randn(3)}
+    tx.update(grads, tx.init(params), params)
+    step: Any = CompiledStep(tx, True, "eager")
+    with pytest.warns(UserWarning, match="eagerly"):
+        step(params, grads, tx.init(params))
+    assert seen[0] == seen[1] == {"a": torch.float64, "b": torch.float32}

@@ -197,12 +197,13 @@ class CompiledStep:
         self, mine: list[Waiting], columns: list[list[Any]]
     ) -> list[torch.dtype | None]:
         """The dtype of each update that is written to memory of its own."""
-        codes = tuple([f.__code__ for each in mine for f in each.entry.functions])
+        body = Body(
+            [each.entry for each in mine], [each.now for each in mine], None, False
+        )
         found = []
         for leaf in zip(*columns, strict=True):
-            key = codes, tuple([x is not None and x.dtype for x in leaf])
+            key = body.base, tuple([x is not None and (x.dtype, x.dim()) for x in leaf])
             if key not in self.dtypes:
-                body = Body([x.entry for x in mine], [x.now for x in mine], None, False)
                 missing = leaf[0] is None
                 self.dtypes[key] = None if missing else body.dtype_of_update([*leaf])
                 while len(self.dtypes) > 8 * MODELS:
