@@ -674,3 +674,17 @@ def test_state_keeps_its_containers_when_gradients_come_in_others() -> None:
     torch.testing.assert_close(
         fo.get(state, "mu"), {"w": torch.full((2,), 0.2), "b": torch.full((3,), 0.3)}
     )
+
+
+@pytest.mark.parametrize("keys", [(10, 9), ("b", "a"), ((1, 0), (0, 1))])
+def test_a_graph_has_the_order_of_leaves_that_there_is_outside(keys: tuple) -> None:
+    params = {key: torch.full((2,), float(k)) for k, key in enumerate(keys)}
+
+    def order(params):
+        return [x * 1 for x in tree.leaves(params)], tree.paths(params)
+
+    torch._dynamo.reset()
+    inside = torch.compile(order, backend="eager", fullgraph=True)(params)
+    outside = order(params)
+    assert [x.tolist() for x in inside[0]] == [x.tolist() for x in outside[0]]
+    assert inside[1] == outside[1]

@@ -119,9 +119,7 @@ def _looked_into(node: Any) -> tuple[Any, list[Any] | None, Any]:
 
 def _in_order(node: Any) -> list[Any]:
     """The keys of a dict in the order of optree: sorted, except for those of an OrderedDict."""
-    if type(node) is OrderedDict or not all(isinstance(key, str) for key in node):
-        return list(node)
-    return sorted(node)
+    return list(node) if type(node) is OrderedDict else sorted(node)
 
 
 def _below(node: Any, keys: list[Any]) -> list[Any]:
