@@ -1,8 +1,9 @@
 """Check many random programs: ``python tests/fuzz.py [--count N] [--seed FIRST] [--executions
-eager|dynamo|inductor|all]``.
+eager|dynamo|inductor|all|sharded]``.
 
 Prints each failing seed with the smallest program found that fails in the same way, and at the end
-how often what failed. The exit status is 1 if anything did.
+how often what failed. The exit status is 1 if anything did. The sharded executions run on two
+ranks, each of which has every tensor of the program in some layout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from executions import DYNAMO, EAGER, INDUCTOR, LIVES, Unfit, check, smallest
@@ -22,16 +24,23 @@ SETS = {"eager": EAGER | LIVES, "dynamo": DYNAMO, "inductor": INDUCTOR}
 SETS["all"] = EAGER | LIVES | DYNAMO | INDUCTOR
 
 
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+PIECE = 50
+"""How many programs two ranks are given at once."""
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--count", type=int, default=10_000)
     arguments.add_argument("--seed", type=int, default=int(os.environ.get("FO_SEED", 0)))
-    arguments.add_argument("--executions", choices=SETS, default="eager")
+    arguments.add_argument("--executions", choices=[*SETS, "sharded"], default="eager")
     arguments.add_argument(
         "--show", type=int, default=5, help="how many failures to show in full"
     )
     given = arguments.parse_args()
     torch.set_num_threads(1)
+    if given.executions == "sharded":
+        return on_two_ranks(given.seed, given.count)
     failed: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     unfit, began = 0, time.monotonic()
     for k in range(given.count):
@@ -62,6 +71,27 @@ def main() -> int:
     print(
         f"{given.count} programs from seed {given.seed} on, {unfit} of them not to be compared"
     )
+    return int(bool(failed))
+
+
+def on_two_ranks(first: int, count: int) -> int:
+    """Those of the programs that are made of what takes sharded tensors."""
+    import scenarios
+    from ranks import Ranks
+
+    ranks, checked, failed, began = Ranks(2), 0, 0, time.monotonic()
+    for k in range(0, count, PIECE):
+        seeds = [*range(first + k, first + min(k + PIECE, count))]
+        for number, failures in ranks.run(
+            scenarios.programs_on_shards, seeds, timeout=600
+        )[:1]:
+            checked, failed = checked + number, failed + len(failures)
+            print(*failures[:2], sep=f"\n{'=' * 100}\n", end="\n" * bool(failures))
+        if (k // PIECE) % 10 == 9:
+            spent = time.monotonic() - began
+            print(f"{checked} programs in {spent:.0f} s, {failed} differ", flush=True)
+    ranks.stop()
+    print(f"{checked} programs from seed {first} on, on two ranks: {failed} differ")
     return int(bool(failed))
 
 

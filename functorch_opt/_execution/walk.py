@@ -204,11 +204,20 @@ class Walk:
         It has to see changed updates. Or tensors are sharded, and it has sums, or sees whole
         tensors where a rule that waits sees parts, or the reverse.
         """
-        moving = [x.entry for x in self.waiting if x.entry.kind not in ("enter", "open")]
-        if tx.looks_around and moving:
+        moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
+        if (tx.looks_around and moving) or (tx.has_sums and self.sharded):
             return True
-        others = any(x.kind == "rule" and x.stage.kind != tx.kind for x in moving)
-        return (tx.has_sums or others) and self.sharded
+        return self._mixes(tx.kind)
+
+    def _mixes(self, kind: str) -> bool:
+        """Whether a rule waits that sees whole tensors where this kind sees parts, or the reverse."""
+        rules = [x.entry.stage for x in self.waiting if x.entry.kind == "rule"]
+        return self.sharded and any(rule.kind != kind for rule in rules)
+
+    def _begin_elementwise(self) -> None:
+        """A wrapper, or a gate, begins and ends in one pass; on several ranks it is elementwise."""
+        if self._mixes("elementwise"):
+            self.flush(self)
 
     def _is_certain(self) -> bool:
         """Whether no gate on the way waits for its decision."""
@@ -254,7 +263,9 @@ class Walk:
             self._do(decide)
         known = isinstance(door.active, bool)
         if not known:
-            self._do(lambda: self._open(tx, door, view))
+            self._do(
+                lambda: self._open(tx, door, view), writes=self._mixes("elementwise")
+            )
         self.doors.append(door)
         inner: NewState | None = None
         if door.active is not False:
@@ -268,6 +279,7 @@ class Walk:
 
     def _open(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
+            self._begin_elementwise()
             self.waiting.append(
                 Waiting(entry_of("open", tx), view, {}, {ACTIVE: door.active})
             )
@@ -288,7 +300,12 @@ class Walk:
         mine = {name: x for name, x in now.items() if name in tx.reads}
         if any(map(looks_around, rules_of(tx.inner)[:1])) and not self.settled:
             self._do(lambda: self.flush(self), writes=True)
-        self._do(lambda: self._wait(entry_of("enter", tx), view, columns, mine))
+
+        def enter() -> None:
+            self._begin_elementwise()
+            self._wait(entry_of("enter", tx), view, columns, mine)
+
+        self._do(enter, writes=self._mixes("elementwise"))
         inner = self.look(tx.inner, state["inner"], view)
         self._do(lambda: self.waiting.append(Waiting(entry_of("leave", tx), view)))
         self.settled = False
