@@ -698,7 +698,7 @@ class Author:
 
     def whole(self) -> Part:
         """A whole transformation, with what must come last."""
-        part = self.part(depth=2)
+        part = self.part(depth=3 if self.chance(0.3) else 2)
         if self.chance(0.12):
             lasts = ["fo.keep_master_weights({0})"] + [
                 row[1] for row in OF_LIBRARY if row[2]

@@ -302,6 +302,48 @@ def test_strided_gradients_before_a_second_pass(backend: str) -> None:
     assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
 
 
+def around(inner: fo.GradientTransformation) -> fo.GradientTransformation:
+    return fo.wrap(inner, after=lambda u, g: u + 0.1 * g)
+
+
+def at_times(inner: fo.GradientTransformation) -> fo.GradientTransformation:
+    return fo.gate(inner, lambda count: count % 2 == 0, otherwise="pass")
+
+
+def clip() -> fo.GradientTransformation:
+    return fo.clip_by_global_norm(0.5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.chain(fo.scale_by_adam(), around(at_times(clip()))),
+        fo.chain(at_times(fo.scale_by_adam()), around(at_times(clip()))),
+        fo.chain(fo.scale_by_adam(), around(fo.chain(clip(), fo.trace(0.9)))),
+        fo.partition(
+            {"a": fo.chain(clip(), fo.scale_by_adam()), "b": around(clip())},
+            lambda path, p: path,
+        ),
+        fo.partition(
+            {"a": fo.trace(0.9), "b": around(at_times(clip()))}, lambda path, p: path
+        ),
+    ],
+)
+def test_a_wrapper_begins_and_ends_in_one_pass(tx: fo.GradientTransformation) -> None:
+    """Although what is in it looks at all updates first."""
+    ps, step = (
+        {"a": torch.ones(3), "b": torch.ones(2, 2)},
+        CompiledStep(tx, True, "eager"),
+    )
+    mine = tree.map(torch.clone, ps)
+    state, ours = tx.init(ps), tx.init(mine)
+    for _ in range(4):
+        gs = {"a": 3 * torch.randn(3), "b": 3 * torch.randn(2, 2)}
+        ps, state = eagerly(tx, ps, state, gs)
+        mine, ours = step(mine, gs, ours)
+    assert_same((mine, ours), (ps, state), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )

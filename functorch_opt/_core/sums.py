@@ -64,10 +64,13 @@ class Sums:
         found: dict[str, Any] = {}
         empty = in_parts and not values["g"].numel()
         for (key, f), maximum in zip(self.functions.items(), self.largest, strict=True):
+            names = self.reads_of[key]
             if empty and maximum:
-                found[key] = values["g"].new_full((), -float("inf"))
+                found[key] = _least(
+                    f(*[_with_an_element(values[name]) for name in names])
+                )
             elif key not in values:
-                found[key] = f(*[values[name] for name in self.reads_of[key]])
+                found[key] = f(*[values[name] for name in names])
                 self._check(key, found[key])
         return found
 
@@ -119,6 +122,20 @@ class Sums:
     def _order(self, columns: Mapping[str, list[Any]]) -> list[bool]:
         of = dict(zip(self.functions, self.largest, strict=True))
         return [of[key] for key in columns]
+
+
+def _with_an_element(x: Any) -> Any:
+    """A tensor as `x`, but not empty."""
+    is_empty = isinstance(x, Tensor) and not x.numel()
+    return x.new_ones([1] * x.dim()) if is_empty else x
+
+
+def _least(x: Any) -> Tensor:
+    """The maximum of nothing, in the dtype that the maximum `x` of something has: every rank must
+    send the same."""
+    x = torch.as_tensor(x)
+    least = -float("inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return x.new_full((), least)
 
 
 def _wide(x: Tensor) -> torch.dtype:

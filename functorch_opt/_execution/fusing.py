@@ -20,9 +20,12 @@ def rules_of(tx: GradientTransformation) -> list[GradientTransformation]:
     return [tx]
 
 
-def looks_around(tx: GradientTransformation) -> bool:
-    """Whether a stage has to see all updates before its rule sees one."""
-    return isinstance(tx, Leafwise) and tx.looks_around
+def looks_first(tx: GradientTransformation) -> bool:
+    """Whether the first rule in `tx` has to see all updates before it sees one."""
+    while isinstance(tx, Gate):
+        tx = tx.inner
+    first = rules_of(tx)[:1]
+    return any(isinstance(rule, Leafwise) and rule.looks_around for rule in first)
 
 
 def can_be_fused(tx: Wrap, sharded: bool) -> bool:

@@ -33,9 +33,8 @@ from functorch_opt._execution.body import ACTIVE, Entry, entry_of
 from functorch_opt._execution.fusing import (
     can_be_fused,
     fits_inside,
-    looks_around,
+    looks_first,
     made_once,
-    rules_of,
 )
 from functorch_opt._execution.views import View, check_shapes
 from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
@@ -179,7 +178,7 @@ class Walk:
                 found.append(tx.scalars(*given))
 
         def act() -> None:
-            if self._ends_pass(tx):
+            if self._ends_pass(tx, first):
                 self.flush(self)
             if not found:
                 scalars()
@@ -195,17 +194,17 @@ class Walk:
 
         if self._is_certain() and (first or not looks):
             scalars()
-        self._do(act, writes=self._ends_pass(tx))
+        self._do(act, writes=self._ends_pass(tx, first))
         return lambda: StageState(found[0][1], state.slots)
 
-    def _ends_pass(self, tx: Leafwise) -> bool:
+    def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
 
-        It has to see changed updates. Or tensors are sharded, and it has sums, or sees whole
+        It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or sees whole
         tensors where a rule that waits sees parts, or the reverse.
         """
         moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
-        if (tx.looks_around and moving) or (tx.has_sums and self.sharded):
+        if (tx.looks_around and moving and not settled) or (tx.has_sums and self.sharded):
             return True
         return self._mixes(tx.kind)
 
@@ -298,7 +297,7 @@ class Walk:
         columns = self._columns(tx, kept.slots, view)
         now, shared = self.wrap_scalars(tx, state, view)
         mine = {name: x for name, x in now.items() if name in tx.reads}
-        if any(map(looks_around, rules_of(tx.inner)[:1])) and not self.settled:
+        if looks_first(tx.inner) and not self.settled:
             self._do(lambda: self.flush(self), writes=True)
 
         def enter() -> None:

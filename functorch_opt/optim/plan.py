@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ class Plan:
         self, state: State, params: list[Tensor], moved: list[int]
     ) -> tuple[list[dict[str, Any]], bool]:
         """The state of each parameter, and whether some of it begins with this step."""
-        entries = [state.get(p, NOTHING) for p in params]
+        entries = _entries_of(state, params)
         if not self._lacks(entries, set(moved)):
             return entries, False
         entries = [dict(entry) for entry in entries]
@@ -220,13 +221,15 @@ class Plan:
 
     def _lacks(self, entries: list[dict[str, Any]], moved: set[int]) -> bool:
         """Whether a value has to be made: of a parameter that moves, or one that all share."""
-        if any(key not in entries[i] for key in self.counts.keys for i in moved):
-            return True
-        absent = [key not in entries[i] for i, key in self.where]
-        places = [
-            self.flat[k] for k, lacks in zip(self.kept, absent, strict=True) if lacks
-        ]
-        return any(x.kind == "joint" or x.whole or x.i in moved for x in places)
+        for key in self.counts.keys:
+            if not all(key in entries[i] for i in moved):
+                return True
+        there = [key in entries[i] for i, key in self.where]
+        if all(there):
+            return False
+        pairs = zip(self.kept, there, strict=True)
+        absent = [self.flat[k] for k, is_there in pairs if not is_there]
+        return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
 
     def _values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
         """The tensors of the functional state, in the order of its leaves."""
@@ -346,6 +349,15 @@ def on_meta(params: list[Tensor]) -> list[Tensor | None]:
 
 def layout(groups: Groups) -> list[Any]:
     """What a plan was made for."""
-    return [
-        ([id(p) for p in group["params"]], group.get("param_names")) for group in groups
-    ]
+    return [([*map(id, group["params"])], group.get("param_names")) for group in groups]
+
+
+def _entries_of(state: State, params: list[Tensor]) -> list[dict[str, Any]]:
+    """What `state` has of each parameter. Mostly it has just these, in this order.
+
+    Looking a tensor up in a dict takes a call of Python's, so it is looked at in order first.
+    """
+    in_order = not torch.compiler.is_compiling() and len(state) == len(params)
+    if in_order and all(map(is_, state, params)):
+        return [*state.values()]
+    return [state.get(p, NOTHING) for p in params]

@@ -28,3 +28,10 @@ def test_programs_on_two_ranks(ranks, first: int) -> None:
                 f"FO_SEED={first}\n\n{len(failures)} failures; the first is\n\n{failures[0]}",
                 pytrace=False,
             )
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("name", scenarios.PASSES)
+def test_where_a_pass_ends_on_two_ranks(ranks, name: str, layout: str) -> None:
+    """What was once divided between two passes, and a message that ranks gave different dtypes."""
+    assert max(ranks(2).run(scenarios.passes_on_shards, name, layout)) < 1e-6
