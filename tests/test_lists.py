@@ -172,6 +172,7 @@ FLOORS = {
     "_core/once.py": 7,
     "_core/one_tensor.py": 7,
     "_core/leafwise.py": 7,
+    "_core/wrapped.py": 7,
     "_core/rule.py": 8,
     "_core/chain.py": 9,
     "_core/groups.py": 9,

@@ -754,3 +754,29 @@ def test_updates_between_passes_have_the_dtype_of_their_rule() -> None:
     with pytest.warns(UserWarning, match="eagerly"):
         step(params, grads, tx.init(params))
     assert seen[0] == seen[1] == {"a": torch.float64, "b": torch.float32}
+
+
+@executions
+def test_a_wrapper_computes_with_one_number_in_its_dtype(execution: Any) -> None:
+    """A hyperparameter is float64. Where it meets a 0-dim tensor, it must not make it float64."""
+
+    def seen(p, h):
+        return p / (1 + abs(h))
+
+    def make() -> fo.GradientTransformation:
+        inner = fo.leafwise(lambda g, p: -0.1 * (g + p))
+        return fo.wrap(inner, before=seen, hyper={"h": fo.linear_schedule(0.9, 0.1, 3)})
+
+    start = torch.tensor(0.7)
+    check(execution, make, [1.0, -0.5, 2.0], start)
+    seen_dtypes = []
+
+    def update(updates, state, params):
+        seen_dtypes.append(params["w"].dtype)
+        return updates, state
+
+    watching = fo.GradientTransformation(lambda params: (), update)
+    tx = fo.wrap(watching, before=seen, hyper={"h": fo.linear_schedule(0.9, 0.1, 3)})
+    params = {"w": start}
+    tx.update(params, tx.init(params), params)
+    assert seen_dtypes == [torch.float32]

@@ -252,10 +252,9 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)
-        for i, whole in zip(
-            indices, of_all.sum(tuple(range(like.device_mesh.ndim))).unbind(), strict=True
-        ):
-            values[i] = whole
+        total = of_all.sum(tuple(range(like.device_mesh.ndim)))
+        for i, x in zip(indices, total.unbind(), strict=True):
+            values[i] = x.to(values[i].dtype)
     return values
 
 
@@ -271,5 +270,5 @@ def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
         of_all = everybodys([values[i] for i in indices], like)
         largest = of_all.amax(tuple(range(like.device_mesh.ndim)))
         for i, x in zip(indices, largest.unbind(), strict=True):
-            values[i] = x
+            values[i] = x.to(values[i].dtype)
     return values

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import sharding, structure
-from functorch_opt._core.leaf import PerLeaf
 from functorch_opt._core.once import (
     Once,
     check_declared,
@@ -26,6 +25,7 @@ from functorch_opt._core.transformation import (
     ScalarOrSchedule,
     positional,
 )
+from functorch_opt._core.wrapped import Leaves, called
 from functorch_opt.tree import PyTree
 
 __all__ = ["wrap"]
@@ -92,12 +92,14 @@ class Wrap(GradientTransformation):
 
     # ---- one leaf -------------------------------------------------------------------------------
 
-    def seen(self, g: Any, p: Any, values: Mapping[str, Any]) -> tuple[Any, Any]:
+    def seen(
+        self, g: Any, p: Any, slots: Mapping[str, Tensor], now: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
         """The update and the parameter of one leaf, as the inner transformation sees them."""
         if self.before is None or (g is None and self.changes_g):
             return g, p
-        values = {**values, "g": g, "p": p}
-        result = self.before(*[values[name] for name in self.before_reads])
+        given = {**slots, "g": g, "p": p}
+        result = called(self.before, self.before_reads, given, now)
         if self.changes_g and self.changes_p:
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
@@ -118,8 +120,8 @@ class Wrap(GradientTransformation):
         """The update of one leaf, and its new slots."""
         if self.after is None:
             return u, dict(slots)
-        values = {**now, **slots, "u": u, "g": g, "p": p}
-        result = self.after(*[values[name] for name in self.after_reads])
+        given = {**slots, "u": u, "g": g, "p": p}
+        result = called(self.after, self.after_reads, given, now)
         if not slots:
             return self._checked(result, g, "the update"), {}
         pair = (
@@ -235,73 +237,6 @@ class Wrap(GradientTransformation):
         us = structure.match(updates, leaves.spec, inner_updates, names=names)
         updates, slots = leaves.after(us)
         return updates, {"inner": inner, "kept": StageState(shared, slots)}
-
-
-class Leaves:
-    """The leaves of a wrapped update, with the values that are read for each."""
-
-    def __init__(
-        self,
-        tx: Wrap,
-        updates: PyTree,
-        spec: Any,
-        gs: list[Any],
-        params: PyTree | None,
-        slots: Mapping[str, PyTree],
-        now: Mapping[str, Any],
-    ) -> None:
-        self.tx, self.spec, self.gs, self.slots, self.params = tx, spec, gs, slots, params
-        names = ("updates", "params")
-        no_params = params is None
-        self.ps = (
-            [None] * len(gs)
-            if no_params
-            else structure.match(updates, spec, params, names=names)
-        )
-        self.columns = {
-            name: structure.match(
-                updates, spec, slot, names=("updates", f"the state's {name}")
-            )
-            for name, slot in slots.items()
-        }
-        per_leaf = PerLeaf(
-            updates, spec, {name: now[name] for name in tx.reads if name in now}
-        )
-        self.now = [per_leaf.raw(i) for i in range(len(gs))]
-
-    def before(self) -> tuple[PyTree, PyTree | None]:
-        """The updates and parameters that the inner transformation sees."""
-        tx = self.tx
-        pairs = []
-        for i, (g, p) in enumerate(zip(self.gs, self.ps, strict=True)):
-            slots = {name: column[i] for name, column in self.columns.items()}
-            values = {**self.now[i], **slots}
-            lacks = p is None and "p" in tx.before_reads
-            absent = lacks or any(x is None for x in slots.values())
-            like = g if p is None else p
-            pairs.append((g, p) if absent else tx.on_parts(tx.seen, like, g, p, values))
-        seen = tree.unflatten(self.spec, [g for g, _ in pairs])
-        if self.params is None:
-            return seen, None
-        return seen, tree.unflatten(self.spec, [p for _, p in pairs])
-
-    def after(self, us: list[Any]) -> tuple[PyTree, dict[str, PyTree]]:
-        """The updates, and the new slots."""
-        new_us: list[Any] = []
-        new: dict[str, list[Any]] = {name: [] for name in self.columns}
-        for i, (u, g, p) in enumerate(zip(us, self.gs, self.ps, strict=True)):
-            slots = {name: column[i] for name, column in self.columns.items()}
-            if u is not None and g is not None:
-                given = (u, g, p, slots, self.now[i])
-                u, slots = self.tx.on_parts(self.tx.left, g, *given)
-            new_us.append(u)
-            for name, x in slots.items():
-                new[name].append(x)
-        slots_of = {
-            name: structure.like(self.slots[name], self.spec, column)
-            for name, column in new.items()
-        }
-        return tree.unflatten(self.spec, new_us), slots_of
 
 
 def wrap(

@@ -266,7 +266,7 @@ class _Leaf:
         mine = self._mine(stage)
         slots = {name: x for name, (_, x) in mine.items()}
         self.stack.append((stage, self.u, seen, mine, now))
-        self.u, seen = stage.seen(self.u, seen, {**now, **slots})
+        self.u, seen = stage.seen(self.u, seen, slots, now)
         return seen
 
     def _leave(self) -> Tensor:

@@ -431,17 +431,23 @@ PASSES: dict[str, Callable[[], fo.GradientTransformation]] = {
         lambda path, p: "x" if p.dim() > 1 else "y",
     ),
     "a maximum of an empty part": highest,
+    "sums in several dtypes": lambda: fo.leafwise(
+        lambda g, v, n: (g, {"v": torch.lerp(v, g + 0.1 * n, 0.2)}),
+        slots={"v": fo.tree.zeros_like},
+        sums={"n": lambda g: (g * g).sum()},
+    ),
 }
 
 
 def passes_on_shards(rank: int, name: str, layout: str) -> float:
     """Three steps of `compiled_step` on shards, beside the same on whole tensors."""
     tx, where = PASSES[name](), layouts()[layout]
-    shapes = {"a": (3, 2), "b": (1,), "c": (1, 2)}
+    shapes = {"a": (3, 2), "b": (1,), "c": (1, 2), "d": ()}
 
     def drawn(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        return {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        given = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        return {**given, "a": given["a"].double()}
 
     ps = drawn(0)
     mine = {n: place(x, *where) for n, x in ps.items()}
