@@ -137,6 +137,23 @@ class Body:
         """The same with numbers as they are: how it runs where it is not compiled."""
         return Body(self.entries, self.now, self.into, False) if any(self.exact) else self
 
+    @cached_property
+    def narrowed(self) -> list[Tensor]:
+        """The scalars, those of float64 in float32.
+
+        A rule would do this itself, but a kernel would do it again for every vector of every
+        tensor. Numbers that became inputs stay what they were.
+        """
+        casts = [
+            x.dtype is torch.float64 and id(x) not in self.kept_wide for x in self.scalars
+        ]
+        wide = [x for x, is_cast in zip(self.scalars, casts, strict=True) if is_cast]
+        if not wide or len({x.device for x in wide}) > 1:
+            return self.scalars
+        left = iter(torch.stack(wide).to(torch.float32).unbind())
+        pairs = zip(self.scalars, casts, strict=True)
+        return [next(left) if is_cast else x for x, is_cast in pairs]
+
     def _sort(self, now: dict[str, Any], as_inputs: bool) -> None:
         fixed, exact, shared, rows = {}, {}, {}, []
         for name, x in now.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import partial
 from operator import is_not
 from typing import Any, NamedTuple
@@ -24,7 +25,12 @@ from functorch_opt._core import sharding, structure
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body
-from functorch_opt._execution.segments import PROGRAMS, NeedsConstants, Segment
+from functorch_opt._execution.segments import (
+    IN_PIECES,
+    PROGRAMS,
+    NeedsConstants,
+    Segment,
+)
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
 from functorch_opt._execution.writes import apart_from, memory_of
@@ -135,7 +141,8 @@ class CompiledStep:
         us = apart_from_params(us, ps)
         flush, aside = partial(self._apply, add=False), self._aside
         walk = Walk(view, ps, us, extra, flush, aside, known)
-        with philox.compiled(self.backend):
+        eager = self.backend == IN_PIECES
+        with nullcontext() if eager else philox.compiled(self.backend):
             new = walk.look(self.tx, state, view)
             walk.go()
             self._apply(walk, add=True)
@@ -272,7 +279,7 @@ class CompiledStep:
         return tree.map(partial(apart_from, written), new)
 
     def _say(self, tx: GradientTransformation) -> None:
-        if tx.name not in self.said:
+        if tx.name not in self.said and self.backend != IN_PIECES:
             self.said.add(tx.name)
             warnings.warn(
                 f"compiled_step runs {tx.name} eagerly, between the compiled rest: it is not made "

@@ -13,17 +13,7 @@ from torch import Tensor
 
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.kernel import Program
-from functorch_opt._execution.writes import run_eagerly
-
-
-class Uncompiled:
-    """Stands in for a program where there is none."""
-
-    def fits(self, args: list[Tensor]) -> bool:
-        return True
-
-    def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
-        return ()
+from functorch_opt._execution.pieces import Whole
 
 
 class Part:
@@ -32,28 +22,23 @@ class Part:
     They are `narrow` if they are computed in float32.
     """
 
-    def __init__(self, program: Program | Uncompiled, size: int, narrow: bool) -> None:
+    def __init__(self, program: Program | Whole, size: int, narrow: bool) -> None:
         self.program, self.size, self.narrow = program, size, narrow
         self.indices: list[int] = []
         self.sizes: list[tuple[int, ...]] = []
 
     @cached_property
     def scratch(self) -> list[tuple[int, torch.dtype]]:
-        return (
-            []
-            if isinstance(self.program, Uncompiled)
-            else self.program.scratch(self.sizes)
-        )
+        return [] if isinstance(self.program, Whole) else self.program.scratch(self.sizes)
 
-    def run(self, columns: list[list[Tensor]], scalars: list[Tensor], body: Body) -> None:
+    def run(self, columns: list[list[Tensor]], body: Body) -> None:
         """Apply the body to these leaves."""
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
-        if isinstance(self.program, Uncompiled):
-            body = body.with_constants
-            for leaf in zip(*columns, strict=True):
-                run_eagerly(body, [*leaf, *body.scalars])
+        if isinstance(self.program, Whole):
+            self.program.run(columns, self.sizes, self.narrow, body)
             return
+        scalars = body.narrowed if self.narrow else body.scalars
         if self.program.kernel is not None and self.size == 1:
             self._call(self.program.kernel, self.program.order, columns, scalars)
             return

@@ -21,10 +21,13 @@ from functorch_opt._core.leaf import Misfit, wrong_update
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
-from functorch_opt._execution.part import Part, Uncompiled
+from functorch_opt._execution.part import Part
+from functorch_opt._execution.pieces import Whole, in_pieces
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
+IN_PIECES = "in pieces"
+"""The backend that compiles nothing."""
 BLOCK = {"cpu": 1}
 """Tensors in a block. On a CPU a call costs nothing; elsewhere `LAUNCH` tensors share a launch."""
 LAUNCH = 32
@@ -147,11 +150,15 @@ class Segment:
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
         shapes = tuple(
             [
-                tuple([n if n < 2 else -1 for n in x.shape]) if whole else bool(x.dim())
+                tuple([n if n < 2 else -1 for n in x.shape]) if whole else self._rank(x)
                 for x in leaf
             ]
         )
         return p.device, threads, shapes, tuple([x.dtype for x in leaf])
+
+    def _rank(self, x: Any) -> int:
+        """What code depends on of the dims of `x`. Compiled code sees all elements in a row."""
+        return x.dim() if self.backend == IN_PIECES else int(x.dim() > 0)
 
     def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
         """The columns with the entries of compiled leaves only, of sharded ones the shards."""
@@ -163,7 +170,8 @@ class Segment:
 
     def _parts(self, sorts: dict[Any, list[int]], mine: list[list[Tensor]]) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
-        lie = Tensor.contiguous if self.body.whole else _flat
+        in_a_row = not self.body.whole and self.backend != IN_PIECES
+        lie = _flat if in_a_row else Tensor.contiguous
         flat = [[lie(x) for x in column] for column in mine]
         parts: list[Part] = []
         for sort, indices in sorts.items():
@@ -201,6 +209,10 @@ class Segment:
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
         scalars = self._scalars(_narrow(leaf))
+        if self.backend == IN_PIECES:
+            if not programs:
+                programs.append(in_pieces(self.body, leaf, _narrow(leaf)))
+            return programs[0], 1
         for program in programs:
             if program.fits([*leaf * size, *scalars]):
                 return program, size
@@ -229,7 +241,7 @@ class Segment:
             if any(self.body.exact) and not isinstance(error, (Unreadable, TooMany)):
                 raise NeedsConstants from error
             warn_uncompiled("compiled_step runs eagerly", error)
-            return Uncompiled()
+            return Whole()
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -266,11 +278,8 @@ class Segment:
             torch.autograd.graph.increment_version(mine[1])
             for c in self.copies:
                 mine[c] = [x.contiguous() for x in mine[c]]
-            wide, narrow = body.scalars, None
             for part in self.parts:
-                if part.narrow and narrow is None:
-                    narrow = narrowed(body)
-                part.run(mine, narrow if part.narrow else wide, body)  # type: ignore[arg-type]
+                part.run(mine, body)
         plain = body.with_constants if self.eager else body
         for i in self.eager:
             leaf = [column[i] for column in columns]
@@ -283,7 +292,7 @@ class Segment:
                 ) from misfit
 
     def _scalars(self, narrow: bool) -> list[Tensor]:
-        return narrowed(self.body) if narrow else self.body.scalars
+        return self.body.narrowed if narrow else self.body.scalars
 
 
 class TooMany(RuntimeError):
@@ -305,23 +314,6 @@ class Unreadable(RuntimeError):
     def __init__(self, unknown: tuple[str, str]) -> None:
         stage, what = unknown
         super().__init__(f"{stage} reads {what}, which may change unseen")
-
-
-def narrowed(body: Body) -> list[Tensor]:
-    """The scalars, those of float64 in float32. A rule would do this itself, but a kernel would do
-    it again for every vector of every tensor. Numbers that became inputs stay what they were."""
-    wide = [
-        x
-        for x in body.scalars
-        if x.dtype is torch.float64 and id(x) not in body.kept_wide
-    ]
-    if not wide or len({x.device for x in wide}) > 1:
-        return body.scalars
-    left = iter(torch.stack(wide).to(torch.float32).unbind())
-    return [
-        next(left) if x.dtype is torch.float64 and id(x) not in body.kept_wide else x
-        for x in body.scalars
-    ]
 
 
 def _narrow(leaf: list[Any]) -> bool:

@@ -74,7 +74,7 @@ def try_out(
     for shapes in islice(_shapes(program, inputs, examples), 2):
         wrong = None
         for seed in range(SEEDS):
-            args = _drawn(shapes, examples, seed)
+            args = drawn(shapes, examples, seed)
             wrong = _difference(program, f, args, tolerances)
             if wrong is None:
                 break
@@ -108,7 +108,7 @@ def _difference(
     return None
 
 
-def _drawn(shapes: list[list[int]], like: list[Tensor], seed: int) -> list[Tensor]:
+def drawn(shapes: list[list[int]], like: list[Tensor], seed: int) -> list[Tensor]:
     """Tensors of `shapes`: positive numbers, of which roots and logarithms can be taken."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
@@ -12,11 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
+from functorch_opt._core import sharding
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt._execution.compiled import compiled_step, with_memory_of_its_own
+from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_own
 from functorch_opt._execution.fusing import always_counts
+from functorch_opt._execution.segments import IN_PIECES
+from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.numbers import Groups, Numbers
 from functorch_opt.optim.places import Place, Places, assemble, differences
@@ -51,8 +56,9 @@ class Plan:
             )
         self.numbers = Numbers(varying, groups, len(params), self.device)
         self.tx = make(self.numbers.buffers)
-        self.compiled = compiled_step(self.tx) if compile else None
-        self.checked = False
+        self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
+        self.checked = self.rehearsed = False
+        self.is_whole = not compile and overlap(params)
         self.always_counts = always_counts(self.tx)
 
         names = [name for group in groups for name in group.get("param_names", [])]
@@ -160,8 +166,8 @@ class Plan:
         step = Step(self, params, moved, entries, flat, self._assembled(flat))
         grads = self._tree(gradients)
         extra = self._extra(loss, grads)
-        if self.compiled is not None and tx is self.tx:
-            return self._compiled(step, grads, extra, state if began else None)
+        if tx is self.tx and self._goes_in_place(params, loss):
+            return self._in_place(step, grads, extra, state if began else None)
         updates, new = tx.update(
             grads, step.old, self._tree([p.detach() for p in params]), **extra
         )
@@ -183,23 +189,39 @@ class Plan:
                 "floating and complex tensors can be optimized. Set its grad to None."
             )
 
-    def _compiled(
+    def _goes_in_place(self, params: list[Tensor], loss: Any) -> bool:
+        """Whether the step can be made in place, tensor by tensor.
+
+        Before it is made for the first time, it is rehearsed with a few numbers for each tensor. If
+        that raises, all is worked out before anything is written. So an error in a rule leaves
+        everything as it was.
+        """
+        if not self.rehearsed:
+            self.rehearsed = True
+            try:
+                self._rehearse(params, loss)
+            except Exception as error:
+                self.is_whole = True
+                if self.in_place.backend != IN_PIECES:
+                    warn_uncompiled("the optimizer runs eagerly", error, stacklevel=6)
+        return not self.is_whole
+
+    def _rehearse(self, params: list[Tensor], loss: Any) -> None:
+        ps = self._tree([*map(small, params)])
+        state = self.tx.init(ps)
+        new = self.tx.update(ps, state, ps, **self._extra(loss, ps))[1]
+        differences(self.numbered, state, new)
+
+    def _in_place(
         self, step: Step, grads: PyTree, extra: dict[str, Any], state: State | None
     ) -> Callable[[], None]:
-        """The step as one compiled pass. Whatever can fail by then has not failed."""
-        assert self.compiled is not None
-        if not self.checked and not self.always_counts:
-            params = self._tree([p.detach() for p in step.params])
-            differences(
-                self.numbered,
-                step.old,
-                self.tx.update(grads, step.old, params, **extra)[1],
-            )
-        compiled, known = self.compiled, self.checked
+        """The step as one pass over memory. Whatever can fail by then has not failed."""
         self.tx.check_extra(extra)
 
         def act() -> None:
-            new = compiled.run(self._tree(step.params), grads, step.old, extra, known)
+            new = self.in_place.run(
+                self._tree(step.params), grads, step.old, extra, self.checked
+            )
             self.checked = True
             if state is not None:
                 step.keep(state)
@@ -345,6 +367,22 @@ def on_meta(params: list[Tensor]) -> list[Tensor | None]:
     """Their shapes and dtypes, without what is no part of the trees: a quantised one may be of a
     class that does not go there."""
     return [p.to("meta") if can_be_trained(p) else None for p in params]
+
+
+def small(p: Tensor) -> Tensor | None:
+    """A few numbers in the place of `p`."""
+    if not can_be_trained(p):
+        return None
+    shape = [min(n, 3) for n in p.shape]
+    numbers = torch.linspace(0.1, 1.0, math.prod(shape), device=p.device)
+    return numbers.to(p.dtype).reshape(shape)
+
+
+def overlap(params: list[Tensor]) -> bool:
+    """Whether two of them have elements in common."""
+    plain = [p for p in params if type(p) in sharding.PLAIN and p.numel()]
+    ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in plain)
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ends))
 
 
 def layout(groups: Groups) -> list[Any]:
