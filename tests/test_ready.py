@@ -151,6 +151,34 @@ def test_it_is_the_optimizer_of_its_factory(name: str) -> None:
     assert_equal(run(a, params, range(8)), run(b, twins, range(8)))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_groups_that_are_alike_are_one(name: str) -> None:
+    """Also where a value for all parameters is computed from a hyperparameter."""
+    params, twins = make_params(), make_params()
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    a, b = (
+        run(make(name, groups), params, range(4)),
+        run(make(name, twins), twins, range(4)),
+    )
+    assert_equal(a, b, 1e-12)
+
+
+def test_groups_may_become_different() -> None:
+    params, twins = make_params(), make_params()
+    a = fo.optim.Lion([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    b = [fo.optim.Lion(twins[:2], lr=0.1), fo.optim.Lion(twins[2:], lr=0.1)]
+    for step in range(6):
+        set_grads(params, step)
+        set_grads(twins, step)
+        if step == 2:
+            a.param_groups[0]["lr"] = b[0].param_groups[0]["lr"] = 0.3
+        if step == 4:
+            a.param_groups[1]["lr"] = b[1].param_groups[0]["lr"] = 0.3
+        for each in (a, *b):
+            each.step()
+    assert_equal([p.detach() for p in params], [p.detach() for p in twins], 1e-12)
+
+
 def test_each_group_has_its_own_numbers() -> None:
     params, twins = make_params(), make_params()
     groups = [
