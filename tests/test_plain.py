@@ -226,7 +226,7 @@ def test_sgld(rate: float, temperature: float) -> None:
 
 # ---- privacy, without noise: test_private.py looks at its distribution ---------------------------------
 
-SILENT = "without the noise, whose distribution test_private.py compares"
+SILENT = "without the noise, whose distribution tests/test_private.py compares"
 OF_PRIVACY = [(0.5, None), (2.0, None), (5.0, 4.0), (100.0, 10.0)]
 """The bound of a norm, and the batch size that is expected of 6 examples."""
 
