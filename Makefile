@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test test-fast test-slow quick next fuzz clients lint types docs ci clean
+.PHONY: help demo test test-fast test-slow quick next parity fuzz clients lint types docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,9 @@ test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
+
+parity: $(VENV)/.test $(VENV)/.parity ## compare every name with its reference, and write docs/parity.md
+	$(RUN) $(BIN)/python -m pytest -q -m compares --parity-page tests
 
 fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; FO_SEED sets the first
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py

@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and the plugin that gathers comparisons."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from parity_page import Lines
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("parity")
+    group.addoption("--parity-page", action="store_true", help="write docs/parity.md")
+    group.addoption("--parity-lines", help="write what is compared into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compares: with a reference; see parity_page.py")
+    config.pluginmanager.register(Lines())
 
 
 @pytest.fixture

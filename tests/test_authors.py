@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity_page import assert_near, compares
 from torch import Tensor
 
 import functorch_opt as fo
@@ -51,9 +52,7 @@ def assert_same(
 ) -> None:
     assert not torch.equal(ours["w"], draw(0)["w"])
     for name in theirs:
-        torch.testing.assert_close(
-            ours[name], theirs[name], rtol=tolerance, atol=tolerance
-        )
+        assert_near(ours[name], theirs[name], tolerance, name)
 
 
 # ---- Adan, alg. 1, with the decays of the authors' code --------------------------------------------------------------------
@@ -78,6 +77,12 @@ def plain_adan(lr: float, b1: float, b2: float, b3: float, eps: float, wd: float
     return make
 
 
+@compares(
+    "adan",
+    "scale_by_adan",
+    reference="plain: the authors' code",
+    remark="optax 0.2.8 has 1 - b2 where they have b2",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -121,7 +126,13 @@ def plain_sm3(lr: float, momentum: float, eps: float):
     return make
 
 
-@pytest.mark.parametrize("options", [(0.1, 0.9), (0.5, 0.0), (0.01, 0.99)])
+@compares(
+    "sm3",
+    "scale_by_sm3",
+    reference="plain: the paper",
+    remark="optax 0.2.8 cannot take parameters that are numbers",
+)
+@pytest.mark.parametrize("options", [(0.1, 0.9), (0.5, 0.0), (0.01, 0.99), (1.0, 0.5)])
 def test_sm3_is_that_of_the_paper_for_numbers_too(options: tuple[float, ...]) -> None:
     assert_same(train(fo.sm3(*options)), train_plainly(plain_sm3(*options, 1e-8)))
 
@@ -170,8 +181,15 @@ def plain_madgrad(lr: float, momentum: float, decay: float, eps: float):
     return make
 
 
+@compares("madgrad", "scale_by_madgrad", reference="plain: the authors' code")
 @pytest.mark.parametrize(
-    "options", [(0.1, 0.9, 0.0, 1e-6), (0.5, 0.5, 0.1, 1e-3), (0.01, 0.0, 0.01, 1e-8)]
+    "options",
+    [
+        (0.1, 0.9, 0.0, 1e-6),
+        (0.5, 0.5, 0.1, 1e-3),
+        (0.01, 0.0, 0.01, 1e-8),
+        (1.0, 0.99, 0.5, 1e-2),
+    ],
 )
 def test_madgrad_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     assert_same(train(fo.madgrad(*options)), train_plainly(plain_madgrad(*options)))
@@ -225,7 +243,14 @@ def test_fromage_keeps_the_norm_where_the_gradient_is_at_right_angles() -> None:
     torch.testing.assert_close(p.norm().item(), 5.0, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("momentum_decay", [4e-3, 0.1])
+@compares(
+    "nadamw",
+    "scale_by_nadam",
+    reference="torch.optim.NAdam",
+    bound=1e-8,
+    remark="torch multiplies the decays of the momentum in float32",
+)
+@pytest.mark.parametrize("momentum_decay", [4e-3, 0.1, 0.5, 0.0])
 def test_nadamw_is_torchs_nadam_with_decoupled_decay(momentum_decay: float) -> None:
     theirs = {name: torch.nn.Parameter(p.clone()) for name, p in draw(0).items()}
     options = {"weight_decay": 0.1, "momentum_decay": momentum_decay}
@@ -276,9 +301,11 @@ OPTIONS_OF_ADAMW = [
     (0.1, 0.9, 0.999, 1e-8, 0.0),
     (0.05, 0.5, 0.9, 1e-2, 0.1),
     (0.01, 0.99, 0.7, 1e-6, 0.02),
+    (0.2, 0.0, 0.5, 1e-3, 0.5),
 ]
 
 
+@compares("cautious", reference="plain: the authors' code")
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_cautious_adamw_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
@@ -311,6 +338,7 @@ def plain_grams(lr: float, b1: float, b2: float, eps: float, wd: float):
     return make
 
 
+@compares("grams", "gradient_signs", reference="plain: the authors' code")
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_grams_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
@@ -334,6 +362,7 @@ def plain_cautious_decay(lr: float, b1: float, b2: float, eps: float, wd: float)
     return make
 
 
+@compares("cautious_weight_decay", reference="plain: the paper")
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_cautious_weight_decay_is_that_of_the_paper(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
@@ -363,6 +392,7 @@ def plain_laprop(lr: float, b1: float, b2: float, eps: float, wd: float):
     return make
 
 
+@compares("laprop", "scale_by_laprop", reference="plain: the authors' code")
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_laprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options
@@ -391,6 +421,7 @@ def plain_stable_adamw(lr: float, b1: float, b2: float, eps: float, wd: float):
     return make
 
 
+@compares("stable_adamw", "scale_by_stable_adamw", reference="plain: the paper")
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_stable_adamw_is_that_of_the_paper(options: tuple[float, ...]) -> None:
     ours = train(fo.stable_adamw(*options))
@@ -418,6 +449,7 @@ def plain_mars_adamw(
     return make
 
 
+@compares("mars_adamw", "scale_by_mars", reference="plain: the authors' code")
 @pytest.mark.parametrize("gamma", [0.025, 0.3])
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_mars_adamw_is_that_of_its_authors(
@@ -470,9 +502,17 @@ OPTIONS_OF_SCHEDULE_FREE = [
     (0.1, 0, 0.9, 0.0, 0.0),
     (0.05, 40, 0.5, 0.1, 1.0),
     (0.5, 7, 0.98, 0.02, 0.0),
+    (0.01, 100, 0.7, 0.5, 2.0),
 ]
 
 
+@compares(
+    "schedule_free",
+    "schedule_free_sgd",
+    "schedule_free_adamw",
+    reference="plain: the authors' code",
+    remark="optax's weights are one step ahead under warm-up",
+)
 @pytest.mark.parametrize("options", OPTIONS_OF_SCHEDULE_FREE)
 def test_schedule_free_is_that_of_its_authors(options: tuple) -> None:
     lr, warmup, b1, wd, r = options
@@ -521,12 +561,19 @@ def plain_acprop(lr: float, b1: float, b2: float, eps: float, wd: float):
     return make
 
 
+@compares(
+    "acprop",
+    "scale_by_acprop",
+    reference="plain: the authors' code",
+    remark="optax 0.2.8 subtracts the mean of the step before",
+)
 @pytest.mark.parametrize(
     "options",
     [
         (0.1, 0.9, 0.999, 1e-16, 0.0),
         (0.05, 0.5, 0.9, 1e-2, 0.1),
         (0.01, 0.99, 0.7, 1e-6, 0.02),
+        (0.2, 0.0, 0.5, 1e-3, 0.5),
     ],
 )
 def test_acprop_is_that_of_its_authors(options: tuple[float, ...]) -> None:
@@ -571,12 +618,14 @@ def plain_dog(lr: float, kind: str, value: float, eps: float, wd: float):
     return step
 
 
+@compares("dog", "scale_by_dog", reference="plain: the paper")
 @pytest.mark.parametrize(
     "options",
     [
         (1.0, "heuristic", 1e-6, 1e-8, 0.0),
         (0.5, "distance", 0.1, 1e-2, 0.1),
         (2.0, "learning_rate", 0.05, 1e-8, 0.02),
+        (0.2, "heuristic", 0.1, 1.0, 0.5),
     ],
 )
 def test_dog_is_that_of_the_paper(options: tuple) -> None:
@@ -598,8 +647,15 @@ def plain_dowg(lr: float, least: float | None, eps: float, wd: float):
     return step
 
 
+@compares("dowg", "scale_by_dowg", reference="plain: the paper")
 @pytest.mark.parametrize(
-    "options", [(1.0, None, 1e-4, 0.0), (0.5, 0.1, 1e-2, 0.1), (2.0, 1e-3, 1e-8, 0.02)]
+    "options",
+    [
+        (1.0, None, 1e-4, 0.0),
+        (0.5, 0.1, 1e-2, 0.1),
+        (2.0, 1e-3, 1e-8, 0.02),
+        (0.2, 1.0, 1.0, 0.5),
+    ],
 )
 def test_dowg_is_that_of_the_paper(options: tuple) -> None:
     assert_same(train(fo.dowg(*options)), train_whole(plain_dowg(*options)))
@@ -641,6 +697,11 @@ def plain_prodigy(
     return step
 
 
+@compares(
+    "prodigy",
+    reference="plain: the authors' code",
+    remark="optax 0.2.8 has other numbers",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -711,7 +772,13 @@ def plain_momo(
     return step
 
 
-@pytest.mark.parametrize("b2", [None, 0.95])
+@pytest.mark.parametrize(
+    "b2",
+    [
+        pytest.param(None, marks=compares("momo", reference="plain: the paper")),
+        pytest.param(0.95, marks=compares("momo_adam", reference="plain: the paper")),
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from parity_page import assert_near, compares
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from training import FREEZE, TORCH_NAMED, make_params, set_grads, torchs, train
@@ -145,6 +146,10 @@ OPTIONS: list[tuple[str, dict]] = [
 ]
 
 
+CASES = [
+    pytest.param(name, options, marks=compares(f"optim.{name}", reference="torch.optim"))
+    for name, options in OPTIONS
+]
 ids = [
     f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items() if v and k not in ('lr', 'betas', 'eps'))}"
     for name, options in OPTIONS
@@ -152,7 +157,7 @@ ids = [
 
 
 @pytest.mark.usefixtures("same_scalars")
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=ids)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=ids)
 def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
     """This holds for Muon too: Newton-Schulz rounds to bfloat16, but in the same places, and in
     float64 it starts from the same numbers.
@@ -160,9 +165,12 @@ def test_50_numbers_and_state_keys_are_torchs(name: str, options: dict) -> None:
     ours, theirs = make_params(of=name), make_params(of=name)
     a, b = getattr(fo.optim, name)(ours, **options), torchs(name, theirs, **options)
     start = [p.detach().clone() for p in ours]
-    x, y = train(a, ours, 50, missing_at=FREEZE), train(b, theirs, 50, missing_at=FREEZE)
+    x, y = (
+        train(a, ours, 100, missing_at=FREEZE),
+        train(b, theirs, 100, missing_at=FREEZE),
+    )
     for p, q, s in zip(x, y, start, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+        assert_near(p, q)
         assert p.numel() == 0 or not torch.equal(p, s)
     for p, q in zip(ours, theirs, strict=True):
         expected = b.state[q]
@@ -191,19 +199,27 @@ FUNCTIONAL = {
 }
 
 
+NAMES = [
+    pytest.param(
+        name, marks=compares(name.lower(), reference="torch.optim", remark="defaults")
+    )
+    for name in FUNCTIONAL
+]
+
+
 @pytest.mark.usefixtures("same_scalars")
-@pytest.mark.parametrize("name", FUNCTIONAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_functions_have_the_defaults_of_torch_as_they_say(name: str) -> None:
     tx, params = FUNCTIONAL[name], make_params(of=name)
     ps = [p.detach().clone() for p in params]
     opt, state = torchs(name, params), tx.init(ps)
-    for step in range(20):
+    for step in range(100):
         set_grads(params, step)
         updates, state = tx.update([p.grad for p in params], state, ps)
         ps = fo.apply_updates(ps, updates)
         opt.step()
     for p, q in zip(ps, params, strict=True):
-        torch.testing.assert_close(p, q.detach(), rtol=1e-10, atol=1e-10)
+        assert_near(p, q.detach())
 
 
 @pytest.mark.usefixtures("same_scalars")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import lr_scheduler
+from training import TORCH_NAMED
 
 import functorch_opt as fo
 
@@ -674,14 +675,7 @@ def test_made_inside_a_compiled_function(build: Callable) -> None:
     assert torch.equal(p, q) and p[0] != 1
 
 
-DENSE = [
-    name
-    for name in fo.optim.__dict__
-    if name[0].isupper() and name not in ("LBFGS", "SparseAdam", "Optimizer")
-]
-
-
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", TORCH_NAMED)
 def test_meta_parameters(name: str) -> None:
     """A dry run of a model that does not fit: shapes only."""
     p = nn.Parameter(torch.ones(3, 3, device="meta"))

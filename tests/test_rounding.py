@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from parity_page import assert_near, compares
 from torch import Tensor
 
 import functorch_opt as fo
@@ -82,6 +83,12 @@ def test_the_sum_becomes_one_of_its_two_neighbours(dtype: torch.dtype) -> None:
     assert (exact.abs() < torch.finfo(dtype).tiny).sum() > 100
 
 
+@compares(
+    "stochastic_round",
+    reference="plain",
+    bound=0.012,
+    remark="the probability of the upper neighbour, by 40,000 draws",
+)
 @low
 @pytest.mark.parametrize("p", [1.0, -1.0, 3.0, 1e-3, "tiny", 0.0])
 def test_it_is_unbiased(dtype: torch.dtype, p: float | str) -> None:
@@ -98,6 +105,7 @@ def test_it_is_unbiased(dtype: torch.dtype, p: float | str) -> None:
         assert 0 < wanted < 1
         ups = (rounded(ps, u)[1].float() == above).double().mean().item()
         assert abs(ups - wanted) < 4.5 * math.sqrt(wanted * (1 - wanted) / n), fraction
+        assert_near(ups, wanted, 0.012)
 
 
 @low

@@ -78,7 +78,9 @@ def train(
 TORCH_NAMED = [
     name
     for name, cls in vars(fo.optim).items()
-    if isinstance(cls, type) and issubclass(cls, fo.optim.Optimizer)
+    if isinstance(cls, type)
+    and issubclass(cls, fo.optim.Optimizer)
+    and hasattr(torch.optim, name)
 ]
 TORCH_NAMED.remove("Optimizer")
 """Our classes with torch's names. LBFGS and SparseAdam are torch's own."""

@@ -1,6 +1,7 @@
 """Optimizers for ordinary loops.
 
-They are any transformation as a `torch.optim.Optimizer`, and torch's own names.
+They are any transformation as a `torch.optim.Optimizer`, torch's own names, and a class for each
+other optimizer of the library.
 """
 
 from functorch_opt.optim.adafactor import *
@@ -11,6 +12,7 @@ from functorch_opt.optim.asgd import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
 from functorch_opt.optim.radam import *
+from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *

@@ -48,7 +48,7 @@ from functorch_opt.optim.options import (
     plain,
     scalar,
 )
-from functorch_opt.optim.plan import Make, Plan, can_be_trained, layout
+from functorch_opt.optim.plan import Make, Plan, can_be_trained
 
 __all__ = ["Optimizer"]
 
@@ -474,7 +474,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
-        if plan is None or plan.layout != layout(groups):
+        if plan is None or not plan.fits(groups):
             for group in groups:
                 for name in self._own:
                     self._check_option(name, group[name])

@@ -18,27 +18,35 @@ Groups = list[dict[str, Any]]
 
 
 class Numbers:
-    """The options that are hyperparameters: one number, or with several groups one for each
-    parameter."""
+    """The options that are hyperparameters: one number, or one for each parameter where groups
+    differ."""
 
     def __init__(
         self, names: list[str], groups: Groups, n: int, device: torch.device
     ) -> None:
-        shape = () if len(groups) == 1 else (n,)
-
-        def buffer(value: Any) -> Any:
+        def buffer(value: Any, shape: tuple[int, ...]) -> Any:
             """Where a hyperparameter is written at every step, for the transformation to read."""
             if isinstance(value, tuple):
-                return tuple(buffer(part) for part in value)
+                return tuple(buffer(part, shape) for part in value)
             return torch.zeros(shape, dtype=numerics.real_dtype(device), device=device)
 
-        self.buffers = {name: buffer(groups[0][name]) for name in names}
+        # Prodigy's distance, for example, is one for all parameters, and is computed with lr.
+        self.alike = [name for name in names if _are_alike(name, groups)]
+        self.buffers = {
+            name: buffer(groups[0][name], () if name in self.alike else (n,))
+            for name in names
+        }
         self.written: dict[str, list[Any]] = {}
+
+    def fit(self, groups: Groups) -> bool:
+        """Whether groups that were alike still are."""
+        return all(_are_alike(name, groups) for name in self.alike)
 
     def write(self, groups: Groups) -> None:
         """Write the hyperparameters where the transformation reads them."""
         for name, target in self.buffers.items():
-            values = [group[name] for group in groups]
+            of_all = groups[:1] if name in self.alike else groups
+            values = [group[name] for group in of_all]
             # A tensor may be changed without our seeing it.
             plain = all(isinstance(value, (int, float)) for value in values)
             if plain and values == self.written.get(name):
@@ -49,9 +57,9 @@ class Numbers:
                 for part, of_groups in zip(
                     target, zip(*values, strict=True), strict=True
                 ):
-                    _write(part, of_groups, groups)
+                    _write(part, of_groups, of_all)
             else:
-                _write(target, values, groups)
+                _write(target, values, of_all)
             self.written[name] = values if plain else []
 
     def read(self, groups: Groups) -> dict[str, Any]:
@@ -67,6 +75,20 @@ class Numbers:
             else:
                 numbers[name] = _read(target, values, groups)
         return numbers
+
+
+def _are_alike(name: str, groups: Groups) -> bool:
+    """Whether all groups have one number there, as far as can be seen: nobody looks into
+    tensors."""
+    first, *others = [group[name] for group in groups]
+    plain = _is_plain(first)
+    return not others or (plain and all(_is_plain(x) and x == first for x in others))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, (int, float))
 
 
 def _write(target: Tensor, values: Iterable[Any], groups: Groups) -> None:

@@ -125,6 +125,13 @@ class Plan:
             if entry:
                 state[p].update(entry)
 
+    def fits(self, groups: Groups) -> bool:
+        """Whether it was made for these groups. A graph has one number for each parameter, so
+        there it does not matter which groups are alike."""
+        if self.layout != layout(groups):
+            return False
+        return torch.compiler.is_compiling() or self.numbers.fit(groups)
+
     def serves(self, groups: Groups, state: State) -> bool:
         """Whether it was made for these groups, and nothing is missing for a step."""
         if self.layout != layout(groups):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity_page import assert_near, compares
 from registry import ROWS
 
 import functorch_opt as fo
@@ -34,7 +35,7 @@ jnp = jax.numpy
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
 
-STEPS = 50
+STEPS = 100
 
 
 # ---- data and the two training loops -------------------------------------------------------------
@@ -52,7 +53,7 @@ def draw(seed: int) -> dict:
 
 
 PARAMS, GRADS = draw(0), [draw(step) for step in range(1, STEPS + 1)]
-HUNDRED = {"grads": [draw(step) for step in range(1, 101)]}
+HUNDRED = {"grads": GRADS}
 WITH_NANS = [tree.map(lambda g: torch.where(g > 1, torch.nan, g), g) for g in GRADS]
 SOME_NOT_FINITE = [
     tree.map(
@@ -86,16 +87,17 @@ def run_ours(tx: fo.GradientTransformation, grads: list = GRADS) -> tuple[list, 
     return seen, ps, state
 
 
-def run_theirs(tx: Any, grads: list = GRADS) -> tuple[list, Any, Any]:
+def run_theirs(tx: Any, grads: list = GRADS, jit: bool = False) -> tuple[list, Any, Any]:
     """The same.
 
-    Not jitted: to compile a case takes longer than its 50 steps, and single operations are compiled
-    once for all cases.
+    Not jitted, as a rule: to compile a case takes longer than its 100 steps, and single operations
+    are compiled once for all cases.
     """
     ps, seen = to_jax(PARAMS), []
     state = tx.init(ps)
+    update = jax.jit(tx.update) if jit else tx.update
     for g in grads:
-        updates, state = tx.update(to_jax(g), state, ps)
+        updates, state = update(to_jax(g), state, ps)
         ps = optax.apply_updates(ps, updates)
         seen.append(updates)
     return seen, ps, state
@@ -106,9 +108,7 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
     assert a.keys() == b.keys()
     for path in a:
         assert a[path].dtype == b[path].dtype == np.float64
-        np.testing.assert_allclose(
-            a[path], b[path], rtol=tolerance, atol=tolerance, err_msg=path
-        )
+        assert_near(a[path], b[path], tolerance, path)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -122,6 +122,7 @@ class Case:
     grads: list | None = None
     moves: bool = True
     tolerance: float = 1e-10
+    remark: str = ""
 
 
 def same(name: str, *expressions: Callable[[Any], Any], **options: Any) -> list[Case]:
@@ -150,12 +151,12 @@ MASKS = (
     lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
 )
 """The same mask as a function, in either library's form."""
-FLOAT32 = {"tolerance": 1e-5}
+FLOAT32 = {"tolerance": 1e-5, "remark": "optax decays float32 moments in float32"}
 """For float32 moments under float64 params: optax multiplies them by their decay in float32, where
 we compute everything in float64.
 """
 
-FLOAT32_DECAY = {"tolerance": 1e-6}
+FLOAT32_DECAY = {"tolerance": 1e-6, "remark": "optax works out the decay in float32"}
 """optax works the decay of Adafactor's means out in float32."""
 
 
@@ -887,6 +888,134 @@ CASES: list[Case] = [
         lambda o: o.dowg(0.5, 0.1, 1e-2, 0.1),
         lambda o: o.dowg(decay(o), eps=1e-3, weight_decay=0.1, mask=MASK),
     ),
+    *same(
+        "chain",
+        lambda o: o.chain(o.zero_nans(), o.lion(0.01)),
+        lambda o: o.chain(o.scale_by_rms(), o.trace(0.9), o.scale(-0.01)),
+    ),
+    *same(
+        "clip",
+        lambda o: o.clip(0.1),
+    ),
+    *same(
+        "clip_by_block_rms",
+        lambda o: o.clip_by_block_rms(0.1),
+        lambda o: o.clip_by_block_rms(1.0),
+    ),
+    *same(
+        "clip_by_global_norm",
+        lambda o: o.clip_by_global_norm(0.01),
+    ),
+    *same(
+        "scale",
+        lambda o: o.scale(0.0),
+        moves=False,
+    ),
+    *same(
+        "scale",
+        lambda o: o.scale(1e-3),
+    ),
+    *same(
+        "scale_by_adadelta",
+        lambda o: o.scale_by_adadelta(0.5, 1e-3),
+        lambda o: o.scale_by_adadelta(0.99, 1.0),
+    ),
+    *same(
+        "scale_by_adamax",
+        lambda o: o.scale_by_adamax(0.0, 0.9, 1e-3),
+        lambda o: o.scale_by_adamax(0.95, 0.5, 1.0),
+    ),
+    *same(
+        "scale_by_lion",
+        lambda o: o.scale_by_lion(0.0, 0.9),
+        lambda o: o.scale_by_lion(0.99, 0.5),
+    ),
+    *same(
+        "scale_by_param_block_rms",
+        lambda o: o.scale_by_param_block_rms(0.1),
+        lambda o: o.chain(o.scale(-0.01), o.scale_by_param_block_rms(1.0)),
+    ),
+    *same(
+        "scale_by_radam",
+        lambda o: o.scale_by_radam(0.5, 0.9, 1e-2, threshold=6.0),
+    ),
+    *same(
+        "scale_by_rss",
+        lambda o: o.scale_by_rss(0.5, 1e-2),
+    ),
+    *same(
+        "scale_by_schedule",
+        lambda o: o.scale_by_schedule(warmup(o)),
+        lambda o: o.scale_by_schedule(wide(o, o.cosine_decay_schedule(-0.1, 60))),
+    ),
+    *same(
+        "adagrad",
+        lambda o: o.adagrad(0.5, 1.0),
+        lambda o: o.adagrad(warmup(o), eps=1e-2),
+    ),
+    *same(
+        "adamax",
+        lambda o: o.adamax(warmup(o), 0.5),
+        lambda o: o.adamax(0.01, 0.95, 0.5, 1e-2),
+    ),
+    *of_contrib(
+        "adopt",
+        lambda o: o.adopt(0.01, 0.5, 0.9, 1e-3),
+    ),
+    *same(
+        "amsgrad",
+        lambda o: o.amsgrad(warmup(o), 0.5),
+        lambda o: o.amsgrad(0.01, 0.95, 0.5, 1e-2),
+    ),
+    *same(
+        "lars",
+        lambda o: o.lars(0.5, 0.01, True, 0.1, 1e-3, True, 0.95),
+    ),
+    *same(
+        "lion",
+        lambda o: o.lion(warmup(o), 0.5),
+        lambda o: o.lion(0.1, 0.99, 0.5, weight_decay=0.0),
+    ),
+    *same(
+        "nadam",
+        lambda o: o.nadam(warmup(o), 0.5),
+        lambda o: o.nadam(0.01, 0.95, 0.5, 1e-2),
+    ),
+    *same(
+        "radam",
+        lambda o: o.radam(warmup(o), 0.5),
+        lambda o: o.radam(0.01, 0.95, 0.5, 1e-2),
+    ),
+    *same(
+        "sign_sgd",
+        lambda o: o.sign_sgd(warmup(o)),
+        lambda o: o.sign_sgd(1.0),
+    ),
+    *of_contrib(
+        "schedule_free_adamw",
+        lambda o: o.schedule_free_adamw(0.5, b2=0.5, eps=1e-2, weight_decay=0.01),
+    ),
+    *of_contrib(
+        "schedule_free_sgd",
+        lambda o: o.schedule_free_sgd(0.5, b1=0.2, weight_decay=0.01),
+    ),
+    *of_contrib(
+        "dowg",
+        lambda o: o.dowg(2.0, 1e-3, 1e-8),
+    ),
+    *same(
+        "apply_if_finite",
+        lambda o: o.apply_if_finite(o.adam(0.1), 2),
+        lambda o: o.apply_if_finite(o.adamw(warmup(o), weight_decay=0.1), 10),
+        grads=SOME_NOT_FINITE,
+    ),
+    *pair(
+        "muon",
+        lambda o: o.muon(warmup(o), ns_steps=3, beta=0.5, adam_b1=0.8),
+        lambda o: in_jax_layout(
+            o.contrib.muon(warmup(o), ns_steps=3, beta=0.5, adam_b1=0.8)
+        ),
+    ),
     # wrappers; optax gathers in float32 unless told otherwise
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 4), lambda o: gathering(o, 4)
@@ -898,6 +1027,11 @@ CASES: list[Case] = [
     ),
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 1), lambda o: gathering(o, 1)
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(o.adamw(0.1, weight_decay=0.1), 7),
+        lambda o: gathering(o, 7, o.adamw(0.1, weight_decay=0.1)),
     ),
     *same("apply_if_finite", lambda o: o.apply_if_finite(o.adam(0.1), 3)),
     *same(
@@ -1034,15 +1168,30 @@ OTHER_NAMES = {
 # ---- transformations and optimizers --------------------------------------------------------------
 
 
-def named(cases: list) -> list:
-    return [pytest.param(case, id=f"{case.name}-{i}") for i, case in enumerate(cases)]
+OPTAX = "optax 0.2.8"
+BRANCHES = ("MultiSteps", "apply_if_finite", "muon")
+"""Names whose optax has branches and loops, which take long if they are not jitted."""
+
+
+def named(cases: list[Case]) -> list:
+    def mark(case: Case) -> Any:
+        names = ("muon", "scale_by_muon") if case.name == "muon" else (case.name,)
+        options = {"bound": case.tolerance, "remark": case.remark}
+        return compares(*names, reference=OPTAX, **options)
+
+    return [
+        pytest.param(case, id=f"{case.name}-{i}", marks=mark(case))
+        for i, case in enumerate(cases)
+    ]
 
 
 @pytest.mark.parametrize("case", named(CASES))
 def test_equals_optax(case: Case) -> None:
     grads = GRADS if case.grads is None else case.grads
     updates, ps, _ = run_ours(case.ours(fo), grads)
-    their_updates, their_ps, _ = run_theirs(case.theirs(optax), grads)
+    their_updates, their_ps, _ = run_theirs(
+        case.theirs(optax), grads, jit=case.name in BRANCHES
+    )
     assert_same(updates, their_updates, case.tolerance)
     assert_same(ps, their_ps, case.tolerance)
     before, after = arrays(PARAMS), arrays(ps)
@@ -1088,6 +1237,7 @@ def test_50_torchs_names_equal_optax_where_torch_does(
     )
 
 
+@compares("lookahead", reference=OPTAX)
 @pytest.mark.parametrize(("k", "a"), [(1, 0.5), (3, 0.5), (5, 0.0), (5, 1.0)])
 def test_lookahead_equals_optax(k: int, a: float) -> None:
     """The fast parameters after every step, and the slow ones, which optax has beside them."""
@@ -1107,7 +1257,8 @@ def test_lookahead_equals_optax(k: int, a: float) -> None:
 
 def test_apply_if_finite_counts_as_optax() -> None:
     ours = run_ours(fo.apply_if_finite(fo.sgd(0.1), 3), SOME_NOT_FINITE)[2]
-    theirs = run_theirs(optax.apply_if_finite(optax.sgd(0.1), 3), SOME_NOT_FINITE)[2]
+    their = optax.apply_if_finite(optax.sgd(0.1), 3)
+    theirs = run_theirs(their, SOME_NOT_FINITE, jit=True)[2]
     for name in ("notfinite_count", "total_notfinite", "last_finite"):
         assert fo.get(ours, name).item() == getattr(theirs, name).item()
 
@@ -1138,22 +1289,44 @@ def test_injected_hyperparameters_read_the_same(index: int) -> None:
     assert_same(ours, theirs)
 
 
-def test_rprop_has_the_step_sizes_of_optax() -> None:
+@compares(
+    "rprop",
+    "scale_by_rprop",
+    reference=OPTAX,
+    remark="the step sizes: optax returns the step of the update before",
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.1, 0.5, 1.2, 1e-6, 50.0),
+        (0.1, 0.3, 1.5, 0.01, 0.4),
+        (0.5, 0.9, 1.01, 1e-3, 1.0),
+        (0.01, 0.2, 2.0, 1e-6, 0.1),
+    ],
+)
+def test_rprop_has_the_step_sizes_of_optax(options: tuple[float, ...]) -> None:
     """And moves by them at once, where optax 0.2.8 gives the step of the update before."""
-    options = {
-        "eta_minus": 0.3,
-        "eta_plus": 1.5,
-        "min_step_size": 0.01,
-        "max_step_size": 0.4,
-    }
-    updates, _, ours = run_ours(fo.rprop(0.1, **options))
-    _, _, theirs = run_theirs(optax.rprop(0.1, **options))
+    updates, _, ours = run_ours(fo.rprop(*options))
+    _, _, theirs = run_theirs(optax.rprop(*options))
     assert_same(fo.get(ours, "step_size"), theirs[0].step_sizes)
     assert_same(tree.map(torch.neg, updates[-1]), theirs[0].prev_updates)
 
 
-@pytest.mark.parametrize(("eta", "gamma"), [(0.01, 0.55), (2.0, 0.0), (0.5, 1.3)])
-@pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
+NOISY = [
+    pytest.param(
+        name,
+        marks=compares(
+            name, reference=OPTAX, remark="the variance: the draws are other ones"
+        ),
+    )
+    for name in ("add_noise", "noisy_sgd")
+]
+
+
+@pytest.mark.parametrize(
+    ("eta", "gamma"), [(0.01, 0.55), (2.0, 0.0), (0.5, 1.3), (1.0, 0.1)]
+)
+@pytest.mark.parametrize("name", NOISY)
 def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) -> None:
     """With one key the numbers drawn do not depend on the variance: dividing by the noise of
     variance 1 leaves the standard deviation.
@@ -1173,7 +1346,7 @@ def test_noise_has_the_variance_of_optax(name: str, eta: float, gamma: float) ->
 
 @pytest.mark.parametrize("name", ["add_noise", "noisy_sgd"])
 def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
-    """The numbers are others than optax's, but of the same distribution: two moments of 50 x 17
+    """The numbers are others than optax's, but of the same distribution: two moments of 100 x 17
     draws, within four deviations.
     """
     tx = getattr(fo, name)(
@@ -1459,13 +1632,14 @@ def values_of(
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(make, id=f"{name}-{i}")
-        for i, (name, make) in enumerate(SCHEDULES + OURS)
+        pytest.param(make, id=f"{name}-{i}", marks=compares(name, reference=source))
+        for source, table in ((OPTAX, SCHEDULES), (f"of {OPTAX}'s, by hand", OURS))
+        for i, (name, make) in enumerate(table)
     ],
 )
 def test_schedule_equals_optax(make: Callable[[Any], Any]) -> None:
     ours, theirs = values_of(make)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert_near(ours, theirs)
 
 
 @pytest.mark.parametrize(

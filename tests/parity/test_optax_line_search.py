@@ -7,9 +7,12 @@ negative curvature, which optax keeps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from parity_page import assert_near, compares
 from torch.func import grad_and_value
 
 import functorch_opt as fo
@@ -93,6 +96,15 @@ CASES = {
         bowl,
         10,
     ),
+    "backtracking, short": (
+        lambda o: o.chain(
+            o.sgd(0.5), o.scale_by_backtracking_linesearch(5, 0.3, 0.8, 1.5, 2.0)
+        ),
+        bowl,
+        10,
+    ),
+    "polyak, scaled": (lambda o: o.polyak_sgd(2.0, 0.5, f_min=-3.0), bowl, 15),
+    "polyak, defaults": (lambda o: o.polyak_sgd(), bowl, 10),
     "polyak": (lambda o: o.polyak_sgd(0.5, f_min=-5.0, eps=0.1), bowl, 15),
     "polyak, sps+": (
         lambda o: o.polyak_sgd(max_learning_rate=10.0, f_min=1.0, variant="sps+"),
@@ -104,10 +116,34 @@ CASES = {
 decides.
 """
 
+NAMES = {
+    "lbfgs": ("lbfgs", "scale_by_lbfgs"),
+    "memory": ("lbfgs", "scale_by_lbfgs"),
+    "no scaling": ("lbfgs", "scale_by_lbfgs"),
+    "fixed step": ("lbfgs", "scale_by_lbfgs"),
+    "lbfgs, backtracking": (
+        "lbfgs",
+        "scale_by_lbfgs",
+        "scale_by_backtracking_linesearch",
+    ),
+    "zoom": ("scale_by_zoom_linesearch",),
+    "backtracking": ("scale_by_backtracking_linesearch",),
+    "polyak": ("polyak_sgd", "scale_by_polyak"),
+}
+"""What a case compares: of its name, or of what stands before the comma."""
+
+
+def marked(case: str) -> Any:
+    names = NAMES.get(case) or NAMES[case.partition(",")[0]]
+    remark = "the parameters of 8 to 25 steps downhill"
+    mark = compares(*names, reference="optax 0.2.8", bound=1e-6, remark=remark)
+    return pytest.param(case, marks=mark)
+
+
 START = np.array([-0.9, 1.3, 0.4])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [marked(case) for case in CASES])
 def test_the_same_steps(name: str) -> None:
     make, f, steps = CASES[name]
     tx, p = make(fo), torch.tensor(START)
@@ -129,9 +165,7 @@ def test_the_same_steps(name: str) -> None:
         v, h = value_and_grad(q)
         u2, other = update(h, other, q, v)
         q = optax.apply_updates(q, u2)
-        np.testing.assert_allclose(
-            p.numpy(), np.asarray(q), rtol=1e-6, atol=1e-8, err_msg=f"step {step}"
-        )
+        assert_near(p, q, 1e-6, f"step {step}")
         if "value_fn" in tx.extra_args:
             for key in ("learning_rate", "value"):
                 np.testing.assert_allclose(

@@ -1,0 +1,748 @@
+"""Each ready-made optimizer as a class; ``python -m tests.ready_stub`` writes this file."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core.groups import MaskOrFn
+from functorch_opt._core.transformation import Scalar, ScalarOrSchedule
+from functorch_opt.optim.adapter import Optimizer
+
+__all__ = [
+    "ADOPT",
+    "LAMB",
+    "LARS",
+    "MADGRAD",
+    "SGLD",
+    "SM3",
+    "ACProp",
+    "AMSGrad",
+    "AdEMAMix",
+    "AdaBelief",
+    "AdamaxW",
+    "Adan",
+    "DoG",
+    "DoWG",
+    "Fromage",
+    "Grams",
+    "LaProp",
+    "Lion",
+    "MARSAdamW",
+    "MoMo",
+    "MoMoAdam",
+    "NAdamW",
+    "NoisySGD",
+    "NovoGrad",
+    "OptimisticGradientDescent",
+    "Prodigy",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
+    "SignSGD",
+    "Signum",
+    "SimplifiedAdEMAMix",
+    "StableAdamW",
+    "Yogi",
+]
+
+class Ready(Optimizer): ...
+
+class ADOPT(Ready):
+    """`functorch_opt.adopt` as a class.
+
+    ADOPT: `scale_by_adopt`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.9999,
+        eps: ScalarOrSchedule = 1e-06,
+        mu_dtype: torch.dtype | None = None,
+        *,
+        nesterov: bool = False,
+        use_clipping: bool = True,
+        clip_value_fn: Callable[[Tensor], Tensor] = ...,
+        compile: bool = False,
+    ) -> None: ...
+
+class LAMB(Ready):
+    """`functorch_opt.lamb` as a class.
+
+    LAMB: `scale_by_adam`, decoupled decay, `scale_by_trust_ratio`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        eps_root: ScalarOrSchedule = 0.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class LARS(Ready):
+    """`functorch_opt.lars` as a class.
+
+    LARS: weight decay, `scale_by_trust_ratio`, the learning rate, and then momentum.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        weight_decay: ScalarOrSchedule = 0.0,
+        weight_decay_mask: MaskOrFn = True,
+        trust_coefficient: Scalar = 0.001,
+        eps: Scalar = 0.0,
+        trust_ratio_mask: MaskOrFn = True,
+        momentum: ScalarOrSchedule = 0.9,
+        nesterov: bool = False,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class MADGRAD(Ready):
+    """`functorch_opt.madgrad` as a class.
+
+    MADGRAD: weight decay, added to the gradient, then `scale_by_madgrad`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        momentum: ScalarOrSchedule = 0.9,
+        weight_decay: ScalarOrSchedule = 0.0,
+        eps: ScalarOrSchedule = 1e-06,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class SGLD(Ready):
+    """`functorch_opt.sgld` as a class.
+
+    Stochastic gradient Langevin dynamics: ``u = -eta g + sqrt(2 eta T) z``, z standard normal.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        temperature: ScalarOrSchedule = 1.0,
+        *,
+        key: Tensor | int,
+        compile: bool = False,
+    ) -> None: ...
+
+class SM3(Ready):
+    """`functorch_opt.sm3` as a class.
+
+    SM3: `scale_by_sm3`, then the learning rate. optax takes no schedule for it.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        momentum: ScalarOrSchedule = 0.9,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class ACProp(Ready):
+    """`functorch_opt.acprop` as a class.
+
+    ACProp: `scale_by_acprop`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-16,
+        eps_root: ScalarOrSchedule = 1e-16,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class AMSGrad(Ready):
+    """`functorch_opt.amsgrad` as a class.
+
+    `adam`, divided by the largest corrected second moment so far, as in optax.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdEMAMix(Ready):
+    """`functorch_opt.ademamix` as a class.
+
+    AdEMAMix: `scale_by_ademamix`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        b3: ScalarOrSchedule = 0.9999,
+        alpha: ScalarOrSchedule = 5.0,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdaBelief(Ready):
+    """`functorch_opt.adabelief` as a class.
+
+    AdaBelief: `scale_by_belief`, decoupled weight decay if one is given, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-16,
+        eps_root: ScalarOrSchedule = 1e-16,
+        weight_decay: ScalarOrSchedule | None = None,
+        weight_decay_mask: MaskOrFn | None = None,
+        *,
+        nesterov: bool = False,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdamaxW(Ready):
+    """`functorch_opt.adamaxw` as a class.
+
+    Adamax with decoupled weight decay: ``p -> p - learning_rate (adamax + weight_decay p)``.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0001,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Adan(Ready):
+    """`functorch_opt.adan` as a class.
+
+    Adan: `scale_by_adan`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.98,
+        b2: ScalarOrSchedule = 0.92,
+        b3: ScalarOrSchedule = 0.99,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class DoG(Ready):
+    """`functorch_opt.dog` as a class.
+
+    DoG: weight decay, `scale_by_dog`, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        init_step: tuple[str, Scalar] = ("heuristic", 1e-06),
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class DoWG(Ready):
+    """`functorch_opt.dowg` as a class.
+
+    DoWG: weight decay, `scale_by_dowg`, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        init_estim_sq_dist: ScalarOrSchedule | None = None,
+        eps: ScalarOrSchedule = 0.0001,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Fromage(Ready):
+    """`functorch_opt.fromage` as a class.
+
+    Fromage: ``p -> (p - learning_rate g |p| / |g|) / sqrt(1 + learning_rate^2)``.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        min_norm: Scalar = 1e-06,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Grams(Ready):
+    """`functorch_opt.grams` as a class.
+
+    Grams: `gradient_signs` of `scale_by_adam`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class LaProp(Ready):
+    """`functorch_opt.laprop` as a class.
+
+    LaProp: `scale_by_laprop`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-15,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Lion(Ready):
+    """`functorch_opt.lion` as a class.
+
+    Lion: `scale_by_lion`, decoupled weight decay, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.99,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.001,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class MARSAdamW(Ready):
+    """`functorch_opt.mars_adamw` as a class.
+
+    MARS-AdamW: `scale_by_mars`, `scale_by_adam`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.95,
+        b2: ScalarOrSchedule = 0.99,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        gamma: ScalarOrSchedule = 0.025,
+        compile: bool = False,
+    ) -> None: ...
+
+class MoMo(Ready):
+    """`functorch_opt.momo` as a class.
+
+    Gradient descent with momentum, whose step is at most the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        beta: ScalarOrSchedule = 0.9,
+        lower_bound: ScalarOrSchedule = 0.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        adapt_lower_bound: bool = False,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class MoMoAdam(Ready):
+    """`functorch_opt.momo_adam` as a class.
+
+    AdamW, whose step is at most the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 0.01,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        lower_bound: ScalarOrSchedule = 0.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        adapt_lower_bound: bool = False,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class NAdamW(Ready):
+    """`functorch_opt.nadamw` as a class.
+
+    `nadam` with decoupled weight decay: ``p -> p - learning_rate (nadam + weight_decay p)``.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0001,
+        mask: MaskOrFn | None = None,
+        *,
+        momentum_decay: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class NoisySGD(Ready):
+    """`functorch_opt.noisy_sgd` as a class.
+
+    Gradient descent with Gaussian noise on the gradient: `add_noise`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        eta: ScalarOrSchedule = 0.01,
+        gamma: ScalarOrSchedule = 0.55,
+        *,
+        key: Tensor | int,
+        compile: bool = False,
+    ) -> None: ...
+
+class NovoGrad(Ready):
+    """`functorch_opt.novograd` as a class.
+
+    NovoGrad: `scale_by_novograd`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.25,
+        eps: ScalarOrSchedule = 1e-06,
+        eps_root: ScalarOrSchedule = 0.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class OptimisticGradientDescent(Ready):
+    """`functorch_opt.optimistic_gradient_descent` as a class.
+
+    `scale_by_optimistic_gradient`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        alpha: ScalarOrSchedule = 1.0,
+        beta: ScalarOrSchedule = 1.0,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Prodigy(Ready):
+    """`functorch_opt.prodigy` as a class.
+
+    Prodigy, with one d for all parameters. ``get(state, "d") * estim_lr0`` is the d.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        beta3: Scalar | None = None,
+        eps: ScalarOrSchedule = 1e-08,
+        estim_lr0: Scalar = 1e-06,
+        estim_lr_coef: ScalarOrSchedule = 1.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        safeguard_warmup: bool = False,
+        *,
+        growth_rate: ScalarOrSchedule | None = None,
+        use_bias_correction: bool = False,
+        compile: bool = False,
+    ) -> None: ...
+
+class ScheduleFreeAdamW(Ready):
+    """`functorch_opt.schedule_free_adamw` as a class.
+
+    `schedule_free` of AdamW without a mean. Evaluate with `eval_params`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 0.0025,
+        warmup_steps: int | None = None,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        weight_lr_power: ScalarOrSchedule = 2.0,
+        state_dtype: torch.dtype | None = None,
+        *,
+        r: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class ScheduleFreeSGD(Ready):
+    """`functorch_opt.schedule_free_sgd` as a class.
+
+    `schedule_free` of gradient descent. Evaluate with `eval_params`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        warmup_steps: int | None = None,
+        b1: ScalarOrSchedule = 0.9,
+        weight_decay: ScalarOrSchedule = 0.0,
+        weight_lr_power: ScalarOrSchedule = 2.0,
+        state_dtype: torch.dtype | None = None,
+        *,
+        r: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class SignSGD(Ready):
+    """`functorch_opt.sign_sgd` as a class.
+
+    Descent by the sign of the gradient: `sign`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Signum(Ready):
+    """`functorch_opt.signum` as a class.
+
+    Descent by the sign of the momentum: `ema`, `sign`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        beta: ScalarOrSchedule = 0.9,
+        accumulator_dtype: torch.dtype | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class SimplifiedAdEMAMix(Ready):
+    """`functorch_opt.simplified_ademamix` as a class.
+
+    `scale_by_simplified_ademamix`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.99,
+        b2: ScalarOrSchedule = 0.95,
+        alpha: ScalarOrSchedule = 0.0,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class StableAdamW(Ready):
+    """`functorch_opt.stable_adamw` as a class.
+
+    StableAdamW: `scale_by_stable_adamw`, then the learning rate. It takes the place of clipping.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.99,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.01,
+        mu_dtype: torch.dtype | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Yogi(Ready):
+    """`functorch_opt.yogi` as a class.
+
+    Yogi: `scale_by_yogi`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 0.001,
+        *,
+        compile: bool = False,
+    ) -> None: ...
