@@ -73,11 +73,15 @@ from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.constrain import *
 from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.momentum import *
+from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.wrappers.accumulate import *
+from functorch_opt.wrappers.conditional import *
+from functorch_opt.wrappers.freezing import *
 from functorch_opt.wrappers.lookahead import *
+from functorch_opt.wrappers.named_chain import *
 from functorch_opt.wrappers.precision import *
 from functorch_opt.wrappers.skipping import *
 

@@ -220,6 +220,18 @@ def with_a_heavy_ball(learning_rate: float, decay: float) -> fo.GradientTransfor
     )
 
 
+def at_odd(count):
+    return count % 2 == 1
+
+
+def one_then_two(steps):
+    return 1 + (steps > 0)
+
+
+def skip_above_20(updates, gradient_step, params):
+    return fo.skip_large_updates(updates, gradient_step, params, 20.0)
+
+
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
@@ -591,7 +603,57 @@ ROWS = [
             fo.adam(learning_rate), **{"every_k_schedule": 2, **options}
         ),
         LR,
-        ({}, {"use_grad_mean": False}, {"every_k_schedule": 1}),
+        (
+            {},
+            {"use_grad_mean": False},
+            {"every_k_schedule": 1},
+            {"every_k_schedule": one_then_two},
+            {"flushes": True, "should_skip_update_fn": skip_above_20},
+            {"should_skip_update_fn": skip_above_20},
+        ),
+        written=False,
+    ),
+    Row("apply_every", lambda: fo.apply_every(2), written=False),
+    Row(
+        "conditionally_mask",
+        lambda learning_rate: fo.conditionally_mask(fo.adam(learning_rate), at_odd),
+        LR,
+        written=False,
+    ),
+    Row(
+        "conditionally_transform",
+        lambda learning_rate: fo.conditionally_transform(fo.adam(learning_rate), at_odd),
+        LR,
+        written=False,
+    ),
+    Row("freeze", lambda: fo.freeze(matrices), reads_shape=True, written=False),
+    Row(
+        "selective_transform",
+        lambda learning_rate: fo.selective_transform(
+            fo.adam(learning_rate), freeze_mask=matrices
+        ),
+        LR,
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "named_chain",
+        lambda learning_rate: fo.named_chain(
+            ("first", fo.trace(0.9)), ("second", fo.adam(learning_rate))
+        ),
+        LR,
+        written=False,
+    ),
+    Row("snapshot", lambda: fo.snapshot("norm", fo.tree.norm), written=False),
+    Row(
+        "monitor",
+        lambda: fo.monitor(
+            {
+                "norm": fo.tree.norm,
+                "mean_norm": fo.measure_with_ema(fo.tree.norm, 0.9),
+                "biased": fo.measure_with_ema(fo.tree.norm, 0.5, debias=False),
+            }
+        ),
         written=False,
     ),
     Row(
@@ -903,9 +965,12 @@ NOT_TRANSFORMATIONS = {
     "get",
     "leafwise",
     "load_state_dict",
+    "measure_with_ema",
     "per_example_grads",
     "poisson_sample",
     "privacy_spent",
+    "skip_large_updates",
+    "skip_not_finite",
     "state_dict",
     "sweep",
     "transformation",

@@ -178,7 +178,23 @@ def gathering(o: Any, k: int, inner: Any = None, **options: Any) -> Any:
     """optax's MultiSteps as a transformation, which gathers in float64."""
     inner = o.adam(0.1) if inner is None else inner
     options["accumulator_dtype"] = jnp.float64
-    return o.MultiSteps(inner, k, **options).gradient_transformation()
+    return jitted(o.MultiSteps(inner, k, **options).gradient_transformation())
+
+
+def jitted(tx: Any) -> Any:
+    """`tx` of optax, whose branches would be compiled anew at every step."""
+    return tx._replace(update=jax.jit(tx.update)) if isinstance(tx, tuple) else tx
+
+
+def one_to_three(o: Any) -> Callable[[Any], Any]:
+    """A k that grows with the steps that were made."""
+    return lambda steps: 1 + (steps >= 4) * 1 + (steps >= 10) * 1
+
+
+def skip_above(o: Any, bound: float) -> Callable[..., Any]:
+    return lambda updates, gradient_step, params: o.skip_large_updates(
+        updates, gradient_step, params, bound
+    )
 
 
 def counting_in_int64(tx: Any) -> Any:
@@ -899,6 +915,112 @@ CASES: list[Case] = [
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 1), lambda o: gathering(o, 1)
     ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(o.adam(0.1), one_to_three(o)),
+        lambda o: gathering(o, one_to_three(o)),
+        **HUNDRED,
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(
+            o.adam(0.1), 3, should_skip_update_fn=fo.skip_not_finite, use_grad_mean=False
+        ),
+        lambda o: gathering(
+            o, 3, should_skip_update_fn=optax.skip_not_finite, use_grad_mean=False
+        ),
+        grads=SOME_NOT_FINITE,
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(
+            o.sgd(decay(o)), one_to_three(o), should_skip_update_fn=skip_above(o, 15.0)
+        ),
+        lambda o: gathering(
+            o,
+            one_to_three(o),
+            o.sgd(decay(o)),
+            should_skip_update_fn=skip_above(o, 15.0),
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "apply_every",
+        lambda o: o.apply_every(),
+        lambda o: o.chain(o.apply_every(3), o.scale(-0.1)),
+        lambda o: o.chain(o.adam(0.1), o.apply_every(4)),
+        **HUNDRED,
+    ),
+    *same(
+        "conditionally_mask",
+        lambda o: jitted(o.conditionally_mask(o.adam(0.1), lambda step: step % 3 != 1)),
+        lambda o: jitted(
+            o.conditionally_mask(o.sgd(decay(o), 0.9), lambda step: step >= 5)
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.conditionally_mask(o.scale_by_adam(), lambda step: step < 40),
+                o.scale(-0.1),
+            )
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "conditionally_transform",
+        lambda o: jitted(
+            o.conditionally_transform(o.adam(0.1), lambda step: step % 3 != 1)
+        ),
+        lambda o: jitted(
+            o.conditionally_transform(o.sgd(decay(o), 0.9), lambda step: step >= 5)
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.conditionally_transform(o.scale_by_adam(), lambda step: step < 40),
+                o.scale(-0.1),
+            )
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "freeze",
+        lambda o: o.freeze(MASK),
+        lambda o: o.freeze({"layer": True, "scales": False}),
+        lambda o: o.chain(o.adam(0.1), o.freeze(MASK)),
+        lambda o: o.freeze(False),
+        **HUNDRED,
+    ),
+    *same("freeze", lambda o: o.freeze(True), moves=False),
+    *same(
+        "selective_transform",
+        lambda o: o.selective_transform(o.adamw(0.1), freeze_mask=MASK),
+        lambda o: o.selective_transform(o.sgd(decay(o), 0.9), freeze_mask=MASK),
+        lambda o: o.selective_transform(
+            o.chain(o.clip_by_global_norm(0.5), o.sgd(0.1)),
+            freeze_mask={"layer": {"w": False, "b": True}, "scales": [False]},
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "named_chain",
+        lambda o: o.named_chain(("a", o.trace(0.9)), ("b", o.scale(-0.1))),
+        lambda o: o.named_chain(
+            ("clip", o.clip_by_global_norm(0.5)), ("adam", o.adamw(decay(o)))
+        ),
+        lambda o: o.named_chain(
+            ("inner", o.chain(o.trace(0.9), o.trace(0.5))), ("scale", o.scale(-0.1))
+        ),
+        **HUNDRED,
+    ),
+    *pair(
+        "snapshot",
+        lambda o: o.chain(o.snapshot("norm", fo.tree.norm), o.scale(-0.1)),
+        lambda o: o.chain(o.snapshot("norm", optax.tree.norm), o.scale(-0.1)),
+    ),
+    *pair(
+        "monitor",
+        lambda o: o.chain(o.monitor({"norm": fo.tree.norm}), o.scale(-0.1)),
+        lambda o: o.chain(o.monitor({"norm": optax.tree.norm}), o.scale(-0.1)),
+    ),
     *same("apply_if_finite", lambda o: o.apply_if_finite(o.adam(0.1), 3)),
     *same(
         "apply_if_finite",
@@ -957,8 +1079,7 @@ DIVERGENCES = {
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
-    "MultiSteps": "k is a number; no should_skip_update_fn (apply_if_finite, inside or around it) "
-    "and no accumulator_dtype: at least float32",
+    "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
     "lookahead": "no reset_state= so far",
     "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
     "adafactor": "eps=None stands for 1e-30",
@@ -969,6 +1090,7 @@ SIGNATURES = {
     ),
     "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
     "chain": "the stages are *stages, not *args: nobody names them",
+    "named_chain": "as chain",
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
@@ -1110,6 +1232,40 @@ def test_apply_if_finite_counts_as_optax() -> None:
     theirs = run_theirs(optax.apply_if_finite(optax.sgd(0.1), 3), SOME_NOT_FINITE)[2]
     for name in ("notfinite_count", "total_notfinite", "last_finite"):
         assert fo.get(ours, name).item() == getattr(theirs, name).item()
+
+
+@pytest.mark.parametrize("name", ["norm", "mean", "biased"])
+def test_measurements_are_those_of_optax(name: str) -> None:
+    def measures(o: Any) -> dict:
+        return {
+            "norm": o.tree.norm,
+            "mean": o.measure_with_ema(o.tree.norm, 0.9),
+            "biased": o.measure_with_ema(o.tree.norm, 0.5, debias=False),
+        }
+
+    ours = run_ours(fo.chain(fo.scale(0.5), fo.monitor(measures(fo))))[2]
+    theirs = run_theirs(optax.chain(optax.scale(0.5), optax.monitor(measures(optax))))[2]
+    assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
+    if name == "norm":
+        ours = run_ours(fo.chain(fo.scale(0.5), fo.snapshot("norm", fo.tree.norm)))[2]
+        assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e200])
+def test_skip_functions_say_what_those_of_optax_say(bad: float) -> None:
+    updates = tree.map(lambda g: torch.where(g > 1, bad, g), GRADS[0])
+    theirs = to_jax(updates)
+    for ours_of, theirs_of in (
+        (fo.skip_not_finite, optax.skip_not_finite),
+        (skip_above(fo, 15.0), skip_above(optax, 15.0)),
+        (skip_above(fo, 1e3), skip_above(optax, 1e3)),
+    ):
+        flag, info = ours_of(updates, 0, None)
+        their_flag, their_info = theirs_of(theirs, 0, None)
+        assert flag.item() == bool(their_flag)
+        assert info.keys() == their_info.keys()
+        for name, value in info.items():
+            np.testing.assert_allclose(value.item(), their_info[name].item(), rtol=1e-12)
 
 
 def test_the_data_exercises_the_cases() -> None:
