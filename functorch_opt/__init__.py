@@ -34,8 +34,11 @@ from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.ademamix import *
 from functorch_opt.optimizers.adopt import *
+from functorch_opt.optimizers.amsgrad import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
+from functorch_opt.optimizers.cocob import *
+from functorch_opt.optimizers.dadapt import *
 from functorch_opt.optimizers.dog import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.lamb import *
@@ -55,6 +58,7 @@ from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.sm3 import *
+from functorch_opt.optimizers.sophia import *
 from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
@@ -75,14 +79,18 @@ from functorch_opt.transforms.decay import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
+from functorch_opt.transforms.plateau import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.wrappers.accumulate import *
+from functorch_opt.wrappers.complex_values import *
 from functorch_opt.wrappers.conditional import *
 from functorch_opt.wrappers.freezing import *
 from functorch_opt.wrappers.lookahead import *
+from functorch_opt.wrappers.mechanic import *
 from functorch_opt.wrappers.named_chain import *
 from functorch_opt.wrappers.precision import *
+from functorch_opt.wrappers.sam import *
 from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"

@@ -89,6 +89,7 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
             return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
+        extra["obj_fn"] = value_fn
         return tx.update(
             updates, state, params, **{name: extra[name] for name in tx.extra_args}
         )
@@ -232,6 +233,7 @@ def skip_above_20(updates, gradient_step, params):
     return fo.skip_large_updates(updates, gradient_step, params, 20.0)
 
 
+ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
@@ -329,6 +331,7 @@ ROWS = [
         fo.normalize_by_update_norm,
         {"scale_factor": -0.5, "eps": 0.1},
     ),
+    Row("normalize", fo.normalize),
     Row(
         "params_ema",
         fo.params_ema,
@@ -351,6 +354,17 @@ ROWS = [
         LR,
         reads_shape=True,
         written=False,
+    ),
+    Row(
+        "reduce_on_plateau",
+        lambda **options: on_a_bowl(fo.reduce_on_plateau(**options)),
+        {"factor": 0.5, "rtol": 0.1, "atol": 0.1, "min_scale": 0.1},
+        (
+            {"patience": 1},
+            {"patience": 1, "cooldown": 1, "accumulation_size": 2},
+        ),
+        written=False,
+        apart=True,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row(
@@ -404,6 +418,12 @@ ROWS = [
         apart=True,
     ),
     Row(
+        "scale_by_amsgrad",
+        fo.scale_by_amsgrad,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"bias_correction_mu": False}, {"bias_correction_nu": False}),
+    ),
+    Row(
         "scale_by_belief",
         fo.scale_by_belief,
         {**ADAM, "eps_root": 1e-3},
@@ -429,6 +449,12 @@ ROWS = [
         fo.scale_by_learning_rate,
         LR,
         ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
+    ),
+    Row("scale_by_cocob", fo.scale_by_cocob, {"alpha": 2.0, "eps": 0.1}),
+    Row(
+        "scale_by_distance_over_gradients",
+        fo.scale_by_distance_over_gradients,
+        {"reps_rel": 0.1, "eps": 0.1, "global_scale": -0.5},
     ),
     Row(
         "scale_by_dog",
@@ -457,7 +483,13 @@ ROWS = [
         ),
         reads_shape=True,
     ),
-    Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
+    Row(
+        "scale_by_lion",
+        fo.scale_by_lion,
+        {"b1": 0.9, "b2": 0.99, "smooth_beta": 0.7},
+        ({}, {"mode": "smooth"}, {"mode": "refined"}),
+        smooth=False,
+    ),
     Row(
         "scale_by_madgrad",
         fo.scale_by_madgrad,
@@ -545,6 +577,16 @@ ROWS = [
         {"b1": 0.9, "b2": 0.95, "eps": 1e-3},
         ({}, {"b2": 1.0, "eps": 1e-8}),
         reads_shape=True,
+    ),
+    Row(
+        "scale_by_sophia",
+        lambda **options: on_a_bowl(fo.scale_by_sophia(**options)),
+        {"b1": 0.9, "b2": 0.8, "eps": 0.1, "gamma": 0.5},
+        ({"update_interval": 2}, {"clip_threshold": None, "update_interval": 1}),
+        keyed=True,
+        shards=False,
+        written=False,
+        apart=True,
     ),
     Row(
         "scale_by_stable_adamw",
@@ -694,6 +736,33 @@ ROWS = [
         written=False,
     ),
     Row(
+        "mechanize",
+        lambda learning_rate, **options: fo.mechanize(fo.adam(learning_rate), **options),
+        {**LR, "weight_decay": 0.1, "eps": 1e-3, "s_init": 0.1},
+        ({}, {"num_betas": 2}),
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "sam",
+        lambda learning_rate, adv=ASCENT, **options: fo.sam(
+            fo.adam(learning_rate), adv, **options
+        ),
+        LR,
+        ({}, {"sync_period": 3}, {"sync_period": 1}),
+        written=False,
+    ),
+    Row(
+        "split_real_and_imaginary",
+        lambda threshold: fo.split_real_and_imaginary(fo.clip_by_block_rms(threshold)),
+        {"threshold": 0.5},
+        reads_shape=True,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
         "schedule_free",
         lambda learning_rate, **options: fo.schedule_free(
             fo.sgd(learning_rate), learning_rate, **options
@@ -756,9 +825,26 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("adopt", fo.adopt, {**LR, "b1": 0.9, "b2": 0.99, "eps": 0.3}),
-    Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
+    Row(
+        "amsgrad",
+        fo.amsgrad,
+        {**LR, **ADAM},
+        ({}, {"bias_correction_mu": False, "bias_correction_nu": False}),
+    ),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
+    ),
+    Row(
+        "cocob",
+        fo.cocob,
+        {"learning_rate": 0.5, "alpha": 2.0, "eps": 0.1, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
+    Row(
+        "dadapt_adamw",
+        fo.dadapt_adamw,
+        {"learning_rate": 0.5, "eps": 0.1, "estim_lr0": 0.1, "weight_decay": 0.1},
+        ({}, {"betas": (0.5, 0.9)}),
     ),
     Row(
         "dog",
@@ -891,6 +977,12 @@ ROWS = [
         {**LR, "alpha": 0.7, "beta": 0.5},
     ),
     Row(
+        "optimistic_adam_v2",
+        fo.optimistic_adam_v2,
+        {**LR, **ADAM, "alpha": 0.7, "beta": 0.5},
+        ({}, {"nesterov": False}),
+    ),
+    Row(
         "polyak_sgd",
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
         {"max_learning_rate": 1.0, "scaling": 0.5},
@@ -944,6 +1036,16 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
+    Row(
+        "sophia",
+        lambda **options: on_a_bowl(fo.sophia(**options)),
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 0.1, "gamma": 0.5, "weight_decay": 0.1},
+        ({"update_interval": 2}, {"weight_decay_mask": kernels}),
+        keyed=True,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
@@ -963,6 +1065,7 @@ NOT_TRANSFORMATIONS = {
     "describe",
     "eval_params",
     "get",
+    "hutchinson_estimator_diag_hessian",
     "leafwise",
     "load_state_dict",
     "measure_with_ema",

@@ -276,3 +276,141 @@ def test_what_no_measure_is(measures, error, message) -> None:
         tx.update(GRADS[0], tx.init(PARAMS))
     with pytest.raises(ValueError, match="decay must be in"):
         fo.measure_with_ema(largest, 1.0)
+
+
+# ---- sharpness, plateaus, learned step sizes -----------------------------------------------------
+
+
+def square(p) -> Tensor:
+    return sum(x.square().sum() for x in tree.leaves(p)) / 2
+
+
+def test_a_zero_gradient_is_no_direction_to_go() -> None:
+    """The norm of it is 0: optax divides by it."""
+    tx = fo.sam(fo.sgd(0.5), fo.chain(fo.normalize(), fo.sgd(0.1)))
+    ps, zeros = PARAMS, tree.map(torch.zeros_like, PARAMS)
+    state = tx.init(ps)
+    for _ in range(4):
+        updates, state = tx.update(zeros, state, ps)
+        ps = fo.apply_updates(ps, updates)
+    same(ps, PARAMS)
+
+
+def test_between_the_steps_of_sam_the_parameters_are_elsewhere() -> None:
+    """And `eval_params` has those that the optimizer has made."""
+    tx = fo.sam(fo.sgd(0.5), fo.chain(fo.normalize(), fo.sgd(0.1)), 2)
+    expected, ps, state = PARAMS, PARAMS, tx.init(PARAMS)
+    slope = torch.func.grad(square)
+    for _ in range(3):
+        updates, state = tx.update(slope(ps), state, ps)
+        away = fo.apply_updates(ps, updates)
+        same(
+            tree.norm(tree.map(torch.sub, away, expected)), 0.1 * torch.ones(()).double()
+        )
+        same(fo.eval_params(tx, state, away), expected)
+        expected = tree.map(lambda p, g: p - 0.5 * g, expected, slope(away))
+        updates, state = tx.update(slope(away), state, away)
+        ps = fo.apply_updates(away, updates)
+        same(ps, expected)
+        same(fo.eval_params(tx, state, ps), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fo.sam(fo.sgd(0.1), 0.1), TypeError, "adv_optimizer must be a transf"),
+        (lambda: fo.sam(fo.sgd(0.1), fo.sgd(0.1), 0), ValueError, "whole number from 1"),
+        (
+            lambda: fo.sam(fo.sgd(0.1), fo.sgd(0.1), 2, False, True),
+            ValueError,
+            "begin anew at every update",
+        ),
+        (lambda: fo.mechanize(0.1), TypeError, "mechanize takes a transformation"),
+        (lambda: fo.mechanize(fo.sgd(1.0), num_betas=0), ValueError, "whole number"),
+        (lambda: fo.mechanize(fo.sgd(1.0), s_init=0.0), ValueError, "s_init must be in"),
+        (lambda: fo.split_real_and_imaginary(0.1), TypeError, "takes a transformation"),
+        (lambda: fo.reduce_on_plateau(1.0), ValueError, "factor must be in"),
+        (lambda: fo.reduce_on_plateau(rtol=0.0), ValueError, "rtol \\+ atol must be in"),
+        (
+            lambda: fo.reduce_on_plateau(patience=0),
+            ValueError,
+            "patience must be a whole",
+        ),
+        (lambda: fo.scale_by_lion(mode="soft"), ValueError, "mode must be 'hard'"),
+        (lambda: fo.sophia(0.1, update_interval=0, key=0), ValueError, "update_interval"),
+        (lambda: fo.sophia(0.1, eps=0.0, key=0), ValueError, "eps must be in"),
+        (lambda: fo.sophia(0.1, key=1.5), TypeError, "seed must be a whole number"),
+        (lambda: fo.dadapt_adamw(estim_lr0=0.0), ValueError, "estim_lr0 must be in"),
+        (lambda: fo.dadapt_adamw(betas=(1.0, 0.9)), ValueError, "betas must be in"),
+        (lambda: fo.cocob(eps=0.0), ValueError, "eps must be in"),
+    ],
+)
+def test_what_cannot_be_built(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def scale_after(values: list[float], **options) -> float:
+    tx = fo.reduce_on_plateau(0.5, patience=2, **options)
+    state = tx.init(torch.zeros(1))
+    for value in values:
+        updates, state = tx.update(torch.ones(1), state, value=value)
+    assert updates.item() == fo.get(state, "scale").item()
+    return updates.item()
+
+
+def test_a_plateau_may_lie_below_zero() -> None:
+    """optax compares with ``(1 - rtol) best``, which is above a negative best value."""
+    assert scale_after([-3.0] * 5, rtol=0.1) == 0.25
+    assert scale_after([-3.0, -3.2, -3.5, -3.7, -4.0], rtol=0.01) == 1
+    assert scale_after([-3.0, -3.1, -3.2], rtol=0.1) == 0.5
+    assert scale_after([float("nan")] * 3) == 0.5
+    assert scale_after([float("inf"), 5.0, 5.0]) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [fo.dadapt_adamw, fo.cocob, lambda: fo.mechanize(fo.sgd(1.0))]
+)
+def test_zero_gradients_move_nothing_and_are_no_nan(make) -> None:
+    tx, zeros = make(), tree.map(torch.zeros_like, PARAMS)
+    ps, state = PARAMS, tx.init(PARAMS)
+    for g in (zeros, zeros):
+        updates, state = tx.update(g, state, ps)
+        ps = fo.apply_updates(ps, updates)
+    same(ps, PARAMS)
+    updates, state = tx.update(GRADS[0], state, ps)
+    assert all(u.isfinite().all() for u in tree.leaves((updates, state)))
+
+
+def test_the_rate_of_an_optimizer_is_inside_of_what_learns_it() -> None:
+    """`lr` of a stateful optimizer, which is given a ready transformation."""
+    ps = [p.clone().requires_grad_() for p in PARAMS.values()]
+    opt = fo.optim.Optimizer(ps, fo.mechanize(fo.sgd(1.0)), lr=0.3)
+    tx = fo.mechanize(fo.sgd(0.3))
+    expected, state = list(PARAMS.values()), tx.init(list(PARAMS.values()))
+    for g in GRADS:
+        for p, of in zip(ps, g.values(), strict=True):
+            p.grad = of.clone()
+        opt.step()
+        updates, state = tx.update(list(g.values()), state, expected)
+        expected = fo.apply_updates(expected, updates)
+    same([p.detach() for p in ps], expected)
+
+
+def test_the_estimate_of_hutchinson_is_the_diagonal_on_average() -> None:
+    """Of a Hessian that is not diagonal; the params are a tree with a complex tensor."""
+    a = draw(5, 5)
+    hessian = a + a.T
+
+    def loss(p):
+        x = torch.cat([torch.view_as_real(p["c"]).flatten(), p["r"]])
+        return x @ hessian @ x / 2
+
+    ps = {"c": torch.complex(draw(2), draw(2)), "r": draw(1)}
+    keys = fo.random.split(fo.random.key(0), 4000)
+    found = vmap(lambda key: fo.hutchinson_estimator_diag_hessian(loss, ps, key))(keys)
+    mean = tree.map(lambda x: x.mean(0), found)
+    flat = torch.cat([torch.view_as_real(mean["c"]).flatten(), mean["r"]])
+    off = (hessian.square().sum(1) - hessian.diagonal().square()).sqrt()
+    assert ((flat - hessian.diagonal()).abs() < 4 * off / 4000**0.5).all()
+    assert found["r"].std() > 0

@@ -122,6 +122,11 @@ def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x.new_full((), value, dtype=at_least_float32(x.real.dtype))
 
 
+def copied(x: Tensor) -> Tensor:
+    """A copy of `x` in its dtype, but at least float32: the slot for where a parameter began."""
+    return x.to(at_least_float32(x.dtype), copy=True)
+
+
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     """`tree` with its floating leaves in `dtype`.
 

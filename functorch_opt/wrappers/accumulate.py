@@ -10,7 +10,11 @@ import torch
 from functorch_opt import tree
 from functorch_opt._core.gate import gate
 from functorch_opt._core.rule import leafwise
-from functorch_opt._core.transformation import GradientTransformation, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    check_whole,
+    transformation,
+)
 from functorch_opt._core.wrap import wrap
 
 __all__ = ["MultiSteps", "apply_every"]
@@ -81,7 +85,7 @@ def MultiSteps(
     """
     k = every_k_schedule
     if not callable(k):
-        check_period(every_k_schedule=k)
+        check_whole(1, every_k_schedule=k)
     if weighted or flushes or callable(k):
         counter = Counter(k)
         tx = with_counter(opt, counter, use_grad_mean, weighted)
@@ -91,13 +95,6 @@ def MultiSteps(
     if should_skip_update_fn is None:
         return tx
     return left_out(tx, should_skip_update_fn, counter or Counter(k), counter is not None)
-
-
-def check_period(**given: Any) -> None:
-    """Raise ValueError for a number of steps that is not a whole number from 1."""
-    for name, k in given.items():
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"{name} must be a whole number from 1; got {k!r}.")
 
 
 def every_kth(
@@ -241,7 +238,7 @@ def apply_every(k: int = 1) -> GradientTransformation:
         [tensor([0.])]
         [tensor([4.])]
     """
-    check_period(k=k)
+    check_whole(1, k=k)
 
     def prepare(count):
         n = count % k
