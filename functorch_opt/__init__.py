@@ -8,6 +8,7 @@ import types as _types
 import typing as _typing
 
 from functorch_opt import optim as optim
+from functorch_opt import projections as projections
 from functorch_opt import random as random
 from functorch_opt import tree as tree
 from functorch_opt._core.chain import *
@@ -62,6 +63,7 @@ from functorch_opt.optimizers.sophia import *
 from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
+from functorch_opt.privacy.clips import *
 from functorch_opt.privacy.per_example import *
 from functorch_opt.privacy.private import *
 from functorch_opt.schedules.curves import *
@@ -76,6 +78,7 @@ from functorch_opt.transforms.cautious import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.constrain import *
 from functorch_opt.transforms.decay import *
+from functorch_opt.transforms.functions import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
@@ -97,7 +100,7 @@ __version__ = "0.1.0"
 
 # Type checkers read the star imports above; they do not read a computed list.
 if not _typing.TYPE_CHECKING:
-    __all__ = ["__version__", "optim", "random", "tree"]
+    __all__ = ["__version__", "optim", "projections", "random", "tree"]
     __all__ += [
         name
         for name, value in globals().items()

@@ -414,3 +414,53 @@ def test_the_estimate_of_hutchinson_is_the_diagonal_on_average() -> None:
     off = (hessian.square().sum(1) - hessian.diagonal().square()).sqrt()
     assert ((flat - hessian.diagonal()).abs() < 4 * off / 4000**0.5).all()
     assert found["r"].std() > 0
+
+
+# ---- states --------------------------------------------------------------------------------------
+
+
+def test_values_of_a_state_are_set_wherever_they_are() -> None:
+    tx = fo.partition(
+        {"a": fo.inject_hyperparams(fo.sgd)(learning_rate=0.1), "b": fo.adam(0.1)},
+        {"w": "a", "b": "b"},
+    )
+    state = tx.init(PARAMS)
+    new = tree.set(state, learning_rate=torch.tensor(0.5), count=torch.tensor(7))
+    assert fo.get(new, "learning_rate") == 0.5
+    assert fo.get(new, "count") == 7
+    assert fo.get(state, "count") == 0
+    assert tree.paths(new) == tree.paths(state)
+    moments = {"b": torch.ones(2)}
+    assert fo.get(tree.set(state, mu=moments), "mu") is moments
+    with pytest.raises(KeyError, match="nothing is called 'lr' in this state; it holds"):
+        tree.set(state, lr=0.5)
+
+
+def test_what_belongs_to_parameters_is_mapped_with_them() -> None:
+    """Also in a group, where a slot is a flat dict; counts stay, or have a function of their own."""
+    params = {"enc": {"w": draw(3, 2), "b": draw(2)}, "out": None}
+    tx = fo.partition(
+        {
+            "a": fo.adam(0.1),
+            "b": fo.chain(fo.trace(0.9), fo.lookahead(fo.sgd(0.1), 2, 0.5)),
+        },
+        lambda path, p: "a" if p.ndim > 1 else "b",
+    )
+    names = {"enc": {"w": "W", "b": "B"}, "out": "O"}
+    seen = []
+
+    def shown(slot, name):
+        seen.append((tuple(slot.shape), name))
+        return slot + 1
+
+    state = tx.init(params)
+    new = tree.map_params(tx, shown, state, names)
+    assert sorted(seen) == [((2,), "B")] * 2 + [((3, 2), "W")] * 2
+    assert (fo.get(new, "mu")["enc/w"] == 1).all()
+    same(fo.get(new, "slow")["enc/b"], params["enc"]["b"] + 1)
+    assert fo.get(new, "scale_by_adam/count") == 0
+    counted = tree.map_params(
+        tx, lambda slot: slot, state, transform_non_params=lambda x: x + 5
+    )
+    assert fo.get(counted, "scale_by_adam/count") == 5
+    same(fo.get(counted, "mu"), fo.get(state, "mu"))
