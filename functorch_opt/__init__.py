@@ -10,6 +10,7 @@ import typing as _typing
 from functorch_opt import optim as optim
 from functorch_opt import projections as projections
 from functorch_opt import random as random
+from functorch_opt import schedules as schedules
 from functorch_opt import tree as tree
 from functorch_opt._core.chain import *
 from functorch_opt._core.checkpoint import *
@@ -100,7 +101,7 @@ __version__ = "0.1.0"
 
 # Type checkers read the star imports above; they do not read a computed list.
 if not _typing.TYPE_CHECKING:
-    __all__ = ["__version__", "optim", "projections", "random", "tree"]
+    __all__ = ["__version__", "optim", "projections", "random", "schedules", "tree"]
     __all__ += [
         name
         for name, value in globals().items()
