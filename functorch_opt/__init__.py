@@ -89,6 +89,7 @@ from functorch_opt.transforms.scale import *
 from functorch_opt.wrappers.accumulate import *
 from functorch_opt.wrappers.complex_values import *
 from functorch_opt.wrappers.conditional import *
+from functorch_opt.wrappers.flat import *
 from functorch_opt.wrappers.freezing import *
 from functorch_opt.wrappers.lookahead import *
 from functorch_opt.wrappers.mechanic import *

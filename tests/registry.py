@@ -754,6 +754,16 @@ ROWS = [
         written=False,
     ),
     Row(
+        "flatten",
+        lambda threshold: fo.flatten(fo.clip_by_block_rms(threshold)),
+        {"threshold": 0.5},
+        reads_shape=True,
+        slots_rest=False,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
         "split_real_and_imaginary",
         lambda threshold: fo.split_real_and_imaginary(fo.clip_by_block_rms(threshold)),
         {"threshold": 0.5},

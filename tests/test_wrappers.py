@@ -464,3 +464,30 @@ def test_what_belongs_to_parameters_is_mapped_with_them() -> None:
     )
     assert fo.get(counted, "scale_by_adam/count") == 5
     same(fo.get(counted, "mu"), fo.get(state, "mu"))
+
+
+def test_vectors_hold_what_lies_in_them() -> None:
+    """Tensors of two dtypes, an empty one, one without gradient, and one that is None."""
+    params = {
+        "a": torch.ones(2, 2),
+        "b": torch.ones(3).bfloat16(),
+        "c": torch.ones(0),
+        "d": torch.ones(()),
+        "e": None,
+    }
+    grads = {"a": 2 * torch.ones(2, 2), "b": torch.ones(3).bfloat16(), "c": torch.ones(0)}
+    grads |= {"d": None, "e": None}
+    tx = fo.flatten(fo.trace(0.5))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+    assert {name: x.shape for name, x in fo.get(state, "trace").items()} == {
+        "float32": (5,),
+        "bfloat16": (3,),
+    }
+    assert updates["d"] is updates["e"] is None
+    assert (updates["a"] == 3).all()
+    assert (updates["b"] == 1.5).all()
+    assert updates["c"].shape == (0,)
+    with pytest.raises(ValueError, match="flatten needs the parameters"):
+        tx.update(grads, state)

@@ -71,7 +71,6 @@ OTHERS: dict[str, str] = {
         "not here so far: `partition` chooses the matrices",
     ),
     **dict.fromkeys(("galore", "scale_by_galore"), "not here so far"),
-    "flatten": "not needed: small tensors are worked on together anyway",
     # losses
     "cosine_distance": "`1 - torch.nn.functional.cosine_similarity`",
     "cosine_similarity": "`torch.nn.functional.cosine_similarity`",

@@ -1031,6 +1031,14 @@ CASES: list[Case] = [
         **HUNDRED,
     ),
     *same(
+        "flatten",
+        lambda o: o.flatten(o.adam(0.1)),
+        lambda o: o.flatten(o.chain(o.clip_by_block_rms(0.5), o.sgd(decay(o), 0.9))),
+        lambda o: o.chain(o.flatten(o.lamb(0.1, weight_decay=0.1)), o.scale(0.5)),
+        lambda o: o.flatten(o.lion(0.1)),
+        **HUNDRED,
+    ),
+    *same(
         "apply_every",
         lambda o: o.apply_every(),
         lambda o: o.chain(o.apply_every(3), o.scale(-0.1)),
