@@ -740,7 +740,6 @@ ROWS = [
         lambda learning_rate, **options: fo.mechanize(fo.adam(learning_rate), **options),
         {**LR, "weight_decay": 0.1, "eps": 1e-3, "s_init": 0.1},
         ({}, {"num_betas": 2}),
-        shards=False,
         written=False,
         apart=True,
     ),
