@@ -491,3 +491,52 @@ def test_vectors_hold_what_lies_in_them() -> None:
     assert updates["c"].shape == (0,)
     with pytest.raises(ValueError, match="flatten needs the parameters"):
         tx.update(grads, state)
+
+
+# ---- convergence ---------------------------------------------------------------------------------
+
+GOAL = torch.tensor([1.0, -1.0, 1.0])
+
+
+def parabola(p: Tensor) -> Tensor:
+    return (p - GOAL.to(p.dtype)).abs().square().sum()
+
+
+OPTIMIZERS = {
+    "amsgrad": lambda: fo.amsgrad(
+        0.05, bias_correction_mu=False, bias_correction_nu=False
+    ),
+    "cocob": fo.cocob,
+    "dadapt_adamw": fo.dadapt_adamw,
+    "l_dog": lambda: fo.scale_by_distance_over_gradients(1e-3, global_scale=-1.0),
+    "mechanize": lambda: fo.mechanize(fo.sgd(1.0)),
+    "optimistic_adam_v2": lambda: fo.optimistic_adam_v2(0.01),
+    "sam": lambda: fo.sam(
+        fo.sgd(0.05), fo.chain(fo.normalize(), fo.sgd(0.01)), opaque_mode=True
+    ),
+    "smooth_lion": lambda: fo.chain(
+        fo.scale_by_lion(mode="smooth"), fo.scale_by_learning_rate(0.01)
+    ),
+    "sophia": lambda: fo.sophia(0.05, weight_decay=0.0, key=0),
+    "weighted": lambda: fo.MultiSteps(fo.adam(0.05), 2, weighted=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_lowest_point_of_a_parabola_is_found(name: str, dtype: torch.dtype) -> None:
+    """From (-1, 10, 1) to (1, -1, 1), within 0.01 after 5000 steps at most."""
+    tx, p = OPTIMIZERS[name](), torch.tensor([-1.0, 10.0, 1.0], dtype=dtype)
+    state = tx.init(p)
+    known = {"obj_fn": parabola, "grad_fn": lambda q, i: slope(q), "weight": 2.0}
+
+    def slope(q: Tensor) -> Tensor:
+        return 2 * (q - GOAL.to(q.dtype))
+
+    extra = {name: known[name] for name in tx.extra_args if name in known}
+    for step in range(5000):
+        updates, state = tx.update(slope(p), state, p, **extra)
+        p = fo.apply_updates(p, updates)
+        if step % 50 == 0 and (p - GOAL.to(dtype)).abs().max() < 0.01:
+            return
+    raise AssertionError(f"it is at {p}")
