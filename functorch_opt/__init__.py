@@ -8,7 +8,9 @@ import types as _types
 import typing as _typing
 
 from functorch_opt import optim as optim
+from functorch_opt import projections as projections
 from functorch_opt import random as random
+from functorch_opt import schedules as schedules
 from functorch_opt import tree as tree
 from functorch_opt._core.chain import *
 from functorch_opt._core.checkpoint import *
@@ -34,8 +36,11 @@ from functorch_opt.optimizers.adam import *
 from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.ademamix import *
 from functorch_opt.optimizers.adopt import *
+from functorch_opt.optimizers.amsgrad import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
+from functorch_opt.optimizers.cocob import *
+from functorch_opt.optimizers.dadapt import *
 from functorch_opt.optimizers.dog import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.lamb import *
@@ -55,9 +60,11 @@ from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.sm3 import *
+from functorch_opt.optimizers.sophia import *
 from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
+from functorch_opt.privacy.clips import *
 from functorch_opt.privacy.per_example import *
 from functorch_opt.privacy.private import *
 from functorch_opt.schedules.curves import *
@@ -72,20 +79,30 @@ from functorch_opt.transforms.cautious import *
 from functorch_opt.transforms.clip import *
 from functorch_opt.transforms.constrain import *
 from functorch_opt.transforms.decay import *
+from functorch_opt.transforms.functions import *
 from functorch_opt.transforms.momentum import *
+from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
+from functorch_opt.transforms.plateau import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.wrappers.accumulate import *
+from functorch_opt.wrappers.complex_values import *
+from functorch_opt.wrappers.conditional import *
+from functorch_opt.wrappers.flat import *
+from functorch_opt.wrappers.freezing import *
 from functorch_opt.wrappers.lookahead import *
+from functorch_opt.wrappers.mechanic import *
+from functorch_opt.wrappers.named_chain import *
 from functorch_opt.wrappers.precision import *
+from functorch_opt.wrappers.sam import *
 from functorch_opt.wrappers.skipping import *
 
 __version__ = "0.1.0"
 
 # Type checkers read the star imports above; they do not read a computed list.
 if not _typing.TYPE_CHECKING:
-    __all__ = ["__version__", "optim", "random", "tree"]
+    __all__ = ["__version__", "optim", "projections", "random", "schedules", "tree"]
     __all__ += [
         name
         for name, value in globals().items()

@@ -89,6 +89,7 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
             return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
+        extra["obj_fn"] = value_fn
         return tx.update(
             updates, state, params, **{name: extra[name] for name in tx.extra_args}
         )
@@ -220,6 +221,19 @@ def with_a_heavy_ball(learning_rate: float, decay: float) -> fo.GradientTransfor
     )
 
 
+def at_odd(count):
+    return count % 2 == 1
+
+
+def one_then_two(steps):
+    return 1 + (steps > 0)
+
+
+def skip_above_20(updates, gradient_step, params):
+    return fo.skip_large_updates(updates, gradient_step, params, 20.0)
+
+
+ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
 ROWS = [
@@ -317,6 +331,7 @@ ROWS = [
         fo.normalize_by_update_norm,
         {"scale_factor": -0.5, "eps": 0.1},
     ),
+    Row("normalize", fo.normalize),
     Row(
         "params_ema",
         fo.params_ema,
@@ -339,6 +354,17 @@ ROWS = [
         LR,
         reads_shape=True,
         written=False,
+    ),
+    Row(
+        "reduce_on_plateau",
+        lambda **options: on_a_bowl(fo.reduce_on_plateau(**options)),
+        {"factor": 0.5, "rtol": 0.1, "atol": 0.1, "min_scale": 0.1},
+        (
+            {"patience": 1},
+            {"patience": 1, "cooldown": 1, "accumulation_size": 2},
+        ),
+        written=False,
+        apart=True,
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row(
@@ -392,6 +418,12 @@ ROWS = [
         apart=True,
     ),
     Row(
+        "scale_by_amsgrad",
+        fo.scale_by_amsgrad,
+        {**ADAM, "eps_root": 1e-3},
+        ({}, {"bias_correction_mu": False}, {"bias_correction_nu": False}),
+    ),
+    Row(
         "scale_by_belief",
         fo.scale_by_belief,
         {**ADAM, "eps_root": 1e-3},
@@ -417,6 +449,12 @@ ROWS = [
         fo.scale_by_learning_rate,
         LR,
         ({}, {"flip_sign": False}, {"learning_rate": decay_schedule}),
+    ),
+    Row("scale_by_cocob", fo.scale_by_cocob, {"alpha": 2.0, "eps": 0.1}),
+    Row(
+        "scale_by_distance_over_gradients",
+        fo.scale_by_distance_over_gradients,
+        {"reps_rel": 0.1, "eps": 0.1, "global_scale": -0.5},
     ),
     Row(
         "scale_by_dog",
@@ -445,7 +483,13 @@ ROWS = [
         ),
         reads_shape=True,
     ),
-    Row("scale_by_lion", fo.scale_by_lion, {"b1": 0.9, "b2": 0.99}, smooth=False),
+    Row(
+        "scale_by_lion",
+        fo.scale_by_lion,
+        {"b1": 0.9, "b2": 0.99, "smooth_beta": 0.7},
+        ({}, {"mode": "smooth"}, {"mode": "refined"}),
+        smooth=False,
+    ),
     Row(
         "scale_by_madgrad",
         fo.scale_by_madgrad,
@@ -535,6 +579,16 @@ ROWS = [
         reads_shape=True,
     ),
     Row(
+        "scale_by_sophia",
+        lambda **options: on_a_bowl(fo.scale_by_sophia(**options)),
+        {"b1": 0.9, "b2": 0.8, "eps": 0.1, "gamma": 0.5},
+        ({"update_interval": 2}, {"clip_threshold": None, "update_interval": 1}),
+        keyed=True,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
         "scale_by_stable_adamw",
         fo.scale_by_stable_adamw,
         {**ADAM, "weight_decay": 0.1},
@@ -591,7 +645,57 @@ ROWS = [
             fo.adam(learning_rate), **{"every_k_schedule": 2, **options}
         ),
         LR,
-        ({}, {"use_grad_mean": False}, {"every_k_schedule": 1}),
+        (
+            {},
+            {"use_grad_mean": False},
+            {"every_k_schedule": 1},
+            {"every_k_schedule": one_then_two},
+            {"flushes": True, "should_skip_update_fn": skip_above_20},
+            {"should_skip_update_fn": skip_above_20},
+        ),
+        written=False,
+    ),
+    Row("apply_every", lambda: fo.apply_every(2), written=False),
+    Row(
+        "conditionally_mask",
+        lambda learning_rate: fo.conditionally_mask(fo.adam(learning_rate), at_odd),
+        LR,
+        written=False,
+    ),
+    Row(
+        "conditionally_transform",
+        lambda learning_rate: fo.conditionally_transform(fo.adam(learning_rate), at_odd),
+        LR,
+        written=False,
+    ),
+    Row("freeze", lambda: fo.freeze(matrices), reads_shape=True, written=False),
+    Row(
+        "selective_transform",
+        lambda learning_rate: fo.selective_transform(
+            fo.adam(learning_rate), freeze_mask=matrices
+        ),
+        LR,
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "named_chain",
+        lambda learning_rate: fo.named_chain(
+            ("first", fo.trace(0.9)), ("second", fo.adam(learning_rate))
+        ),
+        LR,
+        written=False,
+    ),
+    Row("snapshot", lambda: fo.snapshot("norm", fo.tree.norm), written=False),
+    Row(
+        "monitor",
+        lambda: fo.monitor(
+            {
+                "norm": fo.tree.norm,
+                "mean_norm": fo.measure_with_ema(fo.tree.norm, 0.9),
+                "biased": fo.measure_with_ema(fo.tree.norm, 0.5, debias=False),
+            }
+        ),
         written=False,
     ),
     Row(
@@ -630,6 +734,42 @@ ROWS = [
         {**LR, "slow_step_size": 0.5},
         ({}, {"slow_step_size": decay_schedule}),
         written=False,
+    ),
+    Row(
+        "mechanize",
+        lambda learning_rate, **options: fo.mechanize(fo.adam(learning_rate), **options),
+        {**LR, "weight_decay": 0.1, "eps": 1e-3, "s_init": 0.1},
+        ({}, {"num_betas": 2}),
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "sam",
+        lambda learning_rate, adv=ASCENT, **options: fo.sam(
+            fo.adam(learning_rate), adv, **options
+        ),
+        LR,
+        ({}, {"sync_period": 3}, {"sync_period": 1}),
+        written=False,
+    ),
+    Row(
+        "flatten",
+        lambda threshold: fo.flatten(fo.clip_by_block_rms(threshold)),
+        {"threshold": 0.5},
+        reads_shape=True,
+        slots_rest=False,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "split_real_and_imaginary",
+        lambda threshold: fo.split_real_and_imaginary(fo.clip_by_block_rms(threshold)),
+        {"threshold": 0.5},
+        reads_shape=True,
+        shards=False,
+        written=False,
+        apart=True,
     ),
     Row(
         "schedule_free",
@@ -694,9 +834,26 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("adopt", fo.adopt, {**LR, "b1": 0.9, "b2": 0.99, "eps": 0.3}),
-    Row("amsgrad", fo.amsgrad, {**LR, **ADAM}),
+    Row(
+        "amsgrad",
+        fo.amsgrad,
+        {**LR, **ADAM},
+        ({}, {"bias_correction_mu": False, "bias_correction_nu": False}),
+    ),
     Row(
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
+    ),
+    Row(
+        "cocob",
+        fo.cocob,
+        {"learning_rate": 0.5, "alpha": 2.0, "eps": 0.1, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+    ),
+    Row(
+        "dadapt_adamw",
+        fo.dadapt_adamw,
+        {"learning_rate": 0.5, "eps": 0.1, "estim_lr0": 0.1, "weight_decay": 0.1},
+        ({}, {"betas": (0.5, 0.9)}),
     ),
     Row(
         "dog",
@@ -829,6 +986,12 @@ ROWS = [
         {**LR, "alpha": 0.7, "beta": 0.5},
     ),
     Row(
+        "optimistic_adam_v2",
+        fo.optimistic_adam_v2,
+        {**LR, **ADAM, "alpha": 0.7, "beta": 0.5},
+        ({}, {"nesterov": False}),
+    ),
+    Row(
         "polyak_sgd",
         lambda **options: on_a_bowl(fo.polyak_sgd(**options)),
         {"max_learning_rate": 1.0, "scaling": 0.5},
@@ -882,6 +1045,16 @@ ROWS = [
         ({}, {"mask": matrices}),
     ),
     Row("sm3", fo.sm3, {**LR, "momentum": 0.9}, reads_shape=True),
+    Row(
+        "sophia",
+        lambda **options: on_a_bowl(fo.sophia(**options)),
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 0.1, "gamma": 0.5, "weight_decay": 0.1},
+        ({"update_interval": 2}, {"weight_decay_mask": kernels}),
+        keyed=True,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
 ]
@@ -901,11 +1074,21 @@ NOT_TRANSFORMATIONS = {
     "describe",
     "eval_params",
     "get",
+    "global_norm",
+    "hutchinson_estimator_diag_hessian",
+    "incremental_update",
     "leafwise",
     "load_state_dict",
+    "measure_with_ema",
+    "per_example_global_norm_clip",
     "per_example_grads",
+    "per_example_layer_norm_clip",
+    "periodic_update",
     "poisson_sample",
     "privacy_spent",
+    "scale_gradient",
+    "skip_large_updates",
+    "skip_not_finite",
     "state_dict",
     "sweep",
     "transformation",

@@ -565,6 +565,19 @@ def test_a_number_from_prepare_that_changes_becomes_an_input() -> None:
     assert len(PROGRAMS) == 2
 
 
+@pytest.mark.slow
+def test_a_number_that_is_whole_and_then_is_not() -> None:
+    """As inputs they have two dtypes, so the code for the one is not that for the other."""
+    tx = fo.leafwise(lambda g, factor: g * factor, lambda *, weight: {"factor": weight})
+    ps, state = {"w": torch.zeros(4)}, tx.init({"w": torch.zeros(4)})
+    for weights in ([1, 2, 3], [1.0, 2.0, 3.5], [4, 5, 6]):
+        step = fo.compiled_step(tx)
+        for weight in weights:
+            before = ps["w"].clone()
+            ps, state = step(ps, {"w": torch.ones(4)}, state, weight=weight)
+            assert (ps["w"] == before + weight).all()
+
+
 @pytest.mark.parametrize("name", ["mu", "master"])
 def test_a_foreign_state_is_refused_before_anything_is_written(name: str) -> None:
     ps, gs = draw(SMALL, 0), draw(SMALL, 1)

@@ -59,7 +59,11 @@ def _exports(init: Path) -> dict[str, str]:
 
 PUBLIC = {
     "functorch_opt": _exports(PACKAGE / "__init__.py"),
+    "functorch_opt.projections": dict.fromkeys(
+        fo.projections.__all__, "functorch_opt.projections"
+    ),
     "functorch_opt.random": dict.fromkeys(fo.random.__all__, "functorch_opt.random.keys"),
+    "functorch_opt.schedules": {"preview": "functorch_opt.schedules.preview"},
     "functorch_opt.tree": {
         name: value.__module__ if inspect.isfunction(value) else "functorch_opt.tree"
         for name, value in ((name, getattr(fo.tree, name)) for name in fo.tree.__all__)
@@ -138,6 +142,7 @@ def test_every_file_with_exports_is_exported() -> None:
     }
     exported |= {
         "functorch_opt",
+        "functorch_opt.projections",
         "functorch_opt.random.keys",
         "functorch_opt.random",
         "functorch_opt.schedules",
@@ -157,6 +162,7 @@ def test_every_file_with_exports_is_exported() -> None:
 
 FLOORS = {
     "_core/__init__.py": 0,
+    "_core/extra.py": 0,
     "_core/in_graph.py": 0,
     "_core/structure.py": 1,
     "_core/decision.py": 0,
@@ -165,12 +171,14 @@ FLOORS = {
     "_execution/trials.py": 2,
     "_execution/kernel.py": 3,
     "_core/sharding.py": 2,
+    "_core/arithmetic.py": 3,
     "_core/numerics.py": 3,
     "_core/state.py": 3,
     "_core/checkpoint.py": 3,
     "tree.py": 4,
     "_core/transformation.py": 5,
     "random/": 5,
+    "projections.py": 5,
     "_core/leaf.py": 6,
     "_core/sums.py": 6,
     "_core/once.py": 7,

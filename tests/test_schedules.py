@@ -1464,3 +1464,32 @@ def test_a_sum_of_nothing_is_refused() -> None:
     for function in (fo.add_schedules, fo.multiply_schedules):
         with pytest.raises(TypeError, match="at least one schedule is needed; got none"):
             function()
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def test_a_preview_shows_the_values_at_the_counts() -> None:
+    pytest.importorskip("matplotlib")
+    line = fo.linear_schedule(0.0, 1.0, 10)
+    figure = fo.schedules.preview(25, line, lambda count: 0.5, log=True)
+    first, second = figure.axes[0].lines
+    assert [*first.get_xdata()] == [*range(25)]
+    assert [*first.get_ydata()] == [line(count).item() for count in range(25)]
+    assert {*second.get_ydata()} == {0.5}
+    assert figure.axes[0].get_yscale() == "log"
+    many = fo.schedules.preview(1_000_000, line).axes[0].lines[0].get_xdata()
+    assert (len(many), many[0], many[-1]) == (1000, 0, 999_999)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((0, fo.constant_schedule(1.0)), ValueError, "steps must be a whole number"),
+        ((10,), TypeError, "at least one schedule"),
+        ((10, 0.1), TypeError, "0.1"),
+    ],
+)
+def test_what_cannot_be_previewed(given, error, message) -> None:
+    with pytest.raises(error, match=message):
+        fo.schedules.preview(*given)

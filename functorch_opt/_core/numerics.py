@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_opt._core.sharding import by_layout, everybodys, part_of, stack
+from functorch_opt._core.sharding import (
+    by_layout,
+    everybodys,
+    part_of,
+    stack,
+    whole,
+)
 from functorch_opt._core.structure import PyTree, leaves, map
 
 
@@ -122,6 +129,11 @@ def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x.new_full((), value, dtype=at_least_float32(x.real.dtype))
 
 
+def copied(x: Tensor) -> Tensor:
+    """A copy of `x` in its dtype, but at least float32: the slot for where a parameter began."""
+    return x.to(at_least_float32(x.dtype), copy=True)
+
+
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     """`tree` with its floating leaves in `dtype`.
 
@@ -132,7 +144,7 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
-def norm(tree: PyTree) -> Tensor:
+def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) -> Tensor:
     """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor.
 
     ``None`` leaves count as nothing; a tree without tensors has norm 0. The gradient at a zero tree
@@ -141,12 +153,21 @@ def norm(tree: PyTree) -> Tensor:
 
     Args:
         tree: a tree of tensors.
+        ord: None or 2; or 1 for the sum of ``|x|``, inf for the largest.
+        squared: whether to return the square of the norm.
+
+    Raises:
+        ValueError: another `ord`.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> fo.tree.norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
+    if squared:
+        return norm(tree, ord) ** 2
+    if ord not in (None, 2):
+        return _other_norm(tree, ord)
     here = leaves(tree)
     norms = [_norm(part_of(x)) for x in here]
     if not norms:
@@ -159,6 +180,19 @@ def norm(tree: PyTree) -> Tensor:
         mine = _norm_of([norms[i] for i in indices])
         plain.append(_norm_of([*everybodys([mine], like).flatten()]))
     return _norm_of(plain)
+
+
+def _other_norm(tree: PyTree, ord: Any) -> Tensor:
+    """The 1-norm, or the largest absolute value."""
+    orders = {1: 1.0, "inf": torch.inf, torch.inf: torch.inf}
+    if ord not in orders:
+        raise ValueError(f"ord must be None, 1, 2 or inf; got {ord!r}.")
+    p = orders[ord]
+    here = [_wide(whole(x)) for x in leaves(tree) if x.numel()]
+    norms = [torch.linalg.vector_norm(x, p) for x in here]
+    if not norms:
+        return torch.zeros((), dtype=torch.float32)
+    return torch.linalg.vector_norm(stack(norms), p)
 
 
 def dot(tree: PyTree, other: PyTree) -> Tensor:

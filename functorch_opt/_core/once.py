@@ -50,7 +50,8 @@ class Once:
             ["clock"] if self.schedules else []
         )
         self.keys = tuple(dict.fromkeys((*shared, *kept)))
-        self.is_constant = not (prepare or self.varying or self.keys)
+        # Dynamo cannot negate a function that is made inside of the graph.
+        self.is_constant = prepare is None and not self.varying and not self.keys
 
     @property
     def needs_params(self) -> bool:

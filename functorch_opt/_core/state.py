@@ -5,7 +5,7 @@ Here are what one stage keeps, how a value is found by its name, and a table of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,9 +15,11 @@ from functorch_opt._core.structure import (
     Path,
     PyTree,
     broadcast,
+    flatten,
     flatten_tensors,
     is_namedtuple,
     paths,
+    unflatten,
 )
 
 __all__ = ["StageState", "describe", "get"]
@@ -107,6 +109,115 @@ def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
 
 def _join(path: Path, name: str) -> Path:
     return f"{path}/{name}" if path else name
+
+
+def rebuilt(node: PyTree, f: Callable[[str, Any], Any], name: str = "") -> PyTree:
+    """A state in which `f` has made each named value anew, of its name and what it is.
+
+    If `f` returns `NotImplemented`, the value stays, and what is inside of it is looked at.
+    """
+    made = f(name, node) if name else NotImplemented
+    if made is not NotImplemented:
+        return made
+    if isinstance(node, StageState):
+        return StageState(rebuilt(node.shared, f), rebuilt(node.slots, f))
+    if isinstance(node, dict):
+        return {key: rebuilt(child, f, str(key)) for key, child in node.items()}
+    if is_namedtuple(node):
+        fields = zip(node._fields, node, strict=True)
+        return type(node)(*[rebuilt(child, f, key) for key, child in fields])
+    if isinstance(node, (list, tuple)):
+        return type(node)(rebuilt(child, f, str(i)) for i, child in enumerate(node))
+    return node
+
+
+def set(state: PyTree, /, **values: Any) -> PyTree:
+    """A state in which everything of these names has these values.
+
+    Args:
+        state: what ``tx.init`` or ``tx.update`` returned.
+        **values: the names, as for `functorch_opt.get`, and what takes the place of what is there.
+
+    Raises:
+        KeyError: nothing has such a name.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> state = fo.inject_hyperparams(fo.sgd)(learning_rate=0.1).init([torch.zeros(1)])
+        >>> fo.get(fo.tree.set(state, learning_rate=torch.tensor(0.5)), "learning_rate")
+        tensor(0.5000)
+    """
+    seen: list[str] = []
+
+    def changed(name: str, value: Any) -> Any:
+        if name not in values:
+            return NotImplemented
+        seen.append(name)
+        return values[name]
+
+    new = rebuilt(state, changed)
+    if missing := [name for name in values if name not in seen]:
+        known = [path for path, _ in entries(state)]
+        raise KeyError(
+            f"nothing is called {missing[0]!r} in this state; it holds {', '.join(_reprs(known))}."
+        )
+    return new
+
+
+def map_params(
+    initable: Any,
+    f: Callable[..., Any],
+    state: PyTree,
+    /,
+    *rest: PyTree,
+    transform_non_params: Callable[[Tensor], Any] | None = None,
+) -> PyTree:
+    """`f` of every tensor of a state that belongs to a parameter.
+
+    These are the slots. Some have another shape than their parameter, such as a number for each.
+
+    Args:
+        initable: the transformation. It is not needed, and is here for the order of optax.
+        f: a function of the tensor, and of the leaf of each of `rest` for its parameter.
+        state: what ``tx.init`` or ``tx.update`` returned.
+        *rest: trees of the structure of the params, such as shardings or masks.
+        transform_non_params: a function of the tensors that belong to no parameter, such as
+            counts; by default they stay.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.adam(0.1)
+        >>> state = tx.init({"w": torch.zeros(2)})
+        >>> state = fo.tree.map_params(tx, torch.Tensor.double, state)
+        >>> fo.get(state, "mu"), fo.get(state, "count")
+        ({'w': tensor([0., 0.], dtype=torch.float64)}, tensor(0))
+    """
+    by_path = [dict(zip(paths(tree), flatten(tree)[0], strict=True)) for tree in rest]
+
+    def of_slot(slot: PyTree) -> PyTree:
+        here, spec = flatten(slot)
+        rows = zip(paths(slot), here, strict=True)
+        return unflatten(
+            spec,
+            [
+                None if x is None else f(x, *[of[path] for of in by_path])
+                for path, x in rows
+            ],
+        )
+
+    def changed(node: PyTree) -> PyTree:
+        if isinstance(node, StageState):
+            slots = {name: of_slot(slot) for name, slot in node.slots.items()}
+            return StageState(changed(node.shared), slots)
+        if isinstance(node, Tensor):
+            return node if transform_non_params is None else transform_non_params(node)
+        if isinstance(node, dict):
+            return {key: changed(child) for key, child in node.items()}
+        if is_namedtuple(node):
+            return type(node)(*[changed(child) for child in node])
+        return type(node)(changed(x) for x in node) if node is not None else None
+
+    return changed(state)
 
 
 def describe(tree: PyTree, in_dims: PyTree = None) -> str:

@@ -311,6 +311,13 @@ def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -
             )
 
 
+def check_whole(least: int, **given: Any) -> None:
+    """Raise ValueError for anything but a whole number, of at least `least`."""
+    for name, n in given.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < least:
+            raise ValueError(f"{name} must be a whole number from {least}; got {n!r}.")
+
+
 def check_choice(*choices: Any, **options: Any) -> None:
     """Raise ValueError for an option that is none of these."""
     for name, value in options.items():

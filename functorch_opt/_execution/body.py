@@ -130,7 +130,8 @@ class Body:
         )
         self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
         self.numbers = tuple([_written(of) for of in self.fixed])
-        self.key = self.base, self.numbers, tuple([tuple(of) for of in self.exact])
+        exact = [tuple([(n, x.dtype) for n, x in of.items()]) for of in self.exact]
+        self.key = self.base, self.numbers, tuple(exact)
 
     @cached_property
     def with_constants(self) -> Body:

@@ -28,7 +28,7 @@ def then(
         new: GradientTransformation = Chain(tuple(stages))
     elif not tx.last or isinstance(tx, Leafwise):
         return Chain((stage, tx) if tx.last else (tx, stage))
-    elif isinstance(tx, (Groups, Wrap, Gate)):
+    elif isinstance(tx, (Groups, Wrap, Gate)) or hasattr(tx, "rebuilt"):
         new = tx.rebuilt(lambda inner: then(inner, stage))
     else:
         raise TypeError(

@@ -36,7 +36,6 @@ __all__ = [
     "adamax",
     "adamaxw",
     "adamw",
-    "amsgrad",
     "scale_by_adam",
     "scale_by_adamax",
 ]
@@ -229,32 +228,6 @@ def adam(
     """
     return chain(
         scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
-        scale_by_learning_rate(learning_rate),
-    )
-
-
-@transformation
-def amsgrad(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: torch.dtype | None = None,
-) -> GradientTransformation:
-    """`adam`, divided by the largest corrected second moment so far, as in optax.
-
-    torch.optim takes the largest one first, and corrects it afterwards.
-
-    Source: Reddi, Kale & Kumar, 2018, alg. 2 (which has no bias correction).
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> fo.amsgrad(0.1)
-        amsgrad(0.1)
-    """
-    return chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=True),
         scale_by_learning_rate(learning_rate),
     )
 

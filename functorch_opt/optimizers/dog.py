@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import MaskOrFn
+from functorch_opt._core.numerics import copied
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -27,7 +29,13 @@ from functorch_opt._core.transformation import (
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["dog", "dowg", "scale_by_dog", "scale_by_dowg"]
+__all__ = [
+    "dog",
+    "dowg",
+    "scale_by_distance_over_gradients",
+    "scale_by_dog",
+    "scale_by_dowg",
+]
 
 KINDS = ("heuristic", "distance", "learning_rate")
 
@@ -38,10 +46,6 @@ def zeros(*names: str) -> dict[str, torch.Tensor]:
 
 def rule(g, start, rate):
     return rate * g, {"start": start}
-
-
-def copied(p):
-    return p.to(tree.at_least_float32(p.dtype), copy=True)
 
 
 TOTALS = {
@@ -141,6 +145,53 @@ def scale_by_dowg(
         shared=zeros("s", "gathered"),
         hyper={"least": least, "eps": eps},
         totals=TOTALS,
+    )
+
+
+@transformation
+def scale_by_distance_over_gradients(
+    reps_rel: Scalar = 1e-6,
+    eps: ScalarOrSchedule = 1e-8,
+    global_scale: ScalarOrSchedule = 1.0,
+) -> GradientTransformation:
+    """``u = global_scale r / sqrt(G + eps) g``, with an r and a G for each tensor: L-DoG.
+
+    r is at least ``reps_rel (1 + norm(first p))``.
+
+    Args:
+        reps_rel: 0 or greater; the authors have 1e-4 where there is batch normalization.
+        eps: added to the sum of squares, 0 or greater.
+        global_scale: -1 to descend.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+
+    Source: Ivgi et al., 2023, sec. 4.1 (layer-wise DoG). optax has ``param_dtype=``, the dtype of the
+    first parameters, float32 by default; here it is that of the parameters, at least float32.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_distance_over_gradients(0.1, global_scale=-1.0)
+        >>> params = [torch.tensor([3.0, 4.0])]
+        >>> tx.update([torch.tensor([0.0, 2.0])], tx.init(params), params)[0]
+        [tensor([-0.0000, -0.6000])]
+    """
+    check_range(0, float("inf"), reps_rel=reps_rel, eps=eps)
+    check_range(-float("inf"), float("inf"), global_scale=global_scale)
+
+    def rule(g, r, start, gathered, moved, squares, begin, reps_rel, eps, global_scale):
+        least = reps_rel * (1 + (begin + tree.TINY).sqrt())
+        r = torch.maximum(torch.maximum(r, (moved + tree.TINY).sqrt()), least)
+        gathered = gathered + squares
+        rate = global_scale * r / (gathered + eps + tree.TINY).sqrt()
+        return rate * g, {"start": start, "r": r, "gathered": gathered}
+
+    zero = numerics.scalar_slot(0.0)
+    return leafwise(
+        rule,
+        slots={"start": copied, "r": zero, "gathered": zero},
+        hyper={"reps_rel": reps_rel, "eps": eps, "global_scale": global_scale},
+        sums={**TOTALS, "begin": lambda start: start.square().sum()},
     )
 
 

@@ -8,6 +8,7 @@ Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, alg.
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,7 @@ from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
+    check_choice,
     check_range,
     transformation,
 )
@@ -27,18 +29,42 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 __all__ = ["lion", "scale_by_lion"]
 
 
+def hard(c, steepness):
+    return torch.sign(c)
+
+
+def smooth(c, steepness):
+    return torch.tanh(steepness * c)
+
+
+def refined(c, steepness):
+    return torch.clamp(c, -1, 1)
+
+
+SIGNS = {"hard": hard, "smooth": smooth, "refined": refined}
+
+
 @transformation
 def scale_by_lion(
     b1: ScalarOrSchedule = 0.9,
     b2: ScalarOrSchedule = 0.99,
     mu_dtype: torch.dtype | None = None,
+    *,
+    mode: Literal["hard", "smooth", "refined"] = "hard",
+    smooth_beta: ScalarOrSchedule = 1.0,
 ) -> GradientTransformation:
-    """``u = sign((1 - b1) g + b1 mu)``; then ``mu = b2 mu + (1 - b2) g``.
+    """``u = sign(c)`` with ``c = (1 - b1) g + b1 mu``; then ``mu = b2 mu + (1 - b2) g``.
 
     Args:
         b1: weight of the momentum in the update, in [0, 1).
         b2: decay of the momentum, in [0, 1).
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
+        mode: ``"hard"`` is the sign; ``"smooth"`` is ``tanh(smooth_beta c)``; ``"refined"`` is c
+            where it is smaller than 1, and its sign elsewhere.
+        smooth_beta: how steep the smooth sign is.
+
+    Raises:
+        ValueError: a decay outside of [0, 1); another mode.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -47,18 +73,21 @@ def scale_by_lion(
         [tensor([ 1., -1.])]
     """
     check_range(0, 1, b1=b1, b2=b2)
+    check_choice(*SIGNS, mode=mode)
+    sign_of = SIGNS[mode]
 
     def prepare(b1, b2):
         return {"w1": 1 - b1, "w2": 1 - b2}
 
-    def rule(g, mu, w1, w2):
-        return torch.sign(torch.lerp(mu, g, w1)), {"mu": torch.lerp(mu, g, w2)}
+    def rule(g, mu, w1, w2, smooth_beta):
+        u = sign_of(torch.lerp(mu, g, w1), smooth_beta)
+        return u, {"mu": torch.lerp(mu, g, w2)}
 
     return leafwise(
         rule,
         prepare,
         slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)},
-        hyper={"b1": b1, "b2": b2},
+        hyper={"b1": b1, "b2": b2, "smooth_beta": smooth_beta},
     )
 
 

@@ -22,9 +22,14 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
+from functorch_opt.optimizers.adam import scale_by_adam
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["optimistic_gradient_descent", "scale_by_optimistic_gradient"]
+__all__ = [
+    "optimistic_adam_v2",
+    "optimistic_gradient_descent",
+    "scale_by_optimistic_gradient",
+]
 
 
 @transformation
@@ -90,3 +95,41 @@ def optimistic_gradient_descent(
     """
     direction = scale_by_optimistic_gradient(alpha, beta)
     return chain(direction, scale_by_learning_rate(learning_rate))
+
+
+@transformation
+def optimistic_adam_v2(
+    learning_rate: ScalarOrSchedule,
+    *,
+    alpha: ScalarOrSchedule = 1.0,
+    beta: ScalarOrSchedule = 1.0,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-8,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    nesterov: bool = True,
+) -> GradientTransformation:
+    """`scale_by_adam`, `scale_by_optimistic_gradient` of what it makes, then the learning rate.
+
+    Args:
+        learning_rate: 0 or greater, or a schedule.
+        alpha, beta: see `scale_by_optimistic_gradient`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Daskalakis, Ilyas, Syrgkanis & Zeng, "Training GANs with Optimism", 2018, alg. 1; optax
+    has a step size for each of its two terms.
+
+    Example:
+        >>> import functorch_opt as fo
+        >>> fo.optimistic_adam_v2(0.1, alpha=0.5)
+        optimistic_adam_v2(0.1, alpha=0.5)
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        scale_by_optimistic_gradient(alpha, beta),
+        scale_by_learning_rate(learning_rate),
+    )

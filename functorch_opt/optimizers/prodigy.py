@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.numerics import copied
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -28,7 +29,6 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.optimizers.dog import copied
 
 __all__ = ["prodigy"]
 

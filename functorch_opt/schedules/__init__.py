@@ -4,6 +4,7 @@ from functorch_opt.schedules import curves, cycles, pieces, schedule, warmups
 from functorch_opt.schedules.curves import *
 from functorch_opt.schedules.cycles import *
 from functorch_opt.schedules.pieces import *
+from functorch_opt.schedules.preview import preview as preview
 from functorch_opt.schedules.schedule import *
 from functorch_opt.schedules.warmups import *
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functorch_opt.sweeps.extra import viz
+from functorch_opt._core.extra import viz
 
 if TYPE_CHECKING:
     from functorch_opt.sweeps.report import Sweep

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from functorch_opt import tree
-from functorch_opt.sweeps.extra import viz
+from functorch_opt._core.extra import viz
 from functorch_opt.sweeps.picture import plot
 from functorch_opt.tree import PyTree
 

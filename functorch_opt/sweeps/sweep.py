@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
+from functorch_opt._core.extra import viz
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.sweeps.batches import Batch, Batches, as_batch, read_batches
-from functorch_opt.sweeps.extra import viz
 from functorch_opt.sweeps.problem import Loss, Problem, read_problem, seeded
 from functorch_opt.sweeps.report import Sweep
 from functorch_opt.sweeps.runs import Runs, read_hyperparameters, read_seeds

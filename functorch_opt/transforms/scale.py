@@ -21,6 +21,7 @@ from functorch_opt.schedules.schedule import Schedule
 
 __all__ = [
     "centralize",
+    "normalize",
     "normalize_by_update_norm",
     "scale",
     "scale_by_learning_rate",
@@ -211,6 +212,25 @@ def normalize_by_update_norm(
         prepare,
         hyper={"scale_factor": scale_factor, "eps": eps},
     )
+
+
+@transformation
+def normalize() -> GradientTransformation:
+    """``u -> u / norm``, where norm is the 2-norm of all updates together; zero updates stay zero.
+
+    Inside `partition` the norm is that of the group.
+
+    Source: optax.contrib.normalize, which makes NaN of zero updates in version 0.2.8.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.normalize()
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([0.6000, 0.8000])]
+        >>> tx.update([torch.zeros(2)], tx.init([torch.zeros(2)]))[0]
+        [tensor([0., 0.])]
+    """
+    return normalize_by_update_norm(eps=0.0)
 
 
 @transformation

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from functorch_opt import tree
 from functorch_opt._core.gate import gate
-from functorch_opt._core.transformation import GradientTransformation, transformation
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    check_whole,
+    transformation,
+)
 from functorch_opt._core.wrap import wrap
 
-__all__ = ["MultiSteps"]
+__all__ = ["MultiSteps", "apply_every"]
+
+K = int | Callable[[Any], Any]
 
 
 @transformation
 def MultiSteps(
-    opt: GradientTransformation, every_k_schedule: int, use_grad_mean: bool = True
+    opt: GradientTransformation,
+    every_k_schedule: K,
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Callable[..., Any] | None = None,
+    *,
+    weighted: bool = False,
+    flushes: bool = False,
 ) -> GradientTransformation:
     """Gather the gradients of k steps, and let `opt` make a step with their mean at each k-th.
 
@@ -29,16 +45,29 @@ def MultiSteps(
     and what it has gathered is not cleared. A sum then goes on in the next k steps. A mean is
     replaced by the gradient of their first step, if there is one.
 
+    With `weighted`, ``update`` takes ``weight``, such as the number of tokens of the small batch.
+    The step is then made with the mean over tokens, ``(sum of weight g) / (sum of weight)``. With
+    `flushes`, `weighted` or a schedule, ``update`` takes ``flush``. Give ``flush=True`` with the
+    last small batch of the training: the step is made with what has been gathered until then, and
+    the next k steps begin anew.
+
     Args:
         opt: the optimizer that makes the steps.
-        every_k_schedule: k, 1 or greater.
+        every_k_schedule: k, 1 or greater; or a function of how many steps `opt` has made.
         use_grad_mean: whether to take the mean of the gradients; if False, their sum.
+        should_skip_update_fn: a function of the updates, of how many steps `opt` has made, and of
+            the params, or None. It returns a pair whose first part says whether to leave this
+            gradient out, a 0-dim bool tensor: `skip_not_finite`, `skip_large_updates`. A gradient
+            that is left out does not count as one of the k, and flushes nothing.
+        weighted: whether gradients have weights.
+        flushes: whether ``update`` takes ``flush``.
 
     Raises:
-        ValueError: `every_k_schedule` is not a whole number, or less than 1.
+        ValueError: `every_k_schedule` is a number that is not whole, or less than 1.
         TypeError: `opt` is not a transformation.
 
-    Source: optax.MultiSteps.
+    Source: optax.MultiSteps, which runs `opt` at every step. It has no weights and no flush, and
+    keeps the second part of what `should_skip_update_fn` returns.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -49,10 +78,29 @@ def MultiSteps(
         ...     print(updates)
         [tensor([0.])]
         [tensor([-2.])]
+        >>> tx = fo.MultiSteps(fo.sgd(1.0), 8, weighted=True)
+        >>> _, state = tx.update([torch.ones(1)], tx.init([torch.zeros(1)]), weight=30)
+        >>> tx.update([torch.zeros(1)], state, weight=10, flush=True)[0]
+        [tensor([-0.7500])]
     """
     k = every_k_schedule
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"every_k_schedule must be a whole number from 1; got {k!r}.")
+    if not callable(k):
+        check_whole(1, every_k_schedule=k)
+    if weighted or flushes or callable(k):
+        counter = Counter(k)
+        tx = with_counter(opt, counter, use_grad_mean, weighted)
+    else:
+        counter = None
+        tx = every_kth(opt, k, use_grad_mean)
+    if should_skip_update_fn is None:
+        return tx
+    return left_out(tx, should_skip_update_fn, counter or Counter(k), counter is not None)
+
+
+def every_kth(
+    opt: GradientTransformation, k: int, use_grad_mean: bool
+) -> GradientTransformation:
+    """The plain form, which needs nothing but the count."""
 
     def prepare(count):
         n = count % k
@@ -61,15 +109,143 @@ def MultiSteps(
             "due": n == k - 1,
         }
 
+    return gathering(
+        gate(opt, lambda count: count % k == k - 1), prepare, use_grad_mean, {}
+    )
+
+
+def gathering(
+    inner: GradientTransformation, prepare: Any, use_grad_mean: bool, shared: Any
+) -> GradientTransformation:
+    """A wrap that gathers with the ``part`` of `prepare`, and begins anew where it is ``due``."""
+
     def added(g, acc, part):
-        total = acc + (g - acc) * part if use_grad_mean else acc + g
+        total = acc + (g - acc) * part if use_grad_mean else acc + g * part
         return total.to(acc.dtype)  # `part` is float64, which a 0-dim tensor would become
 
     def after(u, g, acc, part, due):
         acc = added(g, acc, part)
         return u, {"acc": torch.where(due, torch.zeros_like(acc), acc)}
 
-    inner = gate(opt, lambda count: count % k == k - 1)
     return wrap(
-        inner, slots={"acc": tree.zeros_like}, prepare=prepare, before=added, after=after
+        inner,
+        slots={"acc": tree.zeros_like},
+        shared=shared,
+        prepare=prepare,
+        before=added,
+        after=after,
     )
+
+
+# ---- k of a schedule, weights, a flush ---------------------------------------------------------
+
+
+class Counter:
+    """How many gradients have been gathered, and how many steps have been made of them."""
+
+    def __init__(self, k: K) -> None:
+        self.k = k
+        zero = torch.zeros((), dtype=torch.int64)
+        self.shared = {"mini_step": zero, "gradient_step": zero}
+
+    def next(self, mini_step: Any, gradient_step: Any, flush: Any) -> tuple[Any, Any]:
+        """Whether a step is due with this gradient, and the next counts."""
+        k = self.k(gradient_step) if callable(self.k) else self.k
+        due = (mini_step >= k - 1) | torch.as_tensor(flush, device=mini_step.device)
+        mini_step = torch.where(due, 0, mini_step + 1)
+        return due, {"mini_step": mini_step, "gradient_step": gradient_step + due}
+
+
+def with_counter(
+    opt: GradientTransformation, counter: Counter, use_grad_mean: bool, weighted: bool
+) -> GradientTransformation:
+    """The form whose steps do not come at every k-th count."""
+
+    def active(mini_step, gradient_step, *, flush=False):
+        return counter.next(mini_step, gradient_step, flush)
+
+    def prepare(mini_step, gradient_step, *, flush=False):
+        due, counts = counter.next(mini_step, gradient_step, flush)
+        part = 1 / (tree.as_real(mini_step) + 1) if use_grad_mean else 1.0
+        return {"part": part, "due": due}, counts
+
+    def prepare_weighted(mini_step, gradient_step, gathered, *, weight, flush=False):
+        due, counts = counter.next(mini_step, gradient_step, flush)
+        weight = torch.as_tensor(weight, dtype=gathered.dtype, device=gathered.device)
+        gathered = gathered + weight
+        part = weight / (gathered + (gathered == 0)) if use_grad_mean else weight
+        gathered = torch.where(due, 0.0, gathered)
+        return {"part": part, "due": due}, {**counts, "gathered": gathered}
+
+    inner = gate(opt, active, shared=counter.shared)
+    # Where this is built inside of a graph, Dynamo does not know that flush has a default.
+    for declared in (inner.once.extra_args, inner.extra_args):
+        declared["flush"] = False
+    if not weighted:
+        return gathering(inner, prepare, use_grad_mean, counter.shared)
+    shared = {**counter.shared, "gathered": torch.zeros((), dtype=torch.float64)}
+    return gathering(inner, prepare_weighted, use_grad_mean, shared)
+
+
+def left_out(
+    tx: GradientTransformation, skip: Callable[..., Any], counter: Counter, flushes: bool
+) -> GradientTransformation:
+    """A gate around `tx`, which is closed for the gradients that `skip` leaves out."""
+
+    def decided(updates, params, mini_step, gradient_step, flush):
+        skipped = skip(updates, gradient_step, params)[0]
+        _, counts = counter.next(mini_step, gradient_step, flush)
+        old = {"mini_step": mini_step, "gradient_step": gradient_step}
+        return ~skipped, {
+            name: torch.where(skipped, old[name], new) for name, new in counts.items()
+        }
+
+    def active(updates, mini_step, gradient_step, params=None):
+        return decided(updates, params, mini_step, gradient_step, False)
+
+    def active_with_flush(updates, mini_step, gradient_step, params=None, *, flush=False):
+        return decided(updates, params, mini_step, gradient_step, flush)
+
+    chosen = active_with_flush if flushes else active
+    return gate(tx, chosen, shared=counter.shared)
+
+
+# ---- inside of a chain --------------------------------------------------------------------------
+
+
+@transformation
+def apply_every(k: int = 1) -> GradientTransformation:
+    """Gather k updates, and let their sum pass at each k-th step; the updates between are zero.
+
+    The stages before it in a chain have counted every step, and those after it get zero updates.
+    To let a whole optimizer step at each k-th step only, see `MultiSteps`.
+
+    Args:
+        k: 1 or greater.
+
+    Raises:
+        ValueError: `k` is not a whole number, or less than 1.
+
+    Source: optax.apply_every.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.apply_every(2)
+        >>> state = tx.init([torch.zeros(1)])
+        >>> for g in (1.0, 3.0):
+        ...     updates, state = tx.update([torch.tensor([g])], state)
+        ...     print(updates)
+        [tensor([0.])]
+        [tensor([4.])]
+    """
+    check_whole(1, k=k)
+
+    def prepare(count):
+        n = count % k
+        return {"first": n == 0, "due": n == k - 1}
+
+    def rule(g, acc, first, due):
+        acc = g + torch.where(first, torch.zeros_like(acc), acc)
+        return torch.where(due, acc, torch.zeros_like(acc)), {"acc": acc}
+
+    return leafwise(rule, prepare, slots={"acc": tree.zeros_like})

@@ -1,14 +1,22 @@
-"""Steps that are left out: those whose gradients are not finite."""
+"""Steps that are left out: those whose gradients are not finite, or too large."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.gate import gate
-from functorch_opt._core.transformation import GradientTransformation, transformation
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    Scalar,
+    transformation,
+)
+from functorch_opt.tree import PyTree
 
-__all__ = ["apply_if_finite"]
+__all__ = ["apply_if_finite", "skip_large_updates", "skip_not_finite"]
+
+Skip = tuple[Tensor, dict[str, Tensor]]
 
 
 @transformation
@@ -70,3 +78,61 @@ def all_finite(updates):
     """Whether every element of a tree is finite, a 0-dim bool tensor."""
     flags = [torch.isfinite(tree.whole(x)).all() for x in tree.leaves(updates)]
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool)
+
+
+def skip_not_finite(
+    updates: PyTree, gradient_step: Tensor | int, params: PyTree | None
+) -> Skip:
+    """Whether some element of the updates is infinite or NaN: for `MultiSteps`.
+
+    Args:
+        updates: a tree of tensors.
+        gradient_step, params: not read.
+
+    Returns:
+        A pair: the 0-dim bool tensor; and a dict with it as ``should_skip``, and with
+        ``num_not_finite``, the number of such elements.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.skip_not_finite([torch.tensor([1.0, float("nan")])], 0, None)[0]
+        tensor(True)
+        >>> tx = fo.MultiSteps(fo.sgd(1.0), 1, should_skip_update_fn=fo.skip_not_finite)
+        >>> tx.update([torch.tensor([float("inf")])], tx.init([torch.zeros(1)]))[0]
+        [tensor([0.])]
+    """
+    counts = [(~torch.isfinite(tree.whole(x))).sum() for x in tree.leaves(updates)]
+    number = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
+    return number > 0, {"should_skip": number > 0, "num_not_finite": number}
+
+
+def skip_large_updates(
+    updates: PyTree,
+    gradient_step: Tensor | int,
+    params: PyTree | None,
+    max_squared_norm: Scalar,
+) -> Skip:
+    """Whether the squared 2-norm of all updates is not below a bound: for `MultiSteps`.
+
+    Updates with NaN are not below it.
+
+    Args:
+        updates: a tree of tensors.
+        gradient_step, params: not read.
+        max_squared_norm: the bound.
+
+    Returns:
+        A pair: the 0-dim bool tensor; and a dict with it as ``should_skip``, and with
+        ``norm_squared``.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def skip(updates, gradient_step, params):
+        ...     return fo.skip_large_updates(updates, gradient_step, params, 20.0)
+        >>> tx = fo.MultiSteps(fo.sgd(1.0), 1, should_skip_update_fn=skip)
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))[0]
+        [tensor([0., 0.])]
+    """
+    squared = tree.norm(updates) ** 2
+    should_skip = ~(squared < max_squared_norm)
+    return should_skip, {"should_skip": should_skip, "norm_squared": squared}

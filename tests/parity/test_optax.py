@@ -179,7 +179,23 @@ def gathering(o: Any, k: int, inner: Any = None, **options: Any) -> Any:
     """optax's MultiSteps as a transformation, which gathers in float64."""
     inner = o.adam(0.1) if inner is None else inner
     options["accumulator_dtype"] = jnp.float64
-    return o.MultiSteps(inner, k, **options).gradient_transformation()
+    return jitted(o.MultiSteps(inner, k, **options).gradient_transformation())
+
+
+def jitted(tx: Any) -> Any:
+    """`tx` of optax, whose branches would be compiled anew at every step."""
+    return tx._replace(update=jax.jit(tx.update)) if isinstance(tx, tuple) else tx
+
+
+def one_to_three(o: Any) -> Callable[[Any], Any]:
+    """A k that grows with the steps that were made."""
+    return lambda steps: 1 + (steps >= 4) * 1 + (steps >= 10) * 1
+
+
+def skip_above(o: Any, bound: float) -> Callable[..., Any]:
+    return lambda updates, gradient_step, params: o.skip_large_updates(
+        updates, gradient_step, params, bound
+    )
 
 
 def counting_in_int64(tx: Any) -> Any:
@@ -1016,6 +1032,92 @@ CASES: list[Case] = [
             o.contrib.muon(warmup(o), ns_steps=3, beta=0.5, adam_b1=0.8)
         ),
     ),
+    *of_contrib(
+        "scale_by_cocob",
+        lambda o: o.scale_by_cocob(),
+        lambda o: o.scale_by_cocob(2.0, 0.1),
+        lambda o: o.chain(o.trace(0.9), o.scale_by_cocob(10.0)),
+        lambda o: o.scale_by_cocob(0.0),
+    ),
+    *of_contrib(
+        "cocob",
+        lambda o: o.cocob(),
+        lambda o: o.cocob(0.5, 2.0, 1e-2, 0.1),
+        lambda o: o.cocob(decay(o), weight_decay=0.1, mask=MASK),
+        lambda o: o.cocob(alpha=1.0),
+    ),
+    *of_contrib(
+        "dadapt_adamw",
+        lambda o: o.dadapt_adamw(),
+        lambda o: o.dadapt_adamw(0.5, (0.5, 0.9), 1e-2, 0.1, 0.1),
+        lambda o: o.dadapt_adamw(decay(o), estim_lr0=1e-2),
+        lambda o: o.dadapt_adamw(warmup(o), (0.0, 0.99), weight_decay=0.01),
+    ),
+    *of_contrib(
+        "mechanize",
+        lambda o: o.mechanize(o.sgd(1.0)),
+        lambda o: o.mechanize(o.adam(decay(o)), 0.1, 1e-3, 0.1, 3),
+        lambda o: o.mechanize(o.sgd(0.1, 0.9), weight_decay=0.0, num_betas=1),
+        lambda o: o.mechanize(o.adamw(1.0, weight_decay=0.1), s_init=1e-2),
+    ),
+    *of_contrib(
+        "sam",
+        lambda o: o.sam(o.sgd(0.1), o.chain(o.normalize(), o.sgd(0.05))),
+        lambda o: o.sam(o.adam(0.1), o.chain(o.normalize(), o.sgd(0.5)), 3),
+        lambda o: o.sam(o.adamw(decay(o)), o.sgd(0.1, 0.9), 4),
+        lambda o: o.sam(o.adam(0.1), o.adam(0.1), 3, reset_state=False),
+    ),
+    *of_contrib(
+        "normalize",
+        lambda o: o.normalize(),
+        lambda o: o.chain(o.normalize(), o.adam(0.1)),
+        lambda o: o.chain(o.trace(0.9), o.normalize(), o.scale(-0.1)),
+        lambda o: o.masked(o.normalize(), MASK),
+    ),
+    *same(
+        "amsgrad",
+        lambda o: o.amsgrad(0.1, bias_correction_mu=False),
+        lambda o: o.amsgrad(decay(o), 0.5, 0.7, 1e-2, 1e-3, bias_correction_nu=False),
+        lambda o: o.amsgrad(0.1, 0.8, 0.6, 1e-3, 0.0, None, False, False),
+        **HUNDRED,
+    ),
+    *same(
+        "scale_by_amsgrad",
+        lambda o: o.scale_by_amsgrad(),
+        lambda o: o.scale_by_amsgrad(0.5, 0.7, 1e-2, 1e-3, bias_correction_nu=False),
+        lambda o: o.scale_by_amsgrad(bias_correction_mu=False),
+        lambda o: o.scale_by_amsgrad(0.8, 0.6, 1e-3, 0.0, None, False, False),
+        **HUNDRED,
+    ),
+    *same(
+        "scale_by_lion",
+        lambda o: o.scale_by_lion(mode="smooth"),
+        lambda o: o.scale_by_lion(0.5, 0.7, mode="smooth", smooth_beta=3.0),
+        lambda o: o.scale_by_lion(0.8, 0.9, mode="refined"),
+        **HUNDRED,
+    ),
+    *same(
+        "optimistic_adam_v2",
+        lambda o: o.optimistic_adam_v2(0.1),
+        lambda o: o.optimistic_adam_v2(decay(o), alpha=0.5, beta=0.2, eps=1e-3),
+        lambda o: o.optimistic_adam_v2(0.1, b1=0.5, b2=0.7, nesterov=False),
+        lambda o: o.optimistic_adam_v2(0.1, eps_root=1e-2, beta=-0.5),
+        **HUNDRED,
+    ),
+    *[
+        case
+        for arguments in ((1e-6,), (0.1, 1e-2), (1e-3, 1e-8, -0.5), (1.0, 0.0, 2.0))
+        for case in pair(
+            "scale_by_distance_over_gradients",
+            lambda o, given=arguments: o.scale_by_distance_over_gradients(*given),
+            lambda o, given=arguments: o.scale_by_distance_over_gradients(
+                *given[:2],
+                param_dtype=jnp.float64,
+                **dict(zip(["global_scale"], given[2:], strict=False)),
+            ),
+            **HUNDRED,
+        )
+    ],
     # wrappers; optax gathers in float32 unless told otherwise
     *pair(
         "MultiSteps", lambda o: o.MultiSteps(o.adam(0.1), 4), lambda o: gathering(o, 4)
@@ -1032,6 +1134,120 @@ CASES: list[Case] = [
         "MultiSteps",
         lambda o: o.MultiSteps(o.adamw(0.1, weight_decay=0.1), 7),
         lambda o: gathering(o, 7, o.adamw(0.1, weight_decay=0.1)),
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(o.adam(0.1), one_to_three(o)),
+        lambda o: gathering(o, one_to_three(o)),
+        **HUNDRED,
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(
+            o.adam(0.1), 3, should_skip_update_fn=fo.skip_not_finite, use_grad_mean=False
+        ),
+        lambda o: gathering(
+            o, 3, should_skip_update_fn=optax.skip_not_finite, use_grad_mean=False
+        ),
+        grads=SOME_NOT_FINITE,
+    ),
+    *pair(
+        "MultiSteps",
+        lambda o: o.MultiSteps(
+            o.sgd(decay(o)), one_to_three(o), should_skip_update_fn=skip_above(o, 15.0)
+        ),
+        lambda o: gathering(
+            o,
+            one_to_three(o),
+            o.sgd(decay(o)),
+            should_skip_update_fn=skip_above(o, 15.0),
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "flatten",
+        lambda o: o.flatten(o.adam(0.1)),
+        lambda o: o.flatten(o.chain(o.clip_by_block_rms(0.5), o.sgd(decay(o), 0.9))),
+        lambda o: o.chain(o.flatten(o.lamb(0.1, weight_decay=0.1)), o.scale(0.5)),
+        lambda o: o.flatten(o.lion(0.1)),
+        **HUNDRED,
+    ),
+    *same(
+        "apply_every",
+        lambda o: o.apply_every(),
+        lambda o: o.chain(o.apply_every(3), o.scale(-0.1)),
+        lambda o: o.chain(o.adam(0.1), o.apply_every(4)),
+        **HUNDRED,
+    ),
+    *same(
+        "conditionally_mask",
+        lambda o: jitted(o.conditionally_mask(o.adam(0.1), lambda step: step % 3 != 1)),
+        lambda o: jitted(
+            o.conditionally_mask(o.sgd(decay(o), 0.9), lambda step: step >= 5)
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.conditionally_mask(o.scale_by_adam(), lambda step: step < 40),
+                o.scale(-0.1),
+            )
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "conditionally_transform",
+        lambda o: jitted(
+            o.conditionally_transform(o.adam(0.1), lambda step: step % 3 != 1)
+        ),
+        lambda o: jitted(
+            o.conditionally_transform(o.sgd(decay(o), 0.9), lambda step: step >= 5)
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.conditionally_transform(o.scale_by_adam(), lambda step: step < 40),
+                o.scale(-0.1),
+            )
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "freeze",
+        lambda o: o.freeze(MASK),
+        lambda o: o.freeze({"layer": True, "scales": False}),
+        lambda o: o.chain(o.adam(0.1), o.freeze(MASK)),
+        lambda o: o.freeze(False),
+        **HUNDRED,
+    ),
+    *same("freeze", lambda o: o.freeze(True), moves=False),
+    *same(
+        "selective_transform",
+        lambda o: o.selective_transform(o.adamw(0.1), freeze_mask=MASK),
+        lambda o: o.selective_transform(o.sgd(decay(o), 0.9), freeze_mask=MASK),
+        lambda o: o.selective_transform(
+            o.chain(o.clip_by_global_norm(0.5), o.sgd(0.1)),
+            freeze_mask={"layer": {"w": False, "b": True}, "scales": [False]},
+        ),
+        **HUNDRED,
+    ),
+    *same(
+        "named_chain",
+        lambda o: o.named_chain(("a", o.trace(0.9)), ("b", o.scale(-0.1))),
+        lambda o: o.named_chain(
+            ("clip", o.clip_by_global_norm(0.5)), ("adam", o.adamw(decay(o)))
+        ),
+        lambda o: o.named_chain(
+            ("inner", o.chain(o.trace(0.9), o.trace(0.5))), ("scale", o.scale(-0.1))
+        ),
+        **HUNDRED,
+    ),
+    *pair(
+        "snapshot",
+        lambda o: o.chain(o.snapshot("norm", fo.tree.norm), o.scale(-0.1)),
+        lambda o: o.chain(o.snapshot("norm", optax.tree.norm), o.scale(-0.1)),
+    ),
+    *pair(
+        "monitor",
+        lambda o: o.chain(o.monitor({"norm": fo.tree.norm}), o.scale(-0.1)),
+        lambda o: o.chain(o.monitor({"norm": optax.tree.norm}), o.scale(-0.1)),
     ),
     *same("apply_if_finite", lambda o: o.apply_if_finite(o.adam(0.1), 3)),
     *same(
@@ -1085,14 +1301,17 @@ DIVERGENCES = {
         ("momo", "momo_adam"),
         "they read value=: see test_authors.py",
     ),
+    **dict.fromkeys(
+        ("reduce_on_plateau", "sophia", "scale_by_sophia", "split_real_and_imaginary"),
+        "they read extra arguments, or complex numbers: compared below",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
-    "MultiSteps": "k is a number; no should_skip_update_fn (apply_if_finite, inside or around it) "
-    "and no accumulator_dtype: at least float32",
+    "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
     "lookahead": "no reset_state= so far",
     "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
     "adafactor": "eps=None stands for 1e-30",
@@ -1101,8 +1320,8 @@ SIGNATURES = {
         ("adopt", "scale_by_adopt"),
         "the default of clip_value_fn, a fourth root, is a function of each library",
     ),
-    "amsgrad": "optax 0.2.8 can switch off either bias correction; not offered here",
     "chain": "the stages are *stages, not *args: nobody names them",
+    "named_chain": "as chain",
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
@@ -1116,7 +1335,12 @@ SIGNATURES = {
     "partition": "extra arguments as in masked",
     "scale_by_adam": "amsgrad= stands for optax's scale_by_amsgrad, and has torch's variant too; nu_dtype= is ours",
     "scale_by_backtracking_linesearch": "no verbose=",
-    "scale_by_lion": "optax 0.2.8 has softer signs (mode, smooth_beta); not offered here",
+    "scale_by_distance_over_gradients": "no param_dtype=: at least float32",
+    "sam": "no batch_axis_name=: ranks average themselves",
+    **dict.fromkeys(
+        ("scale_by_sophia", "sophia"),
+        "key= is ours, hessian_diagonal_fn is a plain function, and nothing is printed",
+    ),
     "scale_by_factored_rms": "epsilon=None stands for 1e-30; no decay_rate_fn; variant= is ours, for "
     "torch.optim.Adafactor",
     "scale_by_muon": "as muon; and the factor of the shape is no stage of its own",
@@ -1145,6 +1369,14 @@ OTHER_NAMES = {
         f"schedule_free{base}": f"contrib.schedule_free{base}"
         for base in ("", "_adamw", "_sgd")
     },
+    **{
+        name: f"contrib.{name}"
+        for name in (
+            *("cocob", "scale_by_cocob", "dadapt_adamw", "mechanize", "sam", "normalize"),
+            *("reduce_on_plateau", "sophia", "split_real_and_imaginary"),
+        )
+    },
+    "scale_by_sophia": "contrib._sophia.scale_by_sophia",
     "acprop": "contrib.acprop",
     "scale_by_acprop": "contrib.scale_by_acprop",
     "dog": "contrib.dog",
@@ -1263,6 +1495,40 @@ def test_apply_if_finite_counts_as_optax() -> None:
         assert fo.get(ours, name).item() == getattr(theirs, name).item()
 
 
+@pytest.mark.parametrize("name", ["norm", "mean", "biased"])
+def test_measurements_are_those_of_optax(name: str) -> None:
+    def measures(o: Any) -> dict:
+        return {
+            "norm": o.tree.norm,
+            "mean": o.measure_with_ema(o.tree.norm, 0.9),
+            "biased": o.measure_with_ema(o.tree.norm, 0.5, debias=False),
+        }
+
+    ours = run_ours(fo.chain(fo.scale(0.5), fo.monitor(measures(fo))))[2]
+    theirs = run_theirs(optax.chain(optax.scale(0.5), optax.monitor(measures(optax))))[2]
+    assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
+    if name == "norm":
+        ours = run_ours(fo.chain(fo.scale(0.5), fo.snapshot("norm", fo.tree.norm)))[2]
+        assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e200])
+def test_skip_functions_say_what_those_of_optax_say(bad: float) -> None:
+    updates = tree.map(lambda g: torch.where(g > 1, bad, g), GRADS[0])
+    theirs = to_jax(updates)
+    for ours_of, theirs_of in (
+        (fo.skip_not_finite, optax.skip_not_finite),
+        (skip_above(fo, 15.0), skip_above(optax, 15.0)),
+        (skip_above(fo, 1e3), skip_above(optax, 1e3)),
+    ):
+        flag, info = ours_of(updates, 0, None)
+        their_flag, their_info = theirs_of(theirs, 0, None)
+        assert flag.item() == bool(their_flag)
+        assert info.keys() == their_info.keys()
+        for name, value in info.items():
+            np.testing.assert_allclose(value.item(), their_info[name].item(), rtol=1e-12)
+
+
 def test_the_data_exercises_the_cases() -> None:
     everything = [
         torch.stack(xs) for xs in zip(*(tree.leaves(g) for g in GRADS), strict=True)
@@ -1310,6 +1576,155 @@ def test_rprop_has_the_step_sizes_of_optax(options: tuple[float, ...]) -> None:
     _, _, theirs = run_theirs(optax.rprop(*options))
     assert_same(fo.get(ours, "step_size"), theirs[0].step_sizes)
     assert_same(tree.map(torch.neg, updates[-1]), theirs[0].prev_updates)
+
+
+QUARTIC = [1.0, 3.0, 0.5]
+"""A loss of each leaf: ``sum a x^4 + x^2``, whose Hessian is diagonal."""
+
+
+def quartic(of: Any, x: Any) -> Any:
+    leaves = tree.leaves(x) if of is torch else jax.tree.leaves(x)
+    return sum((a * p**4 + p**2).sum() for a, p in zip(QUARTIC, leaves, strict=True))
+
+
+def second_derivative(given: Any, params: Any) -> Any:
+    """The diagonal, in the form of either library."""
+    flatten = tree.flatten if given is torch else jax.tree.flatten
+    leaves, spec = flatten(params)
+    found = [12 * a * p**2 + 2 for a, p in zip(QUARTIC, leaves, strict=True)]
+    return tree.unflatten(spec, found) if given is torch else spec.unflatten(found)
+
+
+SOPHIA = [
+    {},
+    {"b1": 0.5, "b2": 0.7, "gamma": 0.1, "weight_decay": 0.1, "update_interval": 3},
+    {"clip_threshold": None, "eps": 0.5, "update_interval": 1, "b2": 0.9},
+    {"gamma": 0.0, "weight_decay_mask": MASK, "clip_threshold": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", SOPHIA)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "hutchinson"])
+def test_sophia_equals_optax(options: dict, known: bool) -> None:
+    """With a diagonal that is given, and with that of Hutchinson, which is exact for a diagonal
+    Hessian whatever the signs are.
+    """
+    given = optax.GradientTransformationExtraArgs(
+        lambda params: (),
+        lambda updates, state, params, **extra: (second_derivative(jnp, params), state),
+    )
+    exact = (lambda obj_fn, params, key: second_derivative(torch, params), given)
+    mine, theirs_fn = ({"hessian_diagonal_fn": f} if known else {} for f in exact)
+    tx = fo.sophia(0.1, key=3, **options, **mine)
+    theirs = jitted_with_loss(optax.contrib.sophia(0.1, **options, **theirs_fn))
+    ps, state, their_ps = PARAMS, tx.init(PARAMS), to_jax(PARAMS)
+    their_state = theirs.init(their_ps)
+    for g in HUNDRED["grads"]:
+        updates, state = tx.update(g, state, ps, obj_fn=lambda x: quartic(torch, x))
+        ps = fo.apply_updates(ps, updates)
+        their_updates, their_state = theirs.update(to_jax(g), their_state, their_ps)
+        their_ps = optax.apply_updates(their_ps, their_updates)
+        assert_same(updates, their_updates)
+    assert_same(ps, their_ps)
+
+
+def jitted_with_loss(tx: Any) -> Any:
+    update = jax.jit(
+        lambda g, state, params: tx.update(
+            g, state, params, obj_fn=lambda x: quartic(jnp, x)
+        )
+    )
+    return optax.GradientTransformation(tx.init, update)
+
+
+PLATEAU = [
+    {},
+    {"factor": 0.5, "patience": 3, "rtol": 0.1},
+    {"factor": 0.7, "patience": 2, "atol": 0.3, "cooldown": 4, "min_scale": 0.2},
+    {"patience": 1, "accumulation_size": 3, "rtol": 0.0, "atol": 0.05, "factor": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", PLATEAU)
+def test_reduce_on_plateau_equals_optax_for_positive_values(options: dict) -> None:
+    tx = fo.chain(fo.sgd(0.1), fo.reduce_on_plateau(**options))
+    theirs = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(**options))
+    update = jax.jit(theirs.update)
+    rng = np.random.default_rng(0)
+    values = 3.0 + np.exp(-np.arange(100) / 10) + 0.2 * rng.standard_normal(100)
+    ps, state, their_state = PARAMS, tx.init(PARAMS), theirs.init(to_jax(PARAMS))
+    scales = set()
+    for g, value in zip(HUNDRED["grads"], values, strict=True):
+        updates, state = tx.update(g, state, ps, value=float(value))
+        their_updates, their_state = update(to_jax(g), their_state, value=value)
+        assert_same(updates, their_updates)
+        scales.add(fo.get(state, "scale").item())
+    assert len(scales) > 2
+
+
+SHARPNESS = [
+    {"sync_period": 2},
+    {"sync_period": 4},
+    {"sync_period": 3, "adv": lambda o: o.sgd(0.1, 0.9)},
+    {"sync_period": 1},
+]
+
+
+@pytest.mark.parametrize("options", SHARPNESS)
+def test_opaque_sam_equals_optax(options: dict) -> None:
+    def make(o: Any, normalize: Any, sam: Any) -> Any:
+        adv = options.get("adv", lambda o: o.chain(normalize(), o.sgd(0.05)))
+        k = options["sync_period"]
+        return sam(o.adam(0.1), adv(o), k, opaque_mode=True)
+
+    tx = make(fo, fo.normalize, fo.sam)
+    theirs = make(optax, optax.contrib.normalize, optax.contrib.sam)
+    ps, state, their_ps = PARAMS, tx.init(PARAMS), to_jax(PARAMS)
+    their_state = theirs.init(their_ps)
+    slope = torch.func.grad(lambda x: quartic(torch, x) / 10)
+    their_slope = jax.jit(jax.grad(lambda x: quartic(jnp, x) / 10))
+    for _ in range(100):
+        updates, state = tx.update(slope(ps), state, ps, grad_fn=lambda q, i: slope(q))
+        ps = fo.apply_updates(ps, updates)
+        their_updates, their_state = theirs.update(
+            their_slope(their_ps),
+            their_state,
+            their_ps,
+            grad_fn=lambda q, i: their_slope(q),
+        )
+        their_ps = optax.apply_updates(their_ps, their_updates)
+        assert_same(ps, their_ps)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: o.clip_by_block_rms(0.5),
+        lambda o: o.chain(o.clip_by_global_norm(1.0), o.adam(0.1)),
+        lambda o: o.scale_by_factored_rms(min_dim_size_to_factor=2),
+        lambda o: o.lamb(0.1, weight_decay=0.1),
+    ],
+)
+def test_complex_values_are_split_as_in_optax(make: Callable[[Any], Any]) -> None:
+    def drawn(seed: int) -> dict:
+        w, v = draw(seed)["layer"]["w"], draw(seed + 500)["layer"]["w"]
+        return {"w": torch.complex(w, v), "b": draw(seed)["layer"]["b"]}
+
+    tx = fo.split_real_and_imaginary(make(fo))
+    theirs = optax.contrib.split_real_and_imaginary(make(optax))
+    ps, state, their_ps = drawn(0), tx.init(drawn(0)), to_jax(drawn(0))
+    their_state = theirs.init(their_ps)
+    for step in range(1, 31):
+        updates, state = tx.update(drawn(step), state, ps)
+        ps = fo.apply_updates(ps, updates)
+        their_updates, their_state = theirs.update(
+            to_jax(drawn(step)), their_state, their_ps
+        )
+        their_ps = optax.apply_updates(their_ps, their_updates)
+        for name in ps:
+            np.testing.assert_allclose(
+                updates[name].numpy(), their_updates[name], rtol=1e-6, atol=1e-6
+            )
 
 
 NOISY = [

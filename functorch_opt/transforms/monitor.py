@@ -1,0 +1,185 @@
+"""Stages that let the updates pass, and keep a number about them in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core import numerics
+from functorch_opt._core.rule import leafwise
+from functorch_opt._core.transformation import (
+    Expression,
+    GradientTransformation,
+    Scalar,
+    check_range,
+    transformation,
+)
+from functorch_opt.tree import PyTree
+
+__all__ = ["measure_with_ema", "monitor", "snapshot"]
+
+Measure = Callable[[PyTree], Any]
+
+
+class MeasureWithEma(Expression):
+    """What `measure_with_ema` makes: a measure for `monitor` whose mean is kept."""
+
+    def __init__(self, measure: Measure, decay: Scalar, debias: bool) -> None:
+        self.measure, self.decay, self.debias = measure, decay, debias
+
+
+@transformation
+def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
+    """Keep the number ``measure(updates)`` in the state, under the name `measure_name`.
+
+    The updates pass unchanged, so it may stand anywhere in a chain. Before the first update the
+    number is NaN.
+
+    Args:
+        measure_name: the name, for ``get(state, measure_name)``.
+        measure: a function of the tree of updates, which returns a number or a 0-dim tensor. It is
+            kept as float64.
+
+    Raises:
+        TypeError: `measure` is not a function, or returns something else.
+
+    Source: optax.snapshot, whose measures may be trees.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.chain(fo.snapshot("norm_before", fo.tree.norm), fo.clip_by_global_norm(1.0))
+        >>> _, state = tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))
+        >>> fo.get(state, "norm_before")
+        tensor(5., dtype=torch.float64)
+    """
+    return measuring({measure_name: measure})
+
+
+@transformation
+def monitor(measures: Mapping[str, Measure | MeasureWithEma]) -> GradientTransformation:
+    """Keep several numbers about the updates in the state, each under its name.
+
+    The updates pass unchanged. Before the first update the numbers are NaN.
+
+    Args:
+        measures: ``{name: measure}``. A measure is a function of the tree of updates, which returns
+            a number or a 0-dim tensor; or what `measure_with_ema` makes of one.
+
+    Raises:
+        TypeError: a measure is no function, or returns something else.
+
+    Source: optax.monitor, whose measures may be transformations, and whose state changes its form
+    at the first update.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def is_clipped(updates):
+        ...     return fo.tree.norm(updates) > 1
+        >>> measures = {"norm": fo.tree.norm, "clipped": fo.measure_with_ema(is_clipped, 0.9)}
+        >>> tx = fo.chain(fo.monitor(measures), fo.clip_by_global_norm(1.0))
+        >>> _, state = tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))
+        >>> fo.get(state, "norm").item(), fo.get(state, "clipped").item()
+        (5.0, 1.0)
+    """
+    return measuring(measures)
+
+
+def measure_with_ema(
+    measure: Measure, decay: Scalar, debias: bool = True
+) -> MeasureWithEma:
+    """A measure for `monitor`, of which the exponential moving average is kept.
+
+        mean = decay mean + (1 - decay) measure(updates)
+        the number that is kept: mean / (1 - decay^t), or mean if not `debias`
+
+    Args:
+        measure: a function of the tree of updates, which returns a number or a 0-dim tensor.
+        decay: in [0, 1).
+        debias: whether to correct for the mean having started at 0.
+
+    Raises:
+        TypeError: `measure` is not a function.
+        ValueError: `decay` is outside of [0, 1).
+
+    Source: optax.measure_with_ema; the mean is kept in float64, so there is no dtype to choose.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.monitor({"norm": fo.measure_with_ema(fo.tree.norm, 0.5)})
+        >>> state = tx.init([torch.zeros(1)])
+        >>> for g in (1.0, 4.0):
+        ...     _, state = tx.update([torch.tensor([g])], state)
+        >>> fo.get(state, "norm")
+        tensor(3., dtype=torch.float64)
+    """
+    check_measure("measure", measure)
+    check_range(0, 1, decay=decay)
+    made = MeasureWithEma(measure, decay, debias)
+    made.call = (measure_with_ema, (measure, decay), {} if debias else {"debias": False})
+    return made
+
+
+def check_measure(name: str, measure: Any) -> None:
+    if not callable(measure):
+        raise TypeError(
+            f"{name} must be a function of the updates, e.g. tree.norm; got {measure!r}."
+        )
+
+
+KEPT = ("measurements", "means")
+"""How many measurements were made, and the means before they are corrected."""
+
+
+def measuring(measures: Mapping[str, Any]) -> GradientTransformation:
+    """The stage that keeps these numbers, and the means that some of them are made of."""
+    averaged = [m for m in measures.values() if isinstance(m, MeasureWithEma)]
+    for name, measure in measures.items():
+        if measure not in averaged:
+            check_measure(name, measure)
+        if name in KEPT:
+            raise ValueError(f"a measure cannot be called {name!r}: choose another name.")
+
+    def measured(updates):
+        """The numbers of this step, in order."""
+        functions = {n: m.measure if m in averaged else m for n, m in measures.items()}
+        return {name: number(name, f(updates), updates) for name, f in functions.items()}
+
+    def prepare(updates):
+        return {}, measured(updates)
+
+    def prepare_means(updates, measurements, means):
+        now, t = measured(updates), tree.as_real(measurements + 1)
+        names = [name for name, m in measures.items() if m in averaged]
+        new = []
+        for mean, name, m in zip(means, names, averaged, strict=True):
+            new.append(m.decay * mean + (1 - m.decay) * now[name])
+            now[name] = new[-1] / (1 - m.decay**t) if m.debias else new[-1].clone()
+        return {}, {**now, "measurements": measurements + 1, "means": torch.stack(new)}
+
+    nan = torch.full((), float("nan"), dtype=torch.float64)
+    shared: dict[str, Tensor] = dict.fromkeys(measures, nan)
+    if not averaged:
+        return leafwise(lambda g: g, prepare, shared=shared)
+    shared["measurements"] = torch.zeros((), dtype=torch.int64)
+    shared["means"] = torch.zeros(len(averaged), dtype=torch.float64)
+    return leafwise(lambda g: g, prepare_means, shared=shared)
+
+
+def number(name: str, value: Any, updates: PyTree) -> Tensor:
+    """A measurement as a 0-dim tensor of float64, or of float32 where there is no float64."""
+    if not isinstance(value, (int, float, Tensor)) or (
+        isinstance(value, Tensor) and (value.dim() or value.is_complex())
+    ):
+        raise TypeError(
+            f"the measure {name!r} must return a number or a 0-dim tensor; got {value!r}."
+        )
+    device = next((x.device for x in tree.leaves(updates)), torch.device("cpu"))
+    # A copy, for what is kept may be no part of the updates.
+    dtype = numerics.real_dtype(device)
+    if isinstance(value, Tensor):
+        return tree.whole(value).to(device, dtype, copy=True)
+    return torch.full((), float(value), dtype=dtype, device=device)
