@@ -48,7 +48,8 @@ from functorch_opt.optim.options import (
     plain,
     scalar,
 )
-from functorch_opt.optim.plan import Make, Plan, can_be_trained
+from functorch_opt.optim.params import can_be_trained
+from functorch_opt.optim.plan import Make, Plan
 
 __all__ = ["Optimizer"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import Fit, fit, state_dict
-from functorch_opt.optim.plan import Plan, on_meta
+from functorch_opt.optim.params import on_meta
+from functorch_opt.optim.plan import Plan
 
 KEYS = {"step"}
 """What the classes with torch's names call their state."""

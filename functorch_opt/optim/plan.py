@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
-from functorch_opt._core import sharding
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
@@ -24,6 +20,15 @@ from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.numbers import Groups, Numbers
+from functorch_opt.optim.params import (
+    can_be_trained,
+    entries_of,
+    layout,
+    on_meta,
+    overlap,
+    refuse_gradient,
+    small,
+)
 from functorch_opt.optim.places import Place, Places, assemble, differences
 from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
@@ -166,15 +171,16 @@ class Plan:
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
-        if self.left_out:
-            self._check_frozen(params, moved)
+        for i in moved:
+            if i in self.left_out or gradients[i].layout is not torch.strided:
+                refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
         entries, began = self._entries(state, params, moved)
         flat = self._values(entries, moved)
         step = Step(self, params, moved, entries, flat, self._assembled(flat))
         grads = self._tree(gradients)
         extra = self._extra(loss, grads)
         if tx is self.tx and self._goes_in_place(params, loss):
-            return self._in_place(step, grads, extra, state if began else None)
+            return self._in_place(step, gradients, extra, state if began else None)
         updates, new = tx.update(
             grads, step.old, self._tree([p.detach() for p in params]), **extra
         )
@@ -187,14 +193,6 @@ class Plan:
             write()
 
         return act
-
-    def _check_frozen(self, params: list[Tensor], moved: list[int]) -> None:
-        """Raise TypeError for a gradient of a parameter that is no part of the trees."""
-        for i in self.left_out.intersection(moved):
-            raise TypeError(
-                f"the parameter at {self.paths[i]!r} is {params[i].dtype} and has a gradient: only "
-                "floating and complex tensors can be optimized. Set its grad to None."
-            )
 
     def _goes_in_place(self, params: list[Tensor], loss: Any) -> bool:
         """Whether the step can be made in place, tensor by tensor.
@@ -220,15 +218,18 @@ class Plan:
         differences(self.numbered, state, new)
 
     def _in_place(
-        self, step: Step, grads: PyTree, extra: dict[str, Any], state: State | None
+        self,
+        step: Step,
+        gradients: list[Any],
+        extra: dict[str, Any],
+        state: State | None,
     ) -> Callable[[], None]:
         """The step as one pass over memory. Whatever can fail by then has not failed."""
         self.tx.check_extra(extra)
 
         def act() -> None:
-            new = self.in_place.run(
-                self._tree(step.params), grads, step.old, extra, self.checked
-            )
+            params, grads = self._tree(step.params), self._tree(gradients)
+            new = self.in_place.run(params, grads, step.old, extra, self.checked)
             self.checked = True
             if state is not None:
                 step.keep(state)
@@ -241,7 +242,7 @@ class Plan:
         self, state: State, params: list[Tensor], moved: list[int]
     ) -> tuple[list[dict[str, Any]], bool]:
         """The state of each parameter, and whether some of it begins with this step."""
-        entries = _entries_of(state, params)
+        entries = entries_of(state, params)
         if not self._lacks(entries, set(moved)):
             return entries, False
         entries = [dict(entry) for entry in entries]
@@ -363,46 +364,3 @@ class Plan:
         return {
             params[number[path]]: x for path, x in found.items() if number[path] in moved
         }
-
-
-def can_be_trained(p: Tensor) -> bool:
-    """Whether there can be a gradient of it; a tensor of integers is frozen for ever."""
-    return p.is_floating_point() or p.is_complex()
-
-
-def on_meta(params: list[Tensor]) -> list[Tensor | None]:
-    """Their shapes and dtypes, without what is no part of the trees: a quantised one may be of a
-    class that does not go there."""
-    return [p.to("meta") if can_be_trained(p) else None for p in params]
-
-
-def small(p: Tensor) -> Tensor | None:
-    """A few numbers in the place of `p`."""
-    if not can_be_trained(p):
-        return None
-    shape = [min(n, 3) for n in p.shape]
-    numbers = torch.linspace(0.1, 1.0, math.prod(shape), device=p.device)
-    return numbers.to(p.dtype).reshape(shape)
-
-
-def overlap(params: list[Tensor]) -> bool:
-    """Whether two of them have elements in common."""
-    plain = [p for p in params if type(p) in sharding.PLAIN and p.numel()]
-    ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in plain)
-    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ends))
-
-
-def layout(groups: Groups) -> list[Any]:
-    """What a plan was made for."""
-    return [([*map(id, group["params"])], group.get("param_names")) for group in groups]
-
-
-def _entries_of(state: State, params: list[Tensor]) -> list[dict[str, Any]]:
-    """What `state` has of each parameter. Mostly it has just these, in this order.
-
-    Looking a tensor up in a dict takes a call of Python's, so it is looked at in order first.
-    """
-    in_order = not torch.compiler.is_compiling() and len(state) == len(params)
-    if in_order and all(map(is_, state, params)):
-        return [*state.values()]
-    return [state.get(p, NOTHING) for p in params]

@@ -9,9 +9,11 @@ from torch import Tensor
 from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.transformation import Scalar, ScalarOrSchedule
 from functorch_opt.optim.adapter import Optimizer
+from functorch_opt.optimizers.sophia import Estimator
 
 __all__ = [
     "ADOPT",
+    "COCOB",
     "LAMB",
     "LARS",
     "MADGRAD",
@@ -23,6 +25,7 @@ __all__ = [
     "AdaBelief",
     "AdamaxW",
     "Adan",
+    "DAdaptAdamW",
     "DoG",
     "DoWG",
     "Fromage",
@@ -35,6 +38,7 @@ __all__ = [
     "NAdamW",
     "NoisySGD",
     "NovoGrad",
+    "OptimisticAdamV2",
     "OptimisticGradientDescent",
     "Prodigy",
     "ScheduleFreeAdamW",
@@ -42,6 +46,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "SimplifiedAdEMAMix",
+    "Sophia",
     "StableAdamW",
     "Yogi",
 ]
@@ -68,6 +73,26 @@ class ADOPT(Ready):
         nesterov: bool = False,
         use_clipping: bool = True,
         clip_value_fn: Callable[[Tensor], Tensor] = ...,
+        compile: bool = False,
+    ) -> None: ...
+
+class COCOB(Ready):
+    """`functorch_opt.cocob` as a class.
+
+    COCOB: weight decay, the learning rate, `scale_by_cocob`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        alpha: ScalarOrSchedule = 100.0,
+        eps: Scalar = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
         compile: bool = False,
     ) -> None: ...
 
@@ -195,7 +220,7 @@ class ACProp(Ready):
 class AMSGrad(Ready):
     """`functorch_opt.amsgrad` as a class.
 
-    `adam`, divided by the largest corrected second moment so far, as in optax.
+    AMSGrad: `scale_by_amsgrad`, then the learning rate.
 
     The source, and what each argument means, are there. Numbers are options of the groups.
     """
@@ -209,6 +234,8 @@ class AMSGrad(Ready):
         eps: ScalarOrSchedule = 1e-08,
         eps_root: ScalarOrSchedule = 0.0,
         mu_dtype: torch.dtype | None = None,
+        bias_correction_mu: bool = True,
+        bias_correction_nu: bool = True,
         *,
         compile: bool = False,
     ) -> None: ...
@@ -301,6 +328,26 @@ class Adan(Ready):
         eps_root: ScalarOrSchedule = 1e-08,
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class DAdaptAdamW(Ready):
+    """`functorch_opt.dadapt_adamw` as a class.
+
+    AdamW by D-Adaptation, with one d for all parameters: ``get(state, "d") * estim_lr0``.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        eps: ScalarOrSchedule = 1e-08,
+        estim_lr0: Scalar = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
         *,
         compile: bool = False,
     ) -> None: ...
@@ -559,6 +606,30 @@ class NovoGrad(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class OptimisticAdamV2(Ready):
+    """`functorch_opt.optimistic_adam_v2` as a class.
+
+    `scale_by_adam`, `scale_by_optimistic_gradient` of what it makes, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        *,
+        alpha: ScalarOrSchedule = 1.0,
+        beta: ScalarOrSchedule = 1.0,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        nesterov: bool = True,
+        compile: bool = False,
+    ) -> None: ...
+
 class OptimisticGradientDescent(Ready):
     """`functorch_opt.optimistic_gradient_descent` as a class.
 
@@ -704,6 +775,33 @@ class SimplifiedAdEMAMix(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Sophia(Ready):
+    """`functorch_opt.sophia` as a class.
+
+    Sophia: `scale_by_sophia`, decoupled weight decay, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.965,
+        b2: ScalarOrSchedule = 0.99,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0001,
+        weight_decay_mask: MaskOrFn | None = None,
+        gamma: ScalarOrSchedule = 0.01,
+        clip_threshold: Scalar | None = 1.0,
+        update_interval: int = 10,
+        hessian_diagonal_fn: Estimator = ...,
+        mu_dtype: torch.dtype | None = None,
+        *,
+        key: Tensor | int,
         compile: bool = False,
     ) -> None: ...
 
