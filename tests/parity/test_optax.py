@@ -1177,6 +1177,7 @@ CASES: list[Case] = [
         lambda o: o.apply_every(),
         lambda o: o.chain(o.apply_every(3), o.scale(-0.1)),
         lambda o: o.chain(o.adam(0.1), o.apply_every(4)),
+        lambda o: o.chain(o.clip_by_global_norm(0.5), o.apply_every(7), o.sgd(0.1, 0.9)),
         **HUNDRED,
     ),
     *same(
@@ -1189,6 +1190,12 @@ CASES: list[Case] = [
             o.chain(
                 o.conditionally_mask(o.scale_by_adam(), lambda step: step < 40),
                 o.scale(-0.1),
+            )
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.trace(0.9),
+                o.conditionally_mask(o.adamw(warmup(o)), lambda step: step % 7 > 2),
             )
         ),
         **HUNDRED,
@@ -1205,6 +1212,12 @@ CASES: list[Case] = [
             o.chain(
                 o.conditionally_transform(o.scale_by_adam(), lambda step: step < 40),
                 o.scale(-0.1),
+            )
+        ),
+        lambda o: jitted(
+            o.chain(
+                o.trace(0.9),
+                o.conditionally_transform(o.adamw(warmup(o)), lambda step: step % 7 > 2),
             )
         ),
         **HUNDRED,
@@ -1226,6 +1239,9 @@ CASES: list[Case] = [
             o.chain(o.clip_by_global_norm(0.5), o.sgd(0.1)),
             freeze_mask={"layer": {"w": False, "b": True}, "scales": [False]},
         ),
+        lambda o: o.chain(
+            o.selective_transform(o.lamb(0.1), freeze_mask=VECTORS), o.scale(0.5)
+        ),
         **HUNDRED,
     ),
     *same(
@@ -1237,17 +1253,11 @@ CASES: list[Case] = [
         lambda o: o.named_chain(
             ("inner", o.chain(o.trace(0.9), o.trace(0.5))), ("scale", o.scale(-0.1))
         ),
+        lambda o: o.named_chain(
+            ("inner", o.named_chain(("adam", o.scale_by_adam()), ("half", o.scale(0.5)))),
+            ("step", o.scale_by_learning_rate(warmup(o))),
+        ),
         **HUNDRED,
-    ),
-    *pair(
-        "snapshot",
-        lambda o: o.chain(o.snapshot("norm", fo.tree.norm), o.scale(-0.1)),
-        lambda o: o.chain(o.snapshot("norm", optax.tree.norm), o.scale(-0.1)),
-    ),
-    *pair(
-        "monitor",
-        lambda o: o.chain(o.monitor({"norm": fo.tree.norm}), o.scale(-0.1)),
-        lambda o: o.chain(o.monitor({"norm": optax.tree.norm}), o.scale(-0.1)),
     ),
     *same("apply_if_finite", lambda o: o.apply_if_finite(o.adam(0.1), 3)),
     *same(
@@ -1304,6 +1314,10 @@ DIVERGENCES = {
     **dict.fromkeys(
         ("reduce_on_plateau", "sophia", "scale_by_sophia", "split_real_and_imaginary"),
         "they read extra arguments, or complex numbers: compared below",
+    ),
+    **dict.fromkeys(
+        ("monitor", "snapshot"),
+        "the updates pass: the numbers that are kept are compared below",
     ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
@@ -1495,21 +1509,43 @@ def test_apply_if_finite_counts_as_optax() -> None:
         assert fo.get(ours, name).item() == getattr(theirs, name).item()
 
 
-@pytest.mark.parametrize("name", ["norm", "mean", "biased"])
-def test_measurements_are_those_of_optax(name: str) -> None:
-    def measures(o: Any) -> dict:
-        return {
-            "norm": o.tree.norm,
-            "mean": o.measure_with_ema(o.tree.norm, 0.9),
-            "biased": o.measure_with_ema(o.tree.norm, 0.5, debias=False),
-        }
+MEASURES: dict[str, Callable[[Any], Any]] = {
+    "norm": lambda o: o.tree.norm,
+    "largest": lambda o: o.tree.max,
+    "sum_of_sizes": lambda o: lambda updates: o.tree.norm(updates, 1),
+    "square": lambda o: lambda updates: o.tree.vdot(updates, updates),
+}
 
-    ours = run_ours(fo.chain(fo.scale(0.5), fo.monitor(measures(fo))))[2]
-    theirs = run_theirs(optax.chain(optax.scale(0.5), optax.monitor(measures(optax))))[2]
-    assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
-    if name == "norm":
-        ours = run_ours(fo.chain(fo.scale(0.5), fo.snapshot("norm", fo.tree.norm)))[2]
-        assert_same(fo.get(ours, name), optax.tree.get(theirs, name))
+
+@compares("snapshot", reference=OPTAX)
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_snapshot_is_that_of_optax(name: str) -> None:
+    assert_measures_the_same([name], lambda o: o.snapshot(name, MEASURES[name](o)))
+
+
+@compares("monitor", reference=OPTAX)
+@pytest.mark.parametrize("averaged", [(0.9,), (0.5, False), (0.0,), (0.99, True)])
+def test_measurements_are_those_of_optax(averaged: tuple) -> None:
+    """All of them at once, and a mean of one."""
+
+    def monitor(o: Any) -> Any:
+        measures = {name: measure(o) for name, measure in MEASURES.items()}
+        measures["mean"] = o.measure_with_ema(o.tree.norm, *averaged)
+        return o.monitor(measures)
+
+    assert_measures_the_same([*MEASURES, "mean"], monitor)
+
+
+def assert_measures_the_same(names: list[str], make: Callable[[Any], Any]) -> None:
+    """The numbers that the stage keeps, and the updates after it, at every step."""
+    tx, theirs = (o.chain(o.trace(0.9), make(o), o.scale(-0.1)) for o in (fo, optax))
+    state, their_state = tx.init(PARAMS), theirs.init(to_jax(PARAMS))
+    for g in GRADS:
+        updates, state = tx.update(g, state)
+        their_updates, their_state = theirs.update(to_jax(g), their_state)
+        assert_same(updates, their_updates)
+        for name in names:
+            assert_same(fo.get(state, name), optax.tree.get(their_state, name))
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e200])
@@ -1598,14 +1634,35 @@ def second_derivative(given: Any, params: Any) -> Any:
 SOPHIA = [
     {},
     {"b1": 0.5, "b2": 0.7, "gamma": 0.1, "weight_decay": 0.1, "update_interval": 3},
-    {"clip_threshold": None, "eps": 0.5, "update_interval": 1, "b2": 0.9},
+    {"clip_threshold": None, "eps": 0.5, "update_interval": 1, "b2": 0.9, "gamma": 0.3},
     {"gamma": 0.0, "weight_decay_mask": MASK, "clip_threshold": 0.3},
 ]
 
 
+def direction(o: Any, **options: Any) -> Any:
+    """Sophia without what follows on its direction, but a step of 0.1."""
+    decays = ("weight_decay", "weight_decay_mask")
+    rest = {name: option for name, option in options.items() if name not in decays}
+    scale = o.scale_by_sophia if o is fo else o.contrib._sophia.scale_by_sophia
+    return o.chain(scale(**rest), o.scale(-0.1))
+
+
+def whole(o: Any, **options: Any) -> Any:
+    return (o if o is fo else o.contrib).sophia(0.1, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=compares(name, reference=OPTAX))
+        for name, make in (("sophia", whole), ("scale_by_sophia", direction))
+    ],
+)
 @pytest.mark.parametrize("options", SOPHIA)
 @pytest.mark.parametrize("known", [True, False], ids=["known", "hutchinson"])
-def test_sophia_equals_optax(options: dict, known: bool) -> None:
+def test_sophia_equals_optax(
+    make: Callable[..., Any], options: dict, known: bool
+) -> None:
     """With a diagonal that is given, and with that of Hutchinson, which is exact for a diagonal
     Hessian whatever the signs are.
     """
@@ -1615,8 +1672,8 @@ def test_sophia_equals_optax(options: dict, known: bool) -> None:
     )
     exact = (lambda obj_fn, params, key: second_derivative(torch, params), given)
     mine, theirs_fn = ({"hessian_diagonal_fn": f} if known else {} for f in exact)
-    tx = fo.sophia(0.1, key=3, **options, **mine)
-    theirs = jitted_with_loss(optax.contrib.sophia(0.1, **options, **theirs_fn))
+    tx = make(fo, key=3, **options, **mine)
+    theirs = jitted_with_loss(make(optax, **options, **theirs_fn))
     ps, state, their_ps = PARAMS, tx.init(PARAMS), to_jax(PARAMS)
     their_state = theirs.init(their_ps)
     for g in HUNDRED["grads"]:
@@ -1645,6 +1702,7 @@ PLATEAU = [
 ]
 
 
+@compares("reduce_on_plateau", reference=OPTAX, remark="of values above zero")
 @pytest.mark.parametrize("options", PLATEAU)
 def test_reduce_on_plateau_equals_optax_for_positive_values(options: dict) -> None:
     tx = fo.chain(fo.sgd(0.1), fo.reduce_on_plateau(**options))
@@ -1670,6 +1728,7 @@ SHARPNESS = [
 ]
 
 
+@compares("sam", reference=OPTAX, remark="with `opaque_mode`")
 @pytest.mark.parametrize("options", SHARPNESS)
 def test_opaque_sam_equals_optax(options: dict) -> None:
     def make(o: Any, normalize: Any, sam: Any) -> Any:
@@ -1696,25 +1755,35 @@ def test_opaque_sam_equals_optax(options: dict) -> None:
         assert_same(ps, their_ps)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+SPLIT = [
+    *same(
+        "split_real_and_imaginary",
         lambda o: o.clip_by_block_rms(0.5),
         lambda o: o.chain(o.clip_by_global_norm(1.0), o.adam(0.1)),
-        lambda o: o.scale_by_factored_rms(min_dim_size_to_factor=2),
         lambda o: o.lamb(0.1, weight_decay=0.1),
-    ],
-)
-def test_complex_values_are_split_as_in_optax(make: Callable[[Any], Any]) -> None:
+        lambda o: o.lars(decay(o), 0.1, momentum=0.5),
+    ),
+    *same(
+        "split_real_and_imaginary",
+        lambda o: o.scale_by_factored_rms(min_dim_size_to_factor=2),
+        **FLOAT32_DECAY,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", named(SPLIT))
+def test_complex_values_are_split_as_in_optax(case: Case) -> None:
+    """A complex matrix beside a real vector."""
+
     def drawn(seed: int) -> dict:
         w, v = draw(seed)["layer"]["w"], draw(seed + 500)["layer"]["w"]
         return {"w": torch.complex(w, v), "b": draw(seed)["layer"]["b"]}
 
-    tx = fo.split_real_and_imaginary(make(fo))
-    theirs = optax.contrib.split_real_and_imaginary(make(optax))
+    tx = fo.split_real_and_imaginary(case.ours(fo))
+    theirs = optax.contrib.split_real_and_imaginary(case.theirs(optax))
     ps, state, their_ps = drawn(0), tx.init(drawn(0)), to_jax(drawn(0))
     their_state = theirs.init(their_ps)
-    for step in range(1, 31):
+    for step in range(1, STEPS + 1):
         updates, state = tx.update(drawn(step), state, ps)
         ps = fo.apply_updates(ps, updates)
         their_updates, their_state = theirs.update(
@@ -1722,9 +1791,9 @@ def test_complex_values_are_split_as_in_optax(make: Callable[[Any], Any]) -> Non
         )
         their_ps = optax.apply_updates(their_ps, their_updates)
         for name in ps:
-            np.testing.assert_allclose(
-                updates[name].numpy(), their_updates[name], rtol=1e-6, atol=1e-6
-            )
+            assert updates[name].dtype == drawn(0)[name].dtype
+            assert_near(updates[name], their_updates[name], case.tolerance, name)
+            assert_near(ps[name], their_ps[name], case.tolerance, name)
 
 
 NOISY = [
