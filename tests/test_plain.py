@@ -108,6 +108,47 @@ def test_wrap(lr: float, decay: float) -> None:
     assert_same(train(tx), train_plainly(make))
 
 
+@compares("MultiSteps", reference=PLAIN, remark="with weights and flushes")
+@pytest.mark.parametrize(
+    ("k", "mean", "weighted", "flushed"),
+    [
+        (3, True, True, ()),
+        (4, False, True, ()),
+        (3, True, False, (7, 50, 51)),
+        (5, True, True, (98,)),
+    ],
+)
+def test_weighted_steps(
+    k: int, mean: bool, weighted: bool, flushed: tuple[int, ...]
+) -> None:
+    def weight(t: int) -> float:
+        return t * 7 % 11 + 0.5 if weighted else 1.0
+
+    def make(p: Tensor) -> Callable:
+        adam, made, gathered = plain_adam(0.9, 0.999, 1e-8), 0, []
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal made
+            gathered.append((weight(t), g))
+            if len(gathered) < k and t not in flushed:
+                return p
+            g = sum(w * g for w, g in gathered)
+            g = g / sum(w for w, _ in gathered) if mean else g
+            gathered.clear()
+            made += 1
+            return p - 0.1 * adam(made, g)
+
+        return step
+
+    tx = fo.MultiSteps(fo.adam(0.1), k, mean, weighted=weighted, flushes=True)
+    ps, state = draw(0), tx.init(draw(0))
+    for t in range(1, STEPS + 1):
+        extra = {"weight": weight(t)} if weighted else {}
+        updates, state = tx.update(draw(t), state, ps, flush=t in flushed, **extra)
+        ps = fo.apply_updates(ps, updates)
+    assert_same(ps, train_plainly(make))
+
+
 @compares("largest", reference=PLAIN)
 @pytest.mark.parametrize("first_distance", [1e-3, 0.01, 0.1, 1.0])
 def test_largest(first_distance: float) -> None:
