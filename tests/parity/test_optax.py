@@ -210,6 +210,16 @@ def counting_in_int64(tx: Any) -> Any:
     return optax.GradientTransformation(init, tx.update)
 
 
+def in_shape(tx: Any) -> Any:
+    """`tx` of optax, whose updates get the shapes of the gradients."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        new, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda u, g: u.reshape(g.shape), new, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 def in_jax_layout(tx: Any) -> Any:
     """`tx` of optax, which sees matrices as JAX has them, [in, out], where torch has [out, in]."""
 
@@ -1110,11 +1120,14 @@ CASES: list[Case] = [
         for case in pair(
             "scale_by_distance_over_gradients",
             lambda o, given=arguments: o.scale_by_distance_over_gradients(*given),
-            lambda o, given=arguments: o.scale_by_distance_over_gradients(
-                *given[:2],
-                param_dtype=jnp.float64,
-                **dict(zip(["global_scale"], given[2:], strict=False)),
+            lambda o, given=arguments: in_shape(
+                o.scale_by_distance_over_gradients(
+                    *given[:2],
+                    param_dtype=jnp.float64,
+                    **dict(zip(["global_scale"], given[2:], strict=False)),
+                )
             ),
+            remark="optax makes a vector of a 0-dim update",
             **HUNDRED,
         )
     ],
