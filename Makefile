@@ -23,15 +23,16 @@ $(VENV)/.%: pyproject.toml $(VENV)/.torch
 demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
 	$(BIN)/python -m demo
 
-# Two processes: what compiles, and the rest. Each keeps one core busy.
+# Two processes, which take about the same time: what compiles and the comparisons with references;
+# and the rest. Each keeps one core busy.
 test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity with torch.optim and optax, examples in docs and docstrings
 	$(MAKE) --no-print-directory --jobs 2 test-fast test-slow
 
 test-fast: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
-	$(RUN) $(BIN)/python -m pytest -q -rs -m "not slow"
+	$(RUN) $(BIN)/python -m pytest -q -rs -m "not slow and not compares"
 
 test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
-	$(RUN) $(BIN)/python -m pytest -q -rs -m slow
+	$(RUN) $(BIN)/python -m pytest -q -rs -m "slow or compares"
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"

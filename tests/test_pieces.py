@@ -1,0 +1,179 @@
+"""The eager execution in place: large tensors in pieces, small ones joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import functorch_opt as fo
+from functorch_opt import tree
+from functorch_opt._execution import pieces
+from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt._execution.segments import IN_PIECES
+
+SHAPES = {
+    "a": (9, 5),
+    "b": (7,),
+    "c": (2, 2),
+    "d": (2, 3, 2),
+    "e": (40,),
+    "f": (1,),
+    "g": (),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 16)
+
+
+def ways(step: CompiledStep) -> set[str]:
+    """How tensors went through the rules."""
+    return {
+        type(part.program).__name__
+        for segments in step.segments.values()
+        for segment in segments
+        for part in segment.parts
+    }
+
+
+def after(
+    tx: fo.GradientTransformation, dtype: torch.dtype = torch.float32, steps: int = 4
+) -> set[str]:
+    """Compare steps in pieces with `update`. Returns how tensors went through the rules."""
+    ps, step = draw(0, dtype), CompiledStep(tx, True, IN_PIECES)
+    mine = tree.map(torch.clone, ps)
+    state, held = tx.init(ps), tx.init(mine)
+    for k in range(1, steps + 1):
+        gs = draw(k, dtype)
+        updates, state = tx.update(gs, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        mine, held = step(mine, gs, held)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(mine, ps, rtol=4 * eps, atol=4 * eps)
+    torch.testing.assert_close(
+        fo.state_dict(held), fo.state_dict(state), rtol=1e-6, atol=1e-6
+    )
+    return ways(step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.adamw(0.1),
+        lambda: fo.sgd(0.1, momentum=0.9),
+        lambda: fo.chain(fo.clip_by_global_norm(1.0), fo.lion(0.1), fo.params_ema(0.9)),
+        lambda: fo.adamw(0.1, mask=lambda path, p: p.dim() > 1),
+        lambda: fo.keep_master_weights(fo.adam(0.1)),
+    ],
+)
+def test_pieces_give_the_numbers_of_whole_tensors(
+    make: Callable[[], fo.GradientTransformation], dtype: torch.dtype
+) -> None:
+    assert "Pieces" in after(make(), dtype)
+
+
+NOT_ELEMENTWISE = {
+    "a norm": lambda g: g / g.norm(),
+    "a norm that is mostly small": lambda g: g / g.norm().div(100).clamp(min=1),
+    "a running sum": lambda g: g.view(-1).cumsum(0).view_as(g),
+    "the order": lambda g: g.flip(0) if g.dim() else g,
+    "the number of dims": lambda g: 2 * g if g.dim() > 1 else g,
+    "the number of elements": lambda g: g / g.numel(),
+    "a look at the numbers": lambda g: g if bool((g > 100).any()) else 2 * g,
+}
+
+
+@pytest.mark.parametrize("rule", NOT_ELEMENTWISE.values(), ids=NOT_ELEMENTWISE)
+def test_a_rule_that_is_not_elementwise_sees_whole_tensors(rule: Any) -> None:
+    """Although it is declared to be."""
+    assert "Whole" in after(fo.leafwise(rule))
+
+
+def test_sums_and_tensorwise_rules_see_whole_tensors() -> None:
+    centered = fo.leafwise(lambda g: g - g.mean(), kind="tensorwise")
+    assert after(centered) == {"Whole"}
+    assert "Pieces" not in after(fo.scale_by_trust_ratio())
+
+
+def test_numbers_of_each_leaf_are_those_of_its_elements() -> None:
+    """What the groups of a stateful optimizer differ in is one number for each parameter."""
+    given = draw(0)
+
+    def made(make: Any) -> tuple[dict[str, Tensor], Any]:
+        ps = {name: torch.nn.Parameter(x.clone()) for name, x in given.items()}
+        first = {"params": [ps[n] for n in "abc"], "weight_decay": 0.5, "lr": 0.1}
+        last = {"params": [ps[n] for n in "defg"], "weight_decay": 0.0, "lr": 0.2}
+        return ps, make([first, last])
+
+    params, opt = made(fo.optim.AdamW)
+    theirs, reference = made(torch.optim.AdamW)
+    for k in range(1, 5):
+        for name, g in draw(k).items():
+            params[name].grad, theirs[name].grad = g.clone(), g.clone()
+        opt.step()
+        reference.step()
+    torch.testing.assert_close(params, theirs)
+
+
+def test_a_step_needs_the_memory_of_some_pieces() -> None:
+    """Counted by torch's profiler: the most that is alive at a time during a step."""
+    p = torch.nn.Parameter(torch.randn(400, 400))
+    p.grad = torch.randn_like(p)
+    opt = fo.optim.AdamW([p])
+    opt.step()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        opt.step()
+    events = [
+        e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    alive, most = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    assert 0 < most < 0.05 * p.nbytes
+
+
+def test_an_error_in_a_rule_leaves_everything_as_it_was() -> None:
+    """The rehearsal meets it before anything is written."""
+
+    def rule(g, m):
+        if g.dim() == 3:
+            raise RuntimeError("no such tensors here")
+        return -g, {"m": m + g}
+
+    params = [torch.nn.Parameter(x) for x in draw(0).values()]
+    tx = fo.leafwise(rule, slots={"m": torch.zeros_like})
+    opt = fo.optim.Optimizer(params, tx)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such tensors"):
+            opt.step()
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+    assert not opt.state
+
+
+def test_parameters_that_overlap_get_the_updates_of_what_they_were() -> None:
+    whole = torch.arange(1.0, 7.0)
+    first, last = (torch.nn.Parameter(x) for x in (whole[:4], whole[2:]))
+    first.grad, last.grad = torch.zeros(4), torch.zeros(4)
+    fo.optim.SGD([first, last], lr=0.1, weight_decay=1.0).step()
+    torch.testing.assert_close(whole, torch.tensor([0.9, 1.8, 2.4, 3.2, 4.5, 5.4]))
