@@ -208,7 +208,7 @@ def test_a_chain_put_into_another_is_found_again(direction: str) -> None:
 def test_an_end_that_two_could_claim_is_nobodys() -> None:
     first = fo.optim.Optimizer(make_params(), fo.chain(fo.scale_by_adam()))
     train(first, 2)
-    second = fo.optim.Optimizer(make_params(), fo.chain(fo.adam(0.1), fo.amsgrad(0.1)))
+    second = fo.optim.Optimizer(make_params(), fo.chain(fo.adam(0.1), fo.adamw(0.1)))
     with pytest.warns(
         UserWarning,
         match=r"missing .*'adam/scale_by_adam/mu'.*not expected .*'scale_by_adam/mu'",

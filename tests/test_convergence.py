@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dog": {"init_step": ("distance", 0.1)},
     "sgld": {"temperature": 0.0, "key": 0},
     "noisy_sgd": {"eta": 1e-6, "key": 0},
+    "sophia": {"key": 0},
 }
 """What else an optimizer needs: some begin with very small steps, or never stop to draw noise."""
 
@@ -157,11 +158,11 @@ def falls(
     for step in range(STEPS):
         value, gradient = problem(ps["w"].to(wide))
         grads = {"w": gradient.to(dtype)}
-        known = {
-            "value": value,
-            "grad": grads,
-            "value_fn": lambda qs: problem(qs["w"].to(wide))[0],
-        }
+
+        def loss(qs: Any) -> Tensor:
+            return problem(qs["w"].to(wide))[0]
+
+        known = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
         extra = {name: known[name] for name in tx.extra_args}
         updates, state = tx.update(grads, state, ps, **extra)
         ps = fo.apply_updates(ps, updates)

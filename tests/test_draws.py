@@ -403,7 +403,7 @@ def test_the_stateful_optimizer_draws_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 def _with_backend(backend: str) -> Any:
     init = CompiledStep.__init__
-    return lambda self, tx, donate: init(self, tx, donate, backend)
+    return lambda self, tx, donate, _: init(self, tx, donate, backend)
 
 
 @pytest.mark.slow
