@@ -18,6 +18,7 @@ import functorch_opt as fo
 from functorch_opt import tree
 from functorch_opt._execution import segments
 from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.segments import PROGRAMS
 
 SMALL = {"a": (4, 3), "b": (3,), "c": (7, 2)}
@@ -617,3 +618,16 @@ def test_repr() -> None:
         repr(fo.compiled_step(fo.adam(0.1), donate=False))
         == "compiled_step(adam(0.1), donate=False)"
     )
+
+
+def test_a_rule_that_reads_fo_tree_does_not_read_all_modules() -> None:
+    """``fo.tree.sum`` is no part of a rule that calls the method of a tensor with this name. It
+    asks `sys.modules` for DTensors, and so would be of every module that there is.
+    """
+
+    def rule(g):
+        return g * (g * g + tree.TINY).sum()
+
+    meaning = Meaning(rule)
+    assert meaning.unknown is None and not meaning.mutable
+    assert len(meaning.fixed) < 10

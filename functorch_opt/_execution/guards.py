@@ -38,6 +38,8 @@ OF_LIBRARIES = (
     "functools",
     "operator",
     "numpy",
+    "optree",
+    "sys",
     "typing",
     "_operator",
 )
@@ -151,7 +153,7 @@ class _Reader:
         return getattr(builtins, name, None) is not None
 
     def _module(self, module: types.ModuleType) -> Any:
-        if module.__name__.partition(".")[0] in OF_LIBRARIES:
+        if module.__name__.partition(".")[0] in (*OF_LIBRARIES, "functorch_opt"):
             return module.__name__
         there = [name for name in sorted(self.names) if name in vars(module)]
         get = vars(module).get
