@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+ALONE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
 .PHONY: help demo test test-fast test-slow quick next parity fuzz clients lint types docs ci clean
@@ -24,15 +25,15 @@ demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
 	$(BIN)/python -m demo
 
 # Two processes, which take about the same time: what compiles and the comparisons with references;
-# and the rest. Each keeps one core busy.
+# and the rest. Each keeps one core busy, and so has one thread.
 test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity ## all tests: laws, parity with torch.optim and optax, examples in docs and docstrings
 	$(MAKE) --no-print-directory --jobs 2 test-fast test-slow
 
 test-fast: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
-	$(RUN) $(BIN)/python -m pytest -q -rs -m "not slow and not compares"
+	$(ALONE) $(BIN)/python -m pytest -q -rs -m "not slow and not compares"
 
 test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
-	$(RUN) $(BIN)/python -m pytest -q -rs -m "slow or compares"
+	$(ALONE) $(BIN)/python -m pytest -q -rs -m "slow or compares"
 
 quick: $(VENV)/.test ## the tests that do not compile
 	$(RUN) $(BIN)/python -m pytest -q -m "not slow"
