@@ -241,7 +241,7 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
             for opt in opts
             for plan in opt._plans.values()
             if compile
-            for found in plan.compiled.segments.values()
+            for found in plan.in_place.segments.values()
             for segment in found
         ),
         "empty": [
