@@ -194,7 +194,10 @@ def is_optimizer(function: Factory) -> bool:
     """Whether it is an optimizer that has no class with torch's arguments."""
     first = next(iter(inspect.signature(function).parameters), None)
     stage = function.__name__.startswith("scale_by_")
-    return first == "learning_rate" and not stage and function.__name__ not in TORCHS
+    left_out = TORCHS | {
+        "sophia"
+    }  # it reads the loss as a function, which no step can give
+    return first == "learning_rate" and not stage and function.__name__ not in left_out
 
 
 TORCHS = {

@@ -9,7 +9,6 @@ from torch import Tensor
 from functorch_opt._core.groups import MaskOrFn
 from functorch_opt._core.transformation import Scalar, ScalarOrSchedule
 from functorch_opt.optim.adapter import Optimizer
-from functorch_opt.optimizers.sophia import Estimator
 
 __all__ = [
     "ADOPT",
@@ -46,7 +45,6 @@ __all__ = [
     "SignSGD",
     "Signum",
     "SimplifiedAdEMAMix",
-    "Sophia",
     "StableAdamW",
     "Yogi",
 ]
@@ -775,33 +773,6 @@ class SimplifiedAdEMAMix(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         *,
-        compile: bool = False,
-    ) -> None: ...
-
-class Sophia(Ready):
-    """`functorch_opt.sophia` as a class.
-
-    Sophia: `scale_by_sophia`, decoupled weight decay, then the learning rate.
-
-    The source, and what each argument means, are there. Numbers are options of the groups.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: ScalarOrSchedule,
-        b1: ScalarOrSchedule = 0.965,
-        b2: ScalarOrSchedule = 0.99,
-        eps: ScalarOrSchedule = 1e-08,
-        weight_decay: ScalarOrSchedule = 0.0001,
-        weight_decay_mask: MaskOrFn | None = None,
-        gamma: ScalarOrSchedule = 0.01,
-        clip_threshold: Scalar | None = 1.0,
-        update_interval: int = 10,
-        hessian_diagonal_fn: Estimator = ...,
-        mu_dtype: torch.dtype | None = None,
-        *,
-        key: Tensor | int,
         compile: bool = False,
     ) -> None: ...
 
