@@ -200,8 +200,8 @@ class Walk:
     def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
 
-        It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or sees whole
-        tensors where a rule that waits sees parts, or the reverse.
+        It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or
+        sees whole tensors where a rule that waits sees parts, or the reverse.
         """
         moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
         if (tx.looks_around and moving and not settled) or (tx.has_sums and self.sharded):
@@ -209,7 +209,7 @@ class Walk:
         return self._mixes(tx.kind)
 
     def _mixes(self, kind: str) -> bool:
-        """Whether a rule waits that sees whole tensors where this kind sees parts, or the reverse."""
+        """Whether tensors are sharded, and a rule waits that is not of this kind."""
         rules = [x.entry.stage for x in self.waiting if x.entry.kind == "rule"]
         return self.sharded and any(rule.kind != kind for rule in rules)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,6 @@ from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_own
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.segments import IN_PIECES
-from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.numbers import Groups, Numbers
 from functorch_opt.optim.params import (
@@ -208,7 +208,11 @@ class Plan:
             except Exception as error:
                 self.is_whole = True
                 if self.in_place.backend != IN_PIECES:
-                    warn_uncompiled("the optimizer runs eagerly", error, stacklevel=6)
+                    warnings.warn(
+                        "the step is not compiled, for with a few numbers in the place of each "
+                        f"parameter {self.tx.name} raised {type(error).__name__}: {error}",
+                        stacklevel=6,
+                    )
         return not self.is_whole
 
     def _rehearse(self, params: list[Tensor], loss: Any) -> None:
