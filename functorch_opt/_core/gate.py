@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.once import Once, check_declared, check_reads
-from functorch_opt._core.state import StageState
+from functorch_opt._core.state import StageState, check_around
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.tree import PyTree
 
@@ -33,13 +33,7 @@ class Gate(GradientTransformation):
         return Gate(f(self.inner), self.once, self.otherwise)
 
     def check_state(self, state: Any) -> None:
-        fits = isinstance(state, dict) and state.keys() == {"inner", "gate"}
-        if not fits or set(state["gate"].shared) != set(self.once.keys):
-            held = list(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(
-                f"this is not a state of {self.name}, which has inner and gate: it holds {held}. "
-                "Use what its own init or update returned."
-            )
+        check_around(state, self.name, "gate", self.once.keys, ())
 
     def decided(
         self,

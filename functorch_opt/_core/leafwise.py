@@ -49,8 +49,11 @@ class Declared(Protocol):
     """What this execution needs of a stage that is made of a rule."""
 
     name: str
-    on_tensor: Any
     has_sums: bool
+
+    @property
+    def on_tensor(self) -> OnTensor:
+        """The rule on one tensor."""
 
     @property
     def reads_params(self) -> bool:

@@ -15,7 +15,7 @@ from functorch_opt._core.sharding import (
     stack,
     whole,
 )
-from functorch_opt._core.structure import PyTree, leaves, map
+from functorch_opt._core.structure import PyTree, leaves
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -132,16 +132,6 @@ def scalar_slot(value: float) -> Callable[[Tensor], Tensor]:
 def copied(x: Tensor) -> Tensor:
     """A copy of `x` in its dtype, but at least float32: the slot for where a parameter began."""
     return x.to(at_least_float32(x.dtype), copy=True)
-
-
-def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
-    """`tree` with its floating leaves in `dtype`.
-
-    Other leaves stay as they are. If `dtype` is None, all leaves do.
-    """
-    if dtype is None:
-        return tree
-    return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) -> Tensor:

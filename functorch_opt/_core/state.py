@@ -5,7 +5,7 @@ Here are what one stage keeps, how a value is found by its name, and a table of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from functorch_opt._core.structure import (
     broadcast,
     flatten,
     flatten_tensors,
-    is_namedtuple,
     paths,
     unflatten,
 )
@@ -35,6 +34,43 @@ class StageState(NamedTuple):
 
     shared: dict[str, Tensor]
     slots: dict[str, PyTree]
+
+
+def parts(node: PyTree) -> list[tuple[Any, Any]] | None:
+    """What a state has one level below, each with its key, field name or index; None for a leaf."""
+    if isinstance(node, dict):
+        return [*node.items()]
+    if hasattr(node, "_fields"):
+        return [*zip(node._fields, node, strict=True)]
+    return [*enumerate(node)] if isinstance(node, (list, tuple)) else None
+
+
+def with_parts(node: PyTree, children: list[Any]) -> PyTree:
+    """A state like `node`, with `children` in the place of its `parts`."""
+    if isinstance(node, dict):
+        return dict(zip(node, children, strict=True))
+    return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
+
+
+def check_around(
+    state: Any, name: str, own: str, shared: Iterable[str], slots: Iterable[str]
+) -> None:
+    """Raise ValueError for what is not the state of a transformation around another.
+
+    That has the state of the other as ``inner``, and what is its `own`: `shared` and `slots`.
+    """
+    kept = state.get(own) if isinstance(state, dict) else None
+    held = list(state) if isinstance(state, dict) else type(state).__name__
+    if isinstance(kept, StageState) and state.keys() == {"inner", own}:
+        names = [*kept.shared, *kept.slots]
+        if kept.shared.keys() == {*shared} and kept.slots.keys() == {*slots}:
+            return
+        held = f"{held}, with {names} in {own}"
+    raise ValueError(
+        f"this is not a state of {name}, which has inner and {own}, "
+        f"with {[*shared, *slots]} in {own}: it holds {held}. "
+        "Use what its own init or update returned."
+    )
 
 
 def get(state: PyTree, name: str) -> Any:
@@ -93,15 +129,7 @@ def entries(node: PyTree, path: Path = "") -> Iterator[tuple[Path, Any]]:
         for name, value in (*node.shared.items(), *node.slots.items()):
             yield _join(path, name), value
         return
-    if isinstance(node, dict):
-        children: Any = node.items()
-    elif is_namedtuple(node):
-        children = zip(node._fields, node, strict=True)
-    elif isinstance(node, (list, tuple)):
-        children = enumerate(node)
-    else:
-        return
-    for name, child in children:
+    for name, child in parts(node) or ():
         here = _join(path, str(name))
         yield here, child
         yield from entries(child, here)
@@ -121,14 +149,10 @@ def rebuilt(node: PyTree, f: Callable[[str, Any], Any], name: str = "") -> PyTre
         return made
     if isinstance(node, StageState):
         return StageState(rebuilt(node.shared, f), rebuilt(node.slots, f))
-    if isinstance(node, dict):
-        return {key: rebuilt(child, f, str(key)) for key, child in node.items()}
-    if is_namedtuple(node):
-        fields = zip(node._fields, node, strict=True)
-        return type(node)(*[rebuilt(child, f, key) for key, child in fields])
-    if isinstance(node, (list, tuple)):
-        return type(node)(rebuilt(child, f, str(i)) for i, child in enumerate(node))
-    return node
+    below = parts(node)
+    if below is None:
+        return node
+    return with_parts(node, [rebuilt(child, f, str(key)) for key, child in below])
 
 
 def set(state: PyTree, /, **values: Any) -> PyTree:
@@ -211,11 +235,10 @@ def map_params(
             return StageState(changed(node.shared), slots)
         if isinstance(node, Tensor):
             return node if transform_non_params is None else transform_non_params(node)
-        if isinstance(node, dict):
-            return {key: changed(child) for key, child in node.items()}
-        if is_namedtuple(node):
-            return type(node)(*[changed(child) for child in node])
-        return type(node)(changed(x) for x in node) if node is not None else None
+        below = parts(node)
+        if below is None:
+            return node
+        return with_parts(node, [changed(child) for _, child in below])
 
     return changed(state)
 

@@ -326,8 +326,3 @@ def _spread(prefix: PyTree, tree: PyTree) -> Iterator[Any]:
         return
     for entry, child in below.items():
         yield from _spread(above[entry], child)
-
-
-def is_namedtuple(node: Any) -> bool:
-    """Whether `node` is a NamedTuple, whose children have names."""
-    return bool(optree.is_namedtuple_instance(node))

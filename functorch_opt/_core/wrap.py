@@ -19,7 +19,7 @@ from functorch_opt._core.once import (
     check_no_keywords,
     check_reads,
 )
-from functorch_opt._core.state import StageState
+from functorch_opt._core.state import StageState, check_around
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -170,15 +170,7 @@ class Wrap(GradientTransformation):
     # ---- whole trees ----------------------------------------------------------------------------
 
     def check_state(self, state: Any) -> None:
-        fits = isinstance(state, dict) and state.keys() == {"inner", "kept"}
-        kept = state["kept"] if fits else None
-        fits = isinstance(kept, StageState) and kept.slots.keys() == self.slots.keys()
-        if not fits or set(kept.shared) != set(self.once.keys):  # type: ignore[union-attr]
-            held = list(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(
-                f"this is not a state of {self.name}, which has inner and kept: it holds {held}. "
-                "Use what its own init or update returned."
-            )
+        check_around(state, self.name, "kept", self.once.keys, self.slots)
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         slots = {name: tree.map(make, params) for name, make in self.slots.items()}

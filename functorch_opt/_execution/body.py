@@ -15,6 +15,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen
+from functorch_opt._core.gate import Gate
 from functorch_opt._core.leaf import Each, check_value, working_dtype
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.wrap import Wrap
@@ -22,6 +23,7 @@ from functorch_opt._execution.guards import Meaning
 from functorch_opt.tree import zeros_like
 
 Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
+Stage = Leafwise | Wrap | Gate
 ACTIVE = "_active"
 
 
@@ -36,23 +38,28 @@ class Entry:
     close   The gate's decision chooses between their update and what it has instead.
     """
 
-    def __init__(self, kind: Kind, stage: Any = None) -> None:
+    def __init__(self, kind: Kind, stage: Stage | None = None) -> None:
         self.kind, self.stage = kind, stage
-        self.slots = tuple(stage.slots) if kind in ("rule", "enter") else ()
+        self.name = stage.name if stage else kind
+        self.slots: tuple[str, ...] = ()
         """The slots that it brings."""
+        if isinstance(stage, (Leafwise, Wrap)) and kind != "leave":
+            self.slots = tuple(stage.slots)
+        self.rule_kind = stage.kind if isinstance(stage, Leafwise) else None
+        """Whether it is an elementwise or a tensorwise rule; None if it is no rule."""
         self.functions = self._functions()
         self.meanings = [Meaning(f) for f in self.functions]
 
     def _functions(self) -> list[Callable[..., Any]]:
         """What user's code it runs."""
-        if self.kind == "rule":
+        if isinstance(self.stage, Leafwise):
             rule = self.stage.on_tensor
             return [
                 rule.rule,
                 *rule.sums.functions.values(),
                 *([rule.work] if rule.work else []),
             ]
-        if self.kind == "enter":
+        if isinstance(self.stage, Wrap) and self.kind == "enter":
             return [f for f in (self.stage.before, self.stage.after) if f is not None]
         return []
 
@@ -61,15 +68,18 @@ class Entry:
         """The names that its functions read."""
         if isinstance(self.stage, Leafwise):
             return self.stage.on_tensor.reads
-        return self.stage.before_reads, self.stage.after_reads
+        if isinstance(self.stage, Wrap):
+            return self.stage.before_reads, self.stage.after_reads
+        return ()
 
     @property
     def meaning(self) -> Any:
         """What it computes, as a key."""
         if not self.functions:
-            return self.kind, getattr(self.stage, "otherwise", None)
+            otherwise = self.stage.otherwise if isinstance(self.stage, Gate) else None
+            return self.kind, otherwise
         of_functions = tuple([meaning.now() for meaning in self.meanings])
-        of_stage = self.slots, self.reads, getattr(self.stage, "kind", None)
+        of_stage = self.slots, self.reads, self.rule_kind
         return self.kind, of_functions, *of_stage
 
     @property
@@ -78,7 +88,7 @@ class Entry:
         return next((m.unknown for m in self.meanings if m.unknown), None)
 
 
-def entry_of(kind: Kind, stage: Any) -> Entry:
+def entry_of(kind: Kind, stage: Stage) -> Entry:
     """The entry of a stage. It is worked out once, and kept with the stage."""
     kept: dict[str, Entry] = vars(stage).setdefault("_entries", {})
     if kind not in kept:
@@ -105,9 +115,7 @@ class Body:
         as_inputs: bool,
     ) -> None:
         self.entries, self.now, self.into = entries, now, into
-        self.whole = any(
-            getattr(entry.stage, "kind", None) == "tensorwise" for entry in entries
-        )
+        self.whole = any(entry.rule_kind == "tensorwise" for entry in entries)
         self.fixed: list[dict[str, Any]] = []
         self.exact: list[dict[str, Tensor]] = []
         self.shared: list[dict[str, Tensor]] = []
@@ -192,7 +200,7 @@ class Body:
         """The stage that reads something that nobody can look into, and what that is."""
         for entry in self.entries:
             if what := entry.unknown:
-                return entry.stage.name, what
+                return entry.name, what
         return None
 
     def __call__(self, args: list[Tensor]) -> list[tuple[int, Tensor]]:
@@ -227,29 +235,28 @@ class _Leaf:
             now = {**fixed, **{name: next(self.scalars) for name in shared}}
             wide = {name: next(self.scalars) for name in exact}
             now |= {name: next(self.rows) for name in rows}
-            if entry.kind == "zero":
-                self.u = zero = zeros_like(self.u)
-            elif entry.kind == "rule":
-                self._rule(entry.stage, seen, now, wide)
-            elif entry.kind == "enter":
-                seen = self._enter(entry.stage, seen, {**now, **wide})
-            elif entry.kind == "leave":
+            stage = entry.stage
+            if isinstance(stage, Leafwise):
+                self._rule(stage, seen, now, wide)
+            elif isinstance(stage, Wrap) and entry.kind == "enter":
+                seen = self._enter(stage, seen, {**now, **wide})
+            elif isinstance(stage, Wrap):
                 seen = self._leave()
-            elif entry.kind == "open":
+            elif isinstance(stage, Gate) and entry.kind == "open":
                 self.stack.append((self.u, now[ACTIVE]))
-            else:
+            elif isinstance(stage, Gate):
                 before, active = self.stack.pop()
-                instead = (
-                    before if entry.stage.otherwise == "pass" else zeros_like(before)
-                )
+                instead = before if stage.otherwise == "pass" else zeros_like(before)
                 self.u = chosen(active, self.u, instead)  # type: ignore[assignment]
+            else:
+                self.u = zero = zeros_like(self.u)
         if b.place is not None:
             return [*self.new, (b.place, self.u)]
         if self.u is zero or (not b.entries and incoming is not self.u):
             return self.new  # nothing moves the parameter
         return [*self.new, (1, self.p + self.u)]
 
-    def _mine(self, stage: Any) -> dict[str, tuple[int, Tensor]]:
+    def _mine(self, stage: Leafwise | Wrap) -> dict[str, tuple[int, Tensor]]:
         return {name: next(self.slots) for name in stage.slots}
 
     def _rule(

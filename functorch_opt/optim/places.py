@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.state import StageState
+from functorch_opt._core.state import StageState, parts, with_parts
 from functorch_opt._execution.compiled import computed
 from functorch_opt._execution.writes import memories
 from functorch_opt.tree import PyTree
@@ -58,14 +58,14 @@ class Places:
             return None
         if self._is_like_params(state):
             return self._slot(state, path, real, True)
-        children = _children(state)
+        children = parts(state)
         if children is None:
             return Place("joint", path, real)
         places = [
             self.of(child, _under(path, name), _under(real, name))
             for name, child in children
         ]
-        return _rebuilt(state, places)
+        return with_parts(state, places)
 
     def _of_stage(self, state: StageState, path: str, real: str) -> Any:
         kinds: dict[str, Kind] = {"count": "count", "clock": "clock"}
@@ -112,22 +112,6 @@ def _under(path: str, name: object) -> str:
     return f"{path}/{name}" if path else str(name)
 
 
-def _children(state: Any) -> list[tuple[object, Any]] | None:
-    """What is one level below; None for a tensor."""
-    if isinstance(state, dict):
-        return [*state.items()]
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return [*zip(state._fields, state, strict=True)]
-    return [*enumerate(state)] if isinstance(state, (list, tuple)) else None
-
-
-def _rebuilt(state: Any, children: list[Any]) -> Any:
-    if isinstance(state, dict):
-        return dict(zip(state, children, strict=True))
-    named = hasattr(state, "_fields")
-    return type(state)(*children) if named else type(state)(children)
-
-
 def assemble(places: PyTree, values: list[Any]) -> PyTree:
     """``tree.unflatten``, with numbers for places.
 
@@ -135,8 +119,8 @@ def assemble(places: PyTree, values: list[Any]) -> PyTree:
     """
     if places is None or isinstance(places, int):
         return None if places is None else values[places]
-    children = [assemble(child, values) for _, child in _children(places) or ()]
-    return _rebuilt(places, children)
+    children = [assemble(child, values) for _, child in parts(places) or ()]
+    return with_parts(places, children)
 
 
 def differences(
@@ -156,12 +140,12 @@ def differences(
         return [(places, new)]
     if places is None and new is None:
         return []
-    before, after = _children(places), _children(new)
+    before, after = parts(places), parts(new)
     same = before is not None and after is not None
     if not same or {name for name, _ in before} != {name for name, _ in after}:  # type: ignore[union-attr]
         raise TypeError(_another_form(path, old, new))
     found = dict(after)  # type: ignore[arg-type]
-    olds = dict(_children(old) or ())
+    olds = dict(parts(old) or ())
     return [
         pair
         for name, place in before  # type: ignore[union-attr]
@@ -188,7 +172,7 @@ def _another_form(path: str, old: Any, new: Any) -> str:
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"{x.dtype} of shape {tuple(x.shape)}"
-    children = _children(x)
+    children = parts(x)
     return (
         repr(x)
         if children is None
