@@ -42,7 +42,8 @@ parity: $(VENV)/.test $(VENV)/.parity ## compare every name with its reference, 
 	$(RUN) $(BIN)/python -m pytest -q -m compares --parity-page tests
 
 fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; FO_SEED sets the first
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py
+	$(ALONE) PYTHONPATH=. $(BIN)/python tests/fuzz.py
+	$(ALONE) PYTHONPATH=. $(BIN)/python tests/fuzz.py --executions sharded --count 1000
 
 # These files lean on what is private to torch, which changes from one release to the next.
 COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py)

@@ -5,6 +5,7 @@ tensor.
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import segments
+from functorch_opt._execution import kernel, part, segments
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.segments import PROGRAMS
@@ -167,6 +168,57 @@ def test_kernels_are_called_directly_and_autograd_sees_what_they_change() -> Non
         loss.backward()
 
 
+@pytest.mark.slow
+def test_threads_share_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "SHARED", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tx, shapes = fo.adamw(0.1), {str(i): (5, i + 2) for i in range(40)}
+        ps, gs = draw(shapes, 0), draw(shapes, 1)
+        expected, state = ps, tx.init(ps)
+        mine, ours = tree.map(torch.clone, ps), tx.init(ps)
+        step = fo.compiled_step(tx)
+        for _ in range(3):
+            expected, state = eagerly(tx, expected, state, gs)
+            mine, ours = step(mine, gs, ours)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same((mine, ours), (expected, state), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_where_the_loop_cannot_be_compiled_kernels_are_called_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("no such class")
+
+    monkeypatch.setattr(kernel, "loop", missing)
+    tx, ps = fo.adamw(0.1), draw(SMALL, 0)
+    expected, _ = eagerly(tx, ps, tx.init(ps), draw(SMALL, 1))
+    with pytest.warns(UserWarning, match="kernels are called one by one.*no such class"):
+        got, _ = fo.compiled_step(tx)(ps, draw(SMALL, 1), tx.init(ps))
+    assert_same(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
+def test_a_step_keeps_no_model_that_it_is_not_used_for(donate: bool) -> None:
+    tx = fo.trace(0.9)
+    step = fo.compiled_step(tx, donate=donate)
+    ps, gs = draw(SMALL, 0), draw(SMALL, 1)
+    state = tx.init(ps)
+    for _ in range(3):
+        ps, state = step(ps, gs, state)
+    slot = weakref.ref(fo.get(state, "trace")["a"])
+    others = {name: x.double() for name, x in draw(SMALL, 2).items()}
+    step(others, draw(SMALL, 3), tx.init(others))
+    step.returned.clear()
+    del ps, state
+    assert slot() is None
+
+
 # ---- what guards would have seen -----------------------------------------------------------------
 
 
@@ -256,15 +308,21 @@ def test_changed_tensors_never_meet_code_for_others() -> None:
         "gradient in another dtype",
         "gradient missing",
         "slot replaced",
+        "slot in other memory",
+        "slot in another dtype",
     ],
 )
-def test_changes_between_steps_are_seen(change: str) -> None:
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_changes_between_steps_are_seen(change: str, backend: str) -> None:
     tx = fo.adam(0.01, eps=1e-3)
-    step = CompiledStep(tx, True, backend="eager")
+    step = CompiledStep(tx, True, backend=backend)
     ps = {"a": torch.randn(3, 3), "b": torch.randn(4)}
     state = tx.init(ps)
     gs = {"a": torch.randn(3, 3), "b": torch.randn(4)}
-    ps, state = step(ps, gs, state)
+    for _ in range(2):  # at the second step it has seen the slots before
+        ps, state = step(ps, gs, state)
     if change == "data swapped":
         ps["a"].data = torch.randn(3, 3)
     elif change == "data transposed":
@@ -275,6 +333,10 @@ def test_changes_between_steps_are_seen(change: str) -> None:
         gs["a"] = gs["a"].bfloat16()
     elif change == "gradient missing":
         gs["a"] = None
+    elif change == "slot in other memory":
+        fo.get(state, "mu")["a"].data = torch.randn(3, 3)
+    elif change == "slot in another dtype":
+        fo.get(state, "mu")["a"].data = torch.randn(3, 3).double()
     else:
         fo.get(state, "mu")["a"] = torch.randn(3, 3)
     expected, expected_state = eagerly(

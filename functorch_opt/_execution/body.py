@@ -153,15 +153,18 @@ class Body:
         A rule would do this itself, but a kernel would do it again for every vector of every
         tensor. Numbers that became inputs stay what they were.
         """
-        casts = [
-            x.dtype is torch.float64 and id(x) not in self.kept_wide for x in self.scalars
-        ]
-        wide = [x for x, is_cast in zip(self.scalars, casts, strict=True) if is_cast]
+        wide = [x for x, is_wide in zip(self.scalars, self.wide, strict=True) if is_wide]
         if not wide or len({x.device for x in wide}) > 1:
             return self.scalars
         left = iter(torch.stack(wide).to(torch.float32).unbind())
-        pairs = zip(self.scalars, casts, strict=True)
-        return [next(left) if is_cast else x for x, is_cast in pairs]
+        pairs = zip(self.scalars, self.wide, strict=True)
+        return [next(left) if is_wide else x for x, is_wide in pairs]
+
+    @property
+    def wide(self) -> list[bool]:
+        """For each scalar, whether a rule that computes in float32 takes it so."""
+        kept = self.kept_wide
+        return [x.dtype is torch.float64 and id(x) not in kept for x in self.scalars]
 
     def _sort(self, now: dict[str, Any], as_inputs: bool) -> None:
         fixed, exact, shared, rows = {}, {}, {}, []

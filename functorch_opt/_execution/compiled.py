@@ -12,9 +12,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
-from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from functorch_opt._execution.segments import (
     NeedsConstants,
     Segment,
 )
+from functorch_opt._execution.table import addresses
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
 from functorch_opt._execution.writes import apart_from, memory_of
@@ -38,8 +39,6 @@ from functorch_opt.random import philox
 from functorch_opt.tree import PyTree
 
 __all__ = ["compiled_step"]
-
-_IS_THERE = partial(is_not, None)
 
 MODELS = 8
 """How many models a step remembers, for which it is used in turn."""
@@ -234,15 +233,17 @@ class CompiledStep:
         known = self.segments.get(body.key, ())
         for segment in known:
             if segment.knows(columns):
+                _forget(known, segment)
                 return segment, body
         if walk.writes_params:
             check_memory(walk)
         where = _pick(walk.paths, route.leaves)
         try:
-            segment = Segment(self.backend, body, columns, where)
+            segment = Segment(self.backend, body, columns, where, self.donate)
         except NeedsConstants:
             PROGRAMS.constant_only.add(body.base)
             return self._segment(mine, into, columns, walk, route)
+        _forget(known, segment)
         with self.lock:
             self.segments[body.key] = [segment, *known][:MODELS]
         return segment, body
@@ -289,6 +290,13 @@ class CompiledStep:
 
 
 # ---- sorting -------------------------------------------------------------------------------------
+
+
+def _forget(segments: Iterable[Segment], used: Segment) -> None:
+    """Let the segments that are not `used` now keep no tensors."""
+    for segment in segments:
+        if segment is not used:
+            segment.forget()
 
 
 def _pick(values: list[Any], indices: list[int] | None) -> list[Any]:
@@ -372,9 +380,7 @@ def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
 def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
     """The gradients, with copies of those that are a parameter's memory."""
     try:
-        given = {*map(Tensor.data_ptr, filter(_IS_THERE, us))}
-        taken = map(Tensor.data_ptr, filter(_IS_THERE, ps))
-        overlap = given.intersection(taken) - {0}
+        overlap = addresses(us) & addresses(ps)
     except RuntimeError:
         return us  # sparse tensors have no memory of their own; they are refused later
     if not overlap:

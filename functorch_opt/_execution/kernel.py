@@ -2,8 +2,8 @@
 
 The function is traced with sizes as symbols. What the trace, or the compiler, took for granted
 about them is kept, as the guards of a `Program`, and asked once for every new shape. On a CPU code
-that came out as one kernel is called directly: an ordinary C function, without what torch does
-around a compiled function. What is private to torch, and compiling needs, is in this file.
+that came out as one kernel, an ordinary C function, is called directly, for all tensors in one call
+(`table`). What is private to torch, and compiling needs, is in these two files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._execution.cpu_passes import store_what_many_read, take_sums
+from functorch_opt._execution.table import MOST, address_of, loop
 from functorch_opt._execution.trials import LOCK, Untraceable, tolerances_of, try_out
 from functorch_opt._execution.writes import Pure, write_in_place
 
@@ -53,7 +54,7 @@ class Program:
         Exception: of many kinds, where there is no compiler.
 
     Attributes:
-        kernel: if the code is one kernel: that kernel, a C function; otherwise None.
+        kernel: if the code is one kernel: the address of that C function; otherwise None.
         order: which of all tensors, those of `scratch`, and `sizes`, in this order, are the
             arguments of `kernel`.
     """
@@ -61,7 +62,8 @@ class Program:
     def __init__(
         self, f: Pure, examples: list[Tensor], threads: int, backend: Any
     ) -> None:
-        self.kernel: Callable[..., None] | None = None
+        self.kernel: int | None = None
+        self.threads = threads
         self.order: list[int] = []
         self.dims: list[tuple[int, int]] = []
         self.buffers: list[tuple[list[int], torch.dtype]] = []
@@ -121,8 +123,15 @@ class Program:
             return
         sizes = self.sizes(args)
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch([sizes])]
-        given = (*args, *scratch, *sizes)
-        self.kernel(*[given[i] for i in self.order])
+        self.call(1, 1, [*args, *scratch, *sizes])
+
+    def call(self, rows: int, threads: int, given: list[Any]) -> None:
+        """Call the kernel for several rows of arguments, which `threads` share out.
+
+        What is `given` in each place is a list with an entry for each row, or one value for all.
+        """
+        assert self.kernel is not None
+        loop()(self.kernel, rows, threads, tuple([given[i] for i in self.order]))
 
 
 # ---- tracing -------------------------------------------------------------------------------------
@@ -230,9 +239,9 @@ _PRIMES = (11, 13, 17, 19, 23, 29, 31)
 
 
 class _Kernel(NamedTuple):
-    """A C function, and which of tensors, scratch and sizes are its arguments."""
+    """Where a C function is, and which of tensors, scratch and sizes are its arguments."""
 
-    function: Callable[..., None]
+    address: int
     order: list[int]
     dims: list[tuple[int, int]]
     buffers: list[tuple[list[int], torch.dtype]]
@@ -263,13 +272,24 @@ def _find_kernel(compiled: Any, inputs: list[Any]) -> _Kernel | None:
         of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
         for x in given
     ]
-    if None in order or any(
-        n != 1 and n not in of_size for x in buffers for n in x.shape
+    if (
+        None in order
+        or len(order) > MOST
+        or any(n != 1 and n not in of_size for x in buffers for n in x.shape)
     ):
         return None
     sizes = [([of_size[n] for n in x.shape if n != 1], x.dtype) for x in buffers]
-    function = _function(call).__globals__[name]
-    return _Kernel(function, order, list(dims.values()), sizes)  # type: ignore[arg-type]
+    try:
+        loop()
+    except Exception as error:
+        warnings.warn(
+            f"kernels are called one by one, which is slower, for the loop that calls them cannot "
+            f"be compiled: {error}",
+            stacklevel=2,
+        )
+        return None
+    address = address_of(_function(call).__globals__[name])
+    return _Kernel(address, order, list(dims.values()), sizes)  # type: ignore[arg-type]
 
 
 def _symbols(inputs: list[Any]) -> dict[Any, tuple[int, int]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
 from functools import cached_property
 from itertools import chain as joined
-from itertools import repeat, starmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,9 @@ from torch import Tensor
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.pieces import Whole
+
+SHARED = 65_536
+"""Elements from which on it pays to share leaves out to threads."""
 
 
 class Part:
@@ -26,6 +27,21 @@ class Part:
         self.program, self.size, self.narrow = program, size, narrow
         self.indices: list[int] = []
         self.sizes: list[tuple[int, ...]] = []
+        self.elements = 0
+        """Of all parameters."""
+
+    @cached_property
+    def columns_of_sizes(self) -> list[list[int]]:
+        """The sizes that the kernel depends on, a list of all leaves for each."""
+        return [[*column] for column in zip(*self.sizes, strict=True)]
+
+    @cached_property
+    def threads(self) -> int:
+        """How many threads share the leaves out, where a kernel does not share a leaf out."""
+        alone = (
+            isinstance(self.program, Whole) or self.program.threads > 1 or self.scratch
+        )
+        return 1 if alone or self.elements < SHARED else torch.get_num_threads()
 
     @cached_property
     def scratch(self) -> list[tuple[int, torch.dtype]]:
@@ -38,10 +54,10 @@ class Part:
         if isinstance(self.program, Whole):
             self.program.run(columns, self.sizes, self.narrow, body)
             return
-        scalars = body.narrowed if self.narrow else body.scalars
         if self.program.kernel is not None and self.size == 1:
-            self._call(self.program.kernel, self.program.order, columns, scalars)
+            self._call(self.program, columns, body)
             return
+        scalars = body.narrowed if self.narrow else body.scalars
         whole = body.whole
         leaves = [
             [x if whole or not x.dim() else x.view(-1) for x in leaf]
@@ -56,19 +72,12 @@ class Part:
             ]
             self.program([*joined.from_iterable(block), *scalars])
 
-    def _call(
-        self,
-        kernel: Callable[..., None],
-        order: list[int],
-        columns: list[list[Tensor]],
-        scalars: list[Tensor],
-    ) -> None:
-        """Call the kernel for each leaf, with nothing between the calls that Python has to do."""
+    def _call(self, program: Program, columns: list[list[Tensor]], body: Body) -> None:
+        """Call the kernel for all leaves at once."""
+        scalars: list[Any] = body.scalars
+        if self.narrow:
+            pairs = zip(scalars, body.wide, strict=True)
+            scalars = [(x,) if is_wide else x for x, is_wide in pairs]
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
-        given = [
-            *columns,
-            *map(repeat, (*scalars, *scratch)),
-            *zip(*self.sizes, strict=True),
-        ]
-        calls = zip(*[given[i] for i in order], strict=False)
-        deque(starmap(kernel, calls), maxlen=0)
+        given = [*columns, *scalars, *scratch, *self.columns_of_sizes]
+        program.call(len(self.indices), self.threads, given)

@@ -23,6 +23,7 @@ from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole, in_pieces
+from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
@@ -92,12 +93,18 @@ class Segment:
         body: what happens to each leaf.
         columns: the updates, parameters, slots and rows, a list of leaves for each.
         where: the path of each leaf, for errors.
+        remember: whether the slots of a step are expected to be those of the next.
     """
 
     def __init__(
-        self, backend: Any, body: Body, columns: list[list[Any]], where: list[str]
+        self,
+        backend: Any,
+        body: Body,
+        columns: list[list[Any]],
+        where: list[str],
+        remember: bool,
     ) -> None:
-        self.body, self.backend = body, backend
+        self.body, self.backend, self.remember = body, backend, remember
         self.around = surroundings()
         self.present = [u is not None for u in columns[0]]
         self.sharded = not body.whole and sharding.any_sharded(columns[1])
@@ -184,24 +191,26 @@ class Segment:
                 )
                 part.indices.append(number[i])
                 part.sizes.append(program.sizes(leaf) if size == 1 else ())
+                part.elements += leaf[1].numel()
             parts += of_program.values()
         return parts
 
     def _watch(self, mine: list[list[Tensor]]) -> None:
-        """Remember what the tensors are. A tensor may be there twice; the guards want it once."""
-        checked = [x for column in mine for x in column]
-        places: dict[int, int] = {}
-        place_of = [places.setdefault(id(x), k) for k, x in enumerate(checked)]
-        self.once = [*places.values()]
-        self.again = [(k, place) for k, place in enumerate(place_of) if k != place]
-        shapes: list[Any] = [[*checked[k].shape] for k in self.once]
-        strides: list[Any] = [[*checked[k].stride()] for k in self.once]
-        guards = torch._C._dynamo.guards.TensorGuards
-        self.guards = guards(
-            *[checked[k] for k in self.once],
-            dynamic_dims_sizes=shapes,
-            dynamic_dims_strides=strides,
-        )
+        """Remember what the tensors are."""
+        kept, given = self._kept(mine)
+        self.kept, self.given = Watched(kept), Watched(given)
+        self.forget()
+        programs = [part.program for part in self.parts]
+        self.has_kernel = any(getattr(x, "kernel", None) is not None for x in programs)
+
+    def forget(self) -> None:
+        """Let go of the tensors that it was used for last."""
+        self.seen: tuple[bytes, Any] = b"", None
+
+    def _kept(self, mine: list[list[Tensor]]) -> tuple[list[list[Tensor]], ...]:
+        """The slots, which mostly are those of the step before; and the rest."""
+        end = 2 + self.body.n_slots
+        return mine[2:end], [*mine[:2], *mine[end:]]
 
     def _program(self, sort: Any, leaf: list[Tensor]) -> tuple[Any, int]:
         """A program for this leaf, and how many leaves it takes at a time."""
@@ -251,16 +260,25 @@ class Segment:
             u is not None for u in columns[0]
         ] != self.present or self.around != surroundings():
             return False
-        tensors = [x for column in self._mine(columns) for x in column]
         if not self.compiled:
             return True
-        if any(tensors[k] is not tensors[place] for k, place in self.again):
+        kept, given = self._kept(self._mine(columns))
+        if not self.given.are_like(given):
             return False
-        return bool(
-            self.guards.check(
-                *([tensors[k] for k in self.once] if self.again else tensors)
-            )
-        )
+        if not (self.has_kernel and self.remember):
+            return self.kept.are_like(kept)
+        # The same slots in the same memory are what they were. (A slot is given another form in
+        # that memory, by `data`, only together with its parameter.)
+        now = identity(kept)
+        if now == self.seen[0]:
+            return True
+        if not self.kept.are_like(kept):
+            return False
+        self.seen = (
+            now,
+            kept,
+        )  # which keeps the objects, so that no other is taken for one
+        return True
 
     def check(self, columns: list[list[Any]]) -> None:
         """Raise ValueError for a leaf that runs eagerly, and does not fit."""
@@ -293,6 +311,34 @@ class Segment:
 
     def _scalars(self, narrow: bool) -> list[Tensor]:
         return self.body.narrowed if narrow else self.body.scalars
+
+
+class Watched:
+    """What some tensors are: types, dtypes, devices, shapes and strides."""
+
+    def __init__(self, columns: list[list[Tensor]]) -> None:
+        # A tensor may be there twice; torch's guards want it once.
+        tensors = [x for column in columns for x in column]
+        places: dict[int, int] = {}
+        place_of = [places.setdefault(id(x), k) for k, x in enumerate(tensors)]
+        self.once = [*places.values()]
+        self.again = [(k, place) for k, place in enumerate(place_of) if k != place]
+        shapes: list[Any] = [[*tensors[k].shape] for k in self.once]
+        strides: list[Any] = [[*tensors[k].stride()] for k in self.once]
+        self.guards = torch._C._dynamo.guards.TensorGuards(
+            *[tensors[k] for k in self.once],
+            dynamic_dims_sizes=shapes,
+            dynamic_dims_strides=strides,
+        )
+
+    def are_like(self, columns: list[list[Tensor]]) -> bool:
+        """Whether these tensors are of the same kinds, and the same ones are there twice."""
+        tensors = [x for column in columns for x in column]
+        if any(tensors[k] is not tensors[place] for k, place in self.again):
+            return False
+        if self.again:
+            tensors = [tensors[k] for k in self.once]
+        return bool(self.guards.check(*tensors))
 
 
 class TooMany(RuntimeError):

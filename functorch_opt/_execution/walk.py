@@ -210,8 +210,8 @@ class Walk:
 
     def _mixes(self, kind: str) -> bool:
         """Whether tensors are sharded, and a rule waits that is not of this kind."""
-        kinds = {x.entry.rule_kind for x in self.waiting} - {None}
-        return self.sharded and bool(kinds - {kind})
+        kinds = {x.entry.rule_kind for x in self.waiting} if self.sharded else set()
+        return bool(kinds - {None, kind})
 
     def _begin_elementwise(self) -> None:
         """A wrapper, or a gate, begins and ends in one pass; on several ranks it is elementwise."""

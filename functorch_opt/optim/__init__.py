@@ -4,6 +4,9 @@ They are any transformation as a `torch.optim.Optimizer`, torch's own names, and
 other optimizer of the library.
 """
 
+import types as _types
+import typing as _typing
+
 from functorch_opt.optim.adafactor import *
 from functorch_opt.optim.adagrad import *
 from functorch_opt.optim.adam import *
@@ -16,3 +19,15 @@ from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *
+
+# Type checkers read the star imports above; they do not read a computed list.
+if not _typing.TYPE_CHECKING:
+    __all__ = [
+        name
+        for name, value in globals().items()
+        if not name.startswith("_") and not isinstance(value, _types.ModuleType)
+    ]
+
+    def __dir__() -> list[str]:
+        """The classes only: the files of the package are not among them."""
+        return sorted(__all__)

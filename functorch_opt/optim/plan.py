@@ -62,8 +62,9 @@ class Plan:
         self.numbers = Numbers(varying, groups, len(params), self.device)
         self.tx = make(self.numbers.buffers)
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
-        self.checked = self.rehearsed = False
-        self.is_whole = not compile and overlap(params)
+        self.checked = False
+        self.is_whole = True if not compile and overlap(params) else None
+        """Whether all is worked out before anything is written; None: that is not known yet."""
         self.always_counts = always_counts(self.tx)
 
         names = [name for group in groups for name in group.get("param_names", [])]
@@ -201,10 +202,10 @@ class Plan:
         that raises, all is worked out before anything is written. So an error in a rule leaves
         everything as it was.
         """
-        if not self.rehearsed:
-            self.rehearsed = True
+        if self.is_whole is None:
             try:
                 self._rehearse(params, loss)
+                self.is_whole = False
             except Exception as error:
                 self.is_whole = True
                 if self.in_place.backend != IN_PIECES:

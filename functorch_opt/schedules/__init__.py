@@ -9,7 +9,17 @@ from functorch_opt.schedules.schedule import *
 from functorch_opt.schedules.warmups import *
 
 __all__ = sorted(
-    name
-    for family in (schedule, curves, pieces, warmups, cycles)
-    for name in family.__all__
+    [
+        "preview",
+        *schedule.__all__,
+        *curves.__all__,
+        *pieces.__all__,
+        *warmups.__all__,
+        *cycles.__all__,
+    ]
 )
+
+
+def __dir__() -> list[str]:
+    """The public names only."""
+    return sorted(__all__)
