@@ -241,7 +241,9 @@ def run(out: Path, command: str, *options: str) -> dict:
 
 
 def test_cpu_without_compiling(tmp_path: Path) -> None:
-    result = run(tmp_path, "cpu", "--rows", "eager", "default-gpt", "sgd-many", "--threads", "1")
+    result = run(
+        tmp_path, "cpu", "--rows", "eager", "default-gpt", "sgd-many", "--threads", "1"
+    )
     assert result["rows"][0]["results"]["functorch_opt eager"]["ms"] > 0
     assert (tmp_path / "cpu.png").exists()
 

@@ -26,7 +26,9 @@ from functorch_opt._execution.trials import drawn
 from functorch_opt._execution.writes import write
 
 PIECE = 65_536
-"""Elements of a piece. A handful of such pieces lie in the cache of one core."""
+"""Elements of a piece on a CPU. A handful of such pieces lie in the cache of one core."""
+ELSEWHERE = 8_388_608
+"""Elements of a piece on another device, where it is the calls that take the time."""
 
 
 class Whole:
@@ -72,7 +74,7 @@ class Pieces(Whole):
         body: Body,
     ) -> None:
         body, scalars = _plain(body, narrow)
-        for first, end in _groups([n for (n,) in sizes]):
+        for first, end in _groups([n for (n,) in sizes], _most(columns[1][0])):
             group = [column[first:end] for column in columns]
             if end - first > 1:
                 _joined(group, sizes[first:end], scalars, body, narrow)
@@ -94,11 +96,15 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
 # ---- pieces --------------------------------------------------------------------------------------
 
 
-def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
+def _most(x: Tensor) -> int:
+    return PIECE if x.device.type == "cpu" else ELSEWHERE
+
+
+def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive leaves that make up a piece together. A large leaf is alone."""
     first, total = 0, 0
     for i, n in enumerate(sizes):
-        if i > first and total + n > PIECE:
+        if i > first and total + n > most:
             yield first, i
             first, total = i, 0
         total += n
@@ -107,10 +113,11 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 def _split(leaf: list[Tensor], scalars: list[Tensor], body: Body) -> None:
     flat = [x.view(-1) if x.dim() else x for x in leaf]
-    if flat[1].numel() <= PIECE:
+    most = _most(flat[1])
+    if flat[1].numel() <= most:
         _run(body, [*flat, *scalars])
         return
-    pieces = [x.split(PIECE) if x.dim() else repeat(x) for x in flat]
+    pieces = [x.split(most) if x.dim() else repeat(x) for x in flat]
     for piece in zip(*pieces, strict=False):
         _run(body, [*piece, *scalars])
 
