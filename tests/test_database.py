@@ -111,7 +111,9 @@ def test_50_numbers_over_the_database(name: str, kwargs: dict) -> None:
         model, x, y = model_of(INFOS[name], name)
         before = copy.deepcopy(model)
         opt = getattr(module, name)(model.parameters(), **plain(kwargs))
-        losses = run(opt, model, x, y, 10)
+        # A search for the largest error soon finds infinity.
+        steps = 1 if name == "LBFGS" and kwargs.get("maximize") else 10
+        losses = run(opt, model, x, y, steps)
         models.append(model)
     same(*models, 1e-12)
     moved = any(

@@ -606,7 +606,7 @@ def tensors(
 
 
 def test_the_table_is_complete() -> None:
-    assert {row.name for row in ROWS} == set(schedules.__all__)
+    assert {row.name for row in ROWS} == set(schedules.__all__) - {"preview"}
 
 
 @rows

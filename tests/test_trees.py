@@ -334,21 +334,6 @@ def test_zeros_like(dtype: torch.dtype) -> None:
     )
 
 
-def test_cast() -> None:
-    example = Pair(
-        {"w": t(2), "n": tensor(3)}, [None, t().to(torch.complex64), t().double()]
-    )
-    half = numerics.cast(example, torch.bfloat16)
-    assert [x.dtype for x in tree.leaves(half)] == [
-        torch.int64,
-        torch.bfloat16,
-        torch.complex64,
-        torch.bfloat16,
-    ]
-    assert half.b[0] is None
-    assert numerics.cast(example, None) is example
-
-
 # ---- reading a state -----------------------------------------------------------------------------
 
 PARAMS = {"enc": Layer(ones(2, 3), ones(3)), "head": Pair(ones(3), None)}

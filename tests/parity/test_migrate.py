@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import optax  # noqa: F401  (without it the page skips what is tested here)
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+pytest.importorskip("optax", reason="the page has the code of optax beside ours")
 PAGE = Path(__file__).parents[2] / "docs" / "migrate.md"
 
 
