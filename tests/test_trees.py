@@ -30,7 +30,7 @@ from torch import Tensor, ones, tensor, zeros
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._core import numerics, structure
+from functorch_opt._core import structure
 from functorch_opt._core.state import StageState
 
 
