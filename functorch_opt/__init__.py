@@ -41,6 +41,7 @@ from functorch_opt.optimizers.dion import *
 from functorch_opt.optimizers.dog import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.hyperball import *
+from functorch_opt.optimizers.kl_shampoo import *
 from functorch_opt.optimizers.lamb import *
 from functorch_opt.optimizers.langevin import *
 from functorch_opt.optimizers.laprop import *
@@ -62,8 +63,10 @@ from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.scion import *
 from functorch_opt.optimizers.sgd import *
+from functorch_opt.optimizers.shampoo import *
 from functorch_opt.optimizers.sm3 import *
 from functorch_opt.optimizers.soap import *
+from functorch_opt.optimizers.splus import *
 from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *

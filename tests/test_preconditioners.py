@@ -86,11 +86,19 @@ def test_how_tensors_are_cut(cutting: Cutting, shape: tuple, sizes: list) -> Non
 
 
 @pytest.mark.parametrize(
-    "make", [lambda **o: fo.scale_by_soap(frequency=2, **o)], ids=["soap"]
+    "make",
+    [
+        lambda **o: fo.scale_by_soap(frequency=2, **{"max_size": 9, **o}),
+        lambda **o: fo.scale_by_shampoo(0.9, 0.9, 1e-3, 2, **{"max_size": 9, **o}),
+        lambda **o: fo.scale_by_kl_soap(frequency=2, **{"max_size": 9, **o}),
+        lambda **o: fo.scale_by_kl_shampoo(frequency=2, **{"max_size": 9, **o}),
+    ],
+    ids=["soap", "shampoo", "kl_soap", "kl_shampoo"],
 )
 def test_a_block_is_a_tensor_of_its_own(make: Callable) -> None:
     """Also where the last block is smaller."""
-    tx, one = make(max_size=3, blocks=True), make()
+    blocks = {} if "by_shampoo" in repr(make()) else {"blocks": True}
+    tx, one = make(max_size=3, **blocks), make()
     state, states = tx.init(draw(0, {"g": (5, 6)})["g"]), {}
     for t in range(5):
         g = draw(t, {"g": (5, 6)})["g"]
@@ -172,6 +180,237 @@ def test_soap_of_what_has_no_factor_is_adam() -> None:
         assert_same(u, wanted, 1e-5)
 
 
+# ---- Shampoo -------------------------------------------------------------------------------------
+
+
+def root(a: Tensor, eps: float, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(a)
+    values = values - min(values.min().item(), 0.0) + eps
+    return vectors @ torch.diag(values**power) @ vectors.T
+
+
+def plain_shampoo(
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    wd: float,
+    frequency: int,
+    start: int,
+    grafting: str,
+    b3: float,
+) -> Plain:
+    def make(p: Tensor) -> Callable:
+        dims = range(p.dim())
+        factors = [p.new_zeros(n, n) for n in p.shape]
+        roots: list[Tensor] = []
+        m, v = torch.zeros_like(p), torch.zeros_like(p)
+
+        def size_of(t: int, g: Tensor, mean: Tensor) -> Tensor:
+            nonlocal v
+            if grafting in ("none", "sgd"):
+                return mean
+            v = v + g**2 if grafting == "adagrad" else b3 * v + (1 - b3) * g**2
+            corrected = v / (1 - b3**t) if grafting == "adam" else v
+            return mean / (corrected.sqrt() + 1e-8)
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal factors, roots, m
+            w = 1 if b2 == 1 else 1 - b2
+            factors = [
+                b2 * f + w * gram(g, k) for k, f in zip(dims, factors, strict=True)
+            ]
+            if t % frequency == 0 and t >= start:
+                c = 1 if b2 == 1 else 1 - b2**t
+                roots = [root(f / c, eps, -1 / (2 * p.dim())) for f in factors]
+            m = b1 * m + (1 - b1) * g
+            mean = m / (1 - b1**t)
+            u = d = size_of(t, g, mean)
+            if t >= start:
+                u = by_all(mean, roots)
+                if grafting != "none":
+                    u = u * d.norm() / (u.norm() + 1e-16)
+            return p - lr * (u + wd * p)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.01, 0.9, 1.0, 1e-3, 0.0, 1, 1, "adam", 0.999),
+        (0.02, 0.5, 0.9, 1e-4, 0.1, 3, 6, "rmsprop", 0.9),
+        (0.01, 0.0, 0.99, 1e-2, 0.02, 2, 3, "adagrad", 0.9),
+        (0.05, 0.8, 0.5, 1e-3, 0.0, 4, 4, "sgd", 0.9),
+        (0.05, 0.9, 0.8, 1e-2, 0.0, 5, 5, "none", 0.9),
+    ],
+    ids=lambda options: options[-2],
+)
+def test_shampoo_is_that_of_its_authors(options: tuple) -> None:
+    *given, start, grafting, b3 = options
+    tx = fo.shampoo(*given, start=start, grafting=grafting, graft_b2=b3)
+    shapes = {**SHAPES, "b": (5,)}
+    assert_same(train(tx, shapes), train_plainly(plain_shampoo(*options), shapes), 1e-9)
+
+
+# ---- KL-Shampoo, KL-SOAP -------------------------------------------------------------------------
+
+
+def plain_kl(
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    wd: float,
+    frequency: int,
+    b3: float,
+    init: float,
+    soap: bool,
+) -> Plain:
+    """For matrices, as the authors have it."""
+
+    def make(p: Tensor) -> Callable:
+        n, m = p.shape
+        left, right, ql, qr = (torch.empty(0, dtype=p.dtype) for _ in range(4))
+        a, b = (torch.full((k,), init**-0.5, dtype=p.dtype) for k in p.shape)
+        mean, v = torch.zeros_like(p), torch.zeros_like(p)
+
+        def inverse(old: Tensor, value: Tensor) -> Tensor:
+            new = 1 / (b3 / old**2 + (1 - b3) * value).sqrt()
+            new = torch.where(new.isfinite(), new, torch.zeros_like(new))
+            return new.clamp(max=max(10, min(len(new), 4000)))
+
+        def step(call: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal left, right, ql, qr, a, b, mean, v
+            if call == 1:
+                left, right = (
+                    (1 - b3) * gram(g, 0) * n / (n * m),
+                    (1 - b3) * gram(g, 1) * m / (n * m),
+                )
+                ql, qr = eigenvectors(left), eigenvectors(right)
+                return p
+            t = call - 1
+            h = ql.T @ g @ qr
+            if soap:
+                mean = b1 * mean + (1 - b1) * h
+                v = b2 * v + (1 - b2) * h**2
+                u = mean / (v.sqrt() + eps)
+            else:
+                mean = b1 * mean + (1 - b1) * g
+                w = torch.outer(a, b)
+                u = (ql.T @ mean @ qr) * (w / (1 + w * eps))
+            p = p - lr * (ql @ u @ qr.T)
+            p = p - lr * wd * p
+            of_left, of_right = (g @ qr) * b, ((ql.T @ g).T * a).T
+            left = b3 * left + (1 - b3) * of_left @ of_left.T / m
+            right = b3 * right + (1 - b3) * of_right.T @ of_right / n
+            value_l, value_r = ((h * b) ** 2).mean(1), ((h.T * a) ** 2).mean(1)
+            a, b = inverse(a, value_l), inverse(b, value_r)
+            if t % frequency == 0:
+                mean = ql @ mean @ qr.T if soap else mean
+                ql, qr = torch.linalg.qr(left @ ql)[0], torch.linalg.qr(right @ qr)[0]
+                mean = ql.T @ mean @ qr if soap else mean
+            return p
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("soap", [False, True], ids=["KL-Shampoo", "KL-SOAP"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1e-3, 0.9, 0.98, 1e-8, 0.01, 10, 0.98, 0.1),
+        (0.01, 0.5, 0.8, 1e-3, 0.1, 1, 0.9, 0.5),
+        (0.02, 0.0, 0.9, 1e-2, 0.0, 3, 0.5, 2.0),
+        (0.01, 0.8, 0.5, 1e-4, 0.0, 7, 0.99, 0.001),
+    ],
+)
+def test_kl_is_that_of_its_authors(options: tuple, soap: bool) -> None:
+    lr, b1, b2, eps, wd, frequency, b3, init = options
+    make = fo.kl_soap if soap else fo.kl_shampoo
+    shapes = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
+    ours = train(make(lr, b1, b2, eps, wd, frequency, b3=b3, init=init), shapes)
+    assert_same(ours, train_plainly(plain_kl(*options, soap), shapes))
+
+
+# ---- SPlus ---------------------------------------------------------------------------------------
+
+
+def plain_splus(
+    lr: float,
+    b1: float,
+    b2: float,
+    wd: float,
+    frequency: int,
+    ema: float,
+    scale: float,
+    at_x: bool,
+) -> Plain:
+    """With `at_x` it returns where to evaluate, at the last step."""
+
+    def make(p: Tensor) -> Callable:
+        is_matrix = p.dim() == 2
+        m, x = torch.zeros_like(p), torch.zeros_like(p)
+        factors = [p.new_zeros(n, n) for n in p.shape]
+        qs = [torch.eye(n, dtype=p.dtype) for n in p.shape]
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m, x, factors, qs
+            m = b1 * m + (1 - b1) * g
+            by = lr * scale
+            u = torch.sign(m)
+            if is_matrix:
+                by = lr * 2 / sum(p.shape)
+                u = by_all(torch.sign(by_all(m, transposed(qs))), qs)
+                factors = [b2 * f + (1 - b2) * gram(g, k) for k, f in enumerate(factors)]
+                if t == 1 or t % frequency == 0:
+                    qs = [eigenvectors(f) for f in factors]
+            p = p - by * u
+            x = ema * x + (1 - ema) * p
+            p = p * (1 - by * wd)
+            return x / (1 - ema**t) if at_x and t == 100 else p
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.1, 0.9, 0.999, 0.01, 100, 0.999, 1e-3),
+        (0.5, 0.5, 0.9, 0.5, 1, 0.9, 0.1),
+        (0.2, 0.0, 0.99, 0.0, 7, 0.0, 0.01),
+        (0.3, 0.8, 0.5, 0.1, 3, 0.5, 1.0),
+    ],
+)
+def test_splus_is_that_of_its_authors(options: tuple) -> None:
+    lr, b1, b2, wd, frequency, ema, scale = options
+    # A sign is decided by rounding where the null space of a factor meets the momentum.
+    shapes = {"square": (4, 4), "kernel": (3, 2, 4), "b": (5,), "scale": ()}
+    tx = fo.splus(lr, b1, b2, 1e-30, wd, frequency, ema=ema, scale=scale)
+    assert_same(train(tx, shapes), train_plainly(plain_splus(*options, False), shapes))
+    params = draw(0, shapes)
+    state = tx.init(params)
+    for t in range(1, 101):
+        updates, state = tx.update(draw(t, shapes), state, params)
+        params = fo.apply_updates(params, updates)
+    at_x = train_plainly(plain_splus(*options, True), shapes)
+    assert_same(fo.eval_params(tx, state, params), at_x)
+
+
+def test_splus_of_a_large_matrix_has_no_basis() -> None:
+    state = fo.scale_by_splus(max_size=3).init(
+        {"wide": torch.zeros(3, 4), "w": torch.zeros(3, 3)}
+    )
+    sizes = {name: x.numel() for name, x in fo.get(state, "factors").items()}
+    assert sizes == {"wide": 0, "w": 18}
+
+
 # ---- how often, and what if it fails -------------------------------------------------------------
 
 
@@ -233,7 +472,8 @@ def test_a_failed_decomposition_keeps_the_last_basis_and_is_counted(
     state = tx.init(params)
     for t in range(1, steps[0]):
         _, state = tx.update({"w": draw(t)["tall"]}, state, params)
-    before = fo.get(state, "bases")["w"]
+    slot = "roots" if name == "shampoo" else "bases"
+    before = fo.get(state, slot)["w"]
     f = getattr(torch.linalg, kind)
 
     def failing(x: Tensor) -> object:
@@ -244,10 +484,10 @@ def test_a_failed_decomposition_keeps_the_last_basis_and_is_counted(
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, kind, failing)
         updates, state = tx.update({"w": draw(99)["tall"]}, state, params)
-    assert torch.equal(fo.get(state, "bases")["w"], before)
+    assert torch.equal(fo.get(state, slot)["w"], before)
     assert fo.get(state, "failed")["w"] == due[steps[0]][1]
     assert updates["w"].isfinite().all() and updates["w"].norm() > 0
     for t in range(50, 60):
         updates, state = tx.update({"w": draw(t)["tall"]}, state, params)
-    assert not torch.equal(fo.get(state, "bases")["w"], before)
+    assert not torch.equal(fo.get(state, slot)["w"], before)
     assert fo.get(state, "failed")["w"] == due[steps[0]][1]

@@ -206,10 +206,10 @@ def qr(x: Tensor) -> Tensor:
     return _attempted(torch.linalg.qr, x)[0]
 
 
-def descending_basis(factor: Tensor) -> Tensor:
+def descending_basis(factor: Tensor, eps: float = 1e-30) -> Tensor:
     """Eigenvectors of a factor, that of the largest eigenvalue first."""
     one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return eigh(factor + 1e-30 * one)[1].flip(-1)
+    return eigh(factor + eps * one)[1].flip(-1)
 
 
 def kept_if_not_found(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +221,44 @@ def kept_if_not_found(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 def power_iteration(factor: Tensor, q: Tensor) -> Tensor:
     """The next basis from the last one: one step towards the eigenvectors."""
     return qr(factor @ q)
+
+
+def next_bases(
+    cutting: Cutting,
+    shape: Any,
+    factors: Tensor,
+    bases: Tensor,
+    failed: Tensor,
+    fresh: Any,
+    eps: float = 1e-30,
+) -> tuple[Tensor, Tensor]:
+    """The next bases of all blocks, and how many could not be found so far.
+
+    Where `fresh`, they are eigenvectors, of factors with `eps` added to their diagonals.
+    """
+    found = []
+    rows = zip(cutting.taken(factors, shape), cutting.taken(bases, shape), strict=True)
+    for fs, qs in rows:
+        block: Matrices = []
+        for f, q in zip(fs, qs, strict=True):
+            if f is not None and q is not None:
+                q, is_found = kept_if_not_found(_next_basis(f, q, fresh, eps), q)
+                failed = failed + (~is_found).to(failed.dtype)
+            block.append(q)
+        found.append(block)
+    return cutting.kept(found, bases), failed
+
+
+def _next_basis(factor: Tensor, q: Tensor, fresh: Any, eps: float) -> Tensor:
+    """The first basis of a factor, or the next one."""
+
+    def first():
+        return (descending_basis(factor, eps),)
+
+    def later():
+        return (power_iteration(factor, q),)
+
+    return either(fresh, first, later)[0]
 
 
 def on_host(flag: Tensor) -> Tensor | bool:

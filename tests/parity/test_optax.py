@@ -959,6 +959,14 @@ DIVERGENCES = {
         ),
         "optax has none: see test_matrices.py",
     ),
+    **dict.fromkeys(
+        (
+            *("soap", "scale_by_soap", "shampoo", "scale_by_shampoo", "splus"),
+            *("kl_shampoo", "scale_by_kl_shampoo", "kl_soap", "scale_by_kl_soap"),
+            "scale_by_splus",
+        ),
+        "optax has none: see test_preconditioners.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
