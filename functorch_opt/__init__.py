@@ -57,6 +57,7 @@ from functorch_opt.optimizers.normuon import *
 from functorch_opt.optimizers.novograd import *
 from functorch_opt.optimizers.optimistic import *
 from functorch_opt.optimizers.prodigy import *
+from functorch_opt.optimizers.psgd_kron import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.routes import *
 from functorch_opt.optimizers.rprop import *

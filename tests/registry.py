@@ -669,6 +669,19 @@ ROWS = [
         smooth=False,
         reads_shape=True,
     ),
+    Row(
+        "scale_by_psgd_kron",
+        fo.scale_by_psgd_kron,
+        {"b1": 0.9, "precond_lr": 0.1},
+        (
+            {},
+            {"probability": 0.5, "diagonals": "all"},
+            {"max_size": 2, "balance_probability": 0.9},
+        ),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
+    ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
     Row(
@@ -996,6 +1009,15 @@ ROWS = [
     Row("yogi", fo.yogi, {**LR, **ADAM}),
     # optimizers of matrices
     Row(
+        "psgd_kron",
+        fo.psgd_kron,
+        {**LR, "b1": 0.9, "weight_decay": 0.1, "precond_lr": 0.1},
+        ({}, {"probability": 0.5, "diagonals": "larger", "mask": kernels}),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
+    ),
+    Row(
         "shampoo",
         fo.shampoo,
         {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1, "graft_eps": 1e-3},
@@ -1116,6 +1138,7 @@ NOT_TRANSFORMATIONS = {
     "per_example_grads",
     "poisson_sample",
     "privacy_spent",
+    "psgd_probability",
     "state_dict",
     "sweep",
     "transformation",

@@ -411,6 +411,146 @@ def test_splus_of_a_large_matrix_has_no_basis() -> None:
     assert sizes == {"wide": 0, "w": 18}
 
 
+# ---- PSGD Kron -----------------------------------------------------------------------------------
+
+KRON_SHAPES = {
+    "tall": (6, 4),
+    "square": (4, 4),
+    "kernel": (3, 2, 4),
+    "row": (1, 5),
+    "b": (5,),
+    "s": (),
+}
+
+
+def bound(a: Tensor) -> Tensor:
+    largest = a.abs().max()
+    a = a / largest
+    x = a[:, (a * a).sum(0).argmax()]
+    x = x @ a
+    x = x / x.norm()
+    return (a @ x).norm() * largest
+
+
+def plain_kron(
+    lr: float,
+    b1: float,
+    wd: float,
+    step_size: float,
+    scale: float,
+    largest: int,
+    every: int,
+) -> Plain:
+    """With Q updated at each `every`-th step. The noise is that of the tree of all shapes."""
+    key = fo.random.key(5)
+
+    def make(p: Tensor) -> Callable:
+        name = next(name for name, x in draw(0, KRON_SHAPES).items() if torch.equal(x, p))
+        dims = [*p.shape] or [1]
+        if len(dims) > 2:
+            dims = [
+                dims[0] * dims[1],
+                dims[2],
+            ]  # (6, 4), which is as square as (3, 8) is not
+        each = scale ** (1 / len(dims))
+        full = [len(dims) > 1 and 1 < n <= largest for n in dims]
+        pairs = list(zip(dims, full, strict=True))
+        qs = [each * torch.eye(n, dtype=p.dtype).double() for n, _ in pairs]
+        m = torch.zeros_like(p)
+
+        def update(t: int, h: Tensor) -> Tensor:
+            nonlocal qs
+            noise = fo.random.normal_like(key, draw(0, KRON_SHAPES), torch.tensor(t - 1))[
+                name
+            ]
+            v = noise.double().reshape(dims)
+            h = h + (2.0**-23) ** 0.5 * h.abs().mean() * v
+            a = by_all(h, qs)
+            b = by_all(v, [torch.linalg.inv(q).T for q in qs])
+            new = []
+            for k, (q, is_full) in enumerate(zip(qs, full, strict=True)):
+                aa, bb = gram(a, k), gram(b, k)
+                if is_full:
+                    new.append(q - step_size * torch.triu(aa - bb) / bound(aa + bb) @ q)
+                else:
+                    aa, bb = aa.diag(), bb.diag()
+                    new.append(
+                        q - torch.diag(step_size * (aa - bb) / (aa + bb).max()) @ q
+                    )
+            qs = new
+            return h
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m
+            m = b1 * m + (1 - b1) * g
+            h = (m / (1 - b1**t)).reshape(dims)
+            if t % every == 0:
+                h = update(t, h)
+            u = by_all(h, [q.T @ q for q in qs]).reshape(p.shape)
+            u = u * min(1.0, 1.1 / (u.square().mean().sqrt().item() + 1e-12))
+            return p - lr * (u + (wd * p if p.dim() > 1 else 0))
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (3e-4, 0.9, 0.0, 0.1, 1.0, 8192, 1),
+        (0.05, 0.5, 0.1, 0.3, 0.1, 8192, 3),
+        (0.01, 0.0, 0.02, 0.05, 2.0, 4, 1),
+        (0.02, 0.8, 0.0, 0.1, 0.5, 1, 2),
+    ],
+)
+def test_psgd_kron_is_that_of_its_authors(options: tuple) -> None:
+    lr, b1, wd, step_size, scale, largest, every = options
+    ours = fo.psgd_kron(
+        *(lr, b1, wd, step_size, 1 / every),
+        key=5,
+        init_scale=scale,
+        max_size=largest,
+        balance_probability=0.0,
+    )
+    theirs = train_plainly(plain_kron(*options), KRON_SHAPES)
+    assert_same(train(ours, KRON_SHAPES), theirs, 1e-9)
+
+
+def test_psgd_kron_draws_only_when_it_fits_and_ever_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tx = fo.scale_by_psgd_kron(probability=fo.psgd_probability(1.0, 0.25, 0.5, 3), key=0)
+    params, fitted = {"w": draw(0)["tall"]}, []
+    state = tx.init(params)
+    for t in range(1, 20):
+        before = fo.get(state, "q")["w"]
+        with monkeypatch.context() as patch:
+            drawn = []
+            normal_like = fo.random.normal_like
+            patch.setattr(
+                fo.random,
+                "normal_like",
+                lambda *a, d=drawn, f=normal_like: d.append(1) or f(*a),
+            )
+            _, state = tx.update({"w": draw(t)["tall"]}, state, params)
+        if not torch.equal(before, fo.get(state, "q")["w"]):
+            fitted.append(t)
+        assert bool(drawn) == (fitted[-1:] == [t])
+    assert fitted[:4] == [1, 2, 3, 4]
+    assert {b - a for a, b in itertools.pairwise(fitted[-3:])} == {4}
+
+
+def test_balanced_preconditioners_have_one_size_and_the_same_product() -> None:
+    from functorch_opt.optimizers.psgd_kron import balanced, multiplied
+
+    g = draw(0)["tall"]
+    qs = [torch.eye(6).double() * 8, torch.eye(4).double().triu() * 0.5]
+    new = balanced(qs)
+    assert new[0].abs().max() == pytest.approx(new[1].abs().max()) == pytest.approx(2.0)
+    torch.testing.assert_close(multiplied(g, new), multiplied(g, qs))
+
+
 # ---- how often, and what if it fails -------------------------------------------------------------
 
 

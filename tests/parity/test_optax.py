@@ -963,7 +963,7 @@ DIVERGENCES = {
         (
             *("soap", "scale_by_soap", "shampoo", "scale_by_shampoo", "splus"),
             *("kl_shampoo", "scale_by_kl_shampoo", "kl_soap", "scale_by_kl_soap"),
-            "scale_by_splus",
+            *("scale_by_splus", "psgd_kron", "scale_by_psgd_kron"),
         ),
         "optax has none: see test_preconditioners.py",
     ),
