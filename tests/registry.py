@@ -130,6 +130,10 @@ def matrices_of_two(path, p):
     return p.ndim == 2
 
 
+def by_columns(path, p):
+    return "head" if p.ndim == 2 else "vector"
+
+
 def on_its_matrices(make: Callable[..., Any], at_least: int = 2) -> Callable[..., Any]:
     """`make`, whose transformation gets the tensors with two dims or more."""
 
@@ -930,7 +934,7 @@ ROWS = [
     Row(
         "muon_with_adamw",
         fo.muon_with_adamw,
-        {**LR, "adamw_learning_rate": 0.01, **ADAM, "weight_decay": 0.1},
+        {**LR, "adamw_learning_rate": 0.01, **ADAM, "weight_decay": 0.1, "beta": 0.9},
         (
             {"ns_coeffs": "polar_express"},
             {"dims": {"conv/w": fo.MatrixDims(-1, 1)}, "ns_coeffs": "cans"},
@@ -1108,7 +1112,7 @@ ROWS = [
             {},
             {
                 "constrained": False,
-                "labels": {"conv": "vector", "heads": "vector", "none": "head"},
+                "labels": by_columns,
             },
         ),
         reads_shape=True,

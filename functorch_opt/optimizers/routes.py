@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from functorch_opt import tree
@@ -16,8 +16,9 @@ from functorch_opt._core.transformation import (
     transformation,
 )
 from functorch_opt.optimizers.adam import adamw
-from functorch_opt.optimizers.matrices import MatrixDims
+from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims, Scaling
 from functorch_opt.optimizers.muon import scale_by_muon
+from functorch_opt.optimizers.orthogonal import Coefficients
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 from functorch_opt.tree import PyTree
@@ -188,7 +189,12 @@ def muon_with_adamw(
     eps: ScalarOrSchedule = 1e-8,
     *,
     dims: Mapping[str, MatrixDims] | None = None,
-    **of_muon: Any,
+    ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+    ns_steps: int = 5,
+    beta: ScalarOrSchedule = 0.95,
+    nesterov: bool = True,
+    scaling: Scaling = "original",
+    ns_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """Muon for the hidden matrices, and AdamW for embeddings, heads, norms, biases and the rest.
 
@@ -207,7 +213,7 @@ def muon_with_adamw(
             authors: biases and norms are among the rest.
         b1, b2, eps: of `adamw`.
         dims: see `matrix_labels`; give the same to both.
-        **of_muon: options of `scale_by_muon`, such as ``ns_coeffs="polar_express"``.
+        ns_coeffs, ns_steps, beta, nesterov, scaling, ns_dtype: see `scale_by_muon`.
 
     Raises:
         ValueError: an argument outside its range; a parameter without a label.
@@ -224,14 +230,21 @@ def muon_with_adamw(
     """
     rest = adamw(adamw_learning_rate, b1, b2, eps, weight_decay=adamw_weight_decay)
 
-    def of_matrices(**options: Any) -> GradientTransformation:
+    def of_matrices(form: MatrixDims = ORDINARY) -> GradientTransformation:
+        direction = scale_by_muon(
+            *(ns_coeffs, ns_steps, beta),
+            nesterov=nesterov,
+            scaling=scaling,
+            dims=form,
+            ns_dtype=ns_dtype,
+        )
         decay, step = (
             add_decayed_weights(weight_decay),
             scale_by_learning_rate(learning_rate),
         )
-        return chain(scale_by_muon(**of_muon, **options), decay, step)
+        return chain(direction, decay, step)
 
-    given = {pattern: of_matrices(dims=form) for pattern, form in (dims or {}).items()}
+    given = {pattern: of_matrices(form) for pattern, form in (dims or {}).items()}
     stages = {"muon": of_matrices(), **given, "adamw": rest}
     return partition(stages, _by_shape_and_name(dims) if labels is None else labels)
 
