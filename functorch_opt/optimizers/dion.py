@@ -90,8 +90,8 @@ def scale_by_dion(
     def first_q(p):
         *batch, n, m = as_matrix(p, dims).shape
         shape = (*batch, m, min(rank, n, m))
-        drawn = random.normal(random.key(seed, device=p.device), shape)
-        return drawn.to(tree.at_least_float32(p.dtype))
+        drawn = random.normal(random.key(seed), shape)
+        return drawn.to(p.device, tree.at_least_float32(p.dtype))
 
     def rule(g, mu, q, weight, eps):
         mu = mu + g
