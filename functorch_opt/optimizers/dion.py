@@ -36,6 +36,7 @@ from functorch_opt.optimizers.matrices import (
     matrices_and_rest,
     matrix_slot,
     scale_of,
+    shapes_of,
 )
 
 __all__ = ["dion", "scale_by_dion"]
@@ -88,7 +89,7 @@ def scale_by_dion(
         raise ValueError(f"scale_by_dion takes no fused matrices; dims is {dims}.")
 
     def first_q(p):
-        *batch, n, m = as_matrix(p, dims).shape
+        ((*batch, n, m),) = shapes_of(p.shape, dims)
         shape = (*batch, m, min(rank, n, m))
         drawn = random.normal(random.key(seed), shape)
         return drawn.to(p.device, tree.at_least_float32(p.dtype))

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.groups import partition
 from functorch_opt._core.transformation import (
@@ -102,14 +101,27 @@ def as_tensor(y: Tensor, like: Tensor, dims: MatrixDims) -> Tensor:
     return y.permute(sorted(range(like.dim()), key=order.__getitem__)).contiguous()
 
 
+def shapes_of(shape: Shape, dims: MatrixDims) -> list[list[int]]:
+    """The shapes of the tensors that `blocks_of` makes, of the shape of a tensor.
+
+    Raises:
+        ValueError: the tensor is no matrix with these dims, or cannot be split.
+    """
+    batch, rows, columns = dims.order(len(shape))
+    lengths, split = [shape[i] for i in batch], dims.split
+    n, m = [math.prod([shape[i] for i in part]) for part in (rows, columns)]
+    sizes = (n // split,) * split if isinstance(split, int) else split or (n,)
+    if sum(sizes) != n:
+        raise ValueError(f"{n} rows cannot be split into {split!r}.")
+    if isinstance(split, int):
+        return [[*lengths, split, n // split, m]]
+    return [[*lengths, k, m] for k in sizes]
+
+
 def blocks_of(y: Tensor, split: int | tuple[int, ...] | None) -> list[Tensor]:
     """The matrices that are fused along the rows of `y`; those of one size as one tensor."""
-    n = y.shape[-2]
     if split is None:
         return [y]
-    fits = n % split == 0 if isinstance(split, int) else sum(split) == n
-    if not fits:
-        raise ValueError(f"{n} rows cannot be split into {split!r}.")
     return (
         [y.unflatten(-2, (split, -1))]
         if isinstance(split, int)
@@ -141,7 +153,7 @@ def matrix_slot(
     """`make` for a slot, which refuses parameters that are no matrices."""
 
     def checked(p: Tensor) -> Tensor:
-        blocks_of(as_matrix(p, dims), dims.split)
+        shapes_of(p.shape, dims)
         return make(p)
 
     return checked
@@ -162,16 +174,6 @@ def scale_of(shape: Shape, scaling: Scaling) -> float:
     if scaling == "rms_to_rms":
         return (n / m) ** 0.5
     return max(n, m) ** 0.5 if scaling == "spectral" else 1.0
-
-
-def rows_slot(dims: MatrixDims) -> Callable[[Tensor], Tensor]:
-    """A function that makes of a parameter zeros for the rows of its matrices, ``[..., n, 1]``."""
-
-    def make(p: Tensor) -> Tensor:
-        shape = [*as_matrix(p, dims).shape[:-1], 1]
-        return p.new_zeros(shape, dtype=tree.at_least_float32(p.real.dtype))
-
-    return matrix_slot(make, dims)
 
 
 def matrices_and_rest(

@@ -13,7 +13,7 @@ and the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from functorch_opt.optimizers.matrices import (
     matrices_and_rest,
     matrix_slot,
     scale_of,
+    shapes_of,
 )
 from functorch_opt.optimizers.orthogonal import Coefficients, norm, orthogonalizer
 
@@ -49,29 +50,28 @@ __all__ = ["normuon", "scale_by_normuon"]
 Axis = Literal["rows", "short"]
 
 
-def _averaged(x: Tensor, axis: Axis) -> int:
+def _averaged(shape: Sequence[int], axis: Axis) -> int:
     """The dim of a matrix over which the mean is taken."""
-    return -1 if axis == "rows" or x.shape[-2] >= x.shape[-1] else -2
+    return -1 if axis == "rows" or shape[-2] >= shape[-1] else -2
 
 
 def _means_slot(dims: MatrixDims, axis: Axis) -> Callable[[Tensor], Tensor]:
     """Zeros for the means of every matrix; those of fused ones stand one after another."""
 
     def make(p: Tensor) -> Tensor:
-        blocks = blocks_of(as_matrix(p.detach(), dims), dims.split)
-        means = [
-            block[..., :1] if _averaged(block, axis) == -1 else block[..., :1, :]
-            for block in blocks
-        ]
-        like = means[0] if len(means) == 1 else torch.cat(means, -2)
-        return like.new_zeros(like.shape, dtype=tree.at_least_float32(p.real.dtype))
+        shapes = shapes_of(p.shape, dims)
+        for shape in shapes:
+            shape[_averaged(shape, axis)] = 1
+        if len(shapes) > 1:
+            shapes[0][-2] = sum([shape[-2] for shape in shapes])
+        return p.new_zeros(shapes[0], dtype=tree.at_least_float32(p.real.dtype))
 
     return make
 
 
 def _normalized(o, v, w2, eps, axis):
     """The orthogonal matrix with rows of about one size, and the means."""
-    dim = _averaged(o, axis)
+    dim = _averaged(o.shape, axis)
     v = torch.lerp(v, (o * o.conj()).real.mean(dim).unsqueeze(dim), w2)
     r = o / (v.sqrt() + eps)
     return r * (norm(o) / (norm(r) + eps)), v

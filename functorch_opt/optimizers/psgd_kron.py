@@ -114,6 +114,8 @@ class Shapes(NamedTuple):
         def make(p: Tensor) -> Tensor:
             dtype, dims = tree.at_least_float32(p.dtype), self.dims(p.shape)
             each = scale ** (1 / len(dims))
+            if len(dims) == 1:
+                return tree.zeros_like(p).reshape(-1) + each
             parts = []
             for n, is_triangle in zip(dims, self.triangles(p.shape), strict=True):
                 one = torch.eye(n, dtype=dtype, device=p.device)
