@@ -131,6 +131,19 @@ def matrices_of_two(path, p):
     return p.ndim == 2
 
 
+def by_columns(path, p):
+    return "head" if p.ndim == 2 else "vector"
+
+
+def on_its_matrices(make: Callable[..., Any], at_least: int = 2) -> Callable[..., Any]:
+    """`make`, whose transformation gets the tensors with two dims or more."""
+
+    def build(**options: Any) -> fo.GradientTransformation:
+        return fo.masked(make(**options), lambda path, p: p.ndim >= at_least)
+
+    return build
+
+
 def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     """`tx`, which takes the gradient of every example, after a stage that makes three of one."""
     return fo.chain(
@@ -500,12 +513,13 @@ ROWS = [
     Row(
         "scale_by_muon",
         lambda beta, **options: fo.masked(
-            fo.scale_by_muon(beta=beta, **options), matrices_of_two
+            fo.scale_by_muon(beta=beta, **options), matrices
         ),
         {"beta": 0.9},
         (
             {},
             {"nesterov": False, "consistent_rms": 0.2},
+            {"ns_coeffs": "gram", "scaling": "rms_to_rms"},
             {"ns_coeffs": ((2.0, -1.5, 0.5), (3.0, -3.2, 1.2))},
         ),
         reads_shape=True,
@@ -622,6 +636,109 @@ ROWS = [
         shards=False,
         written=False,
         apart=True,
+    ),
+    Row(
+        "scale_by_adamuon",
+        on_its_matrices(fo.scale_by_adamuon),
+        {"beta": 0.9, "eps": 1e-3},
+        ({}, {"nesterov": False}),
+        smooth=False,
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_dion",
+        on_its_matrices(fo.scale_by_dion),
+        {"beta": 0.9, "eps": 1e-3},
+        ({}, {"rank": 1}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_mano",
+        on_its_matrices(fo.scale_by_mano),
+        {"beta": 0.9},
+        ({}, {"nesterov": True, "dims": fo.MatrixDims(-1, 0)}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_normuon",
+        on_its_matrices(fo.scale_by_normuon),
+        {"beta": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({}, {"nesterov": False, "axis": "short"}, {"dims": fo.MatrixDims(-1, 0)}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_scion",
+        on_its_matrices(fo.scale_by_scion),
+        {"b1": 0.9, "radius": 3.0},
+        ({}, {"norm": "rms"}, {"norm": "column"}, {"norm": "row"}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row("hyperball", fo.hyperball, LR),
+    Row(
+        "scale_by_soap",
+        fo.scale_by_soap,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        (
+            {"frequency": 1},
+            {"vectors": True, "blocks": True, "max_size": 2},
+            {"merged": 3},
+        ),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_shampoo",
+        fo.scale_by_shampoo,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-2, "graft_b2": 0.9, "graft_eps": 1e-3},
+        (
+            {},
+            {"frequency": 2, "grafting": "none", "max_size": 2},
+            {"b2": 1.0, "grafting": "adagrad", "merged": 6},
+        ),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_kl_shampoo",
+        fo.scale_by_kl_shampoo,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({"frequency": 1}, {"blocks": True, "max_size": 2}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_kl_soap",
+        fo.scale_by_kl_soap,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({"frequency": 1}, {"max_size": 2, "init": 2.0}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_splus",
+        fo.scale_by_splus,
+        {"b1": 0.9, "b2": 0.8},
+        ({"frequency": 2}, {"max_size": 2}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_psgd_kron",
+        fo.scale_by_psgd_kron,
+        {"b1": 0.9, "precond_lr": 0.1},
+        (
+            {},
+            {"probability": 0.5, "diagonals": "all"},
+            {"max_size": 2, "balance_probability": 0.9},
+        ),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
     ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
@@ -971,6 +1088,16 @@ ROWS = [
         ),
         reads_shape=True,
     ),
+    Row(
+        "muon_with_adamw",
+        fo.muon_with_adamw,
+        {**LR, "adamw_learning_rate": 0.01, **ADAM, "weight_decay": 0.1, "beta": 0.9},
+        (
+            {"ns_coeffs": "polar_express"},
+            {"dims": {"conv/w": fo.MatrixDims(-1, 1)}, "ns_coeffs": "cans"},
+        ),
+        reads_shape=True,
+    ),
     Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),
     Row(
         "nadamw",
@@ -1057,12 +1184,120 @@ ROWS = [
     ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
+    # optimizers of matrices
+    Row(
+        "psgd_kron",
+        fo.psgd_kron,
+        {**LR, "b1": 0.9, "weight_decay": 0.1, "precond_lr": 0.1},
+        ({}, {"probability": 0.5, "diagonals": "larger", "mask": kernels}),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
+    ),
+    Row(
+        "shampoo",
+        fo.shampoo,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1, "graft_eps": 1e-3},
+        ({"frequency": 2}, {"grafting": "sgd", "mask": matrices}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "kl_shampoo",
+        fo.kl_shampoo,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"adam_learning_rate": 0.01}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "kl_soap",
+        fo.kl_soap,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"adam_learning_rate": 0.01}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "splus",
+        fo.splus,
+        {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9},
+        ({"frequency": 2}, {"max_size": 2, "scale": 0.1}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "soap",
+        fo.soap,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"max_size": 2, "bias_correction": False}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "adamuon",
+        fo.adamuon,
+        {**LR, "beta": 0.9, "eps": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"nesterov": False, "adam_learning_rate": 0.01}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "dion",
+        fo.dion,
+        {**LR, "beta": 0.9, "eps": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"rank": 1, "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "mano",
+        fo.mano,
+        {**LR, "beta": 0.9, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"nesterov": True, "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "muonh",
+        fo.muonh,
+        {**LR, "beta": 0.9, "adam_eps": 1e-3},
+        ({}, {"nesterov": False, "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "normuon",
+        fo.normuon,
+        {
+            **LR,
+            "beta": 0.9,
+            "b2": 0.8,
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "adam_eps": 1e-3,
+        },
+        ({}, {"axis": "short", "scaling": "spectral", "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "scion",
+        fo.scion,
+        {**LR, "b1": 0.9, "radius": 2.0, "head_radius": 3.0, "vector_radius": 0.5},
+        (
+            {},
+            {
+                "constrained": False,
+                "labels": by_columns,
+            },
+        ),
+        reads_shape=True,
+    ),
 ]
 
 NOT_TRANSFORMATIONS = {
     "ClippedSum",
     "Each",
     "GradientTransformation",
+    "MatrixDims",
+    "MatrixLabels",
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
@@ -1079,6 +1314,7 @@ NOT_TRANSFORMATIONS = {
     "incremental_update",
     "leafwise",
     "load_state_dict",
+    "matrix_labels",
     "measure_with_ema",
     "per_example_global_norm_clip",
     "per_example_grads",
@@ -1086,6 +1322,7 @@ NOT_TRANSFORMATIONS = {
     "periodic_update",
     "poisson_sample",
     "privacy_spent",
+    "psgd_probability",
     "scale_gradient",
     "skip_large_updates",
     "skip_not_finite",
