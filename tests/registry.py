@@ -657,7 +657,7 @@ ROWS = [
     Row(
         "scale_by_mano",
         on_its_matrices(fo.scale_by_mano),
-        {"beta": 0.9},
+        {"beta": 0.9, "eps": 0.5},
         ({}, {"nesterov": True, "dims": fo.MatrixDims(-1, 0)}),
         reads_shape=True,
         written=False,
@@ -722,7 +722,7 @@ ROWS = [
     Row(
         "scale_by_splus",
         fo.scale_by_splus,
-        {"b1": 0.9, "b2": 0.8},
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3, "scale": 0.1},
         ({"frequency": 2}, {"max_size": 2}),
         smooth=False,
         reads_shape=True,
@@ -1221,8 +1221,8 @@ ROWS = [
     Row(
         "splus",
         fo.splus,
-        {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9},
-        ({"frequency": 2}, {"max_size": 2, "scale": 0.1}),
+        {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9, "scale": 0.1},
+        ({"frequency": 2}, {"max_size": 2}),
         smooth=False,
         reads_shape=True,
     ),
@@ -1252,7 +1252,7 @@ ROWS = [
     Row(
         "mano",
         fo.mano,
-        {**LR, "beta": 0.9, "weight_decay": 0.1, "adam_eps": 1e-3},
+        {**LR, "beta": 0.9, "eps": 0.5, "weight_decay": 0.1, "adam_eps": 1e-3},
         ({}, {"nesterov": True, "adam_learning_rate": 0.01}),
         reads_shape=True,
     ),

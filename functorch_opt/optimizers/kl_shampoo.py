@@ -21,7 +21,6 @@ via Kullback-Leibler Minimization", 2025, and the authors' code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -192,8 +191,7 @@ def _checked(b1, b2, b3, eps, frequency, init, max_size):
     check_range(0, 1, b1=b1, b2=b2, b3=b3)
     check_range(0, float("inf"), eps=eps)
     check_range(1, float("inf"), frequency=frequency, max_size=max_size)
-    if not (init > 0 and math.isfinite(init)):
-        raise ValueError(f"init must be above 0; got {init}.")
+    check_range(0, float("inf"), above=True, init=init)
     return {"b1": b1, "b2": b2, "b3": b2 if b3 is None else b3, "eps": eps}
 
 

@@ -39,13 +39,13 @@ __all__ = ["mano", "scale_by_mano"]
 def _unit(x, dim, eps):
     """`x` divided by its norms along `dim`, of which the slope at 0 is finite."""
     square = (x * x.conj()).real.sum(dim, keepdim=True)
-    return x / square.clamp(min=max(eps**2, tree.TINY)).sqrt()
+    return x / square.clamp(min=eps * eps).clamp(min=tree.TINY).sqrt()
 
 
 @transformation
 def scale_by_mano(
     beta: ScalarOrSchedule = 0.95,
-    eps: float = 1e-8,
+    eps: ScalarOrSchedule = 1e-8,
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = False,
@@ -58,7 +58,7 @@ def scale_by_mano(
 
     Args:
         beta: weight of the old momentum, in [0, 1).
-        eps: the least norm, 0 or greater; a number.
+        eps: the least norm, 0 or greater.
         mu_dtype: dtype of ``mu``; by default that of the params, at least float32.
         nesterov: look one step ahead.
         dims: which dims are a matrix, see `MatrixDims`.
@@ -79,17 +79,18 @@ def scale_by_mano(
     check_range(0, 1, beta=beta)
     check_range(0, float("inf"), eps=eps)
 
-    def along(m, p, dim):
+    def along(m, p, dim, eps):
         q = _unit(p, dim, eps)
         d = m - (m * q.conj()).sum(dim, keepdim=True) * q
         return _unit(d, dim, eps) * (0.2 * m.shape[dim] ** 0.5)
 
-    def rule(g, p, mu, beta, by_columns):
+    def rule(g, p, mu, beta, eps, by_columns):
         mu = beta * mu + g
         m = g + beta * mu if nesterov else mu
 
         def step(m, p):
-            return torch.where(by_columns, along(m, p, -2), along(m, p, -1))
+            by_rows = along(m, p, -1, eps)
+            return torch.where(by_columns, along(m, p, -2, eps), by_rows)
 
         return on_matrices(step, dims, m, p), {"mu": mu}
 
@@ -97,7 +98,7 @@ def scale_by_mano(
         rule,
         lambda count: {"by_columns": count % 2 == 0},
         slots={"mu": matrix_slot(partial(tree.zeros_like, dtype=mu_dtype), dims)},
-        hyper={"beta": beta},
+        hyper={"beta": beta, "eps": eps},
         kind="tensorwise",
     )
 
@@ -106,7 +107,7 @@ def scale_by_mano(
 def mano(
     learning_rate: ScalarOrSchedule,
     beta: ScalarOrSchedule = 0.95,
-    eps: float = 1e-8,
+    eps: ScalarOrSchedule = 1e-8,
     weight_decay: ScalarOrSchedule = 0.1,
     *,
     nesterov: bool = False,

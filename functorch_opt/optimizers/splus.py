@@ -61,11 +61,11 @@ class _Matrices(Cutting):
 def scale_by_splus(
     b1: ScalarOrSchedule = 0.9,
     b2: ScalarOrSchedule = 0.999,
-    eps: float = 1e-30,
+    eps: ScalarOrSchedule = 1e-30,
     frequency: int = 100,
     *,
     max_size: int = 10000,
-    scale: float = 1e-3,
+    scale: ScalarOrSchedule = 1e-3,
 ) -> GradientTransformation:
     """The sign of the momentum in an eigenbasis, scaled by the shape of the matrix.
 
@@ -102,11 +102,11 @@ def scale_by_splus(
     def due(count):
         return (count == 1) | ((count > 0) & (count % frequency == 0))
 
-    def work(g, factors, bases, failed):
+    def work(g, factors, bases, failed, eps):
         new, failed = next_bases(cutting, g.shape, factors, bases, failed.real, True, eps)
         return {"bases": new, "failed": failed}
 
-    def rule(g, mu, factors, bases, failed, w1, b2, w2):
+    def rule(g, mu, factors, bases, failed, w1, b2, w2, scale):
         mu = torch.lerp(mu, g, w1)
         pairs = zip(cutting.taken(bases, g.shape), cutting.cut(mu), strict=True)
         signs = [turned_back(torch.sgn(turned(m, q)), q) for q, m in pairs]
@@ -120,7 +120,7 @@ def scale_by_splus(
         rule,
         lambda b1, b2: {"w1": 1 - b1, "w2": 1 - b2},
         slots={**slots, "failed": failed_slot},
-        hyper={"b1": b1, "b2": b2},
+        hyper={"b1": b1, "b2": b2, "eps": eps, "scale": scale},
         every=every(due, work),
         kind="tensorwise",
     )
@@ -138,18 +138,22 @@ def step_and_average(
         weight = (1 - ema) / (1 - ema ** tree.as_real(count + 1))
         return {"weight": weight, "decay": learning_rate * weight_decay}
 
-    def rule(g, p, averaged, learning_rate, decay, weight):
+    def rule(g, p, averaged, learning_rate, decay, weight, scale):
         new = p - learning_rate * g
         averaged = torch.lerp(averaged, new, weight)
         shrunk = decay * _scale(g.shape, max_size, scale)
         return -learning_rate * g - shrunk * new, {"averaged": averaged}
 
-    hyper = {"learning_rate": learning_rate, "weight_decay": weight_decay, "ema": ema}
     return leafwise(
         rule,
         prepare,
         slots={"averaged": lambda p: p.to(tree.at_least_float32(p.dtype), copy=True)},
-        hyper=hyper,
+        hyper={
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "ema": ema,
+            "scale": scale,
+        },
         point=lambda averaged: averaged,
         kind="tensorwise",
         last=True,
@@ -161,13 +165,13 @@ def splus(
     learning_rate: ScalarOrSchedule = 0.1,
     b1: ScalarOrSchedule = 0.9,
     b2: ScalarOrSchedule = 0.999,
-    eps: float = 1e-30,
+    eps: ScalarOrSchedule = 1e-30,
     weight_decay: ScalarOrSchedule = 0.01,
     frequency: int = 100,
     *,
     ema: ScalarOrSchedule = 0.999,
     max_size: int = 10000,
-    scale: float = 1e-3,
+    scale: ScalarOrSchedule = 1e-3,
 ) -> GradientTransformation:
     """SPlus: `scale_by_splus`, the learning rate, an average, and decay. Evaluate with `eval_params`.
 
@@ -191,7 +195,6 @@ def splus(
         >>> fo.splus(0.1, frequency=10)
         splus(0.1, frequency=10)
     """
-    options = {"max_size": max_size, "scale": scale}
-    direction = scale_by_splus(b1, b2, eps, frequency, **options)  # type: ignore[arg-type]
+    direction = scale_by_splus(b1, b2, eps, frequency, max_size=max_size, scale=scale)
     step = step_and_average(learning_rate, weight_decay, ema, max_size, scale)
     return chain(direction, step)
