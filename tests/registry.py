@@ -27,6 +27,10 @@ class Row:
     """Other ways to call `make`: options that change what is computed."""
     smooth: bool = True
     """Whether finite differences mean anything at a random point."""
+    slope_at_zero: bool = True
+    """Whether derivatives at zero gradients are finite. A matrix of zeros has no eigenvectors with a
+    slope, and no orthonormal columns; the slope of MuonH is so large that float32 has no such number.
+    """
     keyed: bool = False
     """Whether it draws noise, from a `key` argument."""
     rounds: bool = False
@@ -651,6 +655,7 @@ ROWS = [
         on_its_matrices(fo.scale_by_dion),
         {"beta": 0.9, "eps": 1e-3},
         ({}, {"rank": 1}),
+        slope_at_zero=False,
         reads_shape=True,
         written=False,
     ),
@@ -689,6 +694,7 @@ ROWS = [
             {"merged": 3},
         ),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -701,6 +707,7 @@ ROWS = [
             {"b2": 1.0, "grafting": "adagrad", "merged": 6},
         ),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -709,6 +716,7 @@ ROWS = [
         {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
         ({"frequency": 1}, {"blocks": True, "max_size": 2}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -717,6 +725,7 @@ ROWS = [
         {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
         ({"frequency": 1}, {"max_size": 2, "init": 2.0}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -725,6 +734,7 @@ ROWS = [
         {"b1": 0.9, "b2": 0.8, "eps": 1e-3, "scale": 0.1},
         ({"frequency": 2}, {"max_size": 2}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1200,6 +1210,7 @@ ROWS = [
         {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1, "graft_eps": 1e-3},
         ({"frequency": 2}, {"grafting": "sgd", "mask": matrices}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1208,6 +1219,7 @@ ROWS = [
         {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
         ({"frequency": 1}, {"adam_learning_rate": 0.01}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1216,6 +1228,7 @@ ROWS = [
         {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
         ({"frequency": 1}, {"adam_learning_rate": 0.01}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1224,6 +1237,7 @@ ROWS = [
         {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9, "scale": 0.1},
         ({"frequency": 2}, {"max_size": 2}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1232,6 +1246,7 @@ ROWS = [
         {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
         ({"frequency": 1}, {"max_size": 2, "bias_correction": False}),
         smooth=False,
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1247,6 +1262,7 @@ ROWS = [
         fo.dion,
         {**LR, "beta": 0.9, "eps": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-3},
         ({}, {"rank": 1, "adam_learning_rate": 0.01}),
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(
@@ -1261,6 +1277,7 @@ ROWS = [
         fo.muonh,
         {**LR, "beta": 0.9, "adam_eps": 1e-3},
         ({}, {"nesterov": False, "adam_learning_rate": 0.01}),
+        slope_at_zero=False,
         reads_shape=True,
     ),
     Row(

@@ -86,7 +86,8 @@ def scale_by_adamuon(
         def step(r):
             return r * (0.2 * r.shape[-2:].numel() ** 0.5 / (norm(r) + eps))
 
-        return on_matrices(step, dims, o / (v.sqrt() + eps)), {"mu": mu, "v": v}
+        r = o / ((v + tree.TINY).sqrt() + eps)
+        return on_matrices(step, dims, r), {"mu": mu, "v": v}
 
     return leafwise(
         rule,

@@ -73,7 +73,7 @@ def _normalized(o, v, w2, eps, axis):
     """The orthogonal matrix with rows of about one size, and the means."""
     dim = _averaged(o.shape, axis)
     v = torch.lerp(v, (o * o.conj()).real.mean(dim).unsqueeze(dim), w2)
-    r = o / (v.sqrt() + eps)
+    r = o / ((v + tree.TINY).sqrt() + eps)
     return r * (norm(o) / (norm(r) + eps)), v
 
 
