@@ -31,6 +31,8 @@ class Row:
     """Whether derivatives at zero gradients are finite. A matrix of zeros has no eigenvectors with a
     slope, and no orthonormal columns; the slope of MuonH is so large that float32 has no such number.
     """
+    lr_is_all: bool = True
+    """Whether nothing moves where the group option ``lr`` is 0; the decay of SPlus comes after it."""
     keyed: bool = False
     """Whether it draws noise, from a `key` argument."""
     rounds: bool = False
@@ -1236,6 +1238,7 @@ ROWS = [
         fo.splus,
         {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9, "scale": 0.1},
         ({"frequency": 2}, {"max_size": 2}),
+        lr_is_all=False,
         smooth=False,
         slope_at_zero=False,
         reads_shape=True,

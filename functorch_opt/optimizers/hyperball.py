@@ -39,6 +39,10 @@ def hyperball(learning_rate: ScalarOrSchedule) -> GradientTransformation:
     ``chain(scale_by_adam(), hyperball(0.01))`` is AdamH. A parameter of zeros stays zero, so give
     it to matrices that start with other values, by `masked` or `partition`.
 
+    In `fo.optim.Optimizer` give it as a function, or within one that takes the learning rate. The
+    group option ``lr`` of a ready transformation multiplies the direction, whose length has no
+    effect here.
+
     Args:
         learning_rate: the length of a step as a share of the norm of the parameter; 0 or greater,
             or a schedule.

@@ -175,7 +175,9 @@ def splus(
 ) -> GradientTransformation:
     """SPlus: `scale_by_splus`, the learning rate, an average, and decay. Evaluate with `eval_params`.
 
-    It looks at the new parameters, so it comes last in a chain.
+    It looks at the new parameters, so it comes last in a chain. In `fo.optim.Optimizer` give the
+    function and the learning rate: the group option ``lr`` of a ready transformation multiplies the
+    step, and not the decay, which comes after the average.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
