@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity_page import assert_near, compares
+from test_authors import plain_adam
 from torch import Tensor, nn
 
 import functorch_opt as fo
@@ -20,6 +22,7 @@ from functorch_opt.optimizers.orthogonal import (
 )
 
 STEPS = 100
+AUTHORS = "plain: the authors' code"
 SHAPES = {"tall": (6, 4), "wide": (3, 5), "square": (4, 4)}
 JORDAN = [(3.4445, -4.775, 2.0315)] * 5
 CUBIC = [(1.5, -0.5, 0.0)] * 4
@@ -63,13 +66,15 @@ def assert_same(
 ) -> None:
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
-        torch.testing.assert_close(ours[name], x, rtol=tolerance, atol=tolerance)
+        assert_near(ours[name], x, tolerance, name)
 
 
-def plain_orthogonal(m: Tensor, triples: list, eps: float = 1e-7) -> Tensor:
+def plain_orthogonal(
+    m: Tensor, triples: list, eps: float = 1e-7, slack: float = 1.0
+) -> Tensor:
     """Newton-Schulz by the singular values: ``U f(S) V'`` with the polynomials of each step."""
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
-    s = s / (m.square().sum().sqrt() + eps)
+    s = s / (slack * m.square().sum().sqrt() + eps)
     for a, b, c in triples:
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vh
@@ -106,19 +111,9 @@ def test_the_iteration_is_that_of_the_singular_values(
     )
     found = preset(name, 6)
     got = orthogonalizer(name, 6)(m, 0.01)
-    for x, o in zip(
-        m.reshape(-1, *shape[-2:]), got.reshape(-1, *shape[-2:]), strict=True
-    ):
-        wanted = plain_orthogonal(x * found.slack, [*found.triples], 0.01)
-        wanted = (
-            plain_orthogonal(x, [*found.triples], 0.01) if found.slack == 1 else wanted
-        )
-        if found.slack != 1:  # the slack makes the start smaller, not eps
-            u, s, vh = torch.linalg.svd(x, full_matrices=False)
-            s = s / (found.slack * x.norm() + 0.01)
-            for a, b, c in found.triples:
-                s = a * s + b * s**3 + c * s**5
-            wanted = u @ torch.diag(s) @ vh
+    matrices = m.reshape(-1, *shape[-2:]), got.reshape(-1, *shape[-2:])
+    for x, o in zip(*matrices, strict=True):
+        wanted = plain_orthogonal(x, [*found.triples], 0.01, found.slack)
         torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -152,7 +147,13 @@ def test_the_dtype_of_the_iteration() -> None:
 
 
 def plain_muon(
-    lr: float, beta: float, eps: float, nesterov: bool, triples: list, factor: Callable
+    lr: float,
+    beta: float,
+    eps: float,
+    nesterov: bool,
+    triples: list,
+    factor: Callable,
+    wd: float = 0.0,
 ) -> Plain:
     def make(p: Tensor) -> Callable:
         mu = torch.zeros_like(p)
@@ -163,7 +164,8 @@ def plain_muon(
             m = mu / (1 - beta**t)
             if nesterov:
                 m = beta * mu / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
-            return p - lr * factor(*p.shape) * plain_orthogonal(m, triples, eps)
+            u = factor(*p.shape) * plain_orthogonal(m, triples, eps)
+            return p - lr * (u + wd * p)
 
         return step
 
@@ -179,6 +181,7 @@ FACTORS = {
 }
 
 
+@compares("muon", "scale_by_muon", reference=AUTHORS, remark="each scaling")
 @pytest.mark.parametrize("scaling", FACTORS)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_is_that_of_its_authors(scaling: str, nesterov: bool) -> None:
@@ -336,6 +339,62 @@ def test_muon_with_adamw_steps_each_in_its_way() -> None:
         )
 
 
+def plain_adamw(lr: float, b1: float, b2: float, eps: float, wd: float) -> Plain:
+    def make(p: Tensor) -> Callable:
+        adam = plain_adam(b1, b2, eps)
+        return lambda t, g, p: p - lr * (adam(t, g) + wd * p)
+
+    return make
+
+
+def of_rows(plain: Plain, n: int) -> Plain:
+    """`plain` for each block of n rows, as a matrix of its own."""
+
+    def make(p: Tensor) -> Callable:
+        steps = [plain(x) for x in p.flatten(1).split(n)]
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            blocks = zip(steps, g.flatten(1).split(n), p.flatten(1).split(n), strict=True)
+            return torch.cat([one(t, x, y) for one, x, y in blocks]).reshape(p.shape)
+
+        return step
+
+    return make
+
+
+@compares("muon_with_adamw", reference=AUTHORS, remark="each parameter where it belongs")
+@pytest.mark.parametrize(
+    ("rates", "decays", "adam", "nesterov", "scaling"),
+    [
+        ((0.02, 3e-4), (0.0, 0.0), (0.9, 0.95, 1e-8), True, "original"),
+        ((0.1, 0.01), (0.1, 0.0), (0.8, 0.99, 1e-3), False, "match_rms_adamw"),
+        ((0.01, 0.1), (0.0, 0.2), (0.0, 0.5, 1e-2), True, "rms_to_rms"),
+        ((0.05, 0.05), (0.3, 0.1), (0.5, 0.9, 1e-8), True, "spectral"),
+    ],
+)
+def test_muon_with_adamw_is_that_of_its_authors(
+    rates: tuple, decays: tuple, adam: tuple, nesterov: bool, scaling: str
+) -> None:
+    shapes = {
+        "up": (6, 4),
+        "conv": (3, 2, 2, 2),
+        "qkv": (6, 5),
+        "b": (4,),
+        "head": (4, 5),
+    }
+    dims = {"qkv": fo.MatrixDims(split=3)}
+    options = {"dims": dims, "nesterov": nesterov, "scaling": scaling}
+    ours = train(fo.muon_with_adamw(*rates, None, *decays, *adam, **options), shapes)
+
+    numbers = rates[0], 0.95, 1e-8, nesterov, JORDAN
+    muon = plain_muon(*numbers, FACTORS[scaling], decays[0])
+    adamw = plain_adamw(rates[1], *adam, decays[1])
+    rules = {"up": of_rows(muon, 6), "conv": of_rows(muon, 3), "qkv": of_rows(muon, 2)}
+    by_shape = {shape: rules.get(name, adamw) for name, shape in shapes.items()}
+    theirs = train_plainly(lambda p: by_shape[tuple(p.shape)](p), shapes)
+    assert_same(ours, theirs)
+
+
 def test_a_parameter_that_is_new_has_no_label() -> None:
     labels = fo.matrix_labels({"w": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="no label for the parameter at 'v'"):
@@ -368,6 +427,7 @@ def plain_normuon(
     return make
 
 
+@compares("normuon", "scale_by_normuon", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -416,6 +476,7 @@ def plain_adamuon(lr: float, beta: float, eps: float, wd: float, nesterov: bool)
     return make
 
 
+@compares("adamuon", "scale_by_adamuon", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -428,7 +489,7 @@ def plain_adamuon(lr: float, beta: float, eps: float, wd: float, nesterov: bool)
 def test_adamuon_is_that_of_its_authors(options: tuple) -> None:
     lr, beta, eps, wd, nesterov = options
     ours = fo.adamuon(lr, JORDAN, 5, beta, eps, wd, nesterov=nesterov)
-    assert_same(train(ours), train_plainly(plain_adamuon(*options)), 1e-8)
+    assert_same(train(ours), train_plainly(plain_adamuon(*options)))
 
 
 # ---- Hyperball -----------------------------------------------------------------------------------
@@ -450,6 +511,7 @@ def plain_hyperball(lr: float, direction: Plain) -> Plain:
     return make
 
 
+@compares("muonh", "hyperball", reference="plain: the paper")
 @pytest.mark.parametrize("lr", [0.018, 0.3, 0.001])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muonh_is_that_of_its_authors(lr: float, nesterov: bool) -> None:
@@ -460,13 +522,18 @@ def test_muonh_is_that_of_its_authors(lr: float, nesterov: bool) -> None:
         torch.testing.assert_close(ours[name].norm(), p.norm())
 
 
-def test_hyperball_goes_onto_adam_and_leaves_zeros_alone() -> None:
-    tx = fo.chain(fo.scale_by_adam(), fo.hyperball(0.1))
-    ours = train(tx)
-    for name, p in draw(0).items():
-        torch.testing.assert_close(ours[name].norm(), p.norm())
-        assert (ours[name] - p).norm() > 0.1
-    zeros = torch.zeros(3)
+@compares("hyperball", reference="plain: the paper", remark="AdamH")
+@pytest.mark.parametrize("lr", [0.1, 0.01, 0.5])
+@pytest.mark.parametrize("b1", [0.9, 0.0])
+def test_hyperball_goes_onto_adam(lr: float, b1: float) -> None:
+    shapes = {**SHAPES, "b": (5,), "kernel": (3, 2, 2)}
+    ours = train(fo.chain(fo.scale_by_adam(b1), fo.hyperball(lr)), shapes)
+    adam = plain_adamw(1.0, b1, 0.999, 1e-8, 0.0)
+    assert_same(ours, train_plainly(plain_hyperball(lr, adam), shapes))
+
+
+def test_hyperball_leaves_zeros_alone() -> None:
+    tx, zeros = fo.hyperball(0.1), torch.zeros(3)
     updates, _ = tx.update(torch.ones(3), tx.init(zeros), zeros)
     assert torch.equal(updates, zeros)
 
@@ -505,6 +572,7 @@ def plain_scion(
     return make
 
 
+@compares("scion", "scale_by_scion", reference=AUTHORS)
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("norm", ["spectral", "sign", "column", "row", "rms"])
 def test_scion_is_that_of_its_authors(norm: str, constrained: bool) -> None:
@@ -554,6 +622,7 @@ def plain_dion(
     return make
 
 
+@compares("dion", "scale_by_dion", reference=AUTHORS, remark="with draws of `fo.random`")
 @pytest.mark.parametrize(
     "options",
     [
@@ -565,9 +634,7 @@ def plain_dion(
 )
 def test_dion_is_that_of_its_authors(options: tuple) -> None:
     *given, seed = options
-    assert_same(
-        train(fo.dion(*given, seed=seed)), train_plainly(plain_dion(*options)), 1e-8
-    )
+    assert_same(train(fo.dion(*given, seed=seed)), train_plainly(plain_dion(*options)))
 
 
 def test_what_dion_leaves_out_stays_in_the_momentum() -> None:
@@ -601,6 +668,7 @@ def plain_mano(lr: float, beta: float, eps: float, wd: float, nesterov: bool) ->
     return make
 
 
+@compares("mano", "scale_by_mano", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [

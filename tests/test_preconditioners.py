@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_matrices import Plain, assert_same, draw, train, train_plainly
+from parity_page import compares
+from test_matrices import AUTHORS, Plain, assert_same, draw, train, train_plainly
 from torch import Tensor
 
 import functorch_opt as fo
@@ -152,6 +153,7 @@ def plain_soap(
     return make
 
 
+@compares("soap", "scale_by_soap", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -237,6 +239,7 @@ def plain_shampoo(
     return make
 
 
+@compares("shampoo", "scale_by_shampoo", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -252,10 +255,14 @@ def test_shampoo_is_that_of_its_authors(options: tuple) -> None:
     *given, start, grafting, b3 = options
     tx = fo.shampoo(*given, start=start, grafting=grafting, graft_b2=b3)
     shapes = {**SHAPES, "b": (5,)}
-    assert_same(train(tx, shapes), train_plainly(plain_shampoo(*options), shapes), 1e-9)
+    assert_same(train(tx, shapes), train_plainly(plain_shampoo(*options), shapes))
 
 
 # ---- KL-Shampoo, KL-SOAP -------------------------------------------------------------------------
+
+
+def of_kl(name: str) -> pytest.MarkDecorator:
+    return compares(name, f"scale_by_{name}", reference=AUTHORS)
 
 
 def plain_kl(
@@ -319,7 +326,13 @@ def plain_kl(
     return make
 
 
-@pytest.mark.parametrize("soap", [False, True], ids=["KL-Shampoo", "KL-SOAP"])
+@pytest.mark.parametrize(
+    "soap",
+    [
+        pytest.param(True, id="KL-SOAP", marks=of_kl("kl_soap")),
+        pytest.param(False, id="KL-Shampoo", marks=of_kl("kl_shampoo")),
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -379,6 +392,7 @@ def plain_splus(
     return make
 
 
+@compares("splus", "scale_by_splus", reference=AUTHORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -495,6 +509,12 @@ def plain_kron(
     return make
 
 
+@compares(
+    "psgd_kron",
+    "scale_by_psgd_kron",
+    reference=AUTHORS,
+    remark="with draws of `fo.random`",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -514,7 +534,7 @@ def test_psgd_kron_is_that_of_its_authors(options: tuple) -> None:
         balance_probability=0.0,
     )
     theirs = train_plainly(plain_kron(*options), KRON_SHAPES)
-    assert_same(train(ours, KRON_SHAPES), theirs, 1e-9)
+    assert_same(train(ours, KRON_SHAPES), theirs)
 
 
 def test_psgd_kron_draws_only_when_it_fits_and_ever_less_often(
@@ -569,12 +589,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         yield calls
 
 
+TURNED = {2: ("eigh", 2), 6: ("qr", 2), 10: ("qr", 2)}
 DECOMPOSITIONS = {
-    "soap": (
-        lambda: fo.soap(0.01, frequency=4),
-        {2: ("eigh", 2), 6: ("qr", 2), 10: ("qr", 2)},
+    "soap": (lambda: fo.soap(0.01, frequency=4), TURNED),
+    "kl_soap": (lambda: fo.kl_soap(0.01, frequency=4), TURNED),
+    "kl_shampoo": (lambda: fo.kl_shampoo(0.01, frequency=4), TURNED),
+    "shampoo": (
+        lambda: fo.shampoo(0.01, eps=1e-3, frequency=4),
+        dict.fromkeys((4, 8, 12), ("eigh", 2)),
+    ),
+    "splus": (
+        lambda: fo.splus(0.01, frequency=4),
+        dict.fromkeys((2, 5, 9), ("eigh", 2)),
     ),
 }
+"""How each is made, and on which updates it makes how many decompositions of which kind."""
 
 
 @pytest.mark.parametrize("stateful", [False, True])
