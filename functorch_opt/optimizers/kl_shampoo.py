@@ -47,7 +47,7 @@ from functorch_opt.optimizers.kronecker import (
     turned,
     turned_back,
 )
-from functorch_opt.optimizers.matrices import matrices_and_rest
+from functorch_opt.optimizers.matrices import matrices_and_rest, real_part
 
 __all__ = ["kl_shampoo", "kl_soap", "scale_by_kl_shampoo", "scale_by_kl_soap"]
 
@@ -118,7 +118,7 @@ def _moved(cutting, g, mu, nu, factors, bases, scales, direction, b3, w3):
 
 def _rule(cutting: Cutting, direction_of: Callable[..., Any]) -> Callable[..., Any]:
     def rule(g, mu, nu, factors, bases, scales, failed, w1, w2, b3, w3, eps, moves):
-        scales, nu = scales.real, nu.real
+        scales, nu = real_part(scales), real_part(nu)
         next_mu = torch.lerp(mu, g, w1)
 
         def moved():

@@ -144,6 +144,17 @@ def on_matrices(
     return as_tensor(joined(found, split), x, dims)
 
 
+def real_part(x: Tensor) -> Tensor:
+    """The real part of a slot.
+
+    It is a copy, for the strides of a view are twice as large. If there are no elements, no
+    operation makes them small again, and after 62 steps they are beyond what torch can count.
+    """
+    if not x.is_complex():
+        return x
+    return x.real.clone(memory_format=torch.contiguous_format)
+
+
 def matrix_slot(
     make: Callable[[Tensor], Tensor], dims: MatrixDims
 ) -> Callable[[Tensor], Tensor]:

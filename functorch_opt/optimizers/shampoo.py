@@ -43,6 +43,7 @@ from functorch_opt.optimizers.kronecker import (
     on_host,
     turned_back,
 )
+from functorch_opt.optimizers.matrices import real_part
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
@@ -128,7 +129,7 @@ def _rule(cutting: Cutting, grafting: Grafting) -> Callable[..., Any]:
         graft_eps,
     ):
         mu = torch.lerp(mu, g, w1)
-        m, nu = c1 * mu, nu.real.clone()
+        m, nu = c1 * mu, real_part(nu).clone()
         d = m
         if grafting in MOMENTS:
             nu = graft_keep * nu + graft_add * (g * g.conj()).real
