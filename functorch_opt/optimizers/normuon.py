@@ -135,13 +135,12 @@ def scale_by_normuon(
         return r * scale_of(m.shape, scaling), v
 
     def rule(g, mu, v, weight, w2, eps):
-        v = real_part(v)
         if not g.numel():
-            return g.clone(), {"mu": mu.clone(), "v": v.clone()}
+            return g.clone(), {"mu": mu.clone(), "v": real_part(v).clone()}
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(mu, g, weight) if nesterov else mu
         blocks = blocks_of(as_matrix(m, dims), split)
-        vs = v.split(split, -2) if fused else [v]
+        vs = v.real.split(split, -2) if fused else [v.real]
         pairs = [one(x, y, w2, eps) for x, y in zip(blocks, vs, strict=True)]
         v = torch.cat([v for _, v in pairs], -2) if fused else pairs[0][1]
         u = joined([u for u, _ in pairs], split)
