@@ -25,6 +25,7 @@ from benchmarks import (
     containers,
     contenders,
     floor,
+    ordinary,
     python_time,
     record,
     report,
@@ -45,10 +46,21 @@ class Row(NamedTuple):
     """Which contenders compute other numbers than the first, and must not be compared with it."""
 
 
-AVERAGED = {"averages": 1, "norm": True}
+AVERAGED = {"slots": 3, "norm": True}
+ONE_SLOT = {"slots": 1}
 RANDOM = (1,)
 
 ROWS = {
+    "newcomer": Row(
+        "AdamW, 28 small tensors", shapes.FEW, ordinary.NEWCOMER, contenders.FUSED, 1.2
+    ),
+    "newcomer-groups": Row(
+        "AdamW, 28 small tensors, with and without decay",
+        shapes.FEW,
+        ordinary.GROUPS,
+        ordinary.TwoGroupsFused.name,
+        1.4,
+    ),
     "gpt": Row(
         "AdamW, 76 tensors of a 12 M GPT",
         shapes.NANOGPT,
@@ -142,6 +154,30 @@ ROWS = {
     ),
 }
 PYTHON = "python"
+
+DEFAULT = {
+    "gpt": ("64 tensors of a 9 M GPT", shapes.GPT_9M, 1.4, 1.8),
+    "large": ("20 tensors of 900x1000", shapes.SQUARES, 1.4, 1.8),
+    "small": ("160 tensors of 48x80 and 48", shapes.HANDY, 0.85, 1.1),
+    "many": ("900 tensors of 200", shapes.VECTORS, 0.75, 1.1),
+}
+"""Tensors for the default step of `fo.optim`, and the ratios to reach with AdamW and SGD."""
+for _name, (_title, _shapes, _adamw, _sgd) in DEFAULT.items():
+    ROWS[f"default-{_name}"] = Row(
+        f"default step of AdamW, {_title}",
+        _shapes,
+        ordinary.ADAMW,
+        ordinary.TorchAdamW.name,
+        _adamw,
+    )
+    ROWS[f"sgd-{_name}"] = Row(
+        f"default step of SGD with momentum, {_title}",
+        _shapes,
+        ordinary.SGD,
+        ordinary.TorchSGD.name,
+        _sgd,
+        ONE_SLOT,
+    )
 
 
 # ---- a row ---------------------------------------------------------------------------------------

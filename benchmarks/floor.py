@@ -18,20 +18,20 @@ from torch import Tensor
 def adamw(
     n: int,
     *,
-    averages: int = 0,
+    slots: int = 2,
     norm: bool = False,
     device: str = "cpu",
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ):
-    """The pass, and the bytes it moves: p, g, two moments, and `averages` more of n elements; with
-    `norm`, g is read once before.
+    """The pass, and the bytes it moves: p, g and `slots` of n elements; with `norm`, g is read once
+    before.
     """
     p_dtype, m_dtype = dtypes or (torch.float32, torch.float32)
     p, g = (
         torch.randn(n, device=device).to(p_dtype),
         torch.randn(n, device=device).to(p_dtype),
     )
-    others = [torch.randn(n, device=device).to(m_dtype) for _ in range(2 + averages)]
+    others = [torch.randn(n, device=device).to(m_dtype) for _ in range(slots)]
 
     def run() -> None:
         if norm:
@@ -40,9 +40,7 @@ def adamw(
         for x in others:
             x.neg_()  # exact: never denormal, never overflowing
 
-    size = n * (
-        (4 if norm else 3) * p_dtype.itemsize + 2 * (2 + averages) * m_dtype.itemsize
-    )
+    size = n * ((4 if norm else 3) * p_dtype.itemsize + 2 * slots * m_dtype.itemsize)
     return run, size
 
 

@@ -11,13 +11,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import chains, contenders, record, report, shapes
+from benchmarks import chains, contenders, ordinary, record, report, shapes
 from benchmarks.contenders import Contender, Optax, Unavailable, draw
 
+ORDINARY = (
+    *ordinary.ADAMW,
+    *ordinary.SGD,
+    ordinary.Chain,
+    ordinary.BFloat16,
+)
 CONTENDERS: dict[str, tuple[str, tuple[type[Contender], ...]]] = {
     "adamw": ("AdamW", contenders.ADAMW),
     "ema": ("clip + AdamW + warmup-cosine + parameter EMA", chains.EMA_CHAIN),
     "research": ("8-stage research chain", chains.RESEARCH),
+    "default": ("AdamW, SGD, a chain: the default step of optim", ORDINARY),
     "noise": ("8-stage research chain, noise first", chains.NOISE),
 }
 ROWS = tuple(CONTENDERS)

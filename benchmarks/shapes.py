@@ -72,6 +72,12 @@ LARGE: Shapes = [(1024, 1024)] * 32
 HUGE: Shapes = [(2048, 2048)] * 32
 SMALL: Shapes = [(64, 64), (64,)] * 75
 MANY: Shapes = [(256,)] * 1000
+FEW: Shapes = [(32, 32), (32,)] * 14
+"""A newcomer's model."""
+GPT_9M = gpt(layers=5, width=384, vocabulary=65, context=256)
+SQUARES: Shapes = [(900, 1000)] * 20
+HANDY: Shapes = [(48, 80), (48,)] * 80
+VECTORS: Shapes = [(200,)] * 900
 TINY: Shapes = [(4, 3), (5,)] * 3
 """For rehearsals and tests."""
 

@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     gpu,
     many_models,
     memory,
+    ordinary,
     report,
     shapes,
     timing,
@@ -98,7 +99,9 @@ EAGER = [
             contenders.TorchOpt,
         ),
     ),
-    (chains.EmaTorch, (chains.EmaEager,)),
+    (ordinary.TorchAdamW, (ordinary.DefaultAdamW,)),
+    (ordinary.TorchSGD, (ordinary.DefaultSGD,)),
+    (chains.EmaTorch, (chains.EmaEager, ordinary.Chain)),
     (chains.ResearchTorch, (chains.ResearchEager,)),
 ]
 
@@ -181,7 +184,7 @@ def test_every_contender_has_every_round() -> None:
 
 
 def test_the_floor_leaves_numbers_finite_and_counts_its_bytes() -> None:
-    run, size = floor.adamw(100, averages=1, norm=True)
+    run, size = floor.adamw(100, slots=3, norm=True)
     run()
     assert size == 100 * 4 * (4 + 2 * 3)
 
@@ -238,7 +241,9 @@ def run(out: Path, command: str, *options: str) -> dict:
 
 
 def test_cpu_without_compiling(tmp_path: Path) -> None:
-    result = run(tmp_path, "cpu", "--rows", "eager", "--threads", "1")
+    result = run(
+        tmp_path, "cpu", "--rows", "eager", "default-gpt", "sgd-many", "--threads", "1"
+    )
     assert result["rows"][0]["results"]["functorch_opt eager"]["ms"] > 0
     assert (tmp_path / "cpu.png").exists()
 

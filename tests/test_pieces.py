@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_opt as fo
 from functorch_opt import tree
@@ -148,6 +149,53 @@ def test_a_step_needs_the_memory_of_some_pieces() -> None:
         alive += event.nbytes()
         most = max(most, alive)
     assert 0 < most < 0.05 * p.nbytes
+
+
+class Counted(TorchDispatchMode):
+    """How many operations are dispatched."""
+
+    n = 0
+
+    def __torch_dispatch__(
+        self, f: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.n += not getattr(f, "is_view", False)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.adamw(0.1),
+        fo.chain(fo.clip(1.0), fo.trace(0.9), fo.scale(-0.1)),
+        fo.inject_hyperparams(fo.lion)(learning_rate=0.1),
+        fo.MultiSteps(fo.sgd(0.1), 2),
+    ],
+    ids=["adamw", "chain", "injected", "accumulated"],
+)
+def test_how_many_operations_a_step_takes_does_not_depend_on_the_tensors(
+    tx: fo.GradientTransformation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 10_000)
+    counts = []
+    for n in (4, 60):
+        ps = [torch.randn(3, 2 + i % 5) for i in range(n)]
+        step, state = CompiledStep(tx, True, IN_PIECES), tx.init(ps)
+        for _ in range(2):
+            ps, state = step(ps, [torch.randn_like(p) for p in ps], state)
+        gs = [torch.randn_like(p) for p in ps]
+        with Counted() as counted:
+            step(ps, gs, state)
+        counts.append(counted.n)
+    assert counts[0] == counts[1] > 0
+
+
+def test_pieces_are_larger_where_calls_take_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "ELSEWHERE", 50)
+    x = torch.empty(3, device="meta")
+    assert (pieces._most(torch.empty(3)), pieces._most(x)) == (16, 50)
 
 
 def test_an_error_in_a_rule_leaves_everything_as_it_was() -> None:

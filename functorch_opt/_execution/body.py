@@ -20,6 +20,7 @@ from functorch_opt._core.leaf import Each, check_value, working_dtype
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.guards import Meaning
+from functorch_opt._execution.writes import Writes
 from functorch_opt.tree import zeros_like
 
 Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
@@ -193,7 +194,7 @@ class Body:
         scalars = [x.to("meta") for x in plain.scalars]
         one = _Leaf(plain, [tree.part_of(x).to("meta") for x in leaf], scalars)
         try:
-            one.writes()
+            one.update()
         except Exception:
             return tree.at_least_float32(leaf[0].dtype)
         return one.u.dtype
@@ -206,13 +207,20 @@ class Body:
                 return entry.name, what
         return None
 
-    def __call__(self, args: list[Tensor]) -> list[tuple[int, Tensor]]:
+    def __call__(self, args: list[Tensor]) -> Writes:
+        writes, moves = self.apart(args)
+        return [*writes, *[(i, args[i] + u) for i, u in moves]]
+
+    def apart(self, args: list[Tensor]) -> tuple[Writes, Writes]:
+        """What is to be written; and apart from it, what is to be added to parameters."""
         end = len(args) - len(self.scalars)
-        writes: list[tuple[int, Tensor]] = []
+        writes: Writes = []
+        moves: Writes = []
         for k in range(0, end, self.width):
             leaf = _Leaf(self, args[k : k + self.width], args[end:])
-            writes += [(k + i, x) for i, x in leaf.writes()]
-        return writes
+            moves += [(k + 1, u) for u in leaf.update()]
+            writes += [(k + i, x) for i, x in leaf.new]
+        return writes, moves
 
 
 class _Leaf:
@@ -225,10 +233,11 @@ class _Leaf:
         self.rows = iter(rest[body.n_slots :])
         self.scalars = iter(scalars)
         self.stack: list[tuple[Any, ...]] = []
-        self.new: list[tuple[int, Tensor]] = []
-
-    def writes(self) -> list[tuple[int, Tensor]]:
+        self.new: Writes = []
         """What is to be written, as positions among the tensors of this leaf and new values."""
+
+    def update(self) -> list[Tensor]:
+        """Work out what is new. The update, if there is one to be added to the parameter."""
         seen, incoming = self.p, self.u
         zero: Tensor | None = None
         b = self.body
@@ -254,10 +263,11 @@ class _Leaf:
             else:
                 self.u = zero = zeros_like(self.u)
         if b.place is not None:
-            return [*self.new, (b.place, self.u)]
+            self.new.append((b.place, self.u))
+            return []
         if self.u is zero or (not b.entries and incoming is not self.u):
-            return self.new  # nothing moves the parameter
-        return [*self.new, (1, self.p + self.u)]
+            return []  # nothing moves the parameter
+        return [self.u]
 
     def _mine(self, stage: Leafwise | Wrap) -> dict[str, tuple[int, Tensor]]:
         return {name: next(self.slots) for name in stage.slots}

@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.trials import drawn
-from functorch_opt._execution.writes import run_eagerly
+from functorch_opt._execution.writes import write
 
 PIECE = 65_536
-"""Elements of a piece. A handful of such pieces lie in the cache of one core."""
+"""Elements of a piece on a CPU. A handful of such pieces lie in the cache of one core."""
+ELSEWHERE = 8_388_608
+"""Elements of a piece on another device, where it is the calls that take the time."""
 
 
 class Whole:
@@ -55,7 +57,7 @@ class Whole:
         """
         body, scalars = _plain(body, narrow)
         for leaf in zip(*columns, strict=True):
-            run_eagerly(body, [*leaf, *scalars])
+            _run(body, [*leaf, *scalars])
 
 
 class Pieces(Whole):
@@ -72,7 +74,7 @@ class Pieces(Whole):
         body: Body,
     ) -> None:
         body, scalars = _plain(body, narrow)
-        for first, end in _groups([n for (n,) in sizes]):
+        for first, end in _groups([n for (n,) in sizes], _most(columns[1][0])):
             group = [column[first:end] for column in columns]
             if end - first > 1:
                 _joined(group, sizes[first:end], scalars, body, narrow)
@@ -94,11 +96,15 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
 # ---- pieces --------------------------------------------------------------------------------------
 
 
-def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
+def _most(x: Tensor) -> int:
+    return PIECE if x.device.type == "cpu" else ELSEWHERE
+
+
+def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive leaves that make up a piece together. A large leaf is alone."""
     first, total = 0, 0
     for i, n in enumerate(sizes):
-        if i > first and total + n > PIECE:
+        if i > first and total + n > most:
             yield first, i
             first, total = i, 0
         total += n
@@ -107,12 +113,19 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 def _split(leaf: list[Tensor], scalars: list[Tensor], body: Body) -> None:
     flat = [x.view(-1) if x.dim() else x for x in leaf]
-    if flat[1].numel() <= PIECE:
-        run_eagerly(body, [*flat, *scalars])
+    most = _most(flat[1])
+    if flat[1].numel() <= most:
+        _run(body, [*flat, *scalars])
         return
-    pieces = [x.split(PIECE) if x.dim() else repeat(x) for x in flat]
+    pieces = [x.split(most) if x.dim() else repeat(x) for x in flat]
     for piece in zip(*pieces, strict=False):
-        run_eagerly(body, [*piece, *scalars])
+        _run(body, [*piece, *scalars])
+
+
+@torch.no_grad()
+def _run(body: Body, args: list[Tensor]) -> None:
+    """Apply the body to one leaf. A sum in place saves a tensor and a copy of it."""
+    write(args, *body.apart(args))
 
 
 def _joined(
@@ -123,10 +136,20 @@ def _joined(
     narrow: bool,
 ) -> None:
     flat = [_join(column, sizes, narrow) for column in columns]
-    for i, value in body([*flat, *scalars]):
+    writes, moves = body.apart([*flat, *scalars])
+    for i, value in writes:
         if value is not flat[i]:
-            parts = torch._C._nn.unflatten_dense_tensors(value.contiguous(), columns[i])
-            torch._foreach_copy_(columns[i], parts)
+            torch._foreach_copy_(columns[i], _taken_apart(value, columns[i]))
+    for i, u in moves:
+        if u.dtype is flat[i].dtype:
+            torch._foreach_add_(columns[i], _taken_apart(u, columns[i]))
+        else:
+            torch._foreach_copy_(columns[i], _taken_apart(flat[i] + u, columns[i]))
+
+
+def _taken_apart(x: Tensor, column: list[Tensor]) -> Any:
+    """Views of the elements that belong to each tensor of `column`."""
+    return torch._C._nn.unflatten_dense_tensors(x.contiguous(), column)
 
 
 def _join(column: list[Tensor], sizes: list[tuple[int, ...]], narrow: bool) -> Tensor:
@@ -162,7 +185,7 @@ def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
     halves = [x.view(-1).split(x.numel() // 2) if x.dim() else repeat(x) for x in split]
     with _Elementwise() as seen:
         for half in zip(*halves, strict=False):
-            run_eagerly(body, [*half, *scalars])
+            _run(body, [*half, *scalars])
     joined = [[x.clone(), y.clone()] for x, y in zip(one, other, strict=True)]
     _joined(joined, [(one[1].numel(),)] * 2, scalars, body, narrow)
     found = [*split, *[x for pair in joined for x in pair]]
@@ -172,7 +195,7 @@ def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
 
 def _applied(body: Body, args: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
     args = [x.clone() for x in args]
-    run_eagerly(body, [*args, *scalars])
+    _run(body, [*args, *scalars])
     return args
 
 

@@ -25,6 +25,7 @@ _LOOP = r"""
 #include <utility>
 #include <vector>
 
+// Call a kernel with the words of a row. A pointer and a whole number of 64 bits are passed alike.
 template <size_t... at>
 static void call(void* kernel, void** row, std::index_sequence<at...>) {
     using Word = void*;
@@ -32,6 +33,7 @@ static void call(void* kernel, void** row, std::index_sequence<at...>) {
     function(row[at]...);
 }
 
+// The function that calls a kernel of so many arguments.
 using Call = void (*)(void*, void**);
 
 template <size_t... n>
@@ -41,12 +43,14 @@ static Call call_of(size_t width, std::index_sequence<n...>) {
     return calls[width];
 }
 
+// What a kernel is given for x: where a tensor's memory is, or a number itself.
 static void* word(PyObject* x) {
     if (x == Py_None) return nullptr;
     if (PyLong_Check(x)) return reinterpret_cast<void*>(PyLong_AsSsize_t(x));
     return _torchinductor_pyobject_tensor_data_ptr(x);
 }
 
+// Of each entry, the object and where its memory is.
 static PyObject* identity(PyObject* columns) {
     std::vector<void*> words;
     for (Py_ssize_t c = 0; c < PyTuple_GET_SIZE(columns); c++) {
@@ -62,6 +66,7 @@ static PyObject* identity(PyObject* columns) {
     return PyBytes_FromStringAndSize(bytes, words.size() * sizeof(void*));
 }
 
+// Call a kernel for every row of the columns.
 static PyObject* run(PyObject* args) {
     void* kernel = PyLong_AsVoidPtr(PyTuple_GET_ITEM(args, 0));
     const Py_ssize_t rows = PyLong_AsSsize_t(PyTuple_GET_ITEM(args, 1));

@@ -36,11 +36,24 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 @torch.no_grad()
 def run_eagerly(f: Pure, args: list[Any]) -> None:
     """Write what `f` of `args` says."""
-    writes = [(args[i], value) for i, value in f(args) if value is not args[i]]
-    written = {*memories([target for target, _ in writes])} - {0}
-    kept = [(target, apart_from(written, value)) for target, value in writes]
-    for target, value in kept:
+    write(args, f(args), [])
+
+
+def write(args: list[Any], writes: Writes, moves: Writes) -> None:
+    """Write the values of `writes` into `args`, and add those of `moves`."""
+    into = [(args[i], value) for i, value in writes if value is not args[i]]
+    adds = [(args[i], u) for i, u in moves]
+    targets = [target for target, _ in (*into, *adds)]
+    written = {*memories(targets)} - {0}
+    into = [(target, apart_from(written, value)) for target, value in into]
+    adds = [(target, apart_from(written, u)) for target, u in adds]
+    for target, value in into:
         target.copy_(value)
+    for target, u in adds:
+        if u.dtype is target.dtype and u.shape == target.shape:
+            target.add_(u)
+        else:
+            target.copy_(target + u)
 
 
 def memory_of(x: Any) -> int:

@@ -35,6 +35,7 @@ from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.momentum import with_momentum
+from functorch_opt.optim.one_operation import can_be_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
     arguments,
@@ -80,7 +81,7 @@ class Optimizer(torch.optim.Optimizer):
             parameter}``, otherwise a list.
         tx: a transformation, or a function that returns one.
         compile: run the step in place through `compiled_step`; the numbers are the same. The first
-            step then takes seconds.
+            step then takes seconds. In a graph that you compile the step is one operation.
         **hyper: arguments of the function; ``lr`` is another name of ``learning_rate``. Beside a
             ready transformation only ``lr``.
 
@@ -153,6 +154,7 @@ class Optimizer(torch.optim.Optimizer):
         self._numbers = frozenset(numbers)
         self._plans: dict[Any, Plan] = {}
         self._called = {"step": False}
+        self._number = number_of(self)
         super().__init__(params, defaults)
 
     def _chain(self, *args: Any, **options: Any) -> GradientTransformation:
@@ -393,6 +395,19 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 self._evaluating = outside
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups: parameters and options.
+
+        Where a graph is traced that reads them by this name, torch compiles it anew for every value
+        in them. So what needs the parameters only reads `_groups`.
+        """
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
     def __getstate__(self) -> dict[str, Any]:
         private: dict[str, Any] = {
             name: vars(self)[name]
@@ -403,7 +418,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.param_groups = vars(self).pop("param_groups", None) or self._groups
         self._plans = {}
+        self._number = number_of(self)
         self.__dict__.setdefault("_called", {"step": False})
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -417,6 +434,8 @@ class Optimizer(torch.optim.Optimizer):
     def _advance(self, loss: Any = None) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and
         state as they were."""
+        if torch.compiler.is_compiling() and self._compile and self._as_one(loss):
+            return
         if torch.compiler.is_compiling() and not self._initialized():
             # Outside of the graph. Call it before torch.compile, and there is one graph.
             self.init_state()
@@ -432,6 +451,20 @@ class Optimizer(torch.optim.Optimizer):
         ]
         for write in writes:
             write()
+
+    def _as_one(self, loss: Any) -> bool:
+        """Make the step as one operation of the graph that is traced, if it can be one."""
+        params = [p for group in self._groups for p in group["params"]]
+        where = [i for i, p in enumerate(params) if p.grad is not None]
+        moved = [params[i] for i in where]
+        if not can_be_one(params):
+            return False
+        if loss is not None:
+            loss = torch.as_tensor(loss).detach()
+        if moved:
+            grads = [p.grad for p in moved]
+            torch.ops.functorch_opt.step(moved, grads, loss, where, self._number)
+        return True
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """The groups, in order, by their options that are not numbers: each bucket is one tree with

@@ -56,7 +56,7 @@ def prepare_adam(count, b1, b2, eps, eps_root):
 def adam_rule(g, mu, nu, w1, w2, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
-    return mu / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+    return mu / (k * (nu + root).sqrt() + floor), {"mu": mu, "nu": nu}
 
 
 def prepare_nesterov(count, b1, b2, eps, eps_root):
@@ -70,14 +70,14 @@ def nesterov_rule(g, mu, nu, w1, w2, ahead, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
     m = torch.lerp(ahead * mu, g, w1)
-    return m / torch.addcmul(floor, k, (nu + root).sqrt()), {"mu": mu, "nu": nu}
+    return m / (k * (nu + root).sqrt() + floor), {"mu": mu, "nu": nu}
 
 
 def torchs_amsgrad_rule(g, mu, nu, nu_max, w1, w2, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
     nu_max = torch.maximum(nu_max, nu)
-    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    u = mu / (k * (nu_max + root).sqrt() + floor)
     return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
 
 
@@ -93,7 +93,7 @@ def amsgrad_rule(g, mu, nu, nu_max, w1, w2, c2, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
     nu_max = torch.maximum(nu_max, nu / c2)
-    u = mu / torch.addcmul(floor, k, (nu_max + root).sqrt())
+    u = mu / (k * (nu_max + root).sqrt() + floor)
     return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
 
 
