@@ -133,19 +133,15 @@ def kernels(path, p):
     return path.endswith("w")
 
 
-def matrices_of_two(path, p):
-    return p.ndim == 2
-
-
-def by_columns(path, p):
+def head_or_vector(path, p):
     return "head" if p.ndim == 2 else "vector"
 
 
-def on_its_matrices(make: Callable[..., Any], at_least: int = 2) -> Callable[..., Any]:
+def on_its_matrices(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make`, whose transformation gets the tensors with two dims or more."""
 
     def build(**options: Any) -> fo.GradientTransformation:
-        return fo.masked(make(**options), lambda path, p: p.ndim >= at_least)
+        return fo.masked(make(**options), matrices)
 
     return build
 
@@ -518,9 +514,7 @@ ROWS = [
     Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
     Row(
         "scale_by_muon",
-        lambda beta, **options: fo.masked(
-            fo.scale_by_muon(beta=beta, **options), matrices
-        ),
+        on_its_matrices(fo.scale_by_muon),
         {"beta": 0.9},
         (
             {},
@@ -1301,13 +1295,7 @@ ROWS = [
         "scion",
         fo.scion,
         {**LR, "b1": 0.9, "radius": 2.0, "head_radius": 3.0, "vector_radius": 0.5},
-        (
-            {},
-            {
-                "constrained": False,
-                "labels": by_columns,
-            },
-        ),
+        ({}, {"constrained": False, "labels": head_or_vector}),
         reads_shape=True,
     ),
 ]

@@ -187,7 +187,7 @@ def _stage(cutting, direction_of, has_nu, init, frequency, hyper):
 
 
 def _checked(b1, b2, b3, eps, frequency, init, max_size):
-    """Hyperparameters, and how tensors are cut."""
+    """The hyperparameters, after their ranges are checked."""
     check_range(0, 1, b1=b1, b2=b2, b3=b3)
     check_range(0, float("inf"), eps=eps)
     check_range(1, float("inf"), frequency=frequency, max_size=max_size)
