@@ -21,11 +21,16 @@ FILE = Path(ready.__file__).with_suffix(".pyi")
 HOMES = {
     "Any": "typing",
     "Callable": "collections.abc",
+    "Coefficients": "functorch_opt.optimizers.orthogonal",
     "Iterable": "collections.abc",
+    "LabelsOrFn": "functorch_opt._core.groups",
     "Literal": "typing",
+    "Mapping": "collections.abc",
     "MaskOrFn": "functorch_opt._core.groups",
+    "MatrixDims": "functorch_opt.optimizers.matrices",
     "Scalar": "functorch_opt._core.transformation",
     "ScalarOrSchedule": "functorch_opt._core.transformation",
+    "Scaling": "functorch_opt.optimizers.matrices",
     "Tensor": "torch",
 }
 """Where the names in annotations are from; those that are not here are the factory's file's own."""

@@ -27,6 +27,12 @@ class Row:
     """Other ways to call `make`: options that change what is computed."""
     smooth: bool = True
     """Whether finite differences mean anything at a random point."""
+    slope_at_zero: bool = True
+    """Whether derivatives at zero gradients are finite. A matrix of zeros has no eigenvectors with a
+    slope, and no orthonormal columns; the slope of MuonH is so large that float32 has no such number.
+    """
+    lr_is_all: bool = True
+    """Whether nothing moves where the group option ``lr`` is 0; the decay of SPlus comes after it."""
     keyed: bool = False
     """Whether it draws noise, from a `key` argument."""
     rounds: bool = False
@@ -127,8 +133,17 @@ def kernels(path, p):
     return path.endswith("w")
 
 
-def matrices_of_two(path, p):
-    return p.ndim == 2
+def head_or_vector(path, p):
+    return "head" if p.ndim == 2 else "vector"
+
+
+def on_its_matrices(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, whose transformation gets the tensors with two dims or more."""
+
+    def build(**options: Any) -> fo.GradientTransformation:
+        return fo.masked(make(**options), matrices)
+
+    return build
 
 
 def of_three_examples(tx: fo.GradientTransformation) -> fo.GradientTransformation:
@@ -499,13 +514,12 @@ ROWS = [
     Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
     Row(
         "scale_by_muon",
-        lambda beta, **options: fo.masked(
-            fo.scale_by_muon(beta=beta, **options), matrices_of_two
-        ),
+        on_its_matrices(fo.scale_by_muon),
         {"beta": 0.9},
         (
             {},
             {"nesterov": False, "consistent_rms": 0.2},
+            {"ns_coeffs": "gram", "scaling": "rms_to_rms"},
             {"ns_coeffs": ((2.0, -1.5, 0.5), (3.0, -3.2, 1.2))},
         ),
         reads_shape=True,
@@ -622,6 +636,115 @@ ROWS = [
         shards=False,
         written=False,
         apart=True,
+    ),
+    Row(
+        "scale_by_adamuon",
+        on_its_matrices(fo.scale_by_adamuon),
+        {"beta": 0.9, "eps": 1e-3},
+        ({}, {"nesterov": False}),
+        smooth=False,
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_dion",
+        on_its_matrices(fo.scale_by_dion),
+        {"beta": 0.9, "eps": 1e-3},
+        ({}, {"rank": 1}),
+        slope_at_zero=False,
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_mano",
+        on_its_matrices(fo.scale_by_mano),
+        {"beta": 0.9, "eps": 0.5},
+        ({}, {"nesterov": True, "dims": fo.MatrixDims(-1, 0)}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_normuon",
+        on_its_matrices(fo.scale_by_normuon),
+        {"beta": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({}, {"nesterov": False, "axis": "short"}, {"dims": fo.MatrixDims(-1, 0)}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row(
+        "scale_by_scion",
+        on_its_matrices(fo.scale_by_scion),
+        {"b1": 0.9, "radius": 3.0},
+        ({}, {"norm": "rms"}, {"norm": "column"}, {"norm": "row"}),
+        reads_shape=True,
+        written=False,
+    ),
+    Row("hyperball", fo.hyperball, LR),
+    Row(
+        "scale_by_soap",
+        fo.scale_by_soap,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        (
+            {"frequency": 1},
+            {"vectors": True, "blocks": True, "max_size": 2},
+            {"merged": 3},
+        ),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_shampoo",
+        fo.scale_by_shampoo,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-2, "graft_b2": 0.9, "graft_eps": 1e-3},
+        (
+            {},
+            {"frequency": 2, "grafting": "none", "max_size": 2},
+            {"b2": 1.0, "grafting": "adagrad", "merged": 6},
+        ),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_kl_shampoo",
+        fo.scale_by_kl_shampoo,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({"frequency": 1}, {"blocks": True, "max_size": 2}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_kl_soap",
+        fo.scale_by_kl_soap,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3},
+        ({"frequency": 1}, {"max_size": 2, "init": 2.0}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_splus",
+        fo.scale_by_splus,
+        {"b1": 0.9, "b2": 0.8, "eps": 1e-3, "scale": 0.1},
+        ({"frequency": 2}, {"max_size": 2}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "scale_by_psgd_kron",
+        fo.scale_by_psgd_kron,
+        {"b1": 0.9, "precond_lr": 0.1},
+        (
+            {},
+            {"probability": 0.5, "diagonals": "all"},
+            {"max_size": 2, "balance_probability": 0.9},
+        ),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
     ),
     Row("set_to_zero", fo.set_to_zero),
     Row("sign", fo.sign, smooth=False),
@@ -971,6 +1094,16 @@ ROWS = [
         ),
         reads_shape=True,
     ),
+    Row(
+        "muon_with_adamw",
+        fo.muon_with_adamw,
+        {**LR, "adamw_learning_rate": 0.01, **ADAM, "weight_decay": 0.1, "beta": 0.9},
+        (
+            {"ns_coeffs": "polar_express"},
+            {"dims": {"conv/w": fo.MatrixDims(-1, 1)}, "ns_coeffs": "cans"},
+        ),
+        reads_shape=True,
+    ),
     Row("nadam", fo.nadam, {**LR, **ADAM}, ({}, {"momentum_decay": 4e-3})),
     Row(
         "nadamw",
@@ -1057,12 +1190,122 @@ ROWS = [
     ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
+    # optimizers of matrices
+    Row(
+        "psgd_kron",
+        fo.psgd_kron,
+        {**LR, "b1": 0.9, "weight_decay": 0.1, "precond_lr": 0.1},
+        ({}, {"probability": 0.5, "diagonals": "larger", "mask": kernels}),
+        smooth=False,
+        keyed=True,
+        reads_shape=True,
+    ),
+    Row(
+        "shampoo",
+        fo.shampoo,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1, "graft_eps": 1e-3},
+        ({"frequency": 2}, {"grafting": "sgd", "mask": matrices}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "kl_shampoo",
+        fo.kl_shampoo,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"adam_learning_rate": 0.01}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "kl_soap",
+        fo.kl_soap,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"adam_learning_rate": 0.01}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "splus",
+        fo.splus,
+        {**LR, "b1": 0.9, "b2": 0.8, "weight_decay": 0.1, "ema": 0.9, "scale": 0.1},
+        ({"frequency": 2}, {"max_size": 2}),
+        lr_is_all=False,
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "soap",
+        fo.soap,
+        {**LR, "b1": 0.9, "b2": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+        ({"frequency": 1}, {"max_size": 2, "bias_correction": False}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "adamuon",
+        fo.adamuon,
+        {**LR, "beta": 0.9, "eps": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"nesterov": False, "adam_learning_rate": 0.01}),
+        smooth=False,
+        reads_shape=True,
+    ),
+    Row(
+        "dion",
+        fo.dion,
+        {**LR, "beta": 0.9, "eps": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"rank": 1, "adam_learning_rate": 0.01}),
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "mano",
+        fo.mano,
+        {**LR, "beta": 0.9, "eps": 0.5, "weight_decay": 0.1, "adam_eps": 1e-3},
+        ({}, {"nesterov": True, "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "muonh",
+        fo.muonh,
+        {**LR, "beta": 0.9, "adam_eps": 1e-3},
+        ({}, {"nesterov": False, "adam_learning_rate": 0.01}),
+        slope_at_zero=False,
+        reads_shape=True,
+    ),
+    Row(
+        "normuon",
+        fo.normuon,
+        {
+            **LR,
+            "beta": 0.9,
+            "b2": 0.8,
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "adam_eps": 1e-3,
+        },
+        ({}, {"axis": "short", "scaling": "spectral", "adam_learning_rate": 0.01}),
+        reads_shape=True,
+    ),
+    Row(
+        "scion",
+        fo.scion,
+        {**LR, "b1": 0.9, "radius": 2.0, "head_radius": 3.0, "vector_radius": 0.5},
+        ({}, {"constrained": False, "labels": head_or_vector}),
+        reads_shape=True,
+    ),
 ]
 
 NOT_TRANSFORMATIONS = {
     "ClippedSum",
     "Each",
     "GradientTransformation",
+    "MatrixDims",
+    "MatrixLabels",
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
@@ -1079,6 +1322,7 @@ NOT_TRANSFORMATIONS = {
     "incremental_update",
     "leafwise",
     "load_state_dict",
+    "matrix_labels",
     "measure_with_ema",
     "per_example_global_norm_clip",
     "per_example_grads",
@@ -1086,6 +1330,7 @@ NOT_TRANSFORMATIONS = {
     "periodic_update",
     "poisson_sample",
     "privacy_spent",
+    "psgd_probability",
     "scale_gradient",
     "skip_large_updates",
     "skip_not_finite",

@@ -327,7 +327,7 @@ def test_12_the_step_of_a_fresh_checkpoint_moves_nothing() -> None:
         before = [p.detach().clone() for p in params]
         for p in params:
             p.grad = torch.zeros_like(p)
-        for lr in (0.0, torch.tensor(0.0)):
+        for lr in (0.0, torch.tensor(0.0)) if row.lr_is_all else (0.0,):
             opt.param_groups[0]["lr"] = lr
             opt.step(closure=None)
         for p, q in zip(params, before, strict=True):

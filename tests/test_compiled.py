@@ -641,6 +641,30 @@ def test_a_number_that_is_whole_and_then_is_not() -> None:
             assert (ps["w"] == before + weight).all()
 
 
+@pytest.mark.parametrize("slot", [None, lambda p: p.new_zeros(len(p) + p.shape[1])])
+def test_code_for_a_size_that_a_rule_took_for_a_number_is_for_this_size(
+    slot: Any,
+) -> None:
+    """No guard of torch is about such a size, so tensors of other sizes would run this code."""
+
+    def counted(g):
+        return g * sum(1 for _ in range(g.shape[0]))
+
+    def with_slot(g, s):
+        return counted(g), {"s": s + 1}
+
+    slots = {"s": slot} if slot else None
+    tx = fo.leafwise(with_slot if slot else counted, slots=slots, kind="tensorwise")
+    shapes = {"a": (3, 2), "b": (4, 2), "c": (3, 5)}
+    ps, ones = draw(shapes, 0), tree.map(torch.ones_like, draw(shapes, 0))
+    expected = eagerly(tx, ps, tx.init(ps), ones)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = CompiledStep(tx, False, backend="eager")(ps, ones, tx.init(ps))
+    assert_same(got, expected, rtol=1e-6, atol=1e-6)
+    assert sum(map(len, PROGRAMS.values())) == 2  # those with 3 rows share theirs
+
+
 @pytest.mark.parametrize("name", ["mu", "master"])
 def test_a_foreign_state_is_refused_before_anything_is_written(name: str) -> None:
     ps, gs = draw(SMALL, 0), draw(SMALL, 1)

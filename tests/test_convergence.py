@@ -45,9 +45,12 @@ RATES: dict[str, Any] = {
     "lars": 3.0,
     "lion": 0.003,
     "madgrad": 0.01,
+    "mano": fo.exponential_decay(0.1, 100, 0.8),
     "momo": 1.0,
     "momo_adam": 1.0,
     "muon": 0.01,
+    "muon_with_adamw": 0.01,
+    "muonh": 0.03,
     "nadam": 0.03,
     "nadamw": 0.03,
     "noisy_sgd": 0.0018,
@@ -55,6 +58,7 @@ RATES: dict[str, Any] = {
     "optimistic_gradient_descent": 0.0006,
     "polyak_sgd": 1.0,
     "prodigy": 1.0,
+    "psgd_kron": 0.01,
     "radam": 0.005,
     "rmsprop": 0.003,
     "sgd": 0.0018,
@@ -63,17 +67,27 @@ RATES: dict[str, Any] = {
     "signum": 0.003,
     "simplified_ademamix": 0.001,
     "sm3": 3.0,
+    "splus": fo.exponential_decay(0.1, 100, 0.8),
 }
 """The rate for Rosenbrock's valley that is tried first."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "acprop": {"eps_root": 1e-6},
     "dog": {"init_step": ("distance", 0.1)},
+    "mano": {"weight_decay": 0.0},
+    "muon_with_adamw": {"adamw_learning_rate": 0.01},
+    "psgd_kron": {"key": 0},
     "sgld": {"temperature": 0.0, "key": 0},
     "noisy_sgd": {"eta": 1e-6, "key": 0},
     "sophia": {"key": 0},
 }
 """What else an optimizer needs: some begin with very small steps, or never stop to draw noise."""
+
+OF_DIRECTIONS = ("mano", "muonh")
+"""They turn a matrix, and keep its length, so they begin with that of the bottom."""
+
+STAGES = ("hyperball",)
+"""Stages of a family, which have a learning rate too."""
 
 OF_SIGNS = ("rprop", "sign_sgd")
 """At the bottom of the valley, the rounding of the parameters to bfloat16 turns signs of gradients,
@@ -110,7 +124,8 @@ def optimizers() -> Iterator[str]:
         function = getattr(fo, name)
         if inspect.isfunction(function) and not name.startswith("scale_by_"):
             first = next(iter(inspect.signature(function).parameters), "")
-            if first == "learning_rate" and "optimizers" in function.__module__:
+            family = "optimizers" in function.__module__ and name not in STAGES
+            if first == "learning_rate" and family:
                 yield name
 
 
@@ -129,9 +144,12 @@ def rosenbrock(w: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.stack([2 * e - 400 * r * x.conj(), 200 * r])
 
 
-def start(dtype: torch.dtype) -> Tensor:
+def start(dtype: torch.dtype, name: str = "") -> Tensor:
     w = torch.tensor([[-0.5, 0.0, 0.5], [0.5, 0.3, -0.2]])
-    return (w + 0.1j * w.flip(0)).to(dtype) if dtype.is_complex else w.to(dtype)
+    w = w + 0.1j * w.flip(0) if dtype.is_complex else w
+    if name in OF_DIRECTIONS:
+        w = w * (torch.ones(2, 3).norm() / w.norm())
+    return w.to(dtype)
 
 
 def test_the_gradients_are_those_of_the_values() -> None:
@@ -148,11 +166,11 @@ def test_the_gradients_are_those_of_the_values() -> None:
 
 
 def falls(
-    tx: fo.GradientTransformation, problem: Callable, dtype: torch.dtype, by: float
+    tx: fo.GradientTransformation, problem: Callable, first_w: Tensor, by: float
 ) -> bool:
     """Whether the loss falls by this factor, before it stalls."""
+    dtype, ps = first_w.dtype, {"w": first_w}
     wide = torch.float32 if dtype is torch.bfloat16 else dtype
-    ps = {"w": start(dtype)}
     state, first = tx.init(ps), problem(ps["w"].to(wide))[0]
     least, since = first, 0
     for step in range(STEPS):
@@ -202,6 +220,6 @@ def test_it_comes_down(
         if dtype is torch.bfloat16 and problem is rosenbrock:
             # In the valley the steps are so small that bfloat16 would round them away.
             tx = fo.keep_master_weights(tx)
-        if falls(tx, problem, dtype, by):
+        if falls(tx, problem, start(dtype, name), by):
             return
     pytest.fail(f"{name} comes down at none of the usual learning rates")

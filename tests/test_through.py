@@ -34,6 +34,8 @@ def test_derivatives_at_zero_gradients_are_finite(
     """Three steps with gradients that are exactly zero, and whose derivative is not: g = stiffness
     (p - where p is).
     """
+    if not row.slope_at_zero:
+        pytest.skip("has no finite slope at zero")
     hyper = {
         name: torch.tensor(value, dtype=torch.float64)
         for name, value in row.hyper.items()

@@ -96,6 +96,7 @@ class Program:
         else:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
+        self.fixed = _fixed_sizes(inputs)
         self.guards = self.env.produce_guards_expression(inputs)
         try_out(self, f, inputs, examples, tolerances)
 
@@ -115,7 +116,10 @@ class Program:
 
     def fits(self, args: list[Tensor]) -> bool:
         """Whether what was taken for granted about sizes holds for these."""
-        return bool(self.env.evaluate_guards_expression(self.guards, args))
+        if any(args[i].shape[d] != n for i, d, n in self.fixed):
+            return False
+        guards = self.guards
+        return guards is None or bool(self.env.evaluate_guards_expression(guards, args))
 
     def __call__(self, args: list[Tensor]) -> None:
         if self.kernel is None:
@@ -135,6 +139,17 @@ class Program:
 
 
 # ---- tracing -------------------------------------------------------------------------------------
+
+
+def _fixed_sizes(inputs: list[Any]) -> list[tuple[int, int, int]]:
+    """The sizes that the trace took for numbers: input, dim and size. No guard is about them."""
+    fixed = []
+    for i, x in enumerate(inputs):
+        for d, n in enumerate(x.shape):
+            number = n if isinstance(n, int) else n.node.maybe_as_int()
+            if number is not None:
+                fixed.append((i, d, number))
+    return fixed
 
 
 def _trace(f: Pure, examples: list[Tensor], backend: Any) -> tuple[Any, list[int]]:

@@ -184,7 +184,7 @@ def ready_made() -> Iterator[Factory]:
     """The factories of optimizers, by their first argument."""
     for file in pkgutil.iter_modules(optimizers.__path__, f"{optimizers.__name__}."):
         module = importlib.import_module(file.name)
-        for name in module.__all__:
+        for name in getattr(module, "__all__", ()):  # what families share has none
             value = getattr(module, name)
             if inspect.isfunction(value) and is_optimizer(value):
                 yield value
@@ -194,12 +194,15 @@ def is_optimizer(function: Factory) -> bool:
     """Whether it is an optimizer that has no class with torch's arguments."""
     first = next(iter(inspect.signature(function).parameters), None)
     stage = function.__name__.startswith("scale_by_")
-    left_out = TORCHS | {
-        "sophia"
-    }  # it reads the loss as a function, which no step can give
-    return first == "learning_rate" and not stage and function.__name__ not in left_out
+    left_out = function.__name__ in TORCHS | NO_CLASS.keys()
+    return first == "learning_rate" and not stage and not left_out
 
 
+NO_CLASS = {
+    "hyperball": "it is the last stage of an optimizer",
+    "sophia": "it reads the loss as a function, which no step can give",
+}
+"""Functions of a learning rate that are not made a class, and why."""
 TORCHS = {
     name.lower() for name, value in vars(torch.optim).items() if inspect.isclass(value)
 }

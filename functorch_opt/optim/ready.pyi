@@ -1,47 +1,66 @@
 """Each ready-made optimizer as a class; ``python -m tests.ready_stub`` writes this file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_opt._core.groups import MaskOrFn
+from functorch_opt._core.groups import LabelsOrFn, MaskOrFn
 from functorch_opt._core.transformation import Scalar, ScalarOrSchedule
 from functorch_opt.optim.adapter import Optimizer
+from functorch_opt.optimizers.matrices import MatrixDims, Scaling
+from functorch_opt.optimizers.normuon import Axis
+from functorch_opt.optimizers.orthogonal import Coefficients
+from functorch_opt.optimizers.psgd_kron import Diagonals
+from functorch_opt.optimizers.scion import Norm
+from functorch_opt.optimizers.shampoo import Grafting
 
 __all__ = [
     "ADOPT",
     "COCOB",
+    "KLSOAP",
     "LAMB",
     "LARS",
     "MADGRAD",
     "SGLD",
     "SM3",
+    "SOAP",
     "ACProp",
     "AMSGrad",
     "AdEMAMix",
     "AdaBelief",
+    "AdaMuon",
     "AdamaxW",
     "Adan",
     "DAdaptAdamW",
+    "Dion",
     "DoG",
     "DoWG",
     "Fromage",
     "Grams",
+    "KLShampoo",
     "LaProp",
     "Lion",
     "MARSAdamW",
+    "Mano",
     "MoMo",
     "MoMoAdam",
+    "MuonH",
+    "MuonWithAdamW",
     "NAdamW",
     "NoisySGD",
+    "NorMuon",
     "NovoGrad",
     "OptimisticAdamV2",
     "OptimisticGradientDescent",
+    "PSGDKron",
     "Prodigy",
+    "SPlus",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Scion",
+    "Shampoo",
     "SignSGD",
     "Signum",
     "SimplifiedAdEMAMix",
@@ -91,6 +110,33 @@ class COCOB(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class KLSOAP(Ready):
+    """`functorch_opt.kl_soap` as a class.
+
+    KL-SOAP for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.98,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.01,
+        frequency: int = 10,
+        *,
+        b3: ScalarOrSchedule | None = None,
+        init: float = 0.1,
+        max_size: int = 10000,
+        blocks: bool = False,
+        merged: int = 0,
+        adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
     ) -> None: ...
 
@@ -193,6 +239,33 @@ class SM3(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class SOAP(Ready):
+    """`functorch_opt.soap` as a class.
+
+    SOAP: `scale_by_soap`, the learning rate, and then weight decay of the new parameters.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.95,
+        b2: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.01,
+        frequency: int = 10,
+        *,
+        b3: ScalarOrSchedule | None = None,
+        max_size: int = 10000,
+        blocks: bool = False,
+        merged: int = 0,
+        vectors: bool = False,
+        bias_correction: bool = True,
+        compile: bool = False,
+    ) -> None: ...
+
 class ACProp(Ready):
     """`functorch_opt.acprop` as a class.
 
@@ -286,6 +359,32 @@ class AdaBelief(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class AdaMuon(Ready):
+    """`functorch_opt.adamuon` as a class.
+
+    AdaMuon for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        beta: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        nesterov: bool = True,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        adam_b1: ScalarOrSchedule = 0.9,
+        adam_b2: ScalarOrSchedule = 0.95,
+        adam_eps: ScalarOrSchedule = 1e-08,
+        compile: bool = False,
+    ) -> None: ...
+
 class AdamaxW(Ready):
     """`functorch_opt.adamaxw` as a class.
 
@@ -347,6 +446,31 @@ class DAdaptAdamW(Ready):
         estim_lr0: Scalar = 1e-06,
         weight_decay: ScalarOrSchedule = 0.0,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class Dion(Ready):
+    """`functorch_opt.dion` as a class.
+
+    Dion for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 768,
+        beta: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.01,
+        *,
+        seed: int = 0,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        adam_b1: ScalarOrSchedule = 0.9,
+        adam_b2: ScalarOrSchedule = 0.95,
+        adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
     ) -> None: ...
 
@@ -430,6 +554,33 @@ class Grams(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class KLShampoo(Ready):
+    """`functorch_opt.kl_shampoo` as a class.
+
+    KL-Shampoo for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.98,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.01,
+        frequency: int = 10,
+        *,
+        b3: ScalarOrSchedule | None = None,
+        init: float = 0.1,
+        max_size: int = 10000,
+        blocks: bool = False,
+        merged: int = 0,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
 class LaProp(Ready):
     """`functorch_opt.laprop` as a class.
 
@@ -498,6 +649,30 @@ class MARSAdamW(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class Mano(Ready):
+    """`functorch_opt.mano` as a class.
+
+    Mano for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        beta: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.1,
+        *,
+        nesterov: bool = False,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        adam_b1: ScalarOrSchedule = 0.9,
+        adam_b2: ScalarOrSchedule = 0.95,
+        adam_eps: ScalarOrSchedule = 1e-08,
+        compile: bool = False,
+    ) -> None: ...
+
 class MoMo(Ready):
     """`functorch_opt.momo` as a class.
 
@@ -537,6 +712,61 @@ class MoMoAdam(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         adapt_lower_bound: bool = False,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class MuonH(Ready):
+    """`functorch_opt.muonh` as a class.
+
+    MuonH: `scale_by_muon` and `hyperball` for tensors with two dims or more, and `adamw` else.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        beta: ScalarOrSchedule = 0.95,
+        eps: float = 1e-08,
+        *,
+        nesterov: bool = True,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        adam_b1: ScalarOrSchedule = 0.9,
+        adam_b2: ScalarOrSchedule = 0.95,
+        adam_eps: ScalarOrSchedule = 1e-08,
+        compile: bool = False,
+    ) -> None: ...
+
+class MuonWithAdamW(Ready):
+    """`functorch_opt.muon_with_adamw` as a class.
+
+    Muon for the hidden matrices, and AdamW for embeddings, heads, norms, biases and the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        adamw_learning_rate: ScalarOrSchedule,
+        labels: LabelsOrFn | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        adamw_weight_decay: ScalarOrSchedule = 0.0,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-08,
+        *,
+        dims: Mapping[str, MatrixDims] | None = None,
+        ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        beta: ScalarOrSchedule = 0.95,
+        nesterov: bool = True,
+        scaling: Scaling = "original",
+        ns_dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> None: ...
 
@@ -580,6 +810,35 @@ class NoisySGD(Ready):
         gamma: ScalarOrSchedule = 0.55,
         *,
         key: Tensor | int,
+        compile: bool = False,
+    ) -> None: ...
+
+class NorMuon(Ready):
+    """`functorch_opt.normuon` as a class.
+
+    NorMuon for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        beta: ScalarOrSchedule = 0.95,
+        b2: ScalarOrSchedule = 0.95,
+        eps: ScalarOrSchedule = 1e-10,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        nesterov: bool = True,
+        axis: Axis = "rows",
+        scaling: Scaling = "original",
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        adam_b1: ScalarOrSchedule = 0.9,
+        adam_b2: ScalarOrSchedule = 0.95,
+        adam_eps: ScalarOrSchedule = 1e-10,
         compile: bool = False,
     ) -> None: ...
 
@@ -646,6 +905,32 @@ class OptimisticGradientDescent(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class PSGDKron(Ready):
+    """`functorch_opt.psgd_kron` as a class.
+
+    PSGD Kron: `scale_by_psgd_kron`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 0.0003,
+        b1: ScalarOrSchedule = 0.9,
+        weight_decay: ScalarOrSchedule = 0.0,
+        precond_lr: ScalarOrSchedule = 0.1,
+        probability: ScalarOrSchedule | None = None,
+        mask: MaskOrFn | None = None,
+        *,
+        key: Tensor | int,
+        init_scale: float = 1.0,
+        max_size: int = 8192,
+        diagonals: Diagonals = "large",
+        balance_probability: float = 0.01,
+        compile: bool = False,
+    ) -> None: ...
+
 class Prodigy(Ready):
     """`functorch_opt.prodigy` as a class.
 
@@ -668,6 +953,30 @@ class Prodigy(Ready):
         *,
         growth_rate: ScalarOrSchedule | None = None,
         use_bias_correction: bool = False,
+        compile: bool = False,
+    ) -> None: ...
+
+class SPlus(Ready):
+    """`functorch_opt.splus` as a class.
+
+    SPlus: `scale_by_splus`, the learning rate, an average, and decay. Evaluate with `eval_params`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 0.1,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-30,
+        weight_decay: ScalarOrSchedule = 0.01,
+        frequency: int = 100,
+        *,
+        ema: ScalarOrSchedule = 0.999,
+        max_size: int = 10000,
+        scale: ScalarOrSchedule = 0.001,
         compile: bool = False,
     ) -> None: ...
 
@@ -716,6 +1025,59 @@ class ScheduleFreeSGD(Ready):
         *,
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class Scion(Ready):
+    """`functorch_opt.scion` as a class.
+
+    Scion, by the role of each layer: hidden, head, or vector.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        radius: ScalarOrSchedule = 50.0,
+        head_radius: ScalarOrSchedule = 3000.0,
+        vector_radius: ScalarOrSchedule = 1.0,
+        labels: LabelsOrFn | None = None,
+        *,
+        constrained: bool = True,
+        head_norm: Norm = "sign",
+        ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        compile: bool = False,
+    ) -> None: ...
+
+class Shampoo(Ready):
+    """`functorch_opt.shampoo` as a class.
+
+    Shampoo: `scale_by_shampoo`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 1.0,
+        eps: ScalarOrSchedule = 1e-12,
+        weight_decay: ScalarOrSchedule = 0.0,
+        frequency: int = 1,
+        mask: MaskOrFn | None = None,
+        *,
+        start: int | None = None,
+        grafting: Grafting = "adam",
+        graft_b2: ScalarOrSchedule = 0.999,
+        graft_eps: ScalarOrSchedule = 1e-08,
+        max_size: int = 1024,
+        merged: int = 0,
         compile: bool = False,
     ) -> None: ...
 

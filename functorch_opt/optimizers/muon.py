@@ -3,14 +3,19 @@
     mu = beta mu + (1 - beta) g
     m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)             with nesterov
     m  = mu / (1 - beta^t)                                                    without
-    x  = m / (|m| + eps)
-    x  = a x + (b (x x') + c (x x')^2) x          ns_steps times, with (a, b, c) = ns_coeffs
-    u  = ratio x                      ratio = sqrt(max(1, n / m)) for a parameter of shape [n, m]
+    u  = scale orthogonal(m)
 
-If m = U S V', x is about U V'. A weight of torch is ``[out, in]``.
+The iteration of ``orthogonal`` is at the top of `functorch_opt.optimizers.orthogonal`. A weight of
+torch is ``[out, in]``. The scale of a matrix ``[n, m]`` is
+
+    original          sqrt(max(1, n / m))          Jordan
+    match_rms_adamw   0.2 sqrt(max(n, m))          Liu et al.: learning rates of AdamW fit
+    rms_to_rms        sqrt(n / m)                  Bernstein; Scion and Dion use it too
+    spectral          sqrt(max(n, m))
+    none              1
 
 Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. Liu et al.,
-"Muon is Scalable for LLM Training", 2025, eq. 4 (weight decay, and the ratio of consistent_rms).
+"Muon is Scalable for LLM Training", 2025, eq. 4 (weight decay, and the scale match_rms_adamw).
 """
 
 from __future__ import annotations
@@ -33,51 +38,25 @@ from functorch_opt._core.transformation import (
     transformation,
 )
 from functorch_opt.optimizers.adam import adamw
+from functorch_opt.optimizers.matrices import (
+    ORDINARY,
+    MatrixDims,
+    Scaling,
+    check_scaling,
+    matrix_slot,
+    on_matrices,
+    scale_of,
+)
+from functorch_opt.optimizers.orthogonal import Coefficients, orthogonalizer
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["muon", "scale_by_muon"]
 
-Triple = tuple[float, float, float]
-
-
-def newton_schulz(x, coefficients):
-    """Roughly the orthogonal matrix nearest to `x`, whose singular values must be at most 1.
-
-    With Jordan's coefficients, singular values above 0.01 or so come out between 0.7 and 1.2.
-    """
-    tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x  # [n, m] with n <= m: the products below are [n, n]
-    for a, b, c in coefficients:
-        gram = x @ x.mH
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def shape_ratio(shape, consistent_rms):
-    """The factor of a step, which makes one learning rate fit matrices of any shape."""
-    n, m = shape
-    if consistent_rms is None:
-        return max(1.0, n / max(m, 1)) ** 0.5
-    return consistent_rms * max(n, m) ** 0.5
-
-
-def _of_each_step(ns_coeffs, ns_steps):
-    """The three coefficients of each step."""
-    if not 0 <= ns_steps < 100:
-        raise ValueError(f"ns_steps must be in [0, 100); got {ns_steps}.")
-    one_for_all = not isinstance(ns_coeffs[0], (tuple, list))
-    triples = (tuple(ns_coeffs),) * ns_steps if one_for_all else ns_coeffs
-    if any(len(triple) != 3 for triple in triples):
-        raise ValueError(
-            f"ns_coeffs must be three numbers, or three for each step; got {ns_coeffs!r}."
-        )
-    return triples
-
 
 @transformation
 def scale_by_muon(
-    ns_coeffs: Triple | tuple[Triple, ...] = (3.4445, -4.775, 2.0315),
+    ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
     ns_steps: int = 5,
     beta: ScalarOrSchedule = 0.95,
     eps: float = 1e-8,
@@ -85,33 +64,44 @@ def scale_by_muon(
     *,
     nesterov: bool = True,
     consistent_rms: Scalar | None = None,
+    scaling: Scaling = "original",
+    dims: MatrixDims = ORDINARY,
+    ns_dtype: torch.dtype | None = None,
     variant: Literal["optax", "torch"] = "optax",
 ) -> GradientTransformation:
-    """The momentum of a matrix, made nearly orthogonal. Every tensor must be a real matrix.
+    """The momentum of a matrix, made nearly orthogonal. Every tensor must hold matrices.
 
     The whole rule is at the top of `functorch_opt.optimizers.muon`. Choose the matrices with
-    `masked` or `partition`, as `muon` does.
+    `masked` or `partition`, as `muon` and `muon_with_adamw` do.
 
     Args:
-        ns_coeffs: the three coefficients of the polynomial of Newton-Schulz, or three for each
-            step.
+        ns_coeffs: the coefficients of Newton-Schulz: a name, three numbers, or three for each step.
+            The names are "jordan", "you" (its five steps give singular values nearer to 1),
+            "polar_express", "cans", and "gram", which has the numbers of "polar_express" and is
+            faster for matrices that are far from square.
         ns_steps: how many steps of Newton-Schulz to make, fewer than 100. It has no effect if there
             are coefficients for each step.
         beta: weight of the old momentum, 0 or greater, and usually below 1.
         eps: added to the norm by which the momentum is divided, 0 or greater.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: look one step ahead.
-        consistent_rms: with None a parameter ``[n, m]`` is multiplied by ``sqrt(max(1, n / m))``.
-            With a number it is multiplied by ``consistent_rms sqrt(max(n, m))``, so that the RMS of
-            a step is about this number whatever the shape; with 0.2 the learning rates of AdamW
-            fit. In optax this is a separate stage; here it is part of the rule, so that a sharded
-            matrix is gathered only once.
+        consistent_rms: with a number a matrix ``[n, m]`` is multiplied by ``consistent_rms
+            sqrt(max(n, m))``, so that the RMS of a step is about this number whatever the shape.
+            None means what `scaling` says. In optax this is a separate stage; here it is part of
+            the rule, so that a sharded matrix is gathered only once.
+        scaling: "original", "match_rms_adamw", "rms_to_rms", "spectral" or "none". It is that of
+            each matrix, also of those that are fused into one tensor.
+        dims: which dims are a matrix. By default the first is the rows, and the others are the
+            columns.
+        ns_dtype: dtype of Newton-Schulz. None means bfloat16 for float32 on a GPU, and elsewhere
+            that of the rule.
         variant: "optax" or "torch". With "torch" the numbers are those of torch.optim.Muon:
             Newton-Schulz runs in bfloat16, whatever the dtype of the parameters; the momentum of
             nesterov is not corrected for its start at 0; and norms below `eps` count as `eps`.
 
     Raises:
-        ValueError: an argument is outside of its range; there are not three coefficients.
+        ValueError: an argument is outside of its range; there are not three coefficients; a tensor
+            is no matrix.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -122,44 +112,52 @@ def scale_by_muon(
     """
     check_range(0, float("inf"), beta=beta, eps=eps)
     check_choice("optax", "torch", variant=variant)
-    of_torch, of_steps = variant == "torch", _of_each_step(ns_coeffs, ns_steps)
+    check_scaling(scaling)
+    of_torch = variant == "torch"
+    ns_dtype = ns_dtype or (torch.bfloat16 if of_torch else None)
+    orthogonal = orthogonalizer(ns_coeffs, ns_steps, ns_dtype, bounded=of_torch)
 
-    def prepare(count, beta, eps):
-        t = tree.as_real(count + 1)
-        c = 1 - beta**t
-        # beta mu / (1 - beta^(t+1)) + (1 - beta) g / c  =  (beta ahead mu + (1 - beta) g) / c, and
-        # x is the same for c m and c eps.
-        return {"weight": 1 - beta, "ahead": c / (1 - beta ** (t + 1)), "floor": eps * c}
+    def scaled(m, floor):
+        def step(x):
+            if consistent_rms is None:
+                return orthogonal(x, floor) * scale_of(x.shape, scaling)
+            return orthogonal(x, floor) * (consistent_rms * max(x.shape[-2:]) ** 0.5)
+
+        return on_matrices(step, dims, m)
 
     def rule(g, mu, weight, ahead, floor):
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(ahead * mu, g, weight) if nesterov else mu
-        x = newton_schulz(m / (m.norm() + floor), of_steps)
-        return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
-
-    def torchs_prepare(beta):
-        return {"weight": 1 - beta}
-
-    def torchs_rule(g, mu, beta, weight, eps):
-        mu = torch.lerp(mu, g, weight)
-        m = torch.lerp(g, mu, beta) if nesterov else mu
-        x = m.bfloat16()
-        x = newton_schulz(x / x.norm().clamp(min=eps), of_steps).to(g.dtype)
-        return x * shape_ratio(g.shape, consistent_rms), {"mu": mu}
+        return scaled(m, floor), {"mu": mu}
 
     return leafwise(
-        torchs_rule if of_torch else rule,
-        torchs_prepare if of_torch else prepare,
-        slots={"mu": partial(tree.zeros_like, dtype=mu_dtype)},
+        rule,
+        _not_corrected if of_torch else _corrected,
+        slots={"mu": matrix_slot(partial(tree.zeros_like, dtype=mu_dtype), dims)},
         hyper={"beta": beta, "eps": eps},
         kind="tensorwise",
     )
 
 
+def _corrected(count, beta, eps):
+    """What the momentum is corrected with, for its start at 0.
+
+    beta mu / (1 - beta^(t+1)) + (1 - beta) g / c  =  (beta ahead mu + (1 - beta) g) / c, and the
+    orthogonal matrix is the same for c m and c eps.
+    """
+    c = 1 - beta ** tree.as_real(count + 1)
+    ahead = c / (1 - beta ** tree.as_real(count + 2))
+    return {"weight": 1 - beta, "ahead": ahead, "floor": eps * c}
+
+
+def _not_corrected(beta, eps):
+    return {"weight": 1 - beta, "ahead": 1.0, "floor": eps}
+
+
 @transformation
 def muon(
     learning_rate: ScalarOrSchedule,
-    ns_coeffs: Triple | tuple[Triple, ...] = (3.4445, -4.775, 2.0315),
+    ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
     ns_steps: int = 5,
     beta: ScalarOrSchedule = 0.95,
     eps: float = 1e-8,
@@ -174,16 +172,22 @@ def muon(
     adam_weight_decay: ScalarOrSchedule = 0.0,
     adam_learning_rate: ScalarOrSchedule | None = None,
     consistent_rms: Scalar | None = None,
+    scaling: Scaling = "original",
+    dims: MatrixDims | None = None,
+    ns_dtype: torch.dtype | None = None,
     variant: Literal["optax", "torch"] = "optax",
 ) -> GradientTransformation:
     """Muon for the matrices of a model, and `adamw` for the rest. In optax it is contrib.muon.
 
-    Muon is meant for hidden layers. If the first and the last layer are matrices too, build this
-    `partition` yourself, with labels that give them to `adamw`.
+    Muon is meant for hidden layers. If the first and the last layer are matrices too, take
+    `muon_with_adamw`, which also looks at names.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, consistent_rms: see `scale_by_muon`.
+        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, consistent_rms, scaling, ns_dtype: see
+            `scale_by_muon`.
+        dims: which dims are a matrix, see `scale_by_muon`. Then all tensors with two dims or more
+            are matrices. None means that only those with two dims are.
         weight_decay: the decay of the matrices, multiplied by the learning rate; 0 or greater.
         weight_decay_mask: which of the matrices decay, see `masked`; by default all. It sees the
             matrices as a flat dict from path to matrix.
@@ -206,15 +210,14 @@ def muon(
         (['scale_by_muon', 'add_decayed_weights', 'scale_by_learning_rate'], ['weight'])
     """
     options: dict[str, Any] = {"consistent_rms": consistent_rms, "variant": variant}
-    direction = scale_by_muon(
-        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov=nesterov, **options
-    )
+    options |= {"nesterov": nesterov, "scaling": scaling, "ns_dtype": ns_dtype}
+    given = ns_coeffs, ns_steps, beta, eps, mu_dtype
+    direction = scale_by_muon(*given, dims=dims or ORDINARY, **options)
     decay = add_decayed_weights(weight_decay, weight_decay_mask)
     of_matrices = chain(direction, decay, scale_by_learning_rate(learning_rate))
-    of_the_rest = adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        *(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay),
-        nesterov=nesterov,
-    )
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    of_adam = adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay
+    of_the_rest = adamw(rate, *of_adam, nesterov=nesterov)
     stages = {"muon": of_matrices, "adam": of_the_rest}
-    return partition(stages, lambda path, p: "muon" if p.ndim == 2 else "adam")
+    is_matrix = (lambda p: p.ndim == 2) if dims is None else (lambda p: p.ndim >= 2)
+    return partition(stages, lambda path, p: "muon" if is_matrix(p) else "adam")

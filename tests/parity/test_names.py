@@ -66,10 +66,8 @@ OTHERS: dict[str, str] = {
         "no name: plain functions",
     ),
     **dict.fromkeys(("ApplyEvery", "ZoomLinesearchInfo"), STATES),
-    **dict.fromkeys(
-        ("GaLoreDimensionNumbers", "MuonDimensionNumbers"),
-        "not here so far: `partition` chooses the matrices",
-    ),
+    "MuonDimensionNumbers": "`MatrixDims`",
+    "GaLoreDimensionNumbers": "not here so far: `partition` chooses the matrices",
     **dict.fromkeys(("galore", "scale_by_galore"), "not here so far"),
     # losses
     "cosine_distance": "`1 - torch.nn.functional.cosine_similarity`",

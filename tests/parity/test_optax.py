@@ -1332,6 +1332,22 @@ DIVERGENCES = {
         ("monitor", "snapshot"),
         "the updates pass: the numbers that are kept are compared below",
     ),
+    **dict.fromkeys(
+        (
+            *("muon_with_adamw", "hyperball", "muonh", "normuon", "scale_by_normuon"),
+            *("adamuon", "scale_by_adamuon", "dion", "scale_by_dion"),
+            *("mano", "scale_by_mano", "scion", "scale_by_scion"),
+        ),
+        "optax has none: see test_matrices.py",
+    ),
+    **dict.fromkeys(
+        (
+            *("soap", "scale_by_soap", "shampoo", "scale_by_shampoo", "splus"),
+            *("kl_shampoo", "scale_by_kl_shampoo", "kl_soap", "scale_by_kl_soap"),
+            *("scale_by_splus", "psgd_kron", "scale_by_psgd_kron"),
+        ),
+        "optax has none: see test_preconditioners.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -1352,7 +1368,7 @@ SIGNATURES = {
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
-    "muon": "consistent_rms comes earlier; no adaptive, preconditioning or dimension numbers so far; "
+    "muon": "consistent_rms comes earlier; no adaptive or preconditioning so far; dims= stands for the dimension numbers; "
     "variant= is ours, for torch.optim.Muon",
     "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
     "momentum_decay= is ours, for torch.optim.NAdam",
