@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import functorch_opt as fo
+from functorch_opt.optim import one_operation
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ class Seen:
 
     def steps(self) -> list[int]:
         """In each graph, how many of its operations are steps."""
-        ours = torch.ops.functorch_opt.step
+        ours = one_operation.step._opoverload.overloadpacket
         targets = [[node.target for node in graph.graph.nodes] for graph in self.graphs]
         return [sum(t in (ours, ours.default) for t in of) for of in targets]
 

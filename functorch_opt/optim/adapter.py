@@ -35,7 +35,7 @@ from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.momentum import with_momentum
-from functorch_opt.optim.one_operation import can_be_one, number_of
+from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
     arguments,
@@ -434,9 +434,10 @@ class Optimizer(torch.optim.Optimizer):
     def _advance(self, loss: Any = None) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and
         state as they were."""
-        if torch.compiler.is_compiling() and self._compile and self._as_one(loss):
+        traced = torch.compiler.is_compiling()
+        if traced and self._compile and as_one(self._groups, loss, self._number):
             return
-        if torch.compiler.is_compiling() and not self._initialized():
+        if traced and not self._initialized():
             # Outside of the graph. Call it before torch.compile, and there is one graph.
             self.init_state()
         if only_sets_up(self.param_groups, self.state):
@@ -451,20 +452,6 @@ class Optimizer(torch.optim.Optimizer):
         ]
         for write in writes:
             write()
-
-    def _as_one(self, loss: Any) -> bool:
-        """Make the step as one operation of the graph that is traced, if it can be one."""
-        params = [p for group in self._groups for p in group["params"]]
-        where = [i for i, p in enumerate(params) if p.grad is not None]
-        moved = [params[i] for i in where]
-        if not can_be_one(params):
-            return False
-        if loss is not None:
-            loss = torch.as_tensor(loss).detach()
-        if moved:
-            grads = [p.grad for p in moved]
-            torch.ops.functorch_opt.step(moved, grads, loss, where, self._number)
-        return True
 
     def _buckets(self) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """The groups, in order, by their options that are not numbers: each bucket is one tree with

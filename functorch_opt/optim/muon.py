@@ -9,9 +9,18 @@ from torch import Tensor
 
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.torch_named import TorchNamed, descent
+from functorch_opt.optimizers.matrices import Scaling
 from functorch_opt.optimizers.muon import scale_by_muon
 
 __all__ = ["Muon"]
+
+SCALINGS: dict[str | None, Scaling] = {
+    None: "original",
+    "original": "original",
+    "match_rms_adamw": "match_rms_adamw",
+    "spectral_unclamped": "rms_to_rms",
+}
+"""What torch's names mean here."""
 
 
 class Muon(TorchNamed):
@@ -32,7 +41,8 @@ class Muon(TorchNamed):
         ns_steps: steps of Newton-Schulz, fewer than 100.
         adjust_lr_fn: ``"original"``, or None: multiply by ``sqrt(max(1, n / m))`` for a parameter
             ``[n, m]``. ``"match_rms_adamw"``: by ``0.2 sqrt(max(n, m))``, so that learning rates of
-            AdamW fit. The weight decay is not multiplied.
+            AdamW fit. ``"spectral_unclamped"``, which is in torch from 2.14 on: by ``sqrt(n / m)``.
+            The weight decay is not multiplied.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
 
     Raises:
@@ -86,10 +96,10 @@ class Muon(TorchNamed):
         adjust_lr_fn: str | None,
         **rest: Any,
     ) -> GradientTransformation:
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        if adjust_lr_fn not in SCALINGS:
             raise ValueError(
                 f"Adjust learning rate function {adjust_lr_fn} is not supported: adjust_lr_fn must "
-                "be None, 'original' or 'match_rms_adamw'."
+                f"be one of {[*SCALINGS]}."
             )
         muon = scale_by_muon(
             ns_coefficients,
@@ -97,7 +107,7 @@ class Muon(TorchNamed):
             momentum,
             eps,
             nesterov=nesterov,
-            consistent_rms=0.2 if adjust_lr_fn == "match_rms_adamw" else None,
+            scaling=SCALINGS[adjust_lr_fn],
             variant="torch",
         )
         return descent(muon, decoupled_weight_decay=True, **rest)

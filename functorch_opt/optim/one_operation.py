@@ -28,11 +28,6 @@ def number_of(optimizer: Any) -> int:
     return number
 
 
-def can_be_one(params: list[Tensor]) -> bool:
-    """Whether the operation takes these parameters. Sharded ones it does not."""
-    return all(type(p) in sharding.PLAIN for p in params)
-
-
 @torch.library.custom_op(
     "functorch_opt::step",
     mutates_args=("params",),
@@ -76,6 +71,21 @@ def step(
             p.grad = g
     for p, given in apart:
         given.copy_(p)
+
+
+def as_one(groups: list[dict[str, Any]], loss: Any, number: int) -> bool:
+    """Make the step as one operation of the graph that is traced. False where it cannot be one, for
+    the operation takes no sharded parameters."""
+    params = [p for group in groups for p in group["params"]]
+    if not all(type(p) in sharding.PLAIN for p in params):
+        return False
+    where = [i for i, p in enumerate(params) if p.grad is not None]
+    moved = [params[i] for i in where]
+    if loss is not None:
+        loss = torch.as_tensor(loss).detach()
+    if moved:
+        step(moved, [p.grad for p in moved], loss, where, number)
+    return True
 
 
 @step.register_fake
