@@ -289,3 +289,20 @@ def test_bad_arguments(build, error, message) -> None:
     """Beside those that torch's database lists, which are in `test_database.py`."""
     with pytest.raises(error, match=message):
         build(make_params())
+
+
+@pytest.mark.parametrize("n", [2, 5], ids=["as many elements as tensors", "more"])
+def test_what_makes_the_first_state_is_the_same_in_all_groups(n: int) -> None:
+    """Entries of parameters must not be taken for elements of a tensor."""
+    ps = [torch.nn.Parameter(torch.ones(n)) for _ in range(2)]
+    for p in ps:
+        p.grad = torch.ones(n)
+    groups = [{"params": ps[:1], "initial_accumulator_value": 0.5}, {"params": ps[1:]}]
+    opt = fo.optim.Optimizer(groups, fo.adagrad, lr=0.1)
+    message = "initial_accumulator_value makes the first state of adagrad"
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+    assert all(torch.equal(p, torch.ones(n)) for p in ps)
+    opt.param_groups[1]["initial_accumulator_value"] = 0.5
+    opt.step()
+    assert all(bool((p < 1).all()) for p in ps)

@@ -5,12 +5,13 @@ They go from the groups to where a transformation reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt._core import numerics
 from functorch_opt.optim.options import check_number
 
@@ -37,6 +38,30 @@ class Numbers:
             for name in names
         }
         self.written: dict[str, list[Any]] = {}
+
+    def check_first_state(self, init: Callable[[], Any], name: str) -> None:
+        """Raise ValueError where a first state depends on a number that differs between groups:
+        `init` knows no groups."""
+        differing = [option for option in self.buffers if option not in self.alike]
+        for option in differing:
+            try:
+                one, other = [self._filled(option, x, init) for x in (0.25, 0.75)]
+                depends = not all(map(torch.equal, one, other))
+            except RuntimeError:  # entries of parameters met the elements of a tensor
+                depends = True
+            if depends:
+                raise ValueError(
+                    f"the option {option} makes the first state of {name}, and so must be the same "
+                    "in all groups. Give every group one number, or each its own optimizer."
+                )
+
+    def _filled(self, option: str, value: float, init: Callable[[], Any]) -> list[Tensor]:
+        """The tensors of a first state where the option has this value."""
+        buffer = self.buffers[option]
+        for part in buffer if isinstance(buffer, tuple) else (buffer,):
+            part.fill_(value)
+        self.written.pop(option, None)
+        return tree.leaves(init())
 
     def fit(self, groups: Groups) -> bool:
         """Whether groups that were alike still are."""
