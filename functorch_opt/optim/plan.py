@@ -72,8 +72,9 @@ class Plan:
         self.paths = names if self.named else [str(i) for i in range(len(params))]
         number = {path: i for i, path in enumerate(self.paths)}
         self.order = [number[path] for path in tree.paths(self._tree(params))]
-        few = self._tree([*map(small, params)])
-        self.numbers.check_first_state(lambda: self.tx.init(few), self.tx.name)
+        self.numbers.check_first_state(
+            lambda: self.tx.init(self._tree([*map(small, params)])), self.tx.name
+        )
         self._lay_out(on_meta(params), number, rename)
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
