@@ -96,12 +96,10 @@ class Plan:
         self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
-        self.counted = [
-            (k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "count"
-        ]
-        self.clocked = [
-            (k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == "clock"
-        ]
+        self.counted, self.clocked = (
+            [(k, self.flat[k].key) for k, kind in enumerate(kinds) if kind == wanted]
+            for wanted in ("count", "clock")
+        )
         own, clocks = (
             [*dict.fromkeys(key for _, key in of)] for of in (self.counted, self.clocked)
         )
