@@ -63,8 +63,7 @@ def run(args: Namespace) -> dict[str, Any]:
         title, makes = CONTENDERS[row]
         for make in report.track(makes, title):
             result["rows"].append(
-                {"row": row, "title": title, "name": make.name}
-                | _measure(make, of, 4 * n)
+                {"row": row, "title": title, "name": make.name} | _measure(make, of)
             )
     rows = [
         [
@@ -104,9 +103,10 @@ def run(args: Namespace) -> dict[str, Any]:
     return result
 
 
-def _measure(make: type[Contender], of: shapes.Shapes, size: int) -> dict[str, Any]:
+def _measure(make: type[Contender], of: shapes.Shapes) -> dict[str, Any]:
     try:
         contender = make(draw(of, 0), draw(of, 1))
+        size = sum(p.nbytes for p in contender.read())
         if isinstance(contender, Optax):
             stats = (
                 contender.advance.lower(contender.ps, contender.gs, contender.state)

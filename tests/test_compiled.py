@@ -184,6 +184,8 @@ def test_threads_share_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
             mine, ours = step(mine, gs, ours)
     finally:
         torch.set_num_threads(threads)
+    ((segment,),) = step.segments.values()
+    assert {part.threads for part in segment.parts} == {2}
     assert_same((mine, ours), (expected, state), rtol=1e-6, atol=1e-6)
 
 

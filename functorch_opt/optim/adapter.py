@@ -418,7 +418,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.param_groups = vars(self).pop("param_groups", None) or self._groups
+        if "param_groups" in vars(self):  # where torch has put it, behind the property
+            self.param_groups = vars(self).pop("param_groups")
         self._plans = {}
         self._number = number_of(self)
         self.__dict__.setdefault("_called", {"step": False})
