@@ -306,3 +306,12 @@ def test_what_makes_the_first_state_is_the_same_in_all_groups(n: int) -> None:
     opt.param_groups[1]["initial_accumulator_value"] = 0.5
     opt.step()
     assert all(bool((p < 1).all()) for p in ps)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_init_state_makes_what_the_first_step_makes_of_the_options(compile: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    options = {"lr": 0.1, "initial_accumulator_value": 0.5}
+    opt = fo.optim.Optimizer([p], fo.adagrad, compile=compile, **options)
+    opt.init_state()
+    assert opt.state[p]["scale_by_rss/sum"].tolist() == [0.5] * 3

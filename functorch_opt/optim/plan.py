@@ -124,6 +124,7 @@ class Plan:
 
     def initialize(self, groups: Groups, state: State) -> None:
         """Give every parameter that can be trained its first state, where it has none."""
+        self.numbers.write(groups)  # a first state may be made of them
         params = [p for group in groups for p in group["params"]]
         trained = [i for i, p in enumerate(params) if p.requires_grad]
         entries = [dict(state.get(p, ())) for p in params]
@@ -263,8 +264,7 @@ class Plan:
         there = [key in entries[i] for i, key in self.where]
         if all(there):
             return False
-        pairs = zip(self.kept, there, strict=True)
-        absent = [self.flat[k] for k, is_there in pairs if not is_there]
+        absent = [self.flat[k] for k, x in zip(self.kept, there, strict=True) if not x]
         return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
 
     def _values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
