@@ -14,6 +14,7 @@ import functorch_opt as fo
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 
 OURS = "functorch_opt compiled_step"
+OURS_OPTIM = "functorch_opt optim"
 FUSED = "torch fused"
 
 
@@ -157,7 +158,7 @@ class Eager(Contender):
 class Adapter(TorchOptim):
     """The class with torch's name, its step compiled."""
 
-    name = "functorch_opt optim, compile=True"
+    name = f"{OURS_OPTIM}, compile=True"
 
     def make(self) -> torch.optim.Optimizer:
         return fo.optim.AdamW(

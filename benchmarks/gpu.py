@@ -10,7 +10,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ from benchmarks.contenders import (
     EPS,
     LR,
     OURS,
+    OURS_OPTIM,
     Adapter,
     Compiled,
     Contender,
     Foreach,
     Fused,
     HeavyBall,
+    TorchOptim,
     Unavailable,
     draw,
     gradients,
@@ -72,6 +74,57 @@ class LowMoments(Compiled):
             fo.add_decayed_weights(DECAY),
             fo.scale_by_learning_rate(LR),
         )
+
+
+class Default(TorchOptim):
+    """The class with torch's name, as a newcomer makes it."""
+
+    name = f"{OURS_OPTIM}, default"
+
+    def make(self) -> torch.optim.Optimizer:
+        return fo.optim.AdamW(self.ps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+
+
+class Chain(Compiled):
+    """Another chain than AdamW. Its numbers are compared with its own eager updates."""
+
+    moved: ClassVar[int | None] = None
+    """How many tensors of the size of the parameters are read or written, if that is all."""
+
+
+class Clipped(Chain):
+    name, moved = f"{OURS}: clip, AdamW, schedule, EMA", 10
+
+    def chain(self) -> fo.GradientTransformation:
+        rate = fo.cosine_decay_schedule(LR, 1000)
+        adamw = fo.adamw(rate, *BETAS, EPS, weight_decay=DECAY)
+        return fo.chain(fo.clip_by_global_norm(1.0), adamw, fo.params_ema(0.99))
+
+
+class Lion(Chain):
+    name, moved = f"{OURS}: Lion", 5
+
+    def chain(self) -> fo.GradientTransformation:
+        return fo.lion(LR)
+
+
+class Lamb(Chain):
+    name = f"{OURS}: LAMB"
+
+    def chain(self) -> fo.GradientTransformation:
+        return fo.lamb(LR)
+
+
+class Muon(Chain):
+    name = f"{OURS}: Muon"
+
+    def start(self) -> None:
+        if any(p.dim() != 2 for p in self.ps):
+            raise Unavailable("not all are matrices")
+        super().start()
+
+    def chain(self) -> fo.GradientTransformation:
+        return fo.muon(LR)
 
 
 class FusedCapturable(Fused):
@@ -149,10 +202,15 @@ CONTENDERS = (
     LowMoments,
     CompiledGraph,
     Adapter,
+    Default,
     Fused,
     Foreach,
     FusedGraph,
     HeavyBall,
+    Clipped,
+    Lion,
+    Lamb,
+    Muon,
 )
 
 
@@ -276,8 +334,9 @@ def prepare(
                 f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
             )
         else:
+            wanted = eagerly(make, ps, feeds) if issubclass(make, Chain) else expected
             entry["difference_over_tolerance"] = same(
-                [expected, contender.read()], **tolerance
+                [wanted, contender.read()], **tolerance
             )
             if not entry["difference_over_tolerance"] <= 1:
                 entry["note"] = (
@@ -310,7 +369,9 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
         moments = (
             low if isinstance(contender, (Fused, Foreach, LowMoments, FusedGraph)) else 4
         )
-        moved = n * (3 * low + 4 * moments)
+        moved: int | None = n * (3 * low + 4 * moments)
+        if isinstance(contender, Chain):
+            moved = contender.moved and n * contender.moved * 4
         ms = statistics.median(times[label])
         known[label] |= {
             "ms": ms,
@@ -322,7 +383,7 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
             ),
             "host_ms": host_milliseconds(contender.step, device, rounds),
             "bytes": moved,
-            "of_copy_bandwidth": moved / ms / 1e6 / bandwidth,
+            "of_copy_bandwidth": moved and moved / ms / 1e6 / bandwidth,
             **launches(contender.step, device),
         }
     return {
@@ -356,7 +417,7 @@ def show(result: dict[str, Any]) -> None:
         numbers = [
             f"{entry['ms']:.3f}",
             f"{entry['ratio']:.2f}",
-            f"{100 * entry['of_copy_bandwidth']:.0f}%",
+            f"{100 * entry['of_copy_bandwidth']:.0f}%" if entry["bytes"] else "-",
             f"{entry['host_ms']:.3f}",
         ]
         right = f"{entry['difference_over_tolerance']:.2g}"

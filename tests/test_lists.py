@@ -175,6 +175,7 @@ FLOORS = {
     "_execution/writes.py": 0,
     "_execution/cpu_passes.py": 0,
     "_execution/table.py": 0,
+    "_execution/launches.py": 0,
     "_execution/trials.py": 2,
     "_execution/kernel.py": 3,
     "_core/sharding.py": 2,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.sharding import (
+    PLAIN,
     by_layout,
     everybodys,
     part_of,
@@ -77,6 +78,16 @@ def as_real(count: Tensor) -> Tensor:
         tensor(0.0010, dtype=torch.float64)
     """
     return count.to(real_dtype(count.device))
+
+
+def beside(value: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`value`, a number or a tensor, as a tensor on the device of `x`.
+
+    Nobody waits for the device: a number is written there by the device itself.
+    """
+    if isinstance(value, Tensor):
+        return value.to(x.device, dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=x.device)
 
 
 TINY = torch.finfo(torch.float32).tiny
@@ -159,7 +170,7 @@ def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) ->
     if ord not in (None, 2):
         return _other_norm(tree, ord)
     here = leaves(tree)
-    norms = [_norm(part_of(x)) for x in here]
+    norms = _norms([part_of(x) for x in here])
     if not norms:
         return torch.zeros((), dtype=torch.float32)
     layouts = by_layout(here)
@@ -208,6 +219,17 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(at_least_float32(x.dtype)).flatten()
+
+
+def _norms(xs: list[Tensor]) -> list[Tensor]:
+    """The norm of each: on a device that launches kernels, of all in a few launches."""
+    if torch.compiler.is_compiling() or not xs or xs[0].device.type == "cpu":
+        return [_norm(x) for x in xs]
+    kinds = {(type(x), x.dtype, x.device) for x in xs}
+    of_functorch = any(map(torch._C._functorch.is_functorch_wrapped_tensor, xs))
+    if len(kinds) > 1 or type(xs[0]) not in PLAIN or xs[0].is_complex() or of_functorch:
+        return [_norm(x) for x in xs]
+    return [*torch._foreach_norm(xs, 2, dtype=at_least_float32(xs[0].dtype))]
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -70,13 +70,21 @@ class Once:
         }
         return shared | counts
 
-    def hypers(self, shared: Mapping[str, Tensor], n: int) -> dict[str, Any]:
-        """The hyperparameters of this step for `n` leaves, beside shared values and the count."""
+    def hypers(
+        self,
+        shared: Mapping[str, Tensor],
+        n: int,
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """The hyperparameters of this step for `n` leaves, beside shared values and the count.
+
+        Those that are named in `instead` have the values there.
+        """
         now: dict[str, Any] = {**shared, **self.numbers}
         clock = now.pop("clock", None)
         if self.counts:
             now["count"] = of_this_part(shared[self.count_from])
-        for name, value in self.varying.items():
+        for name, value in {**self.varying, **(instead or {})}.items():
             now[name] = value(clock) if callable(value) else of_this_part(value)
             self._check_hyper(name, now[name])
             check_entries(name, now[name], n)

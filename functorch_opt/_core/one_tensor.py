@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import sharding
+from functorch_opt._core import numerics, sharding
 from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.leaf import Misfit, PerLeaf, enter, outline, working_dtype
 from functorch_opt._core.sums import Sums
@@ -218,13 +218,9 @@ class OneTensor:
         return rows
 
 
-def _as_tensor(x: Any, device: torch.device) -> Tensor:
-    dtype = (
-        tree.as_real(torch.zeros((), device=device)).dtype
-        if isinstance(x, float)
-        else None
-    )
-    return torch.as_tensor(x, dtype=dtype, device=device)
+def _as_tensor(x: Any, like: Tensor) -> Tensor:
+    dtype = numerics.real_dtype(like.device) if isinstance(x, float) else None
+    return numerics.beside(x, like, dtype)
 
 
 def sums_of_leaves(
@@ -236,9 +232,8 @@ def sums_of_leaves(
         if values is None:
             found.append(dict.fromkeys(sums.functions))
             continue
-        device = values["g"].device
         of = sums.of(values, sharding.any_sharded(gs)).items()
-        found.append({name: _as_tensor(x, device) for name, x in of})
+        found.append({name: _as_tensor(x, values["g"]) for name, x in of})
     if sharding.any_sharded(gs):
         return sums.joined_over_ranks(found, gs)
     return {name: [row[name] for row in found] for name in sums.functions}

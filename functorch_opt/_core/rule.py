@@ -158,11 +158,15 @@ class Leafwise(GradientTransformation):
         gs: list[Any],
         ps: list[Any],
         slots: dict[str, list[Any]],
+        instead: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the rule may read of this step, by name; and the next shared values."""
+        """What the rule may read of this step, by name; and the next shared values.
+
+        Hyperparameters that are named in `instead` have the values there.
+        """
         if self.is_constant:
             return dict(self.once.numbers), shared
-        now = self.once.hypers(shared, len(gs))
+        now = self.once.hypers(shared, len(gs), instead)
         if self.has_totals:
             names = self.totals.reads
             per_leaf = leaf_values(updates, now, names)

@@ -138,7 +138,7 @@ class Body:
             [(*of, *rows) for of, rows in zip(self.shared, self.rows, strict=True)]
         )
         self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
-        self.numbers = tuple([_written(of) for of in self.fixed])
+        self.numbers = tuple([written(of) for of in self.fixed])
         exact = [tuple([(n, x.dtype) for n, x in of.items()]) for of in self.exact]
         self.key = self.base, self.numbers, tuple(exact)
 
@@ -160,6 +160,15 @@ class Body:
         left = iter(torch.stack(wide).to(torch.float32).unbind())
         pairs = zip(self.scalars, self.wide, strict=True)
         return [next(left) if is_wide else x for x, is_wide in pairs]
+
+    def given(self, narrow: bool) -> list[Tensor]:
+        """The scalars that compiled code is given, for rules that compute in float32 or not.
+
+        To make a number narrow costs nothing on the host. On a device it would be a launch of its
+        own, so it is made narrow where it is read.
+        """
+        on_host = all(x.device.type == "cpu" for x in self.scalars)
+        return self.narrowed if narrow and on_host else self.scalars
 
     @property
     def wide(self) -> list[bool]:
@@ -303,7 +312,7 @@ class _Leaf:
             self.new.append((place, x))  # type: ignore[arg-type]
 
 
-def _written(fixed: dict[str, Any]) -> Any:
+def written(fixed: dict[str, Any]) -> Any:
     """Numbers as a key: 1 is not True, and 0.0 is not -0.0."""
     return tuple([(name, type(x), repr(x), _sign(x)) for name, x in fixed.items()])
 

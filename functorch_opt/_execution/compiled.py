@@ -22,9 +22,9 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import sharding, structure
-from functorch_opt._core.leaf import Each
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body
+from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
     PROGRAMS,
@@ -139,8 +139,9 @@ class CompiledStep:
             state = with_memory_of_its_own(state, [*ps, *us])
         us = apart_from_params(us, ps)
         flush, aside = partial(self._apply, add=False), self._aside
-        walk = Walk(view, ps, us, extra, flush, aside, known)
         eager = self.backend == IN_PIECES
+        once = None if eager else self.backend
+        walk = Walk(view, ps, us, extra, flush, aside, known, once)
         with nullcontext() if eager else philox.compiled(self.backend):
             new = walk.look(self.tx, state, view)
             walk.go()
@@ -185,11 +186,11 @@ class CompiledStep:
         rows: list[tuple[list[Any], bool]] = []
         for each, places in zip(mine, route.places, strict=True):
             slots += [_pick(column, places) for column in each.slots.values()]
-            rows += [(_pick(row, places), own) for row, own in _rows(each, walk)]
+            rows += [(_pick(row, places), own) for row, own in rows_of(each, walk)]
         into = None
         if not add:
             dtypes = self._dtypes(mine, [us, ps, *slots, *[row for row, _ in rows]])
-            into = _place(rows, us, dtypes)
+            into = place_of(rows, us, dtypes)
         if into is not None:
             written = rows[into][0]
             leaves = range(len(us)) if route.leaves is None else route.leaves
@@ -321,40 +322,6 @@ def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
 
 def _unless_all(indices: list[int], n: int) -> list[int] | None:
     return None if indices == [*range(n)] else indices
-
-
-def _rows(each: Waiting, walk: Walk) -> list[tuple[list[Any], bool]]:
-    """What a leaf has its own of, and whether that is this step's own, to be written over."""
-    rows = []
-    for name, value in each.now.items():
-        if isinstance(value, Each):
-            rows.append((each.view.column(walk.ps, value.tree, name), value.own))
-        elif isinstance(value, Tensor) and value.dim() == 1:
-            rows.append((list(value.unbind()), False))
-    return rows
-
-
-def _place(
-    rows: list[tuple[list[Any], bool]], us: list[Any], dtypes: list[torch.dtype | None]
-) -> int:
-    """Which row updates can be written over; a new one where there is none."""
-    for k, (row, own) in enumerate(rows):
-        if own and all(map(_can_hold, row, us, dtypes)):
-            return k
-    rows.append(([*map(_like, us, dtypes)], True))
-    return len(rows) - 1
-
-
-def _like(u: Any, dtype: torch.dtype | None) -> Any:
-    """Where to write the update that becomes of `u`."""
-    if u is None:
-        return None
-    return torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _can_hold(x: Any, u: Any, dtype: torch.dtype | None) -> bool:
-    """Whether the update that becomes of `u` can be written over `x`."""
-    return u is None or (x.dtype is dtype and x.shape == u.shape and x.is_contiguous())
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_opt._core.transformation import Expression
+
 PLAIN = (
     bool,
     int,
@@ -44,6 +46,7 @@ OF_LIBRARIES = (
     "_operator",
 )
 """Packages whose names are not expected to change."""
+FUNCTION = types.FunctionType
 _ABSENT = object()
 
 
@@ -121,6 +124,10 @@ class _Reader:
             )
         if isinstance(x, types.ModuleType):
             return self._module(x)
+        if isinstance(x, Expression) and isinstance(
+            value := vars(x).get("value"), FUNCTION
+        ):
+            return "schedule", self._watched(partial(getattr, x, "value"), value)
         if isinstance(x, Tensor):
             self.mutable = True
             return Tensor, _Same(x), x._version, x.data_ptr() if type(x) is Tensor else 0

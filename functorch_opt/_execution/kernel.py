@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,17 +18,15 @@ import torch
 from torch import Tensor
 
 from functorch_opt._execution.cpu_passes import store_what_many_read, take_sums
+from functorch_opt._execution.launches import (
+    Launches,
+    find_launches,
+    in_lanes,
+    in_one_launch,
+)
 from functorch_opt._execution.table import MOST, address_of, loop
 from functorch_opt._execution.trials import LOCK, Untraceable, tolerances_of, try_out
 from functorch_opt._execution.writes import Pure, write_in_place
-
-_COMBINE = {
-    "combo_kernels": True,
-    "combo_kernel_peak_memory_pct_threshold": None,
-    "combo_kernel_max_num_nodes": 1000,
-    "combo_kernel_max_num_args": 4000,
-}
-"""What makes of a block of tensors one launch on a GPU."""
 
 _SIZES_COME_WITH_ASSERTS = hasattr(torch._C._dynamo.guards, "assert_size_stride_grouped")
 """From torch 2.14 on generated code knows its sizes only where it checks them too."""
@@ -55,6 +53,7 @@ class Program:
 
     Attributes:
         kernel: if the code is one kernel: the address of that C function; otherwise None.
+        launches: if the code only launches kernels on a GPU: these.
         order: which of all tensors, those of `scratch`, and `sizes`, in this order, are the
             arguments of `kernel`.
     """
@@ -63,6 +62,7 @@ class Program:
         self, f: Pure, examples: list[Tensor], threads: int, backend: Any
     ) -> None:
         self.kernel: int | None = None
+        self.launches: Launches | None = None
         self.threads = threads
         self.order: list[int] = []
         self.dims: list[tuple[int, int]] = []
@@ -71,6 +71,7 @@ class Program:
             self._make(f, examples, threads, backend)
 
     def _make(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
+        examples = _told_apart(examples)
         on_cpu = examples[0].device.type == "cpu"
         help_cpu = on_cpu and backend == "inductor"
         try:
@@ -93,6 +94,8 @@ class Program:
             self._run = _inductor(graph, inputs, threads, on_cpu)
             if on_cpu and (found := _find_kernel(self._run, inputs)):
                 self.kernel, self.order, self.dims, self.buffers = found
+            if examples[0].device.type == "cuda":
+                self.launches = _find_launches(self._run, inputs)
         else:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
@@ -122,6 +125,9 @@ class Program:
         return guards is None or bool(self.env.evaluate_guards_expression(guards, args))
 
     def __call__(self, args: list[Tensor]) -> None:
+        if self.launches is not None:
+            self.launches(args)
+            return
         if self.kernel is None:
             self._run([*args])  # generated code empties the list that it is given
             return
@@ -139,6 +145,15 @@ class Program:
 
 
 # ---- tracing -------------------------------------------------------------------------------------
+
+
+def _told_apart(examples: list[Tensor]) -> list[Tensor]:
+    """The examples, with copies of those that are there twice.
+
+    A trace takes what is one tensor for one argument, and others may be two tensors later.
+    """
+    first = {id(x): i for i, x in reversed([*enumerate(examples)])}
+    return [x if first[id(x)] == i else x.clone() for i, x in enumerate(examples)]
 
 
 def _fixed_sizes(inputs: list[Any]) -> list[tuple[int, int, int]]:
@@ -172,8 +187,9 @@ def _trace(f: Pure, examples: list[Tensor], backend: Any) -> tuple[Any, list[int
         return [value for _, value in writes]
 
     def traced(function: Any) -> Any:
+        given = in_lanes(examples) if examples[0].device.type == "cuda" else examples
         return make_fx(function, decomposition_table=table, tracing_mode="symbolic")(
-            *examples
+            *given
         )
 
     symbols: Any = _config
@@ -208,9 +224,9 @@ def _inductor(
         "cpp.threads": threads,
         "emulate_precision_casts": True,
     }
-    if not on_cpu:
-        options |= {k: v for k, v in _COMBINE.items() if hasattr(config, k)}
+    graph.shape_env = None  # Inductor keeps code on disk, and could not write this there
     with (
+        nullcontext() if on_cpu else in_one_launch(),
         config.patch(options),
         _as_if_traced(inputs[0].fake_mode),
         warnings.catch_warnings(),
@@ -227,6 +243,17 @@ def _as_if_traced(mode: Any) -> Iterator[None]:
 
     with tracing(TracingContext(mode)), V.set_fake_mode(mode):
         yield
+
+
+def _find_launches(compiled: Any, inputs: list[Any]) -> Launches | None:
+    """The launches, if all that `compiled` does is to make them."""
+    symbols = dict.fromkeys(_symbols(inputs))
+    if not all(of.is_symbol for of in symbols):
+        return None
+    # Odd numbers: no multiple of `LANES` is among them.
+    telling = {of: 17 + 2 * k for k, of in enumerate(symbols)}
+    samples = samples_of(inputs, telling)
+    return find_launches(getattr(compiled, "current_callable", None), samples)
 
 
 # ---- the kernel in the code ----------------------------------------------------------------------

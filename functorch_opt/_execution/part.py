@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.pieces import Whole
 
 SHARED = 65_536
@@ -29,6 +30,7 @@ class Part:
         self.sizes: list[tuple[int, ...]] = []
         self.elements = 0
         """Of all parameters."""
+        self.filling: list[list[Tensor]] | None = None
 
     @cached_property
     def columns_of_sizes(self) -> list[list[int]]:
@@ -57,20 +59,33 @@ class Part:
         if self.program.kernel is not None and self.size == 1:
             self._call(self.program, columns, body)
             return
-        scalars = body.narrowed if self.narrow else body.scalars
-        whole = body.whole
-        leaves = [
-            [x if whole or not x.dim() else x.view(-1) for x in leaf]
-            for leaf in zip(*columns, strict=True)
-        ]
-        for k in range(0, len(leaves), self.size):
-            block = leaves[k : k + self.size]
-            missing = self.size - len(block)
-            block += [
-                [x.new_empty(2 if x.dim() else ()) for x in block[0]]
-                for _ in range(missing)
+        launches = self.program.launches
+        if launches is not None:
+            columns = _aligned(columns, body)
+        elif not body.whole:
+            columns = [[*map(flat, column)] for column in columns]
+        leaves = [*zip(*columns, strict=True), *self.padding(columns)]
+        starts, scalars = range(0, len(leaves), self.size), body.given(self.narrow)
+        parts = [joined.from_iterable(leaves[k : k + self.size]) for k in starts]
+        blocks = [[*part, *scalars] for part in parts]
+        if launches is not None:
+            launches(*blocks)
+        else:
+            for block in blocks:
+                self.program(block)
+
+    def padding(self, columns: list[list[Tensor]]) -> list[list[Tensor]]:
+        """What fills the last block up. What is written there is never read."""
+        if self.filling is None:
+            missing = -len(columns[0]) % self.size
+            like = [column[0] for column in columns]
+            of: Any = (2, LANES) if has_lanes(like[1]) else (2,)
+            shapes = [of if x.dim() else () for x in like]
+            pairs = [*zip(like, shapes, strict=True)]
+            self.filling = [
+                [x.new_zeros(shape) for x, shape in pairs] for _ in range(missing)
             ]
-            self.program([*joined.from_iterable(block), *scalars])
+        return self.filling
 
     def _call(self, program: Program, columns: list[list[Tensor]], body: Body) -> None:
         """Call the kernel for all leaves at once."""
@@ -81,3 +96,12 @@ class Part:
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
         given = [*columns, *scalars, *scratch, *self.columns_of_sizes]
         program.call(len(self.indices), self.threads, given)
+
+
+def _aligned(columns: list[list[Tensor]], body: Body) -> list[list[Tensor]]:
+    """The columns, with copies of gradients and rows that are not aligned. What is written is."""
+    columns = [*columns]
+    for c in (0, *range(2 + body.n_slots, len(columns))):
+        if c != body.place and not all(map(is_aligned, columns[c])):
+            columns[c] = [x if is_aligned(x) else x.clone() for x in columns[c]]
+    return columns

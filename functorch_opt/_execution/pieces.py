@@ -135,7 +135,8 @@ def _joined(
     body: Body,
     narrow: bool,
 ) -> None:
-    flat = [_join(column, sizes, narrow) for column in columns]
+    device = columns[1][0].device
+    flat = [_join(column, sizes, narrow, device) for column in columns]
     writes, moves = body.apart([*flat, *scalars])
     for i, value in writes:
         if value is not flat[i]:
@@ -152,16 +153,22 @@ def _taken_apart(x: Tensor, column: list[Tensor]) -> Any:
     return torch._C._nn.unflatten_dense_tensors(x.contiguous(), column)
 
 
-def _join(column: list[Tensor], sizes: list[tuple[int, ...]], narrow: bool) -> Tensor:
-    """The elements of all these tensors. A number of each leaf is repeated for its elements, in
-    float32 where rules compute in it."""
+def _join(
+    column: list[Tensor],
+    sizes: list[tuple[int, ...]],
+    narrow: bool,
+    device: torch.device,
+) -> Tensor:
+    """The elements of all these tensors, on `device`. A number of each leaf is repeated for its
+    elements, in float32 where rules compute in it."""
     if column[0].dim():
         return torch._C._nn.flatten_dense_tensors(column)
     numbers = torch.stack(column)
     if narrow and numbers.dtype is torch.float64:
         numbers = numbers.to(torch.float32)
     times = torch.tensor([n for (n,) in sizes], device=numbers.device)
-    return numbers.repeat_interleave(times)
+    repeated = numbers.repeat_interleave(times, output_size=sum(n for (n,) in sizes))
+    return repeated.to(device, non_blocking=True)
 
 
 # ---- a trial -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from functorch_opt._core.leaf import Misfit, wrong_update
 from functorch_opt._execution.body import Body
 from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole, in_pieces
 from functorch_opt._execution.table import identity
@@ -31,7 +32,7 @@ IN_PIECES = "in pieces"
 """The backend that compiles nothing."""
 BLOCK = {"cpu": 1}
 """Tensors in a block. On a CPU a call costs nothing; elsewhere `LAUNCH` tensors share a launch."""
-LAUNCH = 32
+LAUNCH = 16
 EXAMPLE = 131_072
 """Elements of the tensors that a block of several is traced on."""
 LARGE = 16_384
@@ -144,11 +145,10 @@ class Segment:
         plain = all(type(x) in sharding.PLAIN and not x.is_complex() for x in leaf)
         if p.numel() < 2 or not plain:
             return None
-        if not all(x.is_contiguous() and _is_aligned(x) for x in leaf[1:end]):
+        if not all(x.is_contiguous() and is_aligned(x) for x in leaf[1:end]):
             return None
         if not all(
-            x.device == p.device and (whole or not x.dim() or x.shape == p.shape)
-            for x in leaf
+            _meets(x, p) and (whole or not x.dim() or x.shape == p.shape) for x in leaf
         ):
             return None
         written = {x.data_ptr() for x in leaf[1:end]}
@@ -165,7 +165,9 @@ class Segment:
 
     def _rank(self, x: Any) -> int:
         """What code depends on of the dims of `x`. Compiled code sees all elements in a row."""
-        return x.dim() if self.backend == IN_PIECES else int(x.dim() > 0)
+        if self.backend == IN_PIECES or not x.dim():
+            return int(x.dim())
+        return -LANES if has_lanes(x) else 1
 
     def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
         """The columns with the entries of compiled leaves only, of sharded ones the shards."""
@@ -178,13 +180,13 @@ class Segment:
     def _parts(self, sorts: dict[Any, list[int]], mine: list[list[Tensor]]) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
         in_a_row = not self.body.whole and self.backend != IN_PIECES
-        lie = _flat if in_a_row else Tensor.contiguous
-        flat = [[lie(x) for x in column] for column in mine]
+        lie = flat if in_a_row else Tensor.contiguous
+        columns = [[lie(x).contiguous() for x in column] for column in mine]
         parts: list[Part] = []
         for sort, indices in sorts.items():
             of_program: dict[int, Part] = {}
             for i in indices:
-                leaf = [column[number[i]] for column in flat]
+                leaf = [column[number[i]] for column in columns]
                 program, size = self._program(sort, leaf)
                 part = of_program.setdefault(
                     id(program), Part(program, size, _narrow(leaf))
@@ -217,7 +219,7 @@ class Segment:
         device, threads = sort[:2]
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
-        scalars = self._scalars(_narrow(leaf))
+        scalars = self.body.given(_narrow(leaf))
         if self.backend == IN_PIECES:
             if not programs:
                 programs.append(in_pieces(self.body, leaf, _narrow(leaf)))
@@ -227,8 +229,12 @@ class Segment:
                 return program, size
         examples = [x.detach() for x in leaf]
         if size > 1:  # on a GPU the sizes it sees decide the launch for good
-            shapes = [EXAMPLE if x.dim() else () for _ in range(size) for x in leaf]
-            examples = [x.new_empty(n) for n, x in zip(shapes, leaf * size, strict=True)]
+            rows = (EXAMPLE // LANES, LANES)
+            of: Any = rows if has_lanes(leaf[1]) else (EXAMPLE + 1,)
+            shapes = [of if x.dim() else () for _ in range(size) for x in leaf]
+            examples = [
+                x.new_empty(shape) for shape, x in zip(shapes, leaf * size, strict=True)
+            ]
         program = self._made([*examples, *scalars], threads, sort)
         programs.append(program)
         return program, size
@@ -309,9 +315,6 @@ class Segment:
                     f"compiled_step: the update at {where!r} {misfit}"
                 ) from misfit
 
-    def _scalars(self, narrow: bool) -> list[Tensor]:
-        return self.body.narrowed if narrow else self.body.scalars
-
 
 class Watched:
     """What some tensors are: types, dtypes, devices, shapes and strides."""
@@ -367,12 +370,9 @@ def _narrow(leaf: list[Any]) -> bool:
     return not any(x.dtype in (torch.float64, torch.complex128) for x in leaf)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1).contiguous() if x.dim() else x
-
-
-def _is_aligned(x: Tensor) -> bool:
-    return x.device.type == "cpu" or x.data_ptr() % 16 == 0
+def _meets(x: Tensor, p: Tensor) -> bool:
+    """Whether a kernel on the device of `p` takes `x`: a single number may lie on the host."""
+    return x.device == p.device or (not x.dim() and x.device.type == "cpu")
 
 
 def _laid_out_alike(x: Any, p: Any) -> bool:

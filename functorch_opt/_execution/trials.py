@@ -182,6 +182,8 @@ _ROUNDING = {
     torch.bfloat16: 5e-2,
 }
 """By how much two ways to compute in a dtype may differ."""
+_OF_PRODUCTS = 8
+"""How many times more after a row of matrix products."""
 
 
 def tolerances_of(graph: Graph, targets: list[int]) -> dict[int, float]:
@@ -205,7 +207,7 @@ def tolerances_of(graph: Graph, targets: list[int]) -> dict[int, float]:
 def _roughness(node: Node) -> float:
     name = name_of(node)
     if name in _PRODUCTS or "linalg" in name:
-        return max(1e-2, _of_dtype(node))
+        return max(1e-2, _OF_PRODUCTS * _of_dtype(node))
     return _of_dtype(node)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter, is_not
 from typing import Any
@@ -20,7 +19,6 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._core.chain import Chain
-from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
@@ -36,30 +34,13 @@ from functorch_opt._execution.fusing import (
     looks_first,
     made_once,
 )
+from functorch_opt._execution.together import Together
 from functorch_opt._execution.views import View, check_shapes
+from functorch_opt._execution.waiting import Door, NewState, Waiting, after_gate, both
 from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
 from functorch_opt.tree import PyTree
 
-NewState = Callable[[], PyTree]
 _IS_THERE, _IS_CPU = partial(is_not, None), attrgetter("is_cpu")
-
-
-@dataclass
-class Waiting:
-    """An entry that waits to be applied to the leaves of a view: its slots and its values."""
-
-    entry: Entry
-    view: View
-    slots: dict[str, list[Any]] = field(default_factory=dict)
-    now: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Door:
-    """A gate on the way: whether it is open, once that is known."""
-
-    active: Any = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Walk:
@@ -73,6 +54,7 @@ class Walk:
         flush: applies what waits to the updates.
         aside: runs a stage that cannot be taken apart, and says so.
         known: whether the state is known to fit.
+        backend: compiles what is worked out once a step; None if that is not to be compiled.
     """
 
     def __init__(
@@ -84,7 +66,9 @@ class Walk:
         flush: Callable[[Walk], None],
         aside: Callable[[Walk, View, GradientTransformation, PyTree], PyTree],
         known: bool,
+        backend: Any,
     ) -> None:
+        self.together = Together(backend)
         self.ps, self.us, self.extra, self.flush, self.aside = ps, us, extra, flush, aside
         self.root, self.known = root, known
         self.waiting: list[Waiting] = []
@@ -163,10 +147,12 @@ class Walk:
     def _rule(self, tx: Leafwise, state: PyTree, view: View) -> NewState:
         tx.check_state(state)
         columns = self._columns(tx, state.slots, view)
-        found: list[Any] = []
-        looks = tx.looks_around
-        first = self.settled
+        looks, first = tx.looks_around, self.settled
         self.settled = False
+        share = self.together.takes(tx, state.shared, self.extra, len(view.indices))
+        now: dict[str, Any] = share.now if share else {}
+        shared: dict[str, Tensor] = share.shared if share else {}
+        known = [share is not None]
 
         def scalars() -> None:
             us, ps = view.leaves(self.us), view.leaves(self.ps)
@@ -175,27 +161,26 @@ class Walk:
                 trees[1] = view.tree(self.ps)
             with self.inside(view):
                 given = (trees[0], state.shared, trees[1], self.extra, us, ps, columns)
-                found.append(tx.scalars(*given))
+                values, new = tx.scalars(*given)
+            now.update({name: values[name] for name in tx.reads if name in values})
+            shared.update(new)
+            known[0] = True
 
         def act() -> None:
             if self._ends_pass(tx, first):
                 self.flush(self)
-            if not found:
+            if not known[0]:
                 scalars()
-            now = {name: found[0][0][name] for name in tx.reads if name in found[0][0]}
             if tx.has_sums and self.sharded:
-                us, ps, reference = (
-                    view.leaves(self.us),
-                    view.leaves(self.ps),
-                    view.tree(self.us),
-                )
-                now |= tx.sums_before(reference, view.spec, us, ps, columns, now)
+                us, ps = view.leaves(self.us), view.leaves(self.ps)
+                trees = view.tree(self.us), view.spec
+                now.update(tx.sums_before(*trees, us, ps, columns, now))
             self._wait(entry_of("rule", tx), view, columns, now)
 
-        if self._is_certain() and (first or not looks):
+        if not known[0] and self._is_certain() and (first or not looks):
             scalars()
         self._do(act, writes=self._ends_pass(tx, first))
-        return lambda: StageState(found[0][1], state.slots)
+        return lambda: StageState(shared, state.slots)
 
     def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
@@ -224,8 +209,10 @@ class Walk:
 
     def _wait(self, entry: Entry, view: View, slots: Any = None, now: Any = None) -> None:
         flags = [door.active for door in self.doors_now if door.active is not True]
-        active = {} if not flags else {ACTIVE: _both(flags)}
-        self.waiting.append(Waiting(entry, view, slots or {}, {**(now or {}), **active}))
+        now = {} if now is None else now
+        if flags:
+            now[ACTIVE] = both(flags)
+        self.waiting.append(Waiting(entry, view, slots or {}, now))
 
     def _groups(self, tx: Groups, state: PyTree, view: View) -> NewState:
         views = view.of_groups(tx, self.ps)
@@ -274,7 +261,7 @@ class Walk:
             self.settled = False
         self.doors.pop()
         self._do(lambda: self._close(tx, door, view))
-        return lambda: _after_gate(door, inner, state["inner"])
+        return lambda: after_gate(door, inner, state["inner"])
 
     def _open(self, tx: Gate, door: Door, view: View) -> None:
         if not isinstance(door.active, bool):
@@ -344,29 +331,12 @@ class Walk:
 
     def go(self) -> None:
         """Do what was listed. What waits in the end is left to be applied."""
+        self.together.work_out()
         for doors, action in self.todo:
             if all(door.active is not False for door in doors):
                 self.doors_now = doors
                 action()
         self.todo = []
-
-
-def _both(flags: list[Any]) -> Any:
-    active = flags[0]
-    for flag in flags[1:]:
-        active = active & flag
-    return active
-
-
-def _after_gate(door: Door, inner: NewState | None, old: PyTree) -> PyTree:
-    """The state behind a gate and of the gate. Slots were chosen where they were written."""
-    kept = StageState(door.shared, {})
-    if door.active is False or inner is None:
-        return {"inner": old, "gate": kept}
-    new = inner()
-    if door.active is not True:
-        new = tree.map(lambda x, before: chosen(door.active, x, before), new, old)
-    return {"inner": new, "gate": kept}
 
 
 def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
@@ -378,7 +348,10 @@ def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
     us, ps = [*outer.us], [*outer.ps]
     view.write(us, tree.flatten(seen)[0])
     view.write(ps, tree.flatten(seen_params)[0])
-    walk = Walk(outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known)
+    backend = outer.together.backend
+    walk = Walk(
+        outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known, backend
+    )
     walk.writes_params = False
     walk.columns = [outer.ps, *outer.columns, *leaves.columns.values()]
     inner = walk.look(tx.inner, state["inner"], view)

@@ -25,6 +25,8 @@ class Numbers:
     def __init__(
         self, names: list[str], groups: Groups, n: int, device: torch.device
     ) -> None:
+        self.device = device
+
         def buffer(value: Any, shape: tuple[int, ...]) -> Any:
             """Where a hyperparameter is written at every step, for the transformation to read."""
             if isinstance(value, tuple):

@@ -19,7 +19,8 @@ from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_o
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.counts import Counts
-from functorch_opt.optim.numbers import Groups, Numbers
+from functorch_opt.optim.hosts import on_host_if_possible
+from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import (
     can_be_trained,
     entries_of,
@@ -52,15 +53,15 @@ class Plan:
         everybody: list[Tensor],
     ) -> None:
         params = [p for group in groups for p in group["params"]]
-        self.layout, self.device = layout(groups), params[0].device
+        self.layout = layout(groups)
         self.left_out = {i for i, p in enumerate(params) if not can_be_trained(p)}
         if len(self.left_out) == len(params):
             raise TypeError(
                 f"all parameters of a group are {params[0].dtype}, and one has a gradient: only "
                 "floating and complex tensors can be optimized. Set its grad to None."
             )
-        self.numbers = Numbers(varying, groups, len(params), self.device)
-        self.tx = make(self.numbers.buffers)
+        self.numbers, self.tx = on_host_if_possible(make, varying, groups, params)
+        self.device = self.numbers.device
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.checked = False
         self.is_whole = True if not compile and overlap(params) else None

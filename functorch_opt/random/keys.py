@@ -107,7 +107,7 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
 
 
 def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
-    numbers = torch.as_tensor(value, device=device)
+    numbers = torch.as_tensor(value).to(device, non_blocking=True)
     if (
         numbers.dtype in (torch.bool, torch.uint64)
         or numbers.is_floating_point()

@@ -152,7 +152,9 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
 
     def prepare(updates, max_norm):
         norm = tree.norm(updates)
-        max_norm = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
+        if not isinstance(max_norm, torch.Tensor):
+            return {"factor": torch.full_like(norm, max_norm) / norm.clamp(min=max_norm)}
+        max_norm = max_norm.to(norm.dtype)
         larger = torch.maximum(norm, max_norm)
         # If `max_norm` is a tensor of 0 and all updates are 0, both are 0. The factor must be 0
         # then, and not the NaN of 0 / 0.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core import numerics
 from functorch_opt._core.gate import gate
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
@@ -151,7 +152,7 @@ class Counter:
     def next(self, mini_step: Any, gradient_step: Any, flush: Any) -> tuple[Any, Any]:
         """Whether a step is due with this gradient, and the next counts."""
         k = self.k(gradient_step) if callable(self.k) else self.k
-        due = (mini_step >= k - 1) | torch.as_tensor(flush, device=mini_step.device)
+        due = (mini_step >= k - 1) | numerics.beside(flush, mini_step)
         mini_step = torch.where(due, 0, mini_step + 1)
         return due, {"mini_step": mini_step, "gradient_step": gradient_step + due}
 
@@ -171,7 +172,7 @@ def with_counter(
 
     def prepare_weighted(mini_step, gradient_step, gathered, *, weight, flush=False):
         due, counts = counter.next(mini_step, gradient_step, flush)
-        weight = torch.as_tensor(weight, dtype=gathered.dtype, device=gathered.device)
+        weight = numerics.beside(weight, gathered, gathered.dtype)
         gathered = gathered + weight
         part = weight / (gathered + (gathered == 0)) if use_grad_mean else weight
         gathered = torch.where(due, 0.0, gathered)

@@ -1,0 +1,58 @@
+"""Where the numbers of a stateful optimizer lie: on the host, if that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.numbers import Groups, Numbers
+from functorch_opt.optim.params import can_be_trained, small
+
+
+def on_host_if_possible(
+    make: Callable[[dict[str, Any]], GradientTransformation],
+    names: list[str],
+    groups: Groups,
+    params: list[Tensor],
+) -> tuple[Numbers, GradientTransformation]:
+    """The numbers, and the transformation that `make` makes of them.
+
+    Numbers and counts lie on the host. There an operation on one number costs next to nothing, and
+    torch hands it to kernels by value. But not every operation takes a number from there beside
+    tensors of a device; where that fails, or where a number is on the device already, all are.
+    """
+    device = next((p.device for p in params if can_be_trained(p)), params[0].device)
+    values = [group[name] for group in groups for name in names]
+    there = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values)
+    hosts = [] if there or device.type == "mps" else [torch.device("cpu")]
+    for of_numbers in (*hosts, device):
+        numbers = Numbers(names, groups, len(params), of_numbers)
+        tx = make(numbers.buffers)
+        if of_numbers == device or _works(tx, numbers, groups, params):
+            break
+    return numbers, tx
+
+
+def _works(
+    tx: GradientTransformation, numbers: Numbers, groups: Groups, params: list[Tensor]
+) -> bool:
+    """Whether a step of a few numbers for each parameter does not fail."""
+    numbers.write(groups)
+    ps = [small(p) if can_be_trained(p) else None for p in params]
+    state = tree.map(_count_on_host, tx.init(ps))
+    given = {"grad": ps, "value": torch.ones(())}
+    extra = {name: given[name] for name in tx.extra_args if name in given}
+    try:
+        tx.update(ps, state, ps, **extra)
+    except Exception:
+        return False
+    return True
+
+
+def _count_on_host(x: Tensor) -> Tensor:
+    return x if x.dim() or x.is_floating_point() else x.to("cpu")

@@ -1,0 +1,73 @@
+"""What a step becomes on a GPU, without one: launches, temporaries, waits, and the numbers.
+
+All rows are looked at in one process, for it changes torch (`pretended.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registry import ROWS
+
+HERE = Path(__file__).parent
+NAMES = [row.name for row in ROWS if not (row.apart or row.unrolls)]
+EAGER = {
+    "psgd_kron": "Inductor does not lower a triangular solve with sizes as symbols",
+    "scale_by_psgd_kron": "Inductor does not lower a triangular solve with sizes as symbols",
+}
+"""Rows that run eagerly on a device, with the reason."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None,
+        reason="this torch has no Triton: run `make next`",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "rows.py"), *NAMES]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-2000:]
+    return {entry["name"]: entry for entry in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_kernels_give_the_numbers_of_its_rules(found: Any, name: str) -> None:
+    entry = found[name]
+    assert "error" not in entry, entry
+    if name in EAGER:
+        assert entry["warnings"], f"{name} is compiled now: take it off the list"
+    else:
+        assert not entry["warnings"], entry["warnings"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_waits_for_the_device(found: Any, name: str) -> None:
+    assert not found[name].get("waits")
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion", "adamw", "nadam", "radam", "adopt", "adan"])
+def test_an_elementwise_chain_is_a_launch_a_block(found: Any, name: str) -> None:
+    """Four blocks, and one launch at most for what is worked out once a step."""
+    entry = found[name]
+    assert 4 <= entry["launches"] <= 5
+    assert not entry["operations"]
+    assert not entry["temporaries"]
+
+
+def test_norms_of_all_tensors_are_one_operation(found: Any) -> None:
+    operations = found["clip_by_global_norm"]["operations"]
+    assert len(operations) <= 5, operations
