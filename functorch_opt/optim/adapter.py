@@ -162,20 +162,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Numbers among them may be tensors: 0-dim, or with one entry per parameter.
         """
-        tx, fixed, rate, has_momentum = self._recipe
-        momentum = options.pop("momentum") if has_momentum else None
-        lr = options.pop("lr")
-        if rate is not None:
-            options[rate] = lr
-        ready: GradientTransformation = (
-            tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
-        )
-        if momentum is not None:
-            ready = with_momentum(ready, momentum)
-        if rate is not None:
-            return ready
-        scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
-        return scaled if isinstance(scaled, Chain) else chain(scaled)
+        return made(self._recipe, options)
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------
 
@@ -216,10 +203,14 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
         self._chain(**{name: scalar(value) for name, value in options.items()})
 
-    def _check_option(self, name: str, value: Any) -> None:
+    def _of(self, group: dict[str, Any]) -> Any:
+        """What knows the options of a group: their defaults, and which are hyperparameters."""
+        return self
+
+    def _check_option(self, of: Any, name: str, value: Any) -> None:
         """Raise an error for an option of another type than its default."""
-        check = check_number if self._is_number(name, value) else check_like
-        check(name, value, self.defaults[name])
+        check = check_number if self._is_number(of, name, value) else check_like
+        check(name, value, of.defaults[name])
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Raise for options that no step could be made with, and for others than were given.
@@ -227,13 +218,14 @@ class Optimizer(torch.optim.Optimizer):
         Of what is loaded no range is checked: schedulers and people write any number into a group,
         a step takes it, and so it can be saved.
         """
-        options = {name: plain(group[name]) for name in self._own}
+        of = self._of(group)
+        options = {name: plain(group[name]) for name in of._own}
         for name, value in options.items():
-            self._check_option(name, value)
+            self._check_option(of, name, value)
         group.update(options)
         if loaded:
             options = {
-                name: in_a_step(value) if self._varies(name, value) else value
+                name: in_a_step(value) if self._varies(of, name, value) else value
                 for name, value in options.items()
             }
         self._check(options)
@@ -459,13 +451,14 @@ class Optimizer(torch.optim.Optimizer):
         one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            for name in self._own:
+            of = self._of(group)
+            for name in of._own:
                 if not is_plain(group[name]):
                     group[name] = plain(group[name])
             fixed = tuple(
                 (name, group[name])
-                for name in self._own
-                if not self._varies(name, group[name])
+                for name in of._own
+                if not self._varies(of, name, group[name])
             )
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
@@ -481,26 +474,27 @@ class Optimizer(torch.optim.Optimizer):
     def _options(self) -> list[str]:
         return [*self._own]
 
-    def _is_number(self, name: str, value: Any) -> bool:
+    def _is_number(self, of: Any, name: str, value: Any) -> bool:
         """Whether this option is a hyperparameter, with this value."""
-        return name in self._numbers or (
-            name in self._optional and isinstance(value, (float, Tensor))
+        return name in of._numbers or (
+            name in of._optional and isinstance(value, (float, Tensor))
         )
 
-    def _varies(self, name: str, value: Any) -> bool:
+    def _varies(self, of: Any, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a
         zero leaves out a stage."""
-        return self._is_number(name, value) and (
+        return self._is_number(of, name, value) and (
             name not in self._structural or isinstance(value, Tensor) or value != 0
         )
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or not plan.fits(groups):
+            of = self._of(groups[0])
             for group in groups:
-                for name in self._own:
-                    self._check_option(name, group[name])
-            varying = [name for name in self._own if name not in dict(fixed)]
+                for name in of._own:
+                    self._check_option(of, name, group[name])
+            varying = [name for name in of._own if name not in dict(fixed)]
             params = [p for group in self.param_groups for p in group["params"]]
             plan = Plan(
                 self._maker(fixed),
@@ -530,3 +524,21 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(tx, GradientTransformation):
             shown = getattr(tx, "__name__", tx)
         return f"{first}\nTransformation: {shown}\n{groups}"
+
+
+def made(recipe: Recipe, options: dict[str, Any]) -> GradientTransformation:
+    """The transformation of a recipe for these group options."""
+    tx, fixed, rate, has_momentum = recipe
+    momentum = options.pop("momentum") if has_momentum else None
+    lr = options.pop("lr")
+    if rate is not None:
+        options[rate] = lr
+    ready: GradientTransformation = (
+        tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
+    )
+    if momentum is not None:
+        ready = with_momentum(ready, momentum)
+    if rate is not None:
+        return ready
+    scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
+    return scaled if isinstance(scaled, Chain) else chain(scaled)
