@@ -1331,6 +1331,8 @@ NOT_TRANSFORMATIONS = {
     "poisson_sample",
     "privacy_spent",
     "psgd_probability",
+    "report",
+    "report_table",
     "scale_gradient",
     "skip_large_updates",
     "skip_not_finite",

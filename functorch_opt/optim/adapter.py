@@ -27,14 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functorch_opt._core.chain import Chain, chain
 from functorch_opt._core.points import has_point
-from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.evaluation import held
-from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.loading import load
-from functorch_opt.optim.momentum import with_momentum
+from functorch_opt.optim.look import look
 from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
@@ -51,13 +48,9 @@ from functorch_opt.optim.options import (
 )
 from functorch_opt.optim.params import can_be_trained
 from functorch_opt.optim.plan import Make, Plan
+from functorch_opt.optim.recipe import Recipe, made
 
 __all__ = ["Optimizer"]
-
-
-Recipe = tuple[Any, dict[str, Any], str | None, bool]
-"""A transformation or a factory, its fixed arguments, what it calls the learning rate, and whether
-the option ``momentum`` is set in what it gives."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -387,6 +380,42 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 self._evaluating = outside
 
+    @torch.no_grad()
+    def report(self, loss: Any = None) -> dict[str, Tensor]:
+        """A look at the step that `step` would make with the gradients that are there.
+
+        Nothing is changed. Call it after ``backward``, and after a `GradScaler` has unscaled the
+        gradients, at the steps that you want to look at. The names are those of
+        `functorch_opt.report`, with the number of a parameter for its path where parameters have no
+        names. ``lr/`` and the name of a group, or its number, is its option ``lr``. Where groups are
+        updated separately, as the algorithms of a `Partition` are, the names of stages begin with
+        the algorithm, or the number of the update.
+
+        Args:
+            loss: for a transformation that reads ``value``.
+
+        Returns:
+            ``{name: 0-dim tensor}``. Print it with `functorch_opt.report_table`.
+
+        Raises:
+            TypeError: as `step`.
+            RuntimeError: inside `eval_params`.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = fo.optim.Optimizer([("w", w)], fo.sgd, lr=0.5)
+            >>> w.grad = torch.tensor([0.0, 2.0])
+            >>> found = opt.report()
+            >>> found["ratio/w"].item(), found["lr/0"].item(), w.tolist()
+            (0.2, 0.5, [3.0, 4.0])
+        """
+        if self._evaluating:
+            raise RuntimeError(
+                "the parameters hold their averages: report after leaving eval_params()."
+            )
+        return look(self, loss)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups: parameters and options.
@@ -524,21 +553,3 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(tx, GradientTransformation):
             shown = getattr(tx, "__name__", tx)
         return f"{first}\nTransformation: {shown}\n{groups}"
-
-
-def made(recipe: Recipe, options: dict[str, Any]) -> GradientTransformation:
-    """The transformation of a recipe for these group options."""
-    tx, fixed, rate, has_momentum = recipe
-    momentum = options.pop("momentum") if has_momentum else None
-    lr = options.pop("lr")
-    if rate is not None:
-        options[rate] = lr
-    ready: GradientTransformation = (
-        tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
-    )
-    if momentum is not None:
-        ready = with_momentum(ready, momentum)
-    if rate is not None:
-        return ready
-    scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
-    return scaled if isinstance(scaled, Chain) else chain(scaled)

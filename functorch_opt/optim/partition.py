@@ -11,9 +11,10 @@ from torch import Tensor
 
 from functorch_opt._core.groups import check_takes_path_and_leaf
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.adapter import Optimizer, made
+from functorch_opt.optim.adapter import Optimizer
 from functorch_opt.optim.options import arguments, is_open
 from functorch_opt.optim.param_groups import SCALE
+from functorch_opt.optim.recipe import made
 from functorch_opt.optim.which import told
 
 __all__ = ["Partition"]
