@@ -172,9 +172,9 @@ def over(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x == 0, torch.zeros_like(x), x / y)
 
 
-def share_of(chosen: Tensor) -> Tensor:
-    """Which share of the elements is chosen."""
-    return chosen.to(numerics.real_dtype(chosen.device)).mean()
+def nonzero(x: Tensor) -> Tensor:
+    """How many elements are not 0."""
+    return as_number(torch.count_nonzero(x))
 
 
 def of_layer(
@@ -187,13 +187,14 @@ def of_layer(
     u = tree.whole(u.detach())
     p = tree.whole(p.detach())
     inner = numerics.dot([g], [u])
+    n = torch.full_like(as_number(inner), g.numel())
     row = {
         "param_norm": norm(p),
         "grad_norm": norm(g),
         "update_norm": norm(u),
-        "grad_zeros": share_of(g == 0),
+        "grad_zeros": over(n - nonzero(g), n),
         "descent": -as_number(inner),
-        "numel": as_number(g.numel()),
+        "numel": n,
     }
     return with_ratios(row)
 
@@ -221,7 +222,7 @@ def of_all(rows: list[Report]) -> Report:
         "param_norm": column("param_norm").norm(),
         "grad_norm": column("grad_norm").norm(),
         "update_norm": column("update_norm").norm(),
-        "grad_zeros": zeros.sum() / sizes.sum(),
+        "grad_zeros": over(zeros.sum(), sizes.sum()),
         "descent": column("descent").sum(),
     }
     return with_ratios(total)
@@ -233,7 +234,7 @@ def of_stage(
     after: PyTree,
 ) -> Report:
     """What a stage does to the updates that come in."""
-    came, went, added, zeroed = [], [], [], []
+    came, went, added, zeroed, n = [], [], [], [], 0
     gs, us = tree.flatten(before)[0], tree.flatten(after)[0]
     for g, u in zip(gs, us, strict=True):
         if g is None or u is None:
@@ -243,15 +244,16 @@ def of_stage(
         came.append(norm(g))
         went.append(norm(u))
         added.append(norm(u - g))
-        is_zeroed = (u == 0) & (g != 0)
-        zeroed.append(is_zeroed.flatten())
+        stayed = torch.logical_and(g, u)
+        zeroed.append(nonzero(g) - nonzero(stayed))
+        n += g.numel()
     if not came:
         return {}
     out = torch.stack(went).norm()
     return {
         f"scale/{name}": over(out, torch.stack(came).norm()),
         f"share/{name}": over(torch.stack(added).norm(), out),
-        f"zeroed/{name}": share_of(torch.cat(zeroed)),
+        f"zeroed/{name}": torch.stack(zeroed).sum() / max(n, 1),
     }
 
 
@@ -281,9 +283,10 @@ def report(
     """A look at one step: what ``tx.update`` would do with these gradients.
 
     Nothing is changed, and nothing is kept: call it before a step that you want to look at. It
-    costs about what an update costs, and some norms. The names are flat, as loggers take them, and
-    the values are 0-dim tensors, so that nothing waits for the device. Under vmap there is one
-    value for each model.
+    costs as much as a few updates, for it takes some norms of every stage. The names are flat, as
+    loggers take them, and the values are 0-dim tensors, so that nothing waits for the device. Under
+    vmap there is one value for each model. Of sharded parameters the numbers are those of the
+    whole; all ranks must call it.
 
     Of each parameter with a gradient there are, with its path after a slash, and of all together
     without one:
