@@ -1332,6 +1332,7 @@ NOT_TRANSFORMATIONS = {
     "privacy_spent",
     "psgd_probability",
     "report",
+    "report_plot",
     "report_table",
     "scale_gradient",
     "skip_large_updates",

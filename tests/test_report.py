@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,9 +225,7 @@ def test_one_look_for_each_model() -> None:
     for i in range(3):
         for name, value in look(grads[i], params[i]).items():
             torch.testing.assert_close(together[name][i], value)
-    with pytest.raises(
-        ValueError, match=r"param_norm has shape \(3,\): the table is of one"
-    ):
+    with pytest.raises(ValueError, match=r"param_norm has shape \(3,\): this is of one"):
         fo.report_table(together)
     one = {name: x[1] for name, x in together.items()}
     assert fo.report_table(one) == fo.report_table(look(grads[1], params[1]))
@@ -427,3 +426,39 @@ def test_looking_does_not_compile() -> None:
     torch._dynamo.utils.counters.clear()
     assert numbers(optimizer.report())["update_norm"] > 0
     assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_a_picture_of_many_looks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    of = model()
+    optimizer = fo.optim.AdamW(of.named_parameters(), lr=0.1)
+    looks = {}
+    for step in range(20):
+        set_gradients(of, step)
+        of[1].bias.grad = None if step < 10 else of[1].bias.grad
+        looks[step] = optimizer.report()
+        optimizer.step()
+    for quantity in ("ratio", "cosine", "grad_zeros"):
+        figure = fo.report_plot(looks, quantity)
+        axes, colors = figure.axes
+        paths = [label.get_text() for label in axes.get_yticklabels()]
+        assert paths == ["0.bias", "0.weight", "1.weight", "1.bias"]
+        assert axes.get_xticklabels()[1].get_text() == "2"
+        assert colors.get_ylabel() == quantity
+        grid = axes.images[0].get_array()
+        assert grid.shape == (4, 20) and grid.mask.sum() == 10
+        assert grid[1, 7] == pytest.approx(looks[7][f"{quantity}/0.weight"].item())
+        figure.savefig(tmp_path / "looks.png")
+    nothing = {name: torch.zeros_like(x) for name, x in looks[0].items()}
+    fo.report_plot({0: nothing}).savefig(tmp_path / "nothing.png")
+
+
+def test_a_picture_refuses() -> None:
+    tx, params = fo.adam(0.1), {"w": torch.ones(2)}
+    found = fo.report(tx, params, tx.init(params), params)
+    with pytest.raises(ValueError, match="quantity must be"):
+        fo.report_plot({0: found}, "loss")
+    with pytest.raises(ValueError, match="there is no report"):
+        fo.report_plot({})
+    with pytest.raises(ValueError, match="this is of one model"):
+        fo.report_plot({0: {name: x.expand(3) for name, x in found.items()}})

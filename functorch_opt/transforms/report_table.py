@@ -48,14 +48,9 @@ def report_table(report: Mapping[str, Tensor]) -> str:
         clip_by_global_norm       0.2      4      0%  max_norm=1
         scale_by_learning_rate    0.5      3      0%  learning_rate=0.5
     """
-    for name, value in report.items():
-        if value.dim():
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}: the table is of one model. Choose one, "
-                "{name: x[0] for name, x in report.items()}."
-            )
+    check_single(report)
     numbers = {name: value.item() for name, value in report.items()}
-    paths = after("param_norm", numbers)
+    paths = named_after("param_norm", numbers)
     rows: list[tuple[str, ...]] = [("parameter", *OF_LAYERS, "")]
     for path in paths:
         cells = [shown(name, numbers[f"{name}/{path}"]) for name in OF_LAYERS]
@@ -63,14 +58,24 @@ def report_table(report: Mapping[str, Tensor]) -> str:
     if paths:
         rows.append(("all", *[shown(name, numbers[name]) for name in OF_LAYERS], ""))
     stages: list[tuple[str, ...]] = [("stage", *OF_STAGES, "")]
-    names = after("scale", numbers)
+    names = named_after("scale", numbers)
     for stage in names:
         cells = [shown(name, numbers[f"{name}/{stage}"]) for name in OF_STAGES]
         stages.append((stage, *cells, options_of(stage, names, numbers)))
     return "\n".join([*aligned(rows), "", *aligned(stages)])
 
 
-def after(first: str, names: Iterable[str]) -> list[str]:
+def check_single(report: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for the look at many models."""
+    for name, value in report.items():
+        if value.dim():
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: this is of one model. Choose one, "
+                "{name: x[0] for name, x in report.items()}."
+            )
+
+
+def named_after(first: str, names: Iterable[str]) -> list[str]:
     """What comes after the first part, of those names that have it."""
     start = f"{first}/"
     return [name.removeprefix(start) for name in names if name.startswith(start)]
