@@ -465,5 +465,13 @@ def test_errors_teach() -> None:
         Partition([{"params": named, "algorithm": "adamw", "b1": 2.0}], transforms())
     with pytest.raises(ValueError, match="names of parameters must be unique"):
         Partition([("w", model.wte), ("w", model.up.bias)], transforms(), label)
+    optimizer = Partition(named, transforms(), label)
+    with pytest.raises(TypeError, match="ordered collections"):
+        optimizer.add_param_group({"params": {nn.Parameter(torch.zeros(1))}})
+    with pytest.raises(TypeError, match="a group must be a dict; got list"):
+        optimizer.add_param_group(named)
+    with pytest.raises(KeyError, match="params"):
+        optimizer.add_param_group({"lr": 0.1})
+    assert len(optimizer.param_groups) == 2
     with pytest.raises(ValueError, match="empty parameter list"):
         Partition([], transforms(), label)

@@ -177,6 +177,8 @@ class Partition(Optimizer):
             TypeError: an option of another type.
         """
         before = len(self.param_groups)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a group must be a dict; got {type(param_group).__name__}.")
         try:
             for group in self._by_algorithm(param_group):
                 super().add_param_group(group)
@@ -186,10 +188,13 @@ class Partition(Optimizer):
 
     def _by_algorithm(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The group with all of its options, as several where its parameters have several labels."""
-        if "algorithm" in group or not isinstance(group.get("params"), Iterable):
+        params = group.get("params")
+        if "algorithm" in group:
             yield self._completed(group)
             return
-        params = group["params"]
+        if isinstance(params, set) or not isinstance(params, Iterable):
+            yield group  # torch has errors for these
+            return
         params = [params] if isinstance(params, Tensor) else [*params]
         start = sum(len(other["params"]) for other in self.param_groups)
         parts: dict[str, list[Any]] = {label: [] for label in self._algorithms}
