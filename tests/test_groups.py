@@ -392,6 +392,20 @@ def test_two_lists_of_blocks_are_ambiguous() -> None:
     assert by_name(found, "lr")["enc.0.weight"] == 1.0
 
 
+def test_lists_within_a_list_are_no_choice() -> None:
+    """The layers of a block are not named beside the blocks."""
+    sides = {}
+    for side in ("enc", "dec"):
+        blocks = [nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2)]
+        sides[side] = nn.ModuleList(blocks)
+    with pytest.raises(ValueError, match=r"could be those of 'enc\.\*', 'dec\.\*'\. Say"):
+        groups(nn.ModuleDict(sides), fo.optim.layer_decay(0.5), lr=1.0)
+    found = groups(
+        nn.ModuleDict({"enc": sides["enc"]}), fo.optim.layer_decay(0.5), lr=1.0
+    )
+    assert [group["name"] for group in found] == ["layer 1: enc.0", "layer 2: enc.1"]
+
+
 def test_layer_decay_needs_blocks_a_model_and_a_factor() -> None:
     with pytest.raises(ValueError, match="no list of modules with at least two"):
         groups(nn.Linear(2, 2), fo.optim.layer_decay(0.5), lr=1.0)

@@ -354,6 +354,23 @@ def test_a_checkpoint_of_other_algorithms_is_an_error() -> None:
         optimizer.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints(flat: bool) -> None:
+    from torch.distributed.checkpoint import state_dict as of_torch
+
+    options = of_torch.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = Model()
+    optimizer = Partition(model.named_parameters(), transforms(), label)
+    train(model, optimizer)
+    saved = of_torch.get_optimizer_state_dict(model, optimizer, options=options)
+    again = Model()
+    again.load_state_dict(model.state_dict())
+    resumed = Partition(again.named_parameters(), transforms(), label)
+    of_torch.set_optimizer_state_dict(again, resumed, saved, options=options)
+    wanted = train(model, optimizer, start=8)
+    assert all(map(torch.equal, wanted, train(again, resumed, start=8)))
+
+
 @pytest.mark.parametrize("way", ["pickle", "copy"])
 def test_copies_go_on(way: str) -> None:
     model = Model()

@@ -236,10 +236,13 @@ def _found(params: list[Parameter]) -> str:
     most = max(sizes.values())
     best, *others = [pattern for pattern, size in sizes.items() if size == most]
     large = [pattern for pattern, size in sizes.items() if most > size > most / 10]
-    others = [pattern for pattern in [*others, *large] if _are_apart(pattern, best)]
-    if others:
+    apart = [best]
+    for pattern in [*others, *large]:
+        if all(_are_apart(pattern, other) for other in apart):
+            apart.append(pattern)
+    if len(apart) > 1:
         raise ValueError(
-            f"layer_decay: the blocks could be those of {told([best, *others])}. "
+            f"layer_decay: the blocks could be those of {told(apart)}. "
             f"Say which: blocks={best!r}, or a tuple of several in order."
         )
     return best
