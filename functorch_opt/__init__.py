@@ -97,6 +97,9 @@ from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.plateau import *
+from functorch_opt.transforms.report import *
+from functorch_opt.transforms.report_plot import *
+from functorch_opt.transforms.report_table import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
 from functorch_opt.wrappers.accumulate import *

@@ -1,7 +1,7 @@
 """Optimizers for ordinary loops.
 
 They are any transformation as a `torch.optim.Optimizer`, torch's own names, and a class for each
-other optimizer of the library.
+other optimizer of the library. With them are the groups of parameters that they take.
 """
 
 import types as _types
@@ -14,9 +14,12 @@ from functorch_opt.optim.adapter import *
 from functorch_opt.optim.asgd import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
+from functorch_opt.optim.param_groups import *
+from functorch_opt.optim.partition import *
 from functorch_opt.optim.radam import *
 from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *
+from functorch_opt.optim.rules import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *
 
@@ -29,5 +32,5 @@ if not _typing.TYPE_CHECKING:
     ]
 
     def __dir__() -> list[str]:
-        """The classes only: the files of the package are not among them."""
+        """The API only: the files of the package are not among it."""
         return sorted(__all__)

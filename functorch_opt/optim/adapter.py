@@ -27,14 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functorch_opt._core.chain import Chain, chain
 from functorch_opt._core.points import has_point
-from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.evaluation import held
-from functorch_opt.optim.group_lr import then
 from functorch_opt.optim.loading import load
-from functorch_opt.optim.momentum import with_momentum
+from functorch_opt.optim.look import look
 from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
@@ -51,13 +48,9 @@ from functorch_opt.optim.options import (
 )
 from functorch_opt.optim.params import can_be_trained
 from functorch_opt.optim.plan import Make, Plan
+from functorch_opt.optim.recipe import Recipe, made
 
 __all__ = ["Optimizer"]
-
-
-Recipe = tuple[Any, dict[str, Any], str | None, bool]
-"""A transformation or a factory, its fixed arguments, what it calls the learning rate, and whether
-the option ``momentum`` is set in what it gives."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -162,20 +155,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Numbers among them may be tensors: 0-dim, or with one entry per parameter.
         """
-        tx, fixed, rate, has_momentum = self._recipe
-        momentum = options.pop("momentum") if has_momentum else None
-        lr = options.pop("lr")
-        if rate is not None:
-            options[rate] = lr
-        ready: GradientTransformation = (
-            tx if isinstance(tx, GradientTransformation) else tx(**fixed, **options)
-        )
-        if momentum is not None:
-            ready = with_momentum(ready, momentum)
-        if rate is not None:
-            return ready
-        scaled = then(ready, leafwise(lambda g, lr: g * lr, hyper={"lr": lr}))
-        return scaled if isinstance(scaled, Chain) else chain(scaled)
+        return made(self._recipe, options)
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------
 
@@ -216,10 +196,14 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
         self._chain(**{name: scalar(value) for name, value in options.items()})
 
-    def _check_option(self, name: str, value: Any) -> None:
+    def _of(self, group: dict[str, Any]) -> Any:
+        """What knows the options of a group: their defaults, and which are hyperparameters."""
+        return self
+
+    def _check_option(self, of: Any, name: str, value: Any) -> None:
         """Raise an error for an option of another type than its default."""
-        check = check_number if self._is_number(name, value) else check_like
-        check(name, value, self.defaults[name])
+        check = check_number if self._is_number(of, name, value) else check_like
+        check(name, value, of.defaults[name])
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Raise for options that no step could be made with, and for others than were given.
@@ -227,13 +211,14 @@ class Optimizer(torch.optim.Optimizer):
         Of what is loaded no range is checked: schedulers and people write any number into a group,
         a step takes it, and so it can be saved.
         """
-        options = {name: plain(group[name]) for name in self._own}
+        of = self._of(group)
+        options = {name: plain(group[name]) for name in of._own}
         for name, value in options.items():
-            self._check_option(name, value)
+            self._check_option(of, name, value)
         group.update(options)
         if loaded:
             options = {
-                name: in_a_step(value) if self._varies(name, value) else value
+                name: in_a_step(value) if self._varies(of, name, value) else value
                 for name, value in options.items()
             }
         self._check(options)
@@ -395,6 +380,42 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 self._evaluating = outside
 
+    @torch.no_grad()
+    def report(self, loss: Any = None) -> dict[str, Tensor]:
+        """A look at the step that `step` would make with the gradients that are there.
+
+        Nothing is changed. Call it after ``backward``, and after a `GradScaler` has unscaled the
+        gradients, at the steps that you want to look at. The names are those of
+        `functorch_opt.report`, with the number of a parameter for its path where parameters have no
+        names. ``lr/`` and the name of a group, or its number, is its option ``lr``. Where groups are
+        updated separately, as the algorithms of a `Partition` are, the names of stages begin with
+        the algorithm, or the number of the update.
+
+        Args:
+            loss: for a transformation that reads ``value``.
+
+        Returns:
+            ``{name: 0-dim tensor}``. Print it with `functorch_opt.report_table`.
+
+        Raises:
+            TypeError: as `step`.
+            RuntimeError: inside `eval_params`.
+
+        Example:
+            >>> import torch, functorch_opt as fo
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = fo.optim.Optimizer([("w", w)], fo.sgd, lr=0.5)
+            >>> w.grad = torch.tensor([0.0, 2.0])
+            >>> found = opt.report()
+            >>> found["ratio/w"].item(), found["lr/0"].item(), w.tolist()
+            (0.2, 0.5, [3.0, 4.0])
+        """
+        if self._evaluating:
+            raise RuntimeError(
+                "the parameters hold their averages: report after leaving eval_params()."
+            )
+        return look(self, loss)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups: parameters and options.
@@ -459,13 +480,14 @@ class Optimizer(torch.optim.Optimizer):
         one transformation."""
         buckets: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            for name in self._own:
+            of = self._of(group)
+            for name in of._own:
                 if not is_plain(group[name]):
                     group[name] = plain(group[name])
             fixed = tuple(
                 (name, group[name])
-                for name in self._own
-                if not self._varies(name, group[name])
+                for name in of._own
+                if not self._varies(of, name, group[name])
             )
             buckets.setdefault(fixed, []).append(group)
         return buckets.items()
@@ -481,26 +503,27 @@ class Optimizer(torch.optim.Optimizer):
     def _options(self) -> list[str]:
         return [*self._own]
 
-    def _is_number(self, name: str, value: Any) -> bool:
+    def _is_number(self, of: Any, name: str, value: Any) -> bool:
         """Whether this option is a hyperparameter, with this value."""
-        return name in self._numbers or (
-            name in self._optional and isinstance(value, (float, Tensor))
+        return name in of._numbers or (
+            name in of._optional and isinstance(value, (float, Tensor))
         )
 
-    def _varies(self, name: str, value: Any) -> bool:
+    def _varies(self, of: Any, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a
         zero leaves out a stage."""
-        return self._is_number(name, value) and (
+        return self._is_number(of, name, value) and (
             name not in self._structural or isinstance(value, Tensor) or value != 0
         )
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)
         if plan is None or not plan.fits(groups):
+            of = self._of(groups[0])
             for group in groups:
-                for name in self._own:
-                    self._check_option(name, group[name])
-            varying = [name for name in self._own if name not in dict(fixed)]
+                for name in of._own:
+                    self._check_option(of, name, group[name])
+            varying = [name for name in of._own if name not in dict(fixed)]
             params = [p for group in self.param_groups for p in group["params"]]
             plan = Plan(
                 self._maker(fixed),

@@ -28,7 +28,7 @@ class Counts:
         self.tallies: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def own(self, key: str, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
-        """One for each of `n` parameters; one number, where those that moved have the same."""
+        """One for each of `n` leaves; one number, where those that `moved` have the same."""
         together = self._together(key, counts)
         if together is None:
             if len({count.device for count in counts}) > 1:

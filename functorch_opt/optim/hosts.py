@@ -11,44 +11,45 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.numbers import Groups, Numbers
-from functorch_opt.optim.params import can_be_trained, small
+from functorch_opt.tree import PyTree
 
 
 def on_host_if_possible(
     make: Callable[[dict[str, Any]], GradientTransformation],
     names: list[str],
     groups: Groups,
-    params: list[Tensor],
+    order: list[int],
+    few: PyTree,
 ) -> tuple[Numbers, GradientTransformation]:
-    """The numbers, and the transformation that `make` makes of them.
+    """The numbers, and the transformation that `make` makes of them; `few` has a few elements in the
+    place of each parameter.
 
     Numbers and counts lie on the host. There an operation on one number costs next to nothing, and
     torch hands it to kernels by value. But not every operation takes a number from there beside
     tensors of a device; where that fails, or where a number is on the device already, all are.
     """
-    device = next((p.device for p in params if can_be_trained(p)), params[0].device)
+    device = tree.leaves(few)[0].device
     values = [group[name] for group in groups for name in names]
     there = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values)
     hosts = [] if there or device.type == "mps" else [torch.device("cpu")]
     for of_numbers in (*hosts, device):
-        numbers = Numbers(names, groups, len(params), of_numbers)
+        numbers = Numbers(names, groups, order, of_numbers)
         tx = make(numbers.buffers)
-        if of_numbers == device or _works(tx, numbers, groups, params):
+        if of_numbers == device or _works(tx, numbers, groups, few):
             break
     return numbers, tx
 
 
 def _works(
-    tx: GradientTransformation, numbers: Numbers, groups: Groups, params: list[Tensor]
+    tx: GradientTransformation, numbers: Numbers, groups: Groups, few: PyTree
 ) -> bool:
     """Whether a step of a few numbers for each parameter does not fail."""
     numbers.write(groups)
-    ps = [small(p) if can_be_trained(p) else None for p in params]
-    state = tree.map(_count_on_host, tx.init(ps))
-    given = {"grad": ps, "value": torch.ones(())}
+    state = tree.map(_count_on_host, tx.init(few))
+    given = {"grad": few, "value": torch.ones(())}
     extra = {name: given[name] for name in tx.extra_args if name in given}
     try:
-        tx.update(ps, state, ps, **extra)
+        tx.update(few, state, few, **extra)
     except Exception:
         return False
     return True

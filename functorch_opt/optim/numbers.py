@@ -23,8 +23,9 @@ class Numbers:
     differ."""
 
     def __init__(
-        self, names: list[str], groups: Groups, n: int, device: torch.device
+        self, names: list[str], groups: Groups, order: list[int], device: torch.device
     ) -> None:
+        """`order` are the numbers of the parameters in the order of the leaves."""
         self.device = device
 
         def buffer(value: Any, shape: tuple[int, ...]) -> Any:
@@ -33,10 +34,11 @@ class Numbers:
                 return tuple(buffer(part, shape) for part in value)
             return torch.zeros(shape, dtype=numerics.real_dtype(device), device=device)
 
+        self.order = order
         # Prodigy's distance, for example, is one for all parameters, and is computed with lr.
         self.alike = [name for name in names if _are_alike(name, groups)]
         self.buffers = {
-            name: buffer(groups[0][name], () if name in self.alike else (n,))
+            name: buffer(groups[0][name], () if name in self.alike else (len(order),))
             for name in names
         }
         self.written: dict[str, list[Any]] = {}
@@ -84,9 +86,9 @@ class Numbers:
                 for part, of_groups in zip(
                     target, zip(*values, strict=True), strict=True
                 ):
-                    _write(part, of_groups, of_all)
+                    _write(part, of_groups, of_all, self.order)
             else:
-                _write(target, values, of_all)
+                _write(target, values, of_all, self.order)
             self.written[name] = values if plain else []
 
     def read(self, groups: Groups) -> dict[str, Any]:
@@ -97,10 +99,10 @@ class Numbers:
             if isinstance(target, tuple):
                 pairs = zip(target, zip(*values, strict=True), strict=True)
                 numbers[name] = tuple(
-                    [_read(part, of_groups, groups) for part, of_groups in pairs]
+                    [_read(part, of, groups, self.order) for part, of in pairs]
                 )
             else:
-                numbers[name] = _read(target, values, groups)
+                numbers[name] = _read(target, values, groups, self.order)
         return numbers
 
 
@@ -118,19 +120,24 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _write(target: Tensor, values: Iterable[Any], groups: Groups) -> None:
+def _write(
+    target: Tensor, values: Iterable[Any], groups: Groups, order: list[int]
+) -> None:
     values = list(values)
     if len(groups) > 1:
         of_groups = zip(values, groups, strict=True)
         of_params = [float(value) for value, group in of_groups for _ in group["params"]]
-        target.copy_(torch.tensor(of_params, dtype=target.dtype))
+        of_leaves = [of_params[i] for i in order]
+        target.copy_(torch.tensor(of_leaves, dtype=target.dtype))
     elif isinstance(values[0], Tensor):
         target.copy_(values[0].reshape(()))
     else:
         target.fill_(values[0])
 
 
-def _read(target: Tensor, values: Iterable[Any], groups: Groups) -> Tensor:
+def _read(
+    target: Tensor, values: Iterable[Any], groups: Groups, order: list[int]
+) -> Tensor:
     """A float is multiplied in, for so it can change without compiling again."""
     one = torch.ones((), dtype=target.dtype, device=target.device)
     numbers = [
@@ -140,4 +147,5 @@ def _read(target: Tensor, values: Iterable[Any], groups: Groups) -> Tensor:
     if len(groups) == 1:
         return numbers[0]
     pairs = zip(numbers, groups, strict=True)
-    return torch.stack([number for number, group in pairs for _ in group["params"]])
+    of_params = [number for number, group in pairs for _ in group["params"]]
+    return torch.stack([of_params[i] for i in order])

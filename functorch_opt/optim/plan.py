@@ -60,7 +60,17 @@ class Plan:
                 f"all parameters of a group are {params[0].dtype}, and one has a gradient: only "
                 "floating and complex tensors can be optimized. Set its grad to None."
             )
-        self.numbers, self.tx = on_host_if_possible(make, varying, groups, params)
+        names = [name for group in groups for name in group.get("param_names", [])]
+        self.named = len(set(names)) == len(params)
+        self.paths = names if self.named else [str(i) for i in range(len(params))]
+        self.number = {path: i for i, path in enumerate(self.paths)}
+        # A dict is a tree with its leaves by name: the numbers of parameters are in that order.
+        self.order = [self.number[path] for path in tree.paths(self._tree(params))]
+        self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
+        few = self._tree([*map(small, params)])
+        self.numbers, self.tx = on_host_if_possible(
+            make, varying, groups, self.order, few
+        )
         self.device = self.numbers.device
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.checked = False
@@ -68,25 +78,16 @@ class Plan:
         """Whether all is worked out before anything is written; None: that is not known yet."""
         self.always_counts = always_counts(self.tx)
 
-        names = [name for group in groups for name in group.get("param_names", [])]
-        self.named = len(set(names)) == len(params)
-        self.paths = names if self.named else [str(i) for i in range(len(params))]
-        number = {path: i for i, path in enumerate(self.paths)}
-        self.order = [number[path] for path in tree.paths(self._tree(params))]
-        self.numbers.check_first_state(
-            lambda: self.tx.init(self._tree([*map(small, params)])), self.tx.name
-        )
-        self._lay_out(on_meta(params), number, rename)
+        self.numbers.check_first_state(lambda: self.tx.init(few), self.tx.name)
+        self._lay_out(on_meta(params), rename)
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
         self.place = next(i for i, p in enumerate(everybody) if p is params[0])
 
-    def _lay_out(
-        self, params: list[Tensor | None], number: dict[str, int], rename: dict[str, str]
-    ) -> None:
+    def _lay_out(self, params: list[Tensor | None], rename: dict[str, str]) -> None:
         """Find a place for each tensor of the state."""
         like = self._tree(params)
-        places = Places(number, like).of(self.tx.init(like))
+        places = Places(self.number, like).of(self.tx.init(like))
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
         if rename:
             # torch's classes have one count, called step. Any other chain's counts keep the name of
@@ -276,7 +277,10 @@ class Plan:
             flat[k] = x
         own = {
             key: self.counts.own(
-                key, [entries[i][key] for i in moved], moved, len(entries)
+                key,
+                [entries[i][key] for i in moved],
+                [self.leaf[i] for i in moved],
+                len(entries),
             )
             for _, key in self.counted
         }
@@ -359,14 +363,13 @@ class Plan:
         entries = [state.get(p, NOTHING) for p in params]
         first = self.counts.keys[0]
         moved = [i for i, entry in enumerate(entries) if first in entry]
-        if (
-            not moved
-        ):  # two stages for one parameter are an error before the first step too
+        if not moved:
+            # Two stages for one parameter are an error before the first step too.
             blank = self._tree([p.detach().to("meta") for p in params])
             points(self.tx, self.tx.init(blank), blank)
             return {}
         old = tree.unflatten(self.spec, self._values(entries, moved))
-        number = {path: i for i, path in enumerate(self.paths)}
+        number = self.number
         found = points(self.tx, old, self._tree([p.detach() for p in params]))
         return {
             params[number[path]]: x for path, x in found.items() if number[path] in moved

@@ -113,7 +113,8 @@ class Step:
         if k not in found:
             return 0
         by = found[k] - self.flat[k]
-        return by[torch.tensor(self.moved, device=by.device)] if by.dim() else by
+        leaves = [self.plan.leaf[i] for i in self.moved]
+        return by[torch.tensor(leaves, device=by.device)] if by.dim() else by
 
 
 def _forms(xs: list[Any]) -> list[Any]:

@@ -132,11 +132,11 @@ def matrix_labels(
 
 
 def _first_match(path: str, patterns: list[str]) -> str | None:
-    found = [pattern for pattern in patterns if _fits(path, pattern)]
+    found = [pattern for pattern in patterns if fits(path, pattern)]
     return found[0] if found else None
 
 
-def _fits(path: str, pattern: str) -> bool:
+def fits(path: str, pattern: str) -> bool:
     """Whether `path` is `pattern`, in which ``*`` stands for any characters."""
     first, *rest = pattern.split("*")
     if not rest or not path.startswith(first):

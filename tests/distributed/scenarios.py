@@ -252,6 +252,25 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
     }
 
 
+def looked_at(rank: int) -> dict[str, float]:
+    """How far a look at a sharded step is from that of one process."""
+    alone, net = make_net(), shard(make_net())
+    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(0.1, weight_decay=0.1))
+    opts = [fo.optim.Optimizer(of.named_parameters(), tx) for of in (alone, net)]
+    for step in range(2):
+        x, y = batch(step)
+        loss(alone, x, y).backward()
+        mine = my_rows(rank)
+        loss(net, x[mine], y[mine]).backward()
+        looks = [opt.report() for opt in opts]
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    one, other = looks
+    assert one.keys() == other.keys()
+    return {name: abs(float(x - other[name])) for name, x in one.items()}
+
+
 def norm_and_clip(rank: int, max_norm: float) -> dict[str, Any]:
     """A chain that clips, against torch's `clip_grad_norm_` and torch's AdamW, both sharded; and
     the norms that the two see.

@@ -45,6 +45,12 @@ def check(seen: dict, name: str) -> None:
     assert seen["steps"] == [scenarios.STEPS]
 
 
+def test_a_look_at_a_sharded_step_is_that_of_one_process(ranks) -> None:
+    for seen in ranks(2).run(scenarios.looked_at):
+        assert len(seen) > 30
+        assert max(seen.values()) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["AdamW", "clip", "lamb", "Muon", "centralize"])
 def test_compiled_and_sharded(ranks, name: str) -> None:
     for seen in ranks(2).run(scenarios.trajectory, name, "all", True):

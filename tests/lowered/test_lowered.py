@@ -59,7 +59,9 @@ def test_nobody_waits_for_the_device(found: Any, name: str) -> None:
     assert not found[name].get("waits")
 
 
-@pytest.mark.parametrize("name", ["sgd", "lion", "adamw", "nadam", "radam", "adopt", "adan"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "lion", "adamw", "nadam", "radam", "adopt", "adan"]
+)
 def test_an_elementwise_chain_is_a_launch_a_block(found: Any, name: str) -> None:
     """Four blocks, and one launch at most for what is worked out once a step."""
     entry = found[name]
