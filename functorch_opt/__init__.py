@@ -33,6 +33,8 @@ from functorch_opt.optimizers.acprop import *
 from functorch_opt.optimizers.adafactor import *
 from functorch_opt.optimizers.adagrad import *
 from functorch_opt.optimizers.adam import *
+from functorch_opt.optimizers.adam_mini import *
+from functorch_opt.optimizers.adamc import *
 from functorch_opt.optimizers.adamuon import *
 from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.ademamix import *
@@ -40,10 +42,12 @@ from functorch_opt.optimizers.adopt import *
 from functorch_opt.optimizers.amsgrad import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
+from functorch_opt.optimizers.came import *
 from functorch_opt.optimizers.cocob import *
 from functorch_opt.optimizers.dadapt import *
 from functorch_opt.optimizers.dion import *
 from functorch_opt.optimizers.dog import *
+from functorch_opt.optimizers.focus import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.hyperball import *
 from functorch_opt.optimizers.kl_shampoo import *
@@ -75,6 +79,7 @@ from functorch_opt.optimizers.soap import *
 from functorch_opt.optimizers.sophia import *
 from functorch_opt.optimizers.splus import *
 from functorch_opt.optimizers.stable_adamw import *
+from functorch_opt.optimizers.stable_spam import *
 from functorch_opt.optimizers.yogi import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.clips import *
@@ -99,6 +104,7 @@ from functorch_opt.transforms.noise import *
 from functorch_opt.transforms.plateau import *
 from functorch_opt.transforms.rounding import *
 from functorch_opt.transforms.scale import *
+from functorch_opt.transforms.spikes import *
 from functorch_opt.wrappers.accumulate import *
 from functorch_opt.wrappers.complex_values import *
 from functorch_opt.wrappers.conditional import *

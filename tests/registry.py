@@ -122,6 +122,16 @@ ADEMAMIX = {
     "eps_root": 1e-3,
 }
 NOVOGRAD = {"b1": 0.9, "b2": 0.5, "eps": 1e-3, "eps_root": 1e-3, "weight_decay": 0.1}
+CAME = {
+    "b1": 0.9,
+    "b2": 0.8,
+    "b3": 0.7,
+    "eps": 1e-3,
+    "instability_eps": 1e-3,
+    "clipping_threshold": 0.7,
+}
+FOCUS = {"b1": 0.9, "b2": 0.8, "gamma": 0.2, "weight_decay": 0.1}
+SPAM = {"gamma1": 0.7, "gamma2": 0.8, "theta": 0.5}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 
@@ -135,6 +145,12 @@ def kernels(path, p):
 
 def head_or_vector(path, p):
     return "head" if p.ndim == 2 else "vector"
+
+
+def each_kind_of_block(path, p):
+    if path.endswith("b"):
+        return "element"
+    return "tensor" if p.ndim < 2 else ("row" if len(p) % 2 else "head")
 
 
 def on_its_matrices(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,6 +295,17 @@ ROWS = [
         ({}, {"mask": matrices}, {"weight_decay": decay_schedule}),
     ),
     Row("centralize", fo.centralize, reads_shape=True),
+    Row("clip_spikes", fo.clip_spikes, {"decay": 0.5}, smooth=False),
+    Row(
+        "corrected_weight_decay",
+        fo.corrected_weight_decay,
+        {"weight_decay": 0.1, **LR},
+        (
+            {},
+            {"learning_rate": decay_schedule},
+            {"max_learning_rate": 0.5, "mask": matrices},
+        ),
+    ),
     Row(
         "chain",
         lambda max_norm, learning_rate: fo.chain(
@@ -383,6 +410,15 @@ ROWS = [
     ),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row(
+        "scale_to_usual_norm", fo.scale_to_usual_norm, {"b1": 0.7, "b2": 0.8, "eps": 0.1}
+    ),
+    Row(
+        "zclip",
+        fo.zclip,
+        {"decay": 0.9, "threshold": 0.2, "eps": 0.1},
+        ({"warmup_steps": 2}, {"warmup_steps": 3}, {}),
+    ),
+    Row(
         "scale_by_acprop",
         fo.scale_by_acprop,
         {**ADAM, "eps_root": 1e-3},
@@ -401,7 +437,22 @@ ROWS = [
             {"eps_root": 1e-3},
         ),
     ),
+    Row(
+        "scale_by_adam_mini",
+        fo.scale_by_adam_mini,
+        ADAM,
+        ({}, {"blocks": each_kind_of_block, "head_dim": 2}),
+        reads_shape=True,
+    ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
+    Row("scale_by_came", fo.scale_by_came, CAME, reads_shape=True),
+    Row("scale_by_focus", fo.scale_by_focus, FOCUS, smooth=False),
+    Row(
+        "scale_by_stable_spam",
+        fo.scale_by_stable_spam,
+        {**ADAM, **SPAM},
+        ({}, {"reset_period": 2}, {"reset_period": 0, "b1": decay_schedule}),
+    ),
     Row("scale_by_adan", fo.scale_by_adan, ADAN, ({}, {"eps_root": 0.0})),
     Row(
         "scale_by_ademamix",
@@ -936,6 +987,23 @@ ROWS = [
     ),
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
+    Row(
+        "adam_mini",
+        fo.adam_mini,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"blocks": each_kind_of_block, "head_dim": 2}, {"mask": matrices}),
+        reads_shape=True,
+    ),
+    Row(
+        "adamc",
+        fo.adamc,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        (
+            {},
+            {"learning_rate": decay_schedule},
+            {"max_learning_rate": 0.5, "mask": matrices},
+        ),
+    ),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
     Row(
         "adamaxw",
@@ -967,6 +1035,13 @@ ROWS = [
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
     ),
     Row(
+        "came",
+        fo.came,
+        {**LR, **CAME, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+        reads_shape=True,
+    ),
+    Row(
         "cocob",
         fo.cocob,
         {"learning_rate": 0.5, "alpha": 2.0, "eps": 0.1, "weight_decay": 0.1},
@@ -990,6 +1065,7 @@ ROWS = [
         {**LR, "init_estim_sq_dist": 0.04, "eps": 0.1, "weight_decay": 0.1},
         ({}, {"mask": matrices}),
     ),
+    Row("focus", fo.focus, {**LR, **FOCUS}, smooth=False),
     Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(
         "grams",
@@ -1187,6 +1263,12 @@ ROWS = [
         shards=False,
         written=False,
         apart=True,
+    ),
+    Row(
+        "stable_spam",
+        fo.stable_spam,
+        {**LR, **ADAM, **SPAM, "weight_decay": 0.1},
+        ({}, {"reset_period": 2}, {"mask": matrices}),
     ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),

@@ -18,7 +18,9 @@ from functorch_opt.optimizers.shampoo import Grafting
 
 __all__ = [
     "ADOPT",
+    "CAME",
     "COCOB",
+    "FOCUS",
     "KLSOAP",
     "LAMB",
     "LARS",
@@ -31,6 +33,8 @@ __all__ = [
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
+    "AdamC",
+    "AdamMini",
     "AdamaxW",
     "Adan",
     "DAdaptAdamW",
@@ -65,6 +69,7 @@ __all__ = [
     "Signum",
     "SimplifiedAdEMAMix",
     "StableAdamW",
+    "StableSPAM",
     "Yogi",
 ]
 
@@ -93,6 +98,31 @@ class ADOPT(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class CAME(Ready):
+    """`functorch_opt.came` as a class.
+
+    CAME: `scale_by_came`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        b3: ScalarOrSchedule = 0.9999,
+        eps: ScalarOrSchedule = 1e-30,
+        instability_eps: ScalarOrSchedule = 1e-16,
+        clipping_threshold: ScalarOrSchedule = 1.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
 class COCOB(Ready):
     """`functorch_opt.cocob` as a class.
 
@@ -109,6 +139,27 @@ class COCOB(Ready):
         eps: Scalar = 1e-08,
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class FOCUS(Ready):
+    """`functorch_opt.focus` as a class.
+
+    FOCUS: `scale_by_focus`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        gamma: ScalarOrSchedule = 0.1,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
     ) -> None: ...
@@ -382,6 +433,54 @@ class AdaMuon(Ready):
         adam_b1: ScalarOrSchedule = 0.9,
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdamC(Ready):
+    """`functorch_opt.adamc` as a class.
+
+    AdamC: `scale_by_adam`, `corrected_weight_decay`, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.01,
+        mask: MaskOrFn | None = None,
+        *,
+        max_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdamMini(Ready):
+    """`functorch_opt.adam_mini` as a class.
+
+    Adam-mini: `scale_by_adam_mini`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        head_dim: int = 1,
+        blocks: LabelsOrFn | None = None,
         compile: bool = False,
     ) -> None: ...
 
@@ -1156,6 +1255,32 @@ class StableAdamW(Ready):
         weight_decay: ScalarOrSchedule = 0.01,
         mu_dtype: torch.dtype | None = None,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class StableSPAM(Ready):
+    """`functorch_opt.stable_spam` as a class.
+
+    Stable-SPAM: `scale_by_stable_spam`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        gamma1: ScalarOrSchedule = 0.7,
+        gamma2: ScalarOrSchedule = 0.9,
+        theta: ScalarOrSchedule = 0.999,
+        reset_period: int = 1000,
         compile: bool = False,
     ) -> None: ...
 
