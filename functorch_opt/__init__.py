@@ -40,6 +40,7 @@ from functorch_opt.optimizers.adan import *
 from functorch_opt.optimizers.ademamix import *
 from functorch_opt.optimizers.adopt import *
 from functorch_opt.optimizers.amsgrad import *
+from functorch_opt.optimizers.apollo import *
 from functorch_opt.optimizers.asgd import *
 from functorch_opt.optimizers.belief import *
 from functorch_opt.optimizers.came import *
@@ -47,7 +48,9 @@ from functorch_opt.optimizers.cocob import *
 from functorch_opt.optimizers.dadapt import *
 from functorch_opt.optimizers.dion import *
 from functorch_opt.optimizers.dog import *
+from functorch_opt.optimizers.fira import *
 from functorch_opt.optimizers.focus import *
+from functorch_opt.optimizers.galore import *
 from functorch_opt.optimizers.grams import *
 from functorch_opt.optimizers.hyperball import *
 from functorch_opt.optimizers.kl_shampoo import *

@@ -264,6 +264,7 @@ def skip_above_20(updates, gradient_step, params):
     return fo.skip_large_updates(updates, gradient_step, params, 20.0)
 
 
+LAST_IS_ROWS = fo.MatrixDims(rows=-1)
 ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
@@ -563,6 +564,24 @@ ROWS = [
         ({}, {"learning_rate": decay_schedule}),
     ),
     Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
+    *[
+        Row(
+            name,
+            on_its_matrices(make),
+            {**ADAM, "scale": 0.5},
+            ({"rank": 1, "update_proj_gap": 2}, {"rank": 2, **other}),
+            smooth=False,
+            slope_at_zero=False,
+            keyed=name == "scale_by_apollo",
+            reads_shape=True,
+            written=False,
+        )
+        for name, make, other in (
+            ("scale_by_galore", fo.scale_by_galore, {"dims": LAST_IS_ROWS}),
+            ("scale_by_fira", fo.scale_by_fira, {"dims": LAST_IS_ROWS}),
+            ("scale_by_apollo", fo.scale_by_apollo, {"scaling": "tensor"}),
+        )
+    ],
     Row(
         "scale_by_muon",
         on_its_matrices(fo.scale_by_muon),
@@ -1282,6 +1301,27 @@ ROWS = [
         keyed=True,
         reads_shape=True,
     ),
+    *[
+        Row(
+            name,
+            make,
+            {**LR, **ADAM, "scale": 0.5, "weight_decay": 0.1},
+            (
+                {"rank": 1, "update_proj_gap": 2},
+                {"rank": 2, "adam_learning_rate": 0.01},
+                *others,
+            ),
+            smooth=False,
+            slope_at_zero=False,
+            keyed=name == "apollo",
+            reads_shape=True,
+        )
+        for name, make, others in (
+            ("galore", fo.galore, ()),
+            ("fira", fo.fira, ()),
+            ("apollo", fo.apollo, ({"rank": 1, "scaling": "tensor"},)),
+        )
+    ],
     Row(
         "shampoo",
         fo.shampoo,

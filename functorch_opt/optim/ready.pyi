@@ -1,7 +1,7 @@
 """Each ready-made optimizer as a class; ``python -m tests.ready_stub`` writes this file."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from functorch_opt.optimizers.shampoo import Grafting
 
 __all__ = [
     "ADOPT",
+    "APOLLO",
     "CAME",
     "COCOB",
     "FOCUS",
@@ -41,7 +42,9 @@ __all__ = [
     "Dion",
     "DoG",
     "DoWG",
+    "Fira",
     "Fromage",
+    "GaLore",
     "Grams",
     "KLShampoo",
     "LaProp",
@@ -95,6 +98,32 @@ class ADOPT(Ready):
         nesterov: bool = False,
         use_clipping: bool = True,
         clip_value_fn: Callable[[Tensor], Tensor] = ...,
+        compile: bool = False,
+    ) -> None: ...
+
+class APOLLO(Ready):
+    """`functorch_opt.apollo` as a class.
+
+    APOLLO for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 256,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 1.0,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        key: Tensor | int,
+        scaling: Literal["channel", "tensor"] = "channel",
+        adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
     ) -> None: ...
 
@@ -613,6 +642,30 @@ class DoWG(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class Fira(Ready):
+    """`functorch_opt.fira` as a class.
+
+    Fira for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 0.25,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
 class Fromage(Ready):
     """`functorch_opt.fromage` as a class.
 
@@ -627,6 +680,30 @@ class Fromage(Ready):
         lr: ScalarOrSchedule,
         min_norm: Scalar = 1e-06,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class GaLore(Ready):
+    """`functorch_opt.galore` as a class.
+
+    GaLore for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 0.25,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
     ) -> None: ...
 
