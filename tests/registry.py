@@ -265,6 +265,7 @@ def skip_above_20(updates, gradient_step, params):
 
 
 LAST_IS_ROWS = fo.MatrixDims(rows=-1)
+NESTEROV = fo.sgd(0.7, momentum=0.5, nesterov=True)
 ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
@@ -943,6 +944,31 @@ ROWS = [
         ),
         LR,
         ({}, {"sync_period": 3}, {"sync_period": 1}),
+        written=False,
+    ),
+    Row(
+        "asam",
+        lambda learning_rate, **options: fo.asam(fo.adam(learning_rate), **options),
+        {**LR, "rho": 0.3, "eta": 0.1},
+        ({}, {"sync_period": 3}, {"mask": matrices}),
+        written=False,
+    ),
+    Row(
+        "outer_loop",
+        lambda learning_rate, **options: fo.outer_loop(
+            fo.adam(learning_rate), **{"outer": NESTEROV, "sync_period": 2, **options}
+        ),
+        LR,
+        ({}, {"sync_period": 1}, {"sync_period": 3, "outer": fo.adam(decay_schedule)}),
+        written=False,
+    ),
+    Row(
+        "ema_nesterov",
+        lambda learning_rate, **options: fo.ema_nesterov(
+            fo.adam(learning_rate), **options
+        ),
+        {**LR, "beta": 0.3, "decay": 0.8},
+        ({}, {"beta": decay_schedule}),
         written=False,
     ),
     Row(
