@@ -103,6 +103,17 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     return fo.GradientTransformation(tx.init, update)
 
 
+def with_logits(tx: fo.GradientTransformation) -> fo.GradientTransformation:
+    """`tx`, given the largest attention logit of the only head of each layer."""
+
+    def update(updates, state, params):
+        logits = torch.tensor([80.0], dtype=torch.float64)
+        named = dict.fromkeys(("conv", "w", "b", "o"), logits)
+        return tx.update(updates, state, params, max_logits=named)
+
+    return fo.GradientTransformation(tx.init, update)
+
+
 LR = {"learning_rate": 0.1}
 RPROP = {
     "learning_rate": 0.1,
@@ -410,6 +421,18 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row(
+        "qk_clip",
+        lambda **options: with_logits(
+            fo.qk_clip(**{"powers": {"*/w": 0.5, "conv/*": 1.0, "c*nv": 1.0}, **options})
+        ),
+        {"threshold": 50.0},
+        ({}, {"powers": {"conv/*": 0.7}}),
+        reads_shape=True,
+        written=False,
+        apart=True,
+    ),
+    Row("scale_by_param_size", fo.scale_by_param_size, {"eta": 0.1}),
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row(
         "scale_to_usual_norm", fo.scale_to_usual_norm, {"b1": 0.7, "b2": 0.8, "eps": 0.1}

@@ -14,6 +14,7 @@ from functorch_opt.optim.adapter import *
 from functorch_opt.optim.asgd import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
+from functorch_opt.optim.qk_hook import *
 from functorch_opt.optim.radam import *
 from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *

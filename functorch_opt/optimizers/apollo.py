@@ -15,6 +15,7 @@ AdamW-level Performance", 2024, alg. 1, and the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,23 @@ from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims, matrices_and
 from functorch_opt.transforms.noise import sized
 
 __all__ = ["apollo", "scale_by_apollo"]
+
+
+def _prepare(space: LowRank, update_proj_gap: int) -> Callable[..., Any]:
+    def drawn(p):
+        batch, _, m, r = space.sides(p.shape)
+        dtype = torch.complex64 if p.is_complex() else torch.float32
+        return torch.empty((*batch, r, m), dtype=dtype, device=p.device)
+
+    def prepare(count, key, b1, b2, scale, updates, params=None):
+        due = on_host((count % update_proj_gap == 0).any())
+        noise: Any = 0.0
+        if due is not False:
+            like = tree.map(drawn, sized("scale_by_apollo", updates, params))
+            noise = Each(random.normal_like(key, like, count))
+        return {**corrections(count, b1, b2), "noise": noise, "root": scale**0.5}
+
+    return prepare
 
 
 @transformation
@@ -99,19 +117,6 @@ def scale_by_apollo(
     check_choice("channel", "tensor", scaling=scaling)
     space = LowRank(rank, dims)
 
-    def drawn(p):
-        batch, _, m, r = space.sides(p.shape)
-        dtype = torch.complex64 if p.is_complex() else torch.float32
-        return torch.empty((*batch, r, m), dtype=dtype, device=p.device)
-
-    def prepare(count, key, b1, b2, scale, updates, params=None):
-        due = on_host((count % update_proj_gap == 0).any())
-        noise: Any = 0.0
-        if due is not False:
-            like = tree.map(drawn, sized("scale_by_apollo", updates, params))
-            noise = Each(random.normal_like(key, like, count))
-        return {**corrections(count, b1, b2), "noise": noise, "root": scale**0.5}
-
     def work(g, basis, noise):
         return {"basis": noise.to(basis.dtype) / max(basis.shape[-2], 1) ** 0.5}
 
@@ -125,7 +130,7 @@ def scale_by_apollo(
 
     return leafwise(
         rule,
-        prepare,
+        _prepare(space, update_proj_gap),
         slots={**space.slots(), "last": first_norm},
         shared={"key": random.as_key(key)},
         hyper={"b1": b1, "b2": b2, "eps": eps, "scale": scale},
