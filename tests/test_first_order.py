@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -508,3 +509,39 @@ def test_a_norm_that_is_not_finite_does_not_count() -> None:
     for g in (1.0, float("nan"), 3.0, float("inf")):
         _, state = tx.update([torch.tensor([g])], state)
     assert (fo.get(state, "mean"), fo.get(state, "seen")) == (2, 2)
+
+
+# ---- the real compiler ------------------------------------------------------------------------------
+
+DECAYING = fo.linear_schedule(0.1, 0.0, 9)
+IN_PLACE = {
+    "adam_mini": fo.adam_mini(0.1, blocks=lambda path, p: "row" if p.ndim else "tensor"),
+    "adamc": fo.adamc(DECAYING, weight_decay=0.1),
+    "came": fo.came(0.01, eps=1e-3, instability_eps=1e-3),
+    "ema_nesterov": fo.ema_nesterov(fo.adam(0.1)),
+    "focus": fo.focus(0.1, weight_decay=0.1),
+    "outer_loop": fo.outer_loop(fo.adam(0.1), fo.sgd(0.7, momentum=0.5), 2),
+    "stable_spam": fo.stable_spam(0.1, weight_decay=0.1, reset_period=2),
+    "zclip": fo.chain(fo.zclip(0.9, 0.2, 2, 0.1), fo.adam(0.1)),
+    "galore": fo.galore(0.1, 2, 2),
+    "apollo": fo.apollo(0.1, 2, 2, key=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_all_of_it_is_compiled(name: str) -> None:
+    """In place, with the real compiler, it gives the same numbers, and nothing runs eagerly."""
+    tx = IN_PLACE[name]
+    step, params, mine = fo.compiled_step(tx), draw(0), draw(0)
+    params, mine = (tree.map(lambda x: x.float(), x) for x in (params, mine))
+    state, ours = tx.init(params), tx.init(mine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(1, 5):
+            gs = tree.map(lambda x: x.float(), draw(t))
+            updates, state = tx.update(gs, state, params)
+            params = fo.apply_updates(params, updates)
+            mine, ours = step(mine, tree.map(torch.clone, gs), ours)
+    for a, b in zip(tree.leaves((mine, ours)), tree.leaves((params, state)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
