@@ -119,6 +119,7 @@ from functorch_opt.wrappers.mechanic import *
 from functorch_opt.wrappers.named_chain import *
 from functorch_opt.wrappers.outer import *
 from functorch_opt.wrappers.precision import *
+from functorch_opt.wrappers.projected import *
 from functorch_opt.wrappers.sam import *
 from functorch_opt.wrappers.skipping import *
 

@@ -977,6 +977,21 @@ ROWS = [
         written=False,
     ),
     Row(
+        "project_gradients",
+        on_its_matrices(
+            lambda b1, **options: fo.project_gradients(
+                fo.scale_by_adam(b1, eps=1e-3), **options
+            )
+        ),
+        {"b1": 0.9, "scale": 0.5},
+        ({"rank": 1, "update_proj_gap": 2}, {"rank": 2, "dims": LAST_IS_ROWS}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+        written=False,
+        apart=True,
+    ),
+    Row(
         "outer_loop",
         lambda learning_rate, **options: fo.outer_loop(
             fo.adam(learning_rate), **{"outer": NESTEROV, "sync_period": 2, **options}

@@ -183,6 +183,46 @@ def test_apollo_is_that_of_its_authors(options: tuple, scaling: str) -> None:
     assert_same(train(tx), train_plainly(make))
 
 
+# ---- around any optimizer ---------------------------------------------------------------------------
+
+
+def plain_projected_momentum(scale: float, momentum: float) -> Callable:
+    def direction(of: Plain) -> Callable:
+        velocity = torch.tensor(0.0)
+
+        def step(t: int, g: Tensor) -> Tensor:
+            nonlocal velocity
+            of.find(t, g)
+            velocity = of.project(g) + momentum * velocity
+            return scale * of.back(velocity, g)
+
+        return step
+
+    return direction
+
+
+@compares("project_gradients", reference="plain: the paper", remark="of momentum")
+@pytest.mark.parametrize(
+    "options",
+    [(128, 200, 0.25, 0.9), (2, 7, 0.5, 0.5), (1, 1, 1.0, 0.0), (3, 30, 2.0, 0.9)],
+)
+def test_any_optimizer_can_be_projected(options: tuple) -> None:
+    rank, gap, scale, momentum = options
+    direction = fo.project_gradients(fo.trace(momentum), rank, gap, scale)
+    ours = train(fo.chain(direction, fo.scale(-0.05)))
+    plain = plain_projected_momentum(scale, momentum)
+    theirs = train_plainly(stepped(0.05, 0.0, 0.0, 0.0, 0.0, plain, rank, gap))
+    assert_same(ours, theirs)
+
+
+def test_the_projection_of_adam_is_galore() -> None:
+    """But for eps, which GaLore adds before the correction."""
+    adam = fo.scale_by_adam(0.9, 0.99, 0.0, eps_root=0.0)
+    ours = fo.chain(fo.project_gradients(adam, 2, 10, 0.5), fo.scale(-0.05))
+    direct = fo.scale_by_galore(2, 10, 0.5, 0.9, 0.99, 0.0)
+    assert_same(train(ours), train(fo.chain(direct, fo.scale(-0.05))), 1e-9)
+
+
 # ---- what is kept, and when work is done -----------------------------------------------------------
 
 
