@@ -988,6 +988,7 @@ ROWS = [
         smooth=False,
         slope_at_zero=False,
         reads_shape=True,
+        shards=False,
         written=False,
         apart=True,
     ),

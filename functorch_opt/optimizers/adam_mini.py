@@ -7,7 +7,7 @@
 Which elements are a block depends on the layer: each element of a bias; a head of queries or keys;
 a row of an embedding, of an output layer, of values, of a projection or of an MLP; all of the rest.
 
-Source: Zhang, Chen, Li, Ding, Chen, Kingma, Ye, Luo & Sun, "Adam-mini: Use Fewer Learning Rates To
+Source: Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo & Sun, "Adam-mini: Use Fewer Learning Rates To
 Gain More", 2024, alg. 1 and 2, and the authors' code.
 """
 

@@ -7,8 +7,8 @@
     w  = w / max(1, |w| / (1.01 |w before|))
     u  = sqrt(1 - b2^t) / (1 - b1^t) (scale d B + w)
 
-Source: Chen, Feng, Lu, Wang, Li & Chen, "Fira: Can We Achieve Full-rank Training of LLMs Under
-Low-rank Constraint?", 2024, alg. 1, and the authors' code.
+Source: Chen, Feng, Li, Lai, Yue, Yuan & Wang, "Fira: Can We Achieve Full-rank Training of LLMs
+Under Low-rank Constraint?", 2024, alg. 1, and the authors' code.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     nu = b2 nu + (1 - b2) g^2
     u  = m / (1 - b1^s) / (sqrt(nu / (1 - b2^s)) + eps)
 
-Source: Huang, Hu, Zhu, Jin, Wang, Shen, Zhu, Yin, Liu, Yang, Wang & Liu, "Stable-SPAM: How to Train
-in 4-Bit More Stably than 16-Bit Adam", 2025, alg. 1.
+Source: Huang, Hu, Zhang, Jin, Li, Shen, Chen, Liu, Wen, Wang & Liu, "Stable-SPAM: How to Train in
+4-Bit More Stably than 16-Bit Adam", 2025, alg. 1.
 """
 
 from __future__ import annotations

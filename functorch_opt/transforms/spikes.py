@@ -13,9 +13,9 @@
                           mean = decay mean + (1 - decay) top
                           var  = decay var + (1 - decay) (top - mean)^2
 
-Sources: Huang, Hu, Zhu, Jin, Wang, Shen, Zhu, Yin, Liu, Yang, Wang & Liu, "Stable-SPAM: How to
-Train in 4-Bit More Stably than 16-Bit Adam", 2025, alg. 1; Kumar, Owen, Chowdhury & Gura, "ZClip:
-Adaptive Spike Mitigation for LLM Pre-Training", 2025, alg. 1.
+Sources: Huang, Hu, Zhang, Jin, Li, Shen, Chen, Liu, Wen, Wang & Liu, "Stable-SPAM: How to Train in
+4-Bit More Stably than 16-Bit Adam", 2025, alg. 1; Kumar, Owen, Chowdhury & Güra, "ZClip: Adaptive
+Spike Mitigation for LLM Pre-Training", 2025, alg. 1.
 """
 
 from __future__ import annotations

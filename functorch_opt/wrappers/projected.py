@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from functorch_opt import tree
+from functorch_opt._core import sharding
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.transformation import (
     GradientTransformation,
@@ -50,7 +51,7 @@ def project_gradients(
 
     Raises:
         ValueError: an argument outside its range; a tensor is no matrix.
-        TypeError: `inner` is not a transformation.
+        TypeError: `inner` is not a transformation; a parameter is sharded.
 
     Source: Zhao et al., 2024, alg. 1. optax: the ``base_optimizer`` of ``scale_by_galore``, which
     sees no parameters.
@@ -84,6 +85,7 @@ def project_gradients(
         return basis if g is None else space.leading(g.to(basis.dtype), basis)[0]
 
     def init(params):
+        sharding.refuse_sharded("project_gradients", tree.leaves(params))
         small = tree.map(lambda p: down(p, first["basis"](p)), params)
         bases = tree.map(first["basis"], params)
         count = tree.zero_count(params)
