@@ -1,6 +1,6 @@
 """Stable-SPAM: Adam behind two clips of spikes, which forgets its moments now and then.
 
-    g  = clip_spikes, then scale_to_usual_norm                       see `functorch_opt.transforms.spikes`
+    g  = clip_spikes, then scale_to_usual_norm           see `functorch_opt.transforms.spikes`
     every reset_period steps: m = nu = 0 and s = 0
     s  = s + 1
     m  = b1 m + (1 - b1) g
