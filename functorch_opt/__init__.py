@@ -69,6 +69,7 @@ from functorch_opt.optimizers.normuon import *
 from functorch_opt.optimizers.novograd import *
 from functorch_opt.optimizers.optimistic import *
 from functorch_opt.optimizers.prodigy import *
+from functorch_opt.optimizers.projected import *
 from functorch_opt.optimizers.psgd_kron import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.routes import *
@@ -119,7 +120,6 @@ from functorch_opt.wrappers.mechanic import *
 from functorch_opt.wrappers.named_chain import *
 from functorch_opt.wrappers.outer import *
 from functorch_opt.wrappers.precision import *
-from functorch_opt.wrappers.projected import *
 from functorch_opt.wrappers.sam import *
 from functorch_opt.wrappers.skipping import *
 

@@ -51,6 +51,10 @@ class LowRank(NamedTuple):
         x = as_matrix(x, self.dims)
         return x.mH.resolve_conj() if x.shape[-2] < x.shape[-1] else x
 
+    def projected(self, x: Tensor, basis: Tensor) -> Tensor:
+        """The rows of the matrices in the coordinates of `basis`, in the dtype of `x`."""
+        return (self.tall(x).to(basis.dtype) @ basis.mH).to(x.dtype)
+
     def back(self, y: Tensor, like: Tensor) -> Tensor:
         """The inverse of `tall`."""
         n, m = as_matrix(like, self.dims).shape[-2:]
@@ -73,7 +77,7 @@ class LowRank(NamedTuple):
     # ---- bases -------------------------------------------------------------------------------
 
     def leading(self, g: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """The leading singular vectors of the matrices; and whether they could be found."""
+        """The leading singular vectors of the matrices, and whether they could be found."""
         x = as_matrix(g, self.dims)
         u, _, vh = attempted(lambda y: torch.linalg.svd(y, full_matrices=False), x)
         rows = u.mH if x.shape[-2] < x.shape[-1] else vh

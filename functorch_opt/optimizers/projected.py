@@ -37,7 +37,7 @@ def project_gradients(
 ) -> GradientTransformation:
     """`inner` in `rank` dimensions of each matrix, which are found anew now and then.
 
-    The rule is at the top of `functorch_opt.wrappers.projected`. All of the state of `inner` is
+    The rule is at the top of `functorch_opt.optimizers.projected`. All of the state of `inner` is
     small. It sees the parameters in these dimensions too, so weight decay belongs outside. For Adam
     take `scale_by_galore`, which a compiled step compiles; this wrapper runs eagerly there. Choose
     the matrices with `masked` or `partition`.
@@ -74,10 +74,6 @@ def project_gradients(
     space = LowRank(rank, dims)
     first = space.slots()
 
-    def down(x, basis):
-        """The projection of a gradient or a parameter."""
-        return (space.tall(x).to(basis.dtype) @ basis.mH).to(x.dtype)
-
     def back(u, like, basis):
         return scale * space.back(u.to(basis.dtype) @ basis, like)
 
@@ -86,7 +82,7 @@ def project_gradients(
 
     def init(params):
         sharding.refuse_sharded("project_gradients", tree.leaves(params))
-        small = tree.map(lambda p: down(p, first["basis"](p)), params)
+        small = tree.map(lambda p: space.projected(p, first["basis"](p)), params)
         bases = tree.map(first["basis"], params)
         count = tree.zero_count(params)
         return {"count": count, "basis": bases, "inner": inner.init(small)}
@@ -96,8 +92,8 @@ def project_gradients(
         if due is not False:
             new = tree.map(found, bases, updates)
             bases = tree.map(lambda x, old: chosen(due, x, old), new, bases)
-        small = tree.map(down, updates, bases)
-        seen = None if params is None else tree.map(down, params, bases)
+        small = tree.map(space.projected, updates, bases)
+        seen = None if params is None else tree.map(space.projected, params, bases)
         moved, kept = inner.update(small, state["inner"], seen, **extra)
         moved = tree.map(back, moved, updates, bases)
         return moved, {"count": state["count"] + 1, "basis": bases, "inner": kept}
