@@ -103,6 +103,17 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     return fo.GradientTransformation(tx.init, update)
 
 
+def with_logits(tx: fo.GradientTransformation) -> fo.GradientTransformation:
+    """`tx`, given the largest attention logit of the only head of each layer."""
+
+    def update(updates, state, params):
+        logits = torch.tensor([80.0], dtype=torch.float64)
+        named = dict.fromkeys(("conv", "w", "b", "o"), logits)
+        return tx.update(updates, state, params, max_logits=named)
+
+    return fo.GradientTransformation(tx.init, update)
+
+
 LR = {"learning_rate": 0.1}
 RPROP = {
     "learning_rate": 0.1,
@@ -122,6 +133,16 @@ ADEMAMIX = {
     "eps_root": 1e-3,
 }
 NOVOGRAD = {"b1": 0.9, "b2": 0.5, "eps": 1e-3, "eps_root": 1e-3, "weight_decay": 0.1}
+CAME = {
+    "b1": 0.9,
+    "b2": 0.8,
+    "b3": 0.7,
+    "eps": 1e-3,
+    "instability_eps": 1e-3,
+    "clipping_threshold": 0.7,
+}
+FOCUS = {"b1": 0.9, "b2": 0.8, "gamma": 0.2, "weight_decay": 0.1}
+SPAM = {"gamma1": 0.7, "gamma2": 0.8, "theta": 0.5}
 decay_schedule = fo.exponential_decay(0.5, 3, 0.5)
 
 
@@ -135,6 +156,12 @@ def kernels(path, p):
 
 def head_or_vector(path, p):
     return "head" if p.ndim == 2 else "vector"
+
+
+def each_kind_of_block(path, p):
+    if path.endswith("b"):
+        return "element"
+    return "tensor" if p.ndim < 2 else ("row" if len(p) % 2 else "head")
 
 
 def on_its_matrices(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,6 +275,8 @@ def skip_above_20(updates, gradient_step, params):
     return fo.skip_large_updates(updates, gradient_step, params, 20.0)
 
 
+LAST_IS_ROWS = fo.MatrixDims(rows=-1)
+NESTEROV = fo.sgd(0.7, momentum=0.5, nesterov=True)
 ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
 
@@ -279,6 +308,17 @@ ROWS = [
         ({}, {"mask": matrices}, {"weight_decay": decay_schedule}),
     ),
     Row("centralize", fo.centralize, reads_shape=True),
+    Row("clip_spikes", fo.clip_spikes, {"decay": 0.5}, smooth=False),
+    Row(
+        "corrected_weight_decay",
+        fo.corrected_weight_decay,
+        {"weight_decay": 0.1, **LR},
+        (
+            {},
+            {"learning_rate": decay_schedule},
+            {"max_learning_rate": 0.5, "mask": matrices},
+        ),
+    ),
     Row(
         "chain",
         lambda max_norm, learning_rate: fo.chain(
@@ -381,7 +421,28 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row(
+        "qk_clip",
+        lambda **options: with_logits(
+            fo.qk_clip(**{"powers": {"*/w": 0.5, "conv/*": 1.0, "c*nv": 1.0}, **options})
+        ),
+        {"threshold": 50.0},
+        ({}, {"powers": {"conv/*": 0.7}}),
+        reads_shape=True,
+        written=False,
+        apart=True,
+    ),
+    Row("scale_by_param_size", fo.scale_by_param_size, {"eta": 0.1}),
     Row("scale", fo.scale, {"step_size": -0.3}),
+    Row(
+        "scale_to_usual_norm", fo.scale_to_usual_norm, {"b1": 0.7, "b2": 0.8, "eps": 0.1}
+    ),
+    Row(
+        "zclip",
+        fo.zclip,
+        {"decay": 0.9, "threshold": 0.2, "eps": 0.1},
+        ({"warmup_steps": 2}, {"warmup_steps": 3}, {}),
+    ),
     Row(
         "scale_by_acprop",
         fo.scale_by_acprop,
@@ -401,7 +462,22 @@ ROWS = [
             {"eps_root": 1e-3},
         ),
     ),
+    Row(
+        "scale_by_adam_mini",
+        fo.scale_by_adam_mini,
+        ADAM,
+        ({}, {"blocks": each_kind_of_block, "head_dim": 2}),
+        reads_shape=True,
+    ),
     Row("scale_by_adamax", fo.scale_by_adamax, ADAM),
+    Row("scale_by_came", fo.scale_by_came, CAME, reads_shape=True),
+    Row("scale_by_focus", fo.scale_by_focus, FOCUS, smooth=False),
+    Row(
+        "scale_by_stable_spam",
+        fo.scale_by_stable_spam,
+        {**ADAM, **SPAM},
+        ({}, {"reset_period": 2}, {"reset_period": 0, "b1": decay_schedule}),
+    ),
     Row("scale_by_adan", fo.scale_by_adan, ADAN, ({}, {"eps_root": 0.0})),
     Row(
         "scale_by_ademamix",
@@ -512,6 +588,24 @@ ROWS = [
         ({}, {"learning_rate": decay_schedule}),
     ),
     Row("scale_by_mars", fo.scale_by_mars, {"b1": 0.9, "gamma": 0.05}),
+    *[
+        Row(
+            name,
+            on_its_matrices(make),
+            {**ADAM, "scale": 0.5},
+            ({"rank": 1, "update_proj_gap": 2}, {"rank": 2, **other}),
+            smooth=False,
+            slope_at_zero=False,
+            keyed=name == "scale_by_apollo",
+            reads_shape=True,
+            written=False,
+        )
+        for name, make, other in (
+            ("scale_by_galore", fo.scale_by_galore, {"dims": LAST_IS_ROWS}),
+            ("scale_by_fira", fo.scale_by_fira, {"dims": LAST_IS_ROWS}),
+            ("scale_by_apollo", fo.scale_by_apollo, {"scaling": "tensor"}),
+        )
+    ],
     Row(
         "scale_by_muon",
         on_its_matrices(fo.scale_by_muon),
@@ -876,6 +970,47 @@ ROWS = [
         written=False,
     ),
     Row(
+        "asam",
+        lambda learning_rate, **options: fo.asam(fo.adam(learning_rate), **options),
+        {**LR, "rho": 0.3, "eta": 0.1},
+        ({}, {"sync_period": 3}, {"mask": matrices}),
+        written=False,
+    ),
+    Row(
+        "project_gradients",
+        on_its_matrices(
+            lambda b1, **options: fo.project_gradients(
+                fo.scale_by_adam(b1, eps=1e-3), **options
+            )
+        ),
+        {"b1": 0.9, "scale": 0.5},
+        ({"rank": 1, "update_proj_gap": 2}, {"rank": 2, "dims": LAST_IS_ROWS}),
+        smooth=False,
+        slope_at_zero=False,
+        reads_shape=True,
+        shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "outer_loop",
+        lambda learning_rate, **options: fo.outer_loop(
+            fo.adam(learning_rate), **{"outer": NESTEROV, "sync_period": 2, **options}
+        ),
+        LR,
+        ({}, {"sync_period": 1}, {"sync_period": 3, "outer": fo.adam(decay_schedule)}),
+        written=False,
+    ),
+    Row(
+        "ema_nesterov",
+        lambda learning_rate, **options: fo.ema_nesterov(
+            fo.adam(learning_rate), **options
+        ),
+        {**LR, "beta": 0.3, "decay": 0.8},
+        ({}, {"beta": decay_schedule}),
+        written=False,
+    ),
+    Row(
         "flatten",
         lambda threshold: fo.flatten(fo.clip_by_block_rms(threshold)),
         {"threshold": 0.5},
@@ -936,6 +1071,23 @@ ROWS = [
     ),
     Row("adagrad", fo.adagrad, {**LR, "eps": 1e-3}),
     Row("adam", fo.adam, {**LR, **ADAM}, ({}, {"learning_rate": decay_schedule})),
+    Row(
+        "adam_mini",
+        fo.adam_mini,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        ({}, {"blocks": each_kind_of_block, "head_dim": 2}, {"mask": matrices}),
+        reads_shape=True,
+    ),
+    Row(
+        "adamc",
+        fo.adamc,
+        {**LR, **ADAM, "weight_decay": 0.1},
+        (
+            {},
+            {"learning_rate": decay_schedule},
+            {"max_learning_rate": 0.5, "mask": matrices},
+        ),
+    ),
     Row("adamax", fo.adamax, {**LR, **ADAM}),
     Row(
         "adamaxw",
@@ -967,6 +1119,13 @@ ROWS = [
         "asgd", fo.asgd, {**LR, "lambd": 0.1, "alpha": 0.75, "t0": 0.5}, ({}, {"t0": 1e6})
     ),
     Row(
+        "came",
+        fo.came,
+        {**LR, **CAME, "weight_decay": 0.1},
+        ({}, {"mask": matrices}),
+        reads_shape=True,
+    ),
+    Row(
         "cocob",
         fo.cocob,
         {"learning_rate": 0.5, "alpha": 2.0, "eps": 0.1, "weight_decay": 0.1},
@@ -990,6 +1149,7 @@ ROWS = [
         {**LR, "init_estim_sq_dist": 0.04, "eps": 0.1, "weight_decay": 0.1},
         ({}, {"mask": matrices}),
     ),
+    Row("focus", fo.focus, {**LR, **FOCUS}, smooth=False),
     Row("fromage", fo.fromage, {**LR, "min_norm": 0.5}, ({}, {"min_norm": 0.0})),
     Row(
         "grams",
@@ -1188,6 +1348,12 @@ ROWS = [
         written=False,
         apart=True,
     ),
+    Row(
+        "stable_spam",
+        fo.stable_spam,
+        {**LR, **ADAM, **SPAM, "weight_decay": 0.1},
+        ({}, {"reset_period": 2}, {"mask": matrices}),
+    ),
     Row("stable_adamw", fo.stable_adamw, {**LR, **ADAM, "weight_decay": 0.1}),
     Row("yogi", fo.yogi, {**LR, **ADAM}),
     # optimizers of matrices
@@ -1200,6 +1366,27 @@ ROWS = [
         keyed=True,
         reads_shape=True,
     ),
+    *[
+        Row(
+            name,
+            make,
+            {**LR, **ADAM, "scale": 0.5, "weight_decay": 0.1},
+            (
+                {"rank": 1, "update_proj_gap": 2},
+                {"rank": 2, "adam_learning_rate": 0.01},
+                *others,
+            ),
+            smooth=False,
+            slope_at_zero=False,
+            keyed=name == "apollo",
+            reads_shape=True,
+        )
+        for name, make, others in (
+            ("galore", fo.galore, ()),
+            ("fira", fo.fira, ()),
+            ("apollo", fo.apollo, ({"rank": 1, "scaling": "tensor"},)),
+        )
+    ],
     Row(
         "shampoo",
         fo.shampoo,

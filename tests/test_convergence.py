@@ -73,6 +73,7 @@ RATES: dict[str, Any] = {
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "acprop": {"eps_root": 1e-6},
+    "apollo": {"key": 0},
     "dog": {"init_step": ("distance", 0.1)},
     "mano": {"weight_decay": 0.0},
     "muon_with_adamw": {"adamw_learning_rate": 0.01},

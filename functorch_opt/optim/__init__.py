@@ -16,6 +16,7 @@ from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
 from functorch_opt.optim.param_groups import *
 from functorch_opt.optim.partition import *
+from functorch_opt.optim.qk_hook import *
 from functorch_opt.optim.radam import *
 from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *

@@ -1,7 +1,7 @@
 """Each ready-made optimizer as a class; ``python -m tests.ready_stub`` writes this file."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from functorch_opt.optimizers.shampoo import Grafting
 
 __all__ = [
     "ADOPT",
+    "APOLLO",
+    "CAME",
     "COCOB",
+    "FOCUS",
     "KLSOAP",
     "LAMB",
     "LARS",
@@ -31,13 +34,17 @@ __all__ = [
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
+    "AdamC",
+    "AdamMini",
     "AdamaxW",
     "Adan",
     "DAdaptAdamW",
     "Dion",
     "DoG",
     "DoWG",
+    "Fira",
     "Fromage",
+    "GaLore",
     "Grams",
     "KLShampoo",
     "LaProp",
@@ -65,6 +72,7 @@ __all__ = [
     "Signum",
     "SimplifiedAdEMAMix",
     "StableAdamW",
+    "StableSPAM",
     "Yogi",
 ]
 
@@ -93,6 +101,57 @@ class ADOPT(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class APOLLO(Ready):
+    """`functorch_opt.apollo` as a class.
+
+    APOLLO for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 256,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 1.0,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        key: Tensor | int,
+        scaling: Literal["channel", "tensor"] = "channel",
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class CAME(Ready):
+    """`functorch_opt.came` as a class.
+
+    CAME: `scale_by_came`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        b3: ScalarOrSchedule = 0.9999,
+        eps: ScalarOrSchedule = 1e-30,
+        instability_eps: ScalarOrSchedule = 1e-16,
+        clipping_threshold: ScalarOrSchedule = 1.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
 class COCOB(Ready):
     """`functorch_opt.cocob` as a class.
 
@@ -109,6 +168,27 @@ class COCOB(Ready):
         eps: Scalar = 1e-08,
         weight_decay: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
+        *,
+        compile: bool = False,
+    ) -> None: ...
+
+class FOCUS(Ready):
+    """`functorch_opt.focus` as a class.
+
+    FOCUS: `scale_by_focus`, then the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        gamma: ScalarOrSchedule = 0.1,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
     ) -> None: ...
@@ -385,6 +465,54 @@ class AdaMuon(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class AdamC(Ready):
+    """`functorch_opt.adamc` as a class.
+
+    AdamC: `scale_by_adam`, `corrected_weight_decay`, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        eps_root: ScalarOrSchedule = 0.0,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.01,
+        mask: MaskOrFn | None = None,
+        *,
+        max_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class AdamMini(Ready):
+    """`functorch_opt.adam_mini` as a class.
+
+    Adam-mini: `scale_by_adam_mini`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        head_dim: int = 1,
+        blocks: LabelsOrFn | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
 class AdamaxW(Ready):
     """`functorch_opt.adamaxw` as a class.
 
@@ -514,6 +642,30 @@ class DoWG(Ready):
         compile: bool = False,
     ) -> None: ...
 
+class Fira(Ready):
+    """`functorch_opt.fira` as a class.
+
+    Fira for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 0.25,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        adam_learning_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
 class Fromage(Ready):
     """`functorch_opt.fromage` as a class.
 
@@ -528,6 +680,30 @@ class Fromage(Ready):
         lr: ScalarOrSchedule,
         min_norm: Scalar = 1e-06,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class GaLore(Ready):
+    """`functorch_opt.galore` as a class.
+
+    GaLore for the tensors with two dims or more, and `adamw` for the rest.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: ScalarOrSchedule = 0.25,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-06,
+        weight_decay: ScalarOrSchedule = 0.0,
+        *,
+        adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
     ) -> None: ...
 
@@ -1156,6 +1332,32 @@ class StableAdamW(Ready):
         weight_decay: ScalarOrSchedule = 0.01,
         mu_dtype: torch.dtype | None = None,
         *,
+        compile: bool = False,
+    ) -> None: ...
+
+class StableSPAM(Ready):
+    """`functorch_opt.stable_spam` as a class.
+
+    Stable-SPAM: `scale_by_stable_spam`, decoupled weight decay, the learning rate.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        mu_dtype: torch.dtype | None = None,
+        weight_decay: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
+        *,
+        gamma1: ScalarOrSchedule = 0.7,
+        gamma2: ScalarOrSchedule = 0.9,
+        theta: ScalarOrSchedule = 0.999,
+        reset_period: int = 1000,
         compile: bool = False,
     ) -> None: ...
 

@@ -56,7 +56,7 @@ def factored_dims(shape, smallest):
     return (second, largest) if shape[second] >= smallest else None
 
 
-def _mean_slot(dims_of, k):
+def mean_slot(dims_of, k):
     """Zeros in the shape of a mean along one of the two dims that `dims_of` finds for a shape."""
 
     def make(p):
@@ -79,17 +79,16 @@ def _prepare_torchs(count, beta2_decay):
     return {"weight": tree.as_real(count + 1) ** beta2_decay}
 
 
-def _square(g):
+def squared(g):
     return g.abs().square() if g.is_complex() else g * g
 
 
-def _mean(v, square, dim, weight):
+def next_mean(v, square, dim, weight):
     """The next running mean, of means of squares along `dim`.
 
     It is real, though a rule sees all values of a complex tensor as complex.
     """
-    v, weight = (x.real if x.is_complex() else x for x in (v, weight))
-    return torch.lerp(v, square.mean(dim, keepdim=True), weight)
+    return torch.lerp(v.real, square.mean(dim, keepdim=True), weight.real)
 
 
 def _of_matrices(prepare, hyper, epsilon, dims_of):
@@ -97,14 +96,14 @@ def _of_matrices(prepare, hyper, epsilon, dims_of):
 
     def rule(g, v_row, v_col, weight):
         second, largest = dims_of(g.shape)
-        square = _square(g) + epsilon
-        v_row = _mean(v_row, square, largest, weight)
-        v_col = _mean(v_col, square, second, weight)
+        square = squared(g) + epsilon
+        v_row = next_mean(v_row, square, largest, weight)
+        v_col = next_mean(v_col, square, second, weight)
         # It is not rsqrt, whose derivative at 1e-30 is too large for float32.
         root = (v_row / v_row.mean(second, keepdim=True)).sqrt() * v_col.sqrt()
         return g / root, {"v_row": v_row, "v_col": v_col}
 
-    slots = {"v_row": _mean_slot(dims_of, 1), "v_col": _mean_slot(dims_of, 0)}
+    slots = {"v_row": mean_slot(dims_of, 1), "v_col": mean_slot(dims_of, 0)}
     return leafwise(rule, prepare, slots=slots, hyper=hyper, kind="tensorwise")
 
 
@@ -116,7 +115,7 @@ def _of_the_rest(prepare, hyper, epsilon):
     return leafwise(rule, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
 
 
-def _is_torchs_matrix(p):
+def is_torchs_matrix(p):
     return p.ndim > 1 and p.numel() > 0  # of nothing there is no mean
 
 
@@ -128,9 +127,9 @@ def _torchs(prepare, hyper, epsilon):
     """torch's two rules: the matrix is the last two dims, and epsilon is the smallest divisor."""
 
     def of_matrices(g, v_row, v_col, weight):
-        square, smallest = _square(g), _smallest(epsilon, g)
-        v_row = _mean(v_row, square, -1, weight)  # [..., n, 1]
-        v_col = _mean(v_col, square, -2, weight)  # [..., 1, m]
+        square, smallest = squared(g), _smallest(epsilon, g)
+        v_row = next_mean(v_row, square, -1, weight)  # [..., n, 1]
+        v_col = next_mean(v_col, square, -2, weight)  # [..., 1, m]
         mean = v_row.mean(-2, keepdim=True)  # [..., 1, 1]
         v = v_row * v_col / mean.clamp(min=smallest)  # [..., n, m]
         u = g * v.clamp(min=smallest**2).rsqrt()
@@ -143,14 +142,15 @@ def _torchs(prepare, hyper, epsilon):
     def last_two(shape):
         return -2, -1
 
-    slots = {"v_row": _mean_slot(last_two, 1), "v_col": _mean_slot(last_two, 0)}
+    slots = {"v_row": mean_slot(last_two, 1), "v_col": mean_slot(last_two, 0)}
     matrix = leafwise(of_matrices, prepare, slots=slots, hyper=hyper, kind="tensorwise")
     rest = leafwise(of_the_rest, prepare, slots={"v": tree.zeros_like}, hyper=hyper)
     return matrix, rest
 
 
-def _by_shape(matrix, rest, is_matrix):
-    matrix.name = rest.name = "scale_by_factored_rms"  # which errors mention
+def by_shape(matrix, rest, is_matrix, name="scale_by_factored_rms"):
+    """`matrix` for the parameters of which `is_matrix` is true, and `rest` for the others."""
+    matrix.name = rest.name = name  # which errors mention
     stages = {"matrix": matrix, "rest": rest}
     return partition(stages, lambda path, p: "matrix" if is_matrix(p) else "rest")
 
@@ -159,7 +159,7 @@ def _by_shape(matrix, rest, is_matrix):
 def scale_by_torchs_factored_rms(beta2_decay, eps1) -> GradientTransformation:
     """The stage of torch's class, with torch's names: the decay is ``1 - t^beta2_decay``."""
     matrix, rest = _torchs(_prepare_torchs, {"beta2_decay": beta2_decay}, eps1)
-    return _by_shape(matrix, rest, _is_torchs_matrix)
+    return by_shape(matrix, rest, is_torchs_matrix)
 
 
 @transformation
@@ -207,7 +207,7 @@ def scale_by_factored_rms(
 
     if variant == "torch":
         matrix, rest = _torchs(prepare, hyper, epsilon)
-        return _by_shape(matrix, rest, lambda p: factored and _is_torchs_matrix(p))
+        return by_shape(matrix, rest, lambda p: factored and is_torchs_matrix(p))
 
     def dims_of(shape):
         return factored_dims(shape, min_dim_size_to_factor)
@@ -215,7 +215,7 @@ def scale_by_factored_rms(
     epsilon = 1e-30 if epsilon is None else epsilon
     matrix = _of_matrices(prepare, hyper, epsilon, dims_of)
     rest = _of_the_rest(prepare, hyper, epsilon)
-    return _by_shape(matrix, rest, lambda p: factored and dims_of(p.shape) is not None)
+    return by_shape(matrix, rest, lambda p: factored and dims_of(p.shape) is not None)
 
 
 @transformation

@@ -190,26 +190,26 @@ def next_factors(
 # ---- bases ---------------------------------------------------------------------------------------
 
 
-def _attempted(f: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that `f` makes of a square matrix; NaN where it cannot."""
+def attempted(f: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that `f` makes of a matrix; NaN where it cannot."""
     finite = x.isfinite().all()
-    one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    one = torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device)
     try:
         found = f(torch.where(finite, x, one))
     except torch.linalg.LinAlgError:
-        found = f(one)
+        found = f(one.expand(x.shape))
         finite = torch.zeros_like(finite)
     return tuple([torch.where(finite, y, torch.nan) for y in found])
 
 
 def eigh(x: Tensor) -> tuple[Tensor, ...]:
     """Eigenvalues, the smallest first, and eigenvectors; NaN if they cannot be found."""
-    return _attempted(torch.linalg.eigh, x)
+    return attempted(torch.linalg.eigh, x)
 
 
 def qr(x: Tensor) -> Tensor:
     """The orthonormal columns; NaN if they cannot be found."""
-    return _attempted(torch.linalg.qr, x)[0]
+    return attempted(torch.linalg.qr, x)[0]
 
 
 def descending_basis(factor: Tensor, eps: float = 1e-30) -> Tensor:
@@ -300,16 +300,19 @@ def of_first(count: Tensor) -> dict[str, Tensor | bool]:
 
 @transformation
 def step_then_decay(
-    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule
+    learning_rate: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule,
+    rests_first: bool = True,
 ) -> GradientTransformation:
     """``p -> (p - lr u) (1 - lr weight_decay)``: the decay is of the new parameters.
 
-    At the first update, which only finds a basis, there is none.
+    With `rests_first` there is none at the first update, which only finds a basis.
     """
     check_range(0, float("inf"), learning_rate=learning_rate, weight_decay=weight_decay)
 
     def prepare(count, learning_rate, weight_decay):
-        decay = learning_rate * weight_decay * tree.as_real(count).clamp(max=1)
+        moves = tree.as_real(count).clamp(max=1) if rests_first else 1.0
+        decay = learning_rate * weight_decay * moves
         return {"by": -learning_rate * (1 - decay), "decay": decay}
 
     def rule(g, p, by, decay):

@@ -27,6 +27,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_param_block_norm",
     "scale_by_param_block_rms",
+    "scale_by_param_size",
     "scale_by_schedule",
     "set_to_zero",
     "sign",
@@ -173,6 +174,29 @@ def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformatio
 
     sums = {"pp": lambda p: p.square().sum()}
     return leafwise(rule, hyper={"min_scale": min_scale}, sums=sums)
+
+
+@transformation
+def scale_by_param_size(eta: Scalar = 0.01) -> GradientTransformation:
+    """``u -> (|p| + eta) u`` for each element: updates relative to the parameters.
+
+    Args:
+        eta: 0 or greater.
+
+    Raises:
+        ValueError: negative or NaN `eta`; ``update`` called without params.
+
+    Source: Kwon, Kim, Park & Choi, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+    Learning of Deep Neural Networks", 2021, sec. 3; see `asam`.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_param_size(0.5), [torch.tensor([-2.0, 0.0])]
+        >>> tx.update([torch.tensor([1.0, 1.0])], tx.init(params), params)[0]
+        [tensor([2.5000, 0.5000])]
+    """
+    check_range(0, float("inf"), eta=eta)
+    return leafwise(lambda g, p, eta: (p.abs() + eta) * g, hyper={"eta": eta})
 
 
 @transformation

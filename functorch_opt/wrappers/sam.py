@@ -3,8 +3,13 @@
     q = p + rho g(p) / norm(g(p))        the adversarial step, of another optimizer
     p = p + optimizer(g(q))
 
-Source: Foret, Kleiner, Mobahi & Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
-Generalization", 2021, alg. 1.
+ASAM measures nearness relative to the parameters:
+
+    q = p + rho T^2 g(p) / norm(T g(p))                      T = |p| + eta, for each element
+
+Sources: Foret, Kleiner, Mobahi & Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
+Generalization", 2021, alg. 1; Kwon, Kim, Park & Choi, "ASAM: Adaptive Sharpness-Aware
+Minimization for Scale-Invariant Learning of Deep Neural Networks", 2021, alg. 1.
 """
 
 from __future__ import annotations
@@ -16,17 +21,25 @@ import torch
 from functorch_opt import tree
 from functorch_opt._core.chain import chain
 from functorch_opt._core.gate import gate
+from functorch_opt._core.groups import MaskOrFn, masked
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.numerics import copied
 from functorch_opt._core.transformation import (
     GradientTransformation,
+    Scalar,
     apply_updates,
+    check_range,
     check_whole,
     transformation,
 )
 from functorch_opt._core.wrap import wrap
+from functorch_opt.transforms.scale import (
+    normalize,
+    scale,
+    scale_by_param_size,
+)
 
-__all__ = ["sam"]
+__all__ = ["asam", "sam"]
 
 
 @transformation
@@ -90,6 +103,51 @@ def sam(
     if reset_state and sync_period > 1 and has_state(adv_optimizer):
         adv_optimizer = begun_anew(adv_optimizer, sync_period - 1)
     return one_by_one(optimizer, adv_optimizer, sync_period)
+
+
+@transformation
+def asam(
+    optimizer: GradientTransformation,
+    rho: Scalar = 0.5,
+    eta: Scalar = 0.01,
+    mask: MaskOrFn | None = None,
+    sync_period: int = 2,
+    opaque_mode: bool = False,
+) -> GradientTransformation:
+    """`sam`, whose adversarial step is longer for large parameters, so that their scale is nothing.
+
+    The rule is at the top of `functorch_opt.wrappers.sam`. The adversarial step is that of
+    ``chain(scale_by_param_size(eta), normalize(), scale_by_param_size(eta), scale(-rho))``.
+
+    Args:
+        optimizer: it makes the steps that remain.
+        rho: the length of the adversarial step, 0 or greater.
+        eta: added to the size of a parameter, 0 or greater.
+        mask: for which parameters T is as above, see `masked`; by default all. For others it is 1;
+            the authors' code has it so for all whose names lack "weight".
+        sync_period, opaque_mode: see `sam`.
+
+    Raises:
+        ValueError: an argument outside its range; ``update`` called without params.
+        TypeError: `optimizer` is not a transformation.
+
+    Source: Kwon et al., 2021, alg. 1.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.asam(fo.sgd(0.5), rho=0.1, eta=0.0, opaque_mode=True)
+        >>> gradient = torch.func.grad(lambda p: (p**2).sum() / 2)
+        >>> p = torch.tensor([3.0, 4.0])
+        >>> updates, _ = tx.update(gradient(p), tx.init(p), p, grad_fn=lambda q, i: gradient(q))
+        >>> updates
+        tensor([-1.5735, -2.1743])
+    """
+    check_range(0, float("inf"), rho=rho, eta=eta)
+    sized = scale_by_param_size(eta)
+    if mask is not None:
+        sized = masked(sized, mask)
+    adversary = chain(sized, normalize(), sized, scale(-rho))
+    return sam(optimizer, adversary, sync_period, True, opaque_mode)
 
 
 def one_by_one(

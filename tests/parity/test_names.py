@@ -67,8 +67,7 @@ OTHERS: dict[str, str] = {
     ),
     **dict.fromkeys(("ApplyEvery", "ZoomLinesearchInfo"), STATES),
     "MuonDimensionNumbers": "`MatrixDims`",
-    "GaLoreDimensionNumbers": "not here so far: `partition` chooses the matrices",
-    **dict.fromkeys(("galore", "scale_by_galore"), "not here so far"),
+    "GaLoreDimensionNumbers": "`MatrixDims`",
     # losses
     "cosine_distance": "`1 - torch.nn.functional.cosine_similarity`",
     "cosine_similarity": "`torch.nn.functional.cosine_similarity`",

@@ -1348,6 +1348,29 @@ DIVERGENCES = {
         ),
         "optax has none: see test_preconditioners.py",
     ),
+    **dict.fromkeys(
+        (
+            *("adam_mini", "scale_by_adam_mini", "adamc", "corrected_weight_decay"),
+            *("came", "scale_by_came", "focus", "scale_by_focus", "zclip"),
+            *("stable_spam", "scale_by_stable_spam", "clip_spikes"),
+            "scale_to_usual_norm",
+        ),
+        "optax has none: see test_first_order.py",
+    ),
+    **dict.fromkeys(
+        ("galore", "scale_by_galore"),
+        "the authors' numbers: optax has another eps, and no decay after the step; "
+        "see test_low_rank.py",
+    ),
+    **dict.fromkeys(
+        ("apollo", "scale_by_apollo", "fira", "scale_by_fira", "project_gradients"),
+        "optax has none: see test_low_rank.py",
+    ),
+    **dict.fromkeys(
+        ("asam", "scale_by_param_size", "ema_nesterov", "outer_loop"),
+        "optax has none: see test_outer.py",
+    ),
+    "qk_clip": "optax has none: see test_qk_clip.py",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -1365,6 +1388,11 @@ SIGNATURES = {
     ),
     "chain": "the stages are *stages, not *args: nobody names them",
     "named_chain": "as chain",
+    **dict.fromkeys(
+        ("galore", "scale_by_galore"),
+        "Adam is part of the rule, and the scale is the authors'; any other optimizer: "
+        "project_gradients",
+    ),
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
@@ -1417,6 +1445,7 @@ OTHER_NAMES = {
         for name in (
             *("cocob", "scale_by_cocob", "dadapt_adamw", "mechanize", "sam", "normalize"),
             *("reduce_on_plateau", "sophia", "split_real_and_imaginary"),
+            *("galore", "scale_by_galore"),
         )
     },
     "scale_by_sophia": "contrib._sophia.scale_by_sophia",
