@@ -46,7 +46,7 @@ fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; F
 	$(ALONE) PYTHONPATH=. $(BIN)/python tests/fuzz.py --executions sharded --count 1000
 
 # These files lean on what is private to torch, which changes from one release to the next.
-COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py)
+COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py) tests/lowered
 
 next: ## what compiles, with the torch of constraints-next.txt, in .venv-next
 	$(MAKE) --no-print-directory VENV=.venv-next CONSTRAINTS=constraints-next.txt .venv-next/.test

@@ -6,6 +6,7 @@ It needs only torch and optree. ``--device cpu`` rehearses it without a GPU.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from argparse import Namespace
@@ -17,7 +18,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import functorch_opt as fo
-from benchmarks import compile_time, floor, record, report, shapes
+from benchmarks import (
+    compile_time,
+    floor,
+    many_at_once,
+    on_device,
+    record,
+    report,
+    shapes,
+)
 from benchmarks.contenders import (
     BETAS,
     DECAY,
@@ -52,11 +61,16 @@ MODELS = {
     "huge": ("32 of 2048x2048", shapes.HUGE),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS = {
+SETS = {
     f"{model}-{kind}": Set(f"{title}, {kind}", of, dtype)
     for model, (title, of) in MODELS.items()
     for kind, dtype in DTYPES.items()
 }
+ROWS = ("check", *SETS, "models", "first")
+DEFAULT = ("check", "huge-fp32", "gpt2-fp32", "models")
+"""What fits eight minutes of a bare machine, for there code is compiled for the first time."""
+QUICK = (*SETS, "models")
+CHECK_SECONDS = 150
 
 
 # ---- contenders ----------------------------------------------------------------------------------
@@ -256,6 +270,18 @@ def host_milliseconds(call: Callable[[], Any], device: str, n: int) -> float:
     return 1e3 * statistics.median(times)
 
 
+def memory(call: Callable[[], Any], device: str) -> int:
+    """The most bytes that are alive during a step, beyond those before it; 0 on a CPU."""
+    if not device.startswith("cuda"):
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def launches(call: Callable[[], Any], device: str) -> dict[str, Any]:
     """Of one call, by the profiler: kernels, copies, and times that the host waits for the device;
     None on a CPU.
@@ -383,6 +409,7 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
             ),
             "host_ms": host_milliseconds(contender.step, device, rounds),
             "bytes": moved,
+            "memory": memory(contender.step, device) / n / low,
             "of_copy_bandwidth": moved and moved / ms / 1e6 / bandwidth,
             **launches(contender.step, device),
         }
@@ -407,7 +434,7 @@ def show(result: dict[str, Any]) -> None:
     for name, entry in result["results"].items():
         first = f"{entry['first_step_s']:.1f}" if "first_step_s" in entry else "-"
         if "ms" not in entry:
-            rows.append([name, *"-----", first, "-", entry.get("note", "")])
+            rows.append([name, *"------", first, "-", entry.get("note", "")])
             continue
         counted = (
             "-"
@@ -419,6 +446,7 @@ def show(result: dict[str, Any]) -> None:
             f"{entry['ratio']:.2f}",
             f"{100 * entry['of_copy_bandwidth']:.0f}%" if entry["bytes"] else "-",
             f"{entry['host_ms']:.3f}",
+            f"{100 * entry['memory']:.0f}%",
         ]
         right = f"{entry['difference_over_tolerance']:.2g}"
         rows.append([name, *numbers, right, first, counted, entry.get("note", "")])
@@ -428,6 +456,7 @@ def show(result: dict[str, Any]) -> None:
         "to fused",
         "of copy",
         "host ms",
+        "memory",
         "difference",
         "first step here, s",
         "kernels+copies, waits",
@@ -438,7 +467,7 @@ def show(result: dict[str, Any]) -> None:
         title + f"floor in place, float32 moments: {result['floor_ms']:.3f} ms",
         header,
         rows,
-        numbers_to=8,
+        numbers_to=9,
     )
 
 
@@ -448,14 +477,23 @@ def run(args: Namespace) -> dict[str, Any]:
             "No CUDA device, so nothing is measured. To rehearse the program: python -m benchmarks gpu --device cpu --quick"
         )
     result = record.header("gpu") | {"device": args.device, "rows": []}
-    for name in args.rows or ROWS:
-        row = ROWS[name]._replace(shapes=shapes.TINY) if args.quick else ROWS[name]
+    names = args.rows or (QUICK if args.quick else DEFAULT)
+    if "check" in names:
+        result["check"] = on_device.check(
+            args, CHECK_SECONDS, min(14, os.cpu_count() or 1)
+        )
+        on_device.show(result["check"])
+    for name in [name for name in names if name in SETS]:
+        row = SETS[name]._replace(shapes=shapes.TINY) if args.quick else SETS[name]
         result["rows"].append(measure(name, row, args))
         show(result["rows"][-1])
         gc.collect()
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
-    if not args.quick:
+    if "models" in names:
+        result["models"] = many_at_once.measure(args.device, 4 if args.quick else 64)
+        many_at_once.show(result["models"])
+    if "first" in names:
         cases = report.track((20, 150), "first steps in fresh processes")
         result["first_steps"] = [
             compile_time.case("ours", n, threads=4, limit=400, device=args.device)

@@ -94,7 +94,8 @@ def fit(here: Iterable[Path], there: Iterable[Path]) -> Fit:
     other, and neither of them fits a third name in this way. So the state of ``adam(...)`` is found
     again in that of ``chain(clip(...), adam(...))``, where it is called ``adam/...``.
     """
-    here, there = list(dict.fromkeys(here)), list(dict.fromkeys(there))
+    here = list(dict.fromkeys(here))
+    there = list(dict.fromkeys(there))
     known, given = set(here), set(there)
     source = {name: name for name in here if name in given}
     missing = [name for name in here if name not in given]

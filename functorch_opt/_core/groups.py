@@ -123,7 +123,8 @@ class Groups(GradientTransformation):
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         structure.unique_paths(params)
-        leaves, paths = structure.flatten_tensors(params, "params")[0], tree.paths(params)
+        leaves = structure.flatten_tensors(params, "params")[0]
+        paths = tree.paths(params)
         labels = self.assigned(params, paths, leaves, True)
         state = {}
         for label, tx in self.inside.items():

@@ -286,7 +286,8 @@ def describe(tree: PyTree, in_dims: PyTree = None) -> str:
         size = part_of(leaf).nbytes
         total += size
         if dim is None:
-            shape, owner = str(tuple(leaf.shape)), "" if in_dims is None else "shared"
+            shape = str(tuple(leaf.shape))
+            owner = "" if in_dims is None else "shared"
         else:
             models = _models(path, leaf, dim, models)
             shape, owner = _of_models(leaf.movedim(dim, 0))

@@ -23,6 +23,8 @@ from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.writes import Writes
 from functorch_opt.tree import zeros_like
 
+Columns = list[list[Any]]
+"""The updates, parameters, slots and rows of some leaves: a list of leaves for each."""
 Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
 Stage = Leafwise | Wrap | Gate
 ACTIVE = "_active"
@@ -139,8 +141,9 @@ class Body:
         )
         self.base = tuple([entry.meaning for entry in entries]), into, tensors, names
         self.numbers = tuple([written(of) for of in self.fixed])
-        exact = [tuple([(n, x.dtype) for n, x in of.items()]) for of in self.exact]
-        self.key = self.base, self.numbers, tuple(exact)
+        kinds = [(n, x.dtype) for of in self.exact for n, x in of.items()]
+        lengths = [*map(len, self.exact)]
+        self.key = self.base, self.numbers, tuple(kinds), tuple(lengths)
 
     @cached_property
     def with_constants(self) -> Body:

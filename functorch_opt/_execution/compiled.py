@@ -23,7 +23,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import sharding, structure
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
-from functorch_opt._execution.body import Body
+from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
@@ -113,7 +113,8 @@ class CompiledStep:
         if torch.compiler.is_compiling():
             return traced(self.tx, params, grads, state, extra, self.donate)
         if not self.donate:
-            params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
+            params = tree.map(torch.clone, params)
+            state = tree.map(torch.clone, state)
         known = any(state is one for one in self.returned)
         new = self.run(params, grads, state, extra, known)
         if self.donate:
@@ -178,11 +179,12 @@ class CompiledStep:
 
     def _job(
         self, walk: Walk, waiting: list[Waiting], route: Route, add: bool
-    ) -> tuple[Segment, list[list[Any]], Body]:
+    ) -> tuple[Segment, Columns, Body]:
         """The code for a route, the leaves that it gets, and their scalars."""
         mine = [waiting[k] for k in route.waiting]
-        us, ps = [*_pick(walk.us, route.leaves)], _pick(walk.ps, route.leaves)
-        slots: list[list[Any]] = []
+        us = [*_pick(walk.us, route.leaves)]
+        ps = _pick(walk.ps, route.leaves)
+        slots: Columns = []
         rows: list[tuple[list[Any], bool]] = []
         for each, places in zip(mine, route.places, strict=True):
             slots += [_pick(column, places) for column in each.slots.values()]
@@ -200,9 +202,7 @@ class CompiledStep:
         segment, body = self._segment(mine, into, columns, walk, route)
         return segment, columns, body
 
-    def _dtypes(
-        self, mine: list[Waiting], columns: list[list[Any]]
-    ) -> list[torch.dtype | None]:
+    def _dtypes(self, mine: list[Waiting], columns: Columns) -> list[torch.dtype | None]:
         """The dtype of each update that is written to memory of its own."""
         body = Body(
             [each.entry for each in mine], [each.now for each in mine], None, False
@@ -222,12 +222,13 @@ class CompiledStep:
         self,
         mine: list[Waiting],
         into: int | None,
-        columns: list[list[Any]],
+        columns: Columns,
         walk: Walk,
         route: Route,
     ) -> tuple[Segment, Body]:
         """What knows these tensors, made if there is no such thing yet."""
-        entries, now = [each.entry for each in mine], [each.now for each in mine]
+        entries = [each.entry for each in mine]
+        now = [each.now for each in mine]
         body = Body(entries, now, into, False)
         if PROGRAMS.wants_inputs(body):
             body = Body(entries, now, into, True)

@@ -46,7 +46,6 @@ OF_LIBRARIES = (
     "_operator",
 )
 """Packages whose names are not expected to change."""
-FUNCTION = types.FunctionType
 _ABSENT = object()
 
 
@@ -124,9 +123,8 @@ class _Reader:
             )
         if isinstance(x, types.ModuleType):
             return self._module(x)
-        if isinstance(x, Expression) and isinstance(
-            value := vars(x).get("value"), FUNCTION
-        ):
+        value = vars(x).get("value") if isinstance(x, Expression) else None
+        if isinstance(value, (types.FunctionType, Expression)):
             return "schedule", self._watched(partial(getattr, x, "value"), value)
         if isinstance(x, Tensor):
             self.mutable = True

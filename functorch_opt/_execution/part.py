@@ -7,9 +7,8 @@ from itertools import chain as joined
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from functorch_opt._execution.body import Body
+from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.pieces import Whole
@@ -30,7 +29,7 @@ class Part:
         self.sizes: list[tuple[int, ...]] = []
         self.elements = 0
         """Of all parameters."""
-        self.filling: list[list[Tensor]] | None = None
+        self.filling: Columns | None = None
 
     @cached_property
     def columns_of_sizes(self) -> list[list[int]]:
@@ -49,7 +48,7 @@ class Part:
     def scratch(self) -> list[tuple[int, torch.dtype]]:
         return [] if isinstance(self.program, Whole) else self.program.scratch(self.sizes)
 
-    def run(self, columns: list[list[Tensor]], body: Body) -> None:
+    def run(self, columns: Columns, body: Body) -> None:
         """Apply the body to these leaves."""
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
@@ -65,7 +64,8 @@ class Part:
         elif not body.whole:
             columns = [[*map(flat, column)] for column in columns]
         leaves = [*zip(*columns, strict=True), *self.padding(columns)]
-        starts, scalars = range(0, len(leaves), self.size), body.given(self.narrow)
+        starts = range(0, len(leaves), self.size)
+        scalars = body.given(self.narrow)
         parts = [joined.from_iterable(leaves[k : k + self.size]) for k in starts]
         blocks = [[*part, *scalars] for part in parts]
         if launches is not None:
@@ -74,7 +74,7 @@ class Part:
             for block in blocks:
                 self.program(block)
 
-    def padding(self, columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    def padding(self, columns: Columns) -> Columns:
         """What fills the last block up. What is written there is never read."""
         if self.filling is None:
             missing = -len(columns[0]) % self.size
@@ -87,7 +87,7 @@ class Part:
             ]
         return self.filling
 
-    def _call(self, program: Program, columns: list[list[Tensor]], body: Body) -> None:
+    def _call(self, program: Program, columns: Columns, body: Body) -> None:
         """Call the kernel for all leaves at once."""
         scalars: list[Any] = body.scalars
         if self.narrow:
@@ -98,7 +98,7 @@ class Part:
         program.call(len(self.indices), self.threads, given)
 
 
-def _aligned(columns: list[list[Tensor]], body: Body) -> list[list[Tensor]]:
+def _aligned(columns: Columns, body: Body) -> Columns:
     """The columns, with copies of gradients and rows that are not aligned. What is written is."""
     columns = [*columns]
     for c in (0, *range(2 + body.n_slots, len(columns))):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from functorch_opt._execution.body import Body
+from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.trials import drawn
 from functorch_opt._execution.writes import write
 
@@ -42,7 +42,7 @@ class Whole:
 
     def run(
         self,
-        columns: list[list[Tensor]],
+        columns: Columns,
         sizes: list[tuple[int, ...]],
         narrow: bool,
         body: Body,
@@ -68,7 +68,7 @@ class Pieces(Whole):
 
     def run(
         self,
-        columns: list[list[Tensor]],
+        columns: Columns,
         sizes: list[tuple[int, ...]],
         narrow: bool,
         body: Body,
@@ -129,7 +129,7 @@ def _run(body: Body, args: list[Tensor]) -> None:
 
 
 def _joined(
-    columns: list[list[Tensor]],
+    columns: Columns,
     sizes: list[tuple[int, ...]],
     scalars: list[Tensor],
     body: Body,
@@ -186,10 +186,12 @@ def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
     body, scalars = _plain(body, narrow)
     shape = [4] + [3] * (leaf[1].dim() - 1)
     shapes = [shape if x.dim() else [] for x in leaf]
-    one, other = drawn(shapes, leaf, 0), drawn(shapes, leaf, 1)
+    one = drawn(shapes, leaf, 0)
+    other = drawn(shapes, leaf, 1)
     expected = [_applied(body, args, scalars) for args in (one, other)]
     split = [x.clone() for x in one]
-    halves = [x.view(-1).split(x.numel() // 2) if x.dim() else repeat(x) for x in split]
+    n = one[1].numel() // 2
+    halves = [x.view(-1).split(n) if x.dim() else repeat(x) for x in split]
     with _Elementwise() as seen:
         for half in zip(*halves, strict=False):
             _run(body, [*half, *scalars])

@@ -18,7 +18,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._core.leaf import Misfit, wrong_update
-from functorch_opt._execution.body import Body
+from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
@@ -101,7 +101,7 @@ class Segment:
         self,
         backend: Any,
         body: Body,
-        columns: list[list[Any]],
+        columns: Columns,
         where: list[str],
         remember: bool,
     ) -> None:
@@ -120,7 +120,7 @@ class Segment:
         self.parts = self._parts(sorts, mine)
         self._watch(mine)
 
-    def _sorts(self, columns: list[list[Any]], where: list[str]) -> dict[Any, list[int]]:
+    def _sorts(self, columns: Columns, where: list[str]) -> dict[Any, list[int]]:
         """The leaves that have an update, by what compiled code depends on."""
         sorts: dict[Any, list[int]] = {}
         end = 2 + self.body.n_slots
@@ -169,7 +169,7 @@ class Segment:
             return int(x.dim())
         return -LANES if has_lanes(x) else 1
 
-    def _mine(self, columns: list[list[Any]]) -> list[list[Tensor]]:
+    def _mine(self, columns: Columns) -> Columns:
         """The columns with the entries of compiled leaves only, of sharded ones the shards."""
         if self.compiled != list(range(len(columns[0]))):
             columns = [[column[i] for i in self.compiled] for column in columns]
@@ -177,7 +177,7 @@ class Segment:
             [list(map(_local, column)) for column in columns] if self.sharded else columns
         )
 
-    def _parts(self, sorts: dict[Any, list[int]], mine: list[list[Tensor]]) -> list[Part]:
+    def _parts(self, sorts: dict[Any, list[int]], mine: Columns) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
         in_a_row = not self.body.whole and self.backend != IN_PIECES
         lie = flat if in_a_row else Tensor.contiguous
@@ -197,7 +197,7 @@ class Segment:
             parts += of_program.values()
         return parts
 
-    def _watch(self, mine: list[list[Tensor]]) -> None:
+    def _watch(self, mine: Columns) -> None:
         """Remember what the tensors are."""
         kept, given = self._kept(mine)
         self.kept, self.given = Watched(kept), Watched(given)
@@ -209,7 +209,7 @@ class Segment:
         """Let go of the tensors that it was used for last."""
         self.seen: tuple[bytes, Any] = b"", None
 
-    def _kept(self, mine: list[list[Tensor]]) -> tuple[list[list[Tensor]], ...]:
+    def _kept(self, mine: Columns) -> tuple[Columns, ...]:
         """The slots, which mostly are those of the step before; and the rest."""
         end = 2 + self.body.n_slots
         return mine[2:end], [*mine[:2], *mine[end:]]
@@ -260,7 +260,7 @@ class Segment:
 
     # ---- a step ----------------------------------------------------------------------------------
 
-    def knows(self, columns: list[list[Any]]) -> bool:
+    def knows(self, columns: Columns) -> bool:
         """Whether these leaves are of the kind that it was made for."""
         if [
             u is not None for u in columns[0]
@@ -286,7 +286,7 @@ class Segment:
         )  # which keeps the objects, so that no other is taken for one
         return True
 
-    def check(self, columns: list[list[Any]]) -> None:
+    def check(self, columns: Columns) -> None:
         """Raise ValueError for a leaf that runs eagerly, and does not fit."""
         for i in self.eager:
             if wrong := wrong_update(columns[0][i], columns[1][i]):
@@ -294,7 +294,7 @@ class Segment:
                     f"compiled_step: the update at {self.where[i]!r} {wrong}"
                 )
 
-    def run(self, columns: list[list[Any]], body: Body) -> None:
+    def run(self, columns: Columns, body: Body) -> None:
         """Apply `body`, which has the key that this was made for, to leaves that it knows."""
         if self.compiled:
             mine = [*self._mine(columns)]
@@ -319,7 +319,7 @@ class Segment:
 class Watched:
     """What some tensors are: types, dtypes, devices, shapes and strides."""
 
-    def __init__(self, columns: list[list[Tensor]]) -> None:
+    def __init__(self, columns: Columns) -> None:
         # A tensor may be there twice; torch's guards want it once.
         tensors = [x for column in columns for x in column]
         places: dict[int, int] = {}
@@ -334,7 +334,7 @@ class Watched:
             dynamic_dims_strides=strides,
         )
 
-    def are_like(self, columns: list[list[Tensor]]) -> bool:
+    def are_like(self, columns: Columns) -> bool:
         """Whether these tensors are of the same kinds, and the same ones are there twice."""
         tensors = [x for column in columns for x in column]
         if any(tensors[k] is not tensors[place] for k, place in self.again):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.sharding import PLAIN
@@ -40,54 +41,75 @@ class Known(OrderedDict[Any, "Joint | None"]):
 KNOWN = Known()
 
 
+class Reads(TorchDispatchMode):
+    """Sees whether Python reads a number out of a tensor: what it does then is no program."""
+
+    seen = False
+
+    def __torch_dispatch__(
+        self, f: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen |= f is torch.ops.aten._local_scalar_dense.default
+        return f(*args, **(kwargs or {}))
+
+
+class Worked(NamedTuple):
+    """What a rule reads of a step, and the next shared values."""
+
+    now: dict[str, Any]
+    shared: dict[str, Tensor]
+
+
 class Share:
     """What one stage works out. `now` and `shared` are filled when all shares are worked out."""
 
     def __init__(
         self, tx: Leafwise, shared: dict[str, Tensor], extra: Mapping[str, Any], n: int
     ) -> None:
-        self.tx, self.old, self.n = tx, shared, n
+        self.tx, self.n = tx, n
+        self.old = shared
+        self.varying = {name: x for name, x in tx.once.varying.items() if not callable(x)}
         self.extra = {name: extra[name] for name in tx.extra_args if name in extra}
-        self.inputs = [*shared.values(), *_varying(tx).values(), *self.extra.values()]
+        self.inputs = [
+            *self.old.values(),
+            *self.varying.values(),
+            *self.extra.values(),
+        ]
         self.now: dict[str, Any] = {}
         self.shared: dict[str, Tensor] = {}
 
     @property
     def is_alone(self) -> bool:
         """Whether it is made of single numbers on a device where that pays."""
-        devices = {x.device for x in self.inputs if type(x) in PLAIN and not x.dim()}
-        plain = all(type(x) in PLAIN and not x.dim() for x in self.inputs)
-        return plain and len(devices) == 1 and devices.pop().type in DEVICES
+        if not all(map(_is_number, self.inputs)):
+            return False
+        devices = {x.device for x in self.inputs}
+        return len(devices) == 1 and devices.pop().type in DEVICES
 
     @property
     def key(self) -> Any:
         """What it computes; None if nobody can tell."""
         meanings = _meanings(self.tx)
-        of_functions = tuple([meaning.now() for meaning in meanings])
+        functions = tuple([meaning.now() for meaning in meanings])
         if any(meaning.unknown for meaning in meanings):
             return None
         kinds = tuple([(x.dtype, x.device) for x in self.inputs])
-        names = (
-            tuple(self.old),
-            tuple(_varying(self.tx)),
-            tuple(self.extra),
-            self.tx.reads,
-        )
-        return of_functions, written(self.tx.once.numbers), kinds, names
+        names = [*self.old, *self.varying, *self.extra, *self.tx.reads]
+        lengths = len(self.old), len(self.varying)
+        numbers = written(self.tx.once.numbers)
+        return functions, numbers, kinds, lengths, tuple(names)
 
-    def worked_out(
-        self, inputs: list[Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the rule reads, and the next shared values, of these inputs."""
+    def worked_out(self, inputs: list[Tensor]) -> Worked:
+        """What comes of these inputs."""
         left = iter(inputs)
         old = {name: next(left) for name in self.old}
-        varying = {name: next(left) for name in _varying(self.tx)}
+        instead = {name: next(left) for name in self.varying}
         extra = {name: next(left) for name in self.extra}
-        nothing = [None] * self.n
-        now, shared = self.tx.scalars(
-            None, old, None, extra, nothing, nothing, {}, varying
-        )
-        return {name: now[name] for name in self.tx.reads if name in now}, shared
+        leaves: list[Any] = [None] * self.n
+        given: Any = (None, old, None, extra, leaves, leaves, {}, instead)
+        now, shared = self.tx.scalars(*given)
+        read = {name: now[name] for name in self.tx.reads if name in now}
+        return Worked(read, shared)
 
 
 class Together:
@@ -128,14 +150,16 @@ class Together:
             joint = KNOWN[key]
             _fill(shares, joint(inputs) if joint else _all(shares, inputs))
             return
-        results = _all(shares, inputs)
-        KNOWN[key] = _made(shares, inputs, results, self.backend)
+        with Reads() as reads:
+            results = _all(shares, inputs)
+        made = None if reads.seen else _made(shares, inputs, results, self.backend)
+        KNOWN[key] = made
         while len(KNOWN) > KEPT:
             KNOWN.popitem(last=False)
         _fill(shares, results)
 
 
-Results = list[tuple[dict[str, Any], dict[str, Tensor]]]
+Results = list[Worked]
 
 
 class Joint:
@@ -144,56 +168,62 @@ class Joint:
     def __init__(
         self, shares: list[Share], inputs: list[Tensor], results: Results, backend: Any
     ) -> None:
-        old = {id(x): i for i, x in enumerate(inputs)}
-        flat = _flat(results)
-        self.names = [([*now], [*shared]) for now, shared in results]
-        # What is worked out is a new tensor; the rest is a number, or an input as it is.
-        self.same = [old.get(id(x)) for x in flat]
-        self.fixed = [None if isinstance(x, Tensor) else x for x in flat]
-        new = [x for x, i in zip(flat, self.same, strict=True) if i is None]
-        self.outputs = [(x.dtype, x.device) for x in new if isinstance(x, Tensor)]
+        self.names = [([*one.now], [*one.shared]) for one in results]
+        self.values = _flat(results)
+        """What is worked out; of that, inputs and new tensors are another at every step."""
+        places = {id(x): i for i, x in enumerate(inputs)}
+        self.same: dict[int, int] = {}
+        self.new: list[int] = []
+        for k, x in enumerate(self.values):
+            if id(x) in places:
+                self.same[k] = places[id(x)]
+            elif isinstance(x, Tensor):
+                self.new.append(k)
+        self.kinds = [(self.values[k].dtype, self.values[k].device) for k in self.new]
         n = len(inputs)
 
         def f(args: list[Tensor]) -> list[tuple[int, Tensor]]:
             again = _flat(_all(shares, args[:n]))
-            pairs = zip(again, self.same, strict=True)
-            values = [x for x, i in pairs if i is None and isinstance(x, Tensor)]
-            return [(n + k, x) for k, x in enumerate(values)]
+            return [(n + i, again[k]) for i, k in enumerate(self.new)]
 
         self.program = Program(f, [*inputs, *self._empty()], 1, backend)
+        for k in (*self.same, *self.new):
+            self.values[k] = None
 
     def _empty(self) -> list[Tensor]:
         return [
-            torch.empty((), dtype=dtype, device=device) for dtype, device in self.outputs
+            torch.empty((), dtype=dtype, device=device) for dtype, device in self.kinds
         ]
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         outputs = self._empty()
         self.program([*inputs, *outputs])
-        left = iter(outputs)
-        flat = [
-            inputs[i] if i is not None else next(left) if x is None else x
-            for i, x in zip(self.same, self.fixed, strict=True)
-        ]
-        values = iter(flat)
-        return [
-            (
-                {name: next(values) for name in now},
-                {name: next(values) for name in shared},
-            )
-            for now, shared in self.names
-        ]
+        values = [*self.values]
+        for k, i in self.same.items():
+            values[k] = inputs[i]
+        for k, x in zip(self.new, outputs, strict=True):
+            values[k] = x
+        left = iter(values)
+        found = []
+        for now, shared in self.names:
+            read = {name: next(left) for name in now}
+            found.append(Worked(read, {name: next(left) for name in shared}))
+        return found
 
 
 def _made(
     shares: list[Share], inputs: list[Tensor], results: Results, backend: Any
 ) -> Joint | None:
     """The shares as one program, or None."""
-    functions = [meaning.function for share in shares for meaning in _meanings(share.tx)]
-    family = tuple([getattr(f, "__code__", type(f)) for f in functions])
-    KNOWN.made[family] += 1
-    plain = all(not x.dim() for x in _flat(results) if isinstance(x, Tensor))
-    if KNOWN.made[family] > MOST or not plain:
+    family = []
+    for share in shares:
+        functions = [meaning.function for meaning in _meanings(share.tx)]
+        family += [getattr(f, "__code__", type(f)) for f in functions]
+    KNOWN.made[tuple(family)] += 1
+    if KNOWN.made[tuple(family)] > MOST:
+        return None
+    tensors = [x for x in _flat(results) if isinstance(x, Tensor)]
+    if not all(map(_is_number, tensors)):
         return None
     try:
         return Joint(shares, inputs, results, backend)
@@ -206,23 +236,30 @@ def _made(
 
 
 def _all(shares: list[Share], inputs: list[Tensor]) -> Results:
-    left = iter(inputs)
-    return [share.worked_out([next(left) for _ in share.inputs]) for share in shares]
+    found, begin = [], 0
+    for share in shares:
+        end = begin + len(share.inputs)
+        found.append(share.worked_out(inputs[begin:end]))
+        begin = end
+    return found
 
 
 def _fill(shares: list[Share], results: Results) -> None:
-    for share, (now, shared) in zip(shares, results, strict=True):
-        share.now.update(now)
-        share.shared.update(shared)
+    for share, worked in zip(shares, results, strict=True):
+        share.now.update(worked.now)
+        share.shared.update(worked.shared)
 
 
 def _flat(results: Results) -> list[Any]:
-    return [x for now, shared in results for x in (*now.values(), *shared.values())]
+    values: list[Any] = []
+    for worked in results:
+        values += worked.now.values()
+        values += worked.shared.values()
+    return values
 
 
-def _varying(tx: Leafwise) -> dict[str, Any]:
-    """The hyperparameters that are tensors."""
-    return {name: x for name, x in tx.once.varying.items() if not callable(x)}
+def _is_number(x: Any) -> bool:
+    return type(x) in PLAIN and not x.dim()
 
 
 def _meanings(tx: Leafwise) -> list[Meaning]:

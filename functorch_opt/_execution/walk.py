@@ -27,7 +27,7 @@ from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
-from functorch_opt._execution.body import ACTIVE, Entry, entry_of
+from functorch_opt._execution.body import ACTIVE, Columns, Entry, entry_of
 from functorch_opt._execution.fusing import (
     can_be_fused,
     fits_inside,
@@ -74,7 +74,7 @@ class Walk:
         self.waiting: list[Waiting] = []
         self.todo: list[tuple[list[Door], Callable[[], None]]] = []
         self.doors: list[Door] = []
-        self.columns: list[list[Any]] = []
+        self.columns: Columns = []
         self.settled = True
         self.writes_params = True
 
@@ -155,7 +155,8 @@ class Walk:
         known = [share is not None]
 
         def scalars() -> None:
-            us, ps = view.leaves(self.us), view.leaves(self.ps)
+            us = view.leaves(self.us)
+            ps = view.leaves(self.ps)
             trees = [view.tree(self.us) if looks else None, None]
             if "params" in tx.once.reads:
                 trees[1] = view.tree(self.ps)
@@ -172,7 +173,8 @@ class Walk:
             if not known[0]:
                 scalars()
             if tx.has_sums and self.sharded:
-                us, ps = view.leaves(self.us), view.leaves(self.ps)
+                us = view.leaves(self.us)
+                ps = view.leaves(self.ps)
                 trees = view.tree(self.us), view.spec
                 now.update(tx.sums_before(*trees, us, ps, columns, now))
             self._wait(entry_of("rule", tx), view, columns, now)

@@ -247,7 +247,8 @@ def _inverse_hessian_times(
     c = _first_scale(g, newest, YY[-1, -1]) if scaled else torch.ones_like(newest)
     a = _solved(R, Sg, upper=True)
     b = _solved(R.mT, D * a + c * (YY @ a - Yg), upper=False)
-    Sb, Ya = [s.mT @ b for s in S], [y.mT @ a for y in Y]
+    Sb = [s.mT @ b for s in S]
+    Ya = [y.mT @ a for y in Y]
     return [c * x + sb - c * ya for x, sb, ya in zip(g, Sb, Ya, strict=True)]
 
 

@@ -226,7 +226,8 @@ class _Search(NamedTuple):
 def _begin(line: Line, no_steps: Tensor) -> _Search:
     zero = torch.zeros_like(line.slope)
     start = _Trial(zero, line.value, line.slope)
-    no, infinite = torch.zeros_like(zero, dtype=torch.bool), zero + torch.inf
+    no = torch.zeros_like(zero, dtype=torch.bool)
+    infinite = zero + torch.inf
     return _Search(
         steps=no_steps,
         found=no,

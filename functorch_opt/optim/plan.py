@@ -68,10 +68,8 @@ class Plan:
         self.order = [self.number[path] for path in tree.paths(self._tree(params))]
         self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
         few = self._tree([*map(small, params)])
-        self.numbers, self.tx = on_host_if_possible(
-            make, varying, groups, self.order, few
-        )
-        self.device = self.numbers.device
+        found = on_host_if_possible(make, varying, groups, self.order, few)
+        self.numbers, self.tx = found
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.checked = False
         self.is_whole = True if not compile and overlap(params) else None
@@ -105,7 +103,7 @@ class Plan:
         own, clocks = (
             [*dict.fromkeys(key for _, key in of)] for of in (self.counted, self.clocked)
         )
-        self.counts = Counts(own, clocks, self.device)
+        self.counts = Counts(own, clocks, self.numbers.device)
 
     def _settle(self, params: list[Tensor], state: State) -> None:
         """Find the parameter that has what all share: the one that has it, or the first that is

@@ -379,7 +379,10 @@ def _mup_scale(path: str, p: Tensor, base: Sequence[int], optimizer: str) -> flo
             f"mup: {path!r} has shape {list(p.shape)}, and {list(base)} in base: widths may "
             "differ, and dims may not."
         )
-    by = {i: n / m for i, (n, m) in enumerate(zip(p.shape, base, strict=True)) if n != m}
+    by: dict[int, float] = {}
+    for i, (size, of_base) in enumerate(zip(p.shape, base, strict=True)):
+        if size != of_base:
+            by[i] = size / of_base
     if len(by) > 2:
         raise ValueError(
             f"mup: {path!r} has shape {list(p.shape)}, and {list(base)} in base: a parameter of "

@@ -81,7 +81,8 @@ class Step:
             return differences(self.plan.numbered, self.old, new)
         pairs = zip(self.flat, after, strict=True)
         changed = [(k, x) for k, (old, x) in enumerate(pairs) if x is not old]
-        olds, news = [self.flat[k] for k, _ in changed], [x for _, x in changed]
+        olds = [self.flat[k] for k, _ in changed]
+        news = [x for _, x in changed]
         if _forms(olds) == _forms(news):
             return changed
         return differences(self.plan.numbered, self.old, new)

@@ -69,7 +69,9 @@ class TorchNamed(Optimizer):
         the API page know their arguments.
         """
         given = {**given, **options}
-        _, params, compile = given.pop("self"), given.pop("params"), given.pop("compile")
+        _ = given.pop("self")
+        params = given.pop("params")
+        compile = given.pop("compile")
         if given.pop("differentiable", False):
             raise ValueError(
                 f"{type(self).__name__} updates in place. To differentiate through updates use the "

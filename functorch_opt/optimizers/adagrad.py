@@ -103,7 +103,8 @@ def scale_by_rms(
 
     def rule(g, nu, weight, eps, correction):
         nu = torch.lerp(nu, g * g, weight)
-        return _by_root(g, nu * correction, eps, eps_in_sqrt), {"nu": nu}
+        u = _by_root(g, nu * correction, eps, eps_in_sqrt)
+        return u, {"nu": nu}
 
     slots = {"nu": constant_like(initial_scale)}
     return leafwise(

@@ -49,14 +49,17 @@ def prepare_adam(count, b1, b2, eps, eps_root):
     c1, c2 = 1 - b1**t, 1 - b2**t
     # mu/c1 / (sqrt(nu/c2 + eps_root) + eps)  =  mu / (k sqrt(nu + root) + floor), and
     # the right side saves two passes over memory.
-    k, root, floor = c1 / c2.sqrt(), eps_root * c2 + tree.TINY, eps * c1
+    k = c1 / c2.sqrt()
+    root = eps_root * c2 + tree.TINY
+    floor = eps * c1
     return {"w1": 1 - b1, "w2": 1 - b2, "k": k, "root": root, "floor": floor}
 
 
 def adam_rule(g, mu, nu, w1, w2, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
-    return mu / (k * (nu + root).sqrt() + floor), {"mu": mu, "nu": nu}
+    u = mu / (k * (nu + root).sqrt() + floor)
+    return u, {"mu": mu, "nu": nu}
 
 
 def prepare_nesterov(count, b1, b2, eps, eps_root):
@@ -70,7 +73,8 @@ def nesterov_rule(g, mu, nu, w1, w2, ahead, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = torch.lerp(nu, g * g, w2)
     m = torch.lerp(ahead * mu, g, w1)
-    return m / (k * (nu + root).sqrt() + floor), {"mu": mu, "nu": nu}
+    u = m / (k * (nu + root).sqrt() + floor)
+    return u, {"mu": mu, "nu": nu}
 
 
 def torchs_amsgrad_rule(g, mu, nu, nu_max, w1, w2, k, root, floor):

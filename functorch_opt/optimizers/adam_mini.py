@@ -59,7 +59,9 @@ def blocks_by_name(path: str, p: Tensor) -> str:
 
 def _prepare(count, b1, b2):
     t = tree.as_real(count + 1)
-    return {"w1": 1 - b1, "w2": 1 - b2, "c1": 1 / (1 - b1**t), "c2": 1 / (1 - b2**t)}
+    c1 = 1 / (1 - b1**t)
+    c2 = 1 / (1 - b2**t)
+    return {"w1": 1 - b1, "w2": 1 - b2, "c1": c1, "c2": c2}
 
 
 def _of_tensors(hyper: dict[str, Any], mu_dtype: Any) -> GradientTransformation:
@@ -68,7 +70,8 @@ def _of_tensors(hyper: dict[str, Any], mu_dtype: Any) -> GradientTransformation:
     def rule(g, mu, nu, gg, n, w1, w2, c1, c2, eps):
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, gg / (n + (n == 0)), w2)
-        return c1 * mu / ((c2 * nu + tree.TINY).sqrt() + eps), {"mu": mu, "nu": nu}
+        u = c1 * mu / ((c2 * nu + tree.TINY).sqrt() + eps)
+        return u, {"mu": mu, "nu": nu}
 
     slots: dict[str, Any] = {
         "mu": partial(tree.zeros_like, dtype=mu_dtype),

@@ -72,7 +72,8 @@ def scale_by_belief(
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, (g - mu).square(), w2) + eps_root
         m = torch.lerp(ahead * mu, g, w1) if nesterov else mu
-        return m / c1 / ((nu / c2 + tree.TINY).sqrt() + eps), {"mu": mu, "nu": nu}
+        u = m / c1 / ((nu / c2 + tree.TINY).sqrt() + eps)
+        return u, {"mu": mu, "nu": nu}
 
     slots = {"mu": tree.zeros_like, "nu": tree.zeros_like}
     hyper = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}

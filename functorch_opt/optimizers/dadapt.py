@@ -88,11 +88,13 @@ def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
         return (g * s / ((nu + tree.TINY).sqrt() + eps)).sum()
 
     def size(g, s, count, d, d0, learning_rate, b1, b2):
-        b3, a = b2**0.5, step_size(count, d, d0, learning_rate, b1, b2)
+        b3 = b2**0.5
+        a = step_size(count, d, d0, learning_rate, b1, b2)
         return (b3 * s + (1 - b3) * a * g).abs().sum()
 
     def prepare(came, size, count, d, r, d0, learning_rate, b1, b2):
-        b3, a = b2**0.5, step_size(count, d, d0, learning_rate, b1, b2)
+        b3 = b2**0.5
+        a = step_size(count, d, d0, learning_rate, b1, b2)
         r = b3 * r + (1 - b3) * a * came
         estimate = r / ((1 - b3) * (size + (size == 0))) / d0
         d = torch.where(size > 0, torch.maximum(d, estimate), d)
@@ -102,7 +104,9 @@ def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
         }
 
     def rule(g, p, mu, nu, s, a, w1, ws, b1, b2, b3, eps, weight_decay):
-        mu, nu, s = b1 * mu + w1 * g, torch.lerp(nu, g * g, 1 - b2), b3 * s + ws * g
+        mu = b1 * mu + w1 * g
+        nu = torch.lerp(nu, g * g, 1 - b2)
+        s = b3 * s + ws * g
         u = mu / ((nu + tree.TINY).sqrt() + eps)
         return -a * weight_decay * p - u, {"mu": mu, "nu": nu, "s": s}
 

@@ -73,7 +73,8 @@ def scale_by_focus(
         return {"w1": 1 - b1, "w2": (1 - b2) / (1 - b2**t)}
 
     def rule(g, p, mu, averaged, w1, w2, gamma, weight_decay):
-        mu, averaged = torch.lerp(mu, g, w1), torch.lerp(averaged, p, w2)
+        mu = torch.lerp(mu, g, w1)
+        averaged = torch.lerp(averaged, p, w2)
         u = torch.sign(mu) + gamma * torch.sign(p - averaged) + weight_decay * averaged
         return u, {"mu": mu, "averaged": averaged}
 

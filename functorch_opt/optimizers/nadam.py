@@ -89,7 +89,8 @@ def scale_by_nadam(
         mu = torch.lerp(mu, g, w1)
         nu = torch.lerp(nu, g * g, w2)
         mu_product = mu_product * mu_t
-        of_g, of_mu = (1 - mu_t) / (1 - mu_product), mu_next / (1 - mu_product * mu_next)
+        of_g = (1 - mu_t) / (1 - mu_product)
+        of_mu = mu_next / (1 - mu_product * mu_next)
         u = (of_g * g + of_mu * mu) / ((nu / c2 + root).sqrt() + eps)
         return u, {"mu": mu, "nu": nu, "mu_product": mu_product}
 

@@ -73,7 +73,9 @@ def _spectral(ns_coeffs: Coefficients, ns_steps: int) -> Callable[[Tensor], Tens
     orthogonal = orthogonalizer(ns_coeffs, ns_steps)
 
     def lmo(x: Tensor) -> Tensor:
-        n, m, kernel = x.shape[0], max(x.shape[1], 1), x.shape[2:].numel()
+        n = x.shape[0]
+        m = max(x.shape[1], 1)
+        kernel = x.shape[2:].numel()
         return orthogonal(x.flatten(1), 1e-7).reshape(x.shape) * ((n / m) ** 0.5 / kernel)
 
     return lmo

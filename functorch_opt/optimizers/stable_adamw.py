@@ -76,7 +76,8 @@ def scale_by_stable_adamw(
         return (g * g / torch.clamp(nu_hat, min=eps * eps)).sum()
 
     def rule(g, p, mu, nu, surprise, n, w1, w2, c1, c2, eps, weight_decay):
-        mu, nu = torch.lerp(mu, g, w1), torch.lerp(nu, g * g, w2)
+        mu = torch.lerp(mu, g, w1)
+        nu = torch.lerp(nu, g * g, w2)
         rms = (surprise / n).clamp(min=1).sqrt()
         u = mu / c1 / ((nu / c2 + tree.TINY).sqrt() + eps) + weight_decay * p
         return u / rms, {"mu": mu, "nu": nu}

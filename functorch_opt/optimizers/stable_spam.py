@@ -61,7 +61,8 @@ def scale_by_forgetful_adam(
     def rule(g, mu, nu, old, w1, w2, c1, c2, eps):
         mu = torch.lerp(old * mu, g, w1)
         nu = torch.lerp(old * nu, g * g, w2)
-        return c1 * mu / ((c2 * nu + tree.TINY).sqrt() + eps), {"mu": mu, "nu": nu}
+        u = c1 * mu / ((c2 * nu + tree.TINY).sqrt() + eps)
+        return u, {"mu": mu, "nu": nu}
 
     slots: dict[str, Any] = {
         "mu": partial(tree.zeros_like, dtype=mu_dtype),

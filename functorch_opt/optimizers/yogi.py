@@ -31,7 +31,8 @@ __all__ = ["scale_by_yogi", "yogi"]
 def yogi_rule(g, mu, nu, w1, w2, k, root, floor):
     mu = torch.lerp(mu, g, w1)
     nu = nu - w2 * torch.sign(nu - g * g) * (g * g)
-    return mu / (k * (nu + root).sqrt() + floor), {"mu": mu, "nu": nu}
+    u = mu / (k * (nu + root).sqrt() + floor)
+    return u, {"mu": mu, "nu": nu}
 
 
 @transformation

@@ -76,7 +76,8 @@ def per_example_layer_norm_clip(
     """
     check_examples("per_example_layer_norm_clip", grads)
     here = tree.leaves(grads)
-    number, total = len(here), sum(g[0].numel() for g in here)
+    number = len(here)
+    total = sum(g[0].numel() for g in here)
 
     def clipped(g: Tensor) -> Tensor:
         share = 1 / number if uniform else g[0].numel() / total

@@ -52,7 +52,8 @@ def _losses(axes: Any, of: Sweep, shown: _Shown) -> None:
     lines = _lines(of, shown)
     for label, settings in lines.items():
         settings.sort(key=lambda i: float(x[i * of.seeds]))
-        at, means = x[:: of.seeds][settings], _finite(of.means[settings])
+        at = x[:: of.seeds][settings]
+        means = _finite(of.means[settings])
         color = None if label else BLUE
         axes.plot(at, means, "-o", ms=3.5, lw=1, label=label, color=color)
     if of.seeds > 1:

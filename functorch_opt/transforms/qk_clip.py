@@ -70,7 +70,8 @@ def shrinking(
             f"it has {[*max_logits]}."
         )
     logits = max_logits[layer]
-    heads, rows = logits.numel(), like.shape[0] if like.dim() else 1
+    heads = logits.numel()
+    rows = like.shape[0] if like.dim() else 1
     if rows % max(heads, 1):
         raise ValueError(f"the {rows} rows of {path!r} cannot be those of {heads} heads.")
     real = tree.at_least_float32(like.real.dtype)

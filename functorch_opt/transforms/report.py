@@ -234,8 +234,13 @@ def of_stage(
     after: PyTree,
 ) -> Report:
     """What a stage does to the updates that come in."""
-    came, went, added, zeroed, n = [], [], [], [], 0
-    gs, us = tree.flatten(before)[0], tree.flatten(after)[0]
+    came = []
+    went = []
+    added = []
+    zeroed = []
+    n = 0
+    gs = tree.flatten(before)[0]
+    us = tree.flatten(after)[0]
     for g, u in zip(gs, us, strict=True):
         if g is None or u is None:
             continue

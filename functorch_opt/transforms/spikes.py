@@ -72,7 +72,8 @@ def clip_spikes(decay: ScalarOrSchedule = 0.999) -> GradientTransformation:
         usual = torch.lerp(usual, top, weight)
         bound = correction * usual
         share = bound / top.clamp(min=tree.TINY)
-        return torch.where(g.abs() > bound, share * g, g), {"usual": usual}
+        u = torch.where(g.abs() > bound, share * g, g)
+        return u, {"usual": usual}
 
     slots = {"usual": numerics.scalar_slot(0.0)}
     sums = {"top": largest(top)}

@@ -110,6 +110,8 @@ class _Libdevice:
         from triton.runtime.interpreter import TensorHandle
 
         def call(*xs: Any) -> Any:
+            if name == "rsqrt":
+                return 1 / self.sqrt(*xs)
             f = getattr(np, self.others.get(name, name))
             data = np.asarray(f(*[x.handle.data for x in xs]))
             return tl.core.tensor(TensorHandle(data, xs[0].handle.dtype), xs[0].type)
@@ -258,6 +260,7 @@ def _triton() -> None:
 def _package() -> None:
     """Let fake tensors pass for real ones, and trials run on the CPU."""
     from functorch_opt._core import numerics, once, sharding
+    from functorch_opt._core.numerics import at_least_float32
     from functorch_opt._execution import (
         compiled,
         kernel,
@@ -266,6 +269,7 @@ def _package() -> None:
         together,
         trials,
     )
+    from functorch_opt._execution.body import Body
 
     plain = (*sharding.PLAIN, FakeTensor)
     of: Any
@@ -280,6 +284,7 @@ def _package() -> None:
     compiled.with_memory_of_its_own = lambda state, ps: state  # type: ignore[assignment]
     compiled.apart_from_params = lambda us, ps: us  # type: ignore[assignment]
 
+    Body.dtype_of_update = lambda self, leaf: at_least_float32(leaf[0].dtype)  # type: ignore[method-assign]
     kernel.in_lanes = _in_lanes  # type: ignore[assignment]
     real_trace, real_trial, real_drawn = kernel._trace, trials.try_out, trials.drawn
 
@@ -303,9 +308,10 @@ def _package() -> None:
         with unset_fake_temporarily():
             values = {name: x.tolist() for name, x in self.shared.items()}
         shared = {
-            name: torch.full(x.shape, values[name], dtype=x.dtype, device=device)
+            name: torch.full(
+                x.shape, 1 if x.dim() else values[name], dtype=x.dtype, device=device
+            )
             for name, x in self.shared.items()
-            if not x.dim()
         }
         left = {
             n: once.tree.zero_count(params) for n in self.keys if n not in self.shared

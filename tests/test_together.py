@@ -1,0 +1,109 @@
+"""What is worked out once a step, compiled for all stages in one. On a CPU it is not done; here it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from registry import ROWS, Row
+from test_laws import assert_same, grads, params
+
+import functorch_opt as fo
+from functorch_opt._execution import together
+from functorch_opt._execution.compiled import CompiledStep
+
+FITTING = [row for row in ROWS if not (row.apart or row.unrolls)]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(together, "DEVICES", {"cpu"})
+    together.KNOWN.clear()
+    together.KNOWN.made.clear()
+    yield
+    together.KNOWN.clear()
+
+
+def both(tx: fo.GradientTransformation, steps: int = 3, **extra: Any) -> None:
+    """Some steps by `update`, and by one pass with a backend that runs the trace as it is."""
+    step = CompiledStep(tx, True, "eager")
+    ps, mine = params(), params()
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(steps):
+        updates, state = tx.update(grads(i), state, ps, **extra)
+        ps = fo.apply_updates(ps, updates)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mine, ours = step(mine, grads(i), ours, **extra)
+        assert_same((mine, ours), (ps, state), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", FITTING, ids=lambda row: row.id)
+def test_every_row_gives_what_update_gives(row: Row) -> None:
+    both(row.build())
+
+
+def made() -> list[Any]:
+    return [*together.KNOWN.values()]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.adamw(1e-2),
+        fo.nadamw(fo.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 9)),
+        fo.chain(fo.clip_by_global_norm(1.0), fo.adam(fo.constant_schedule(1.0) * 0.1)),
+        fo.inject_hyperparams(fo.adam)(1e-2),
+        fo.partition(
+            {"a": fo.adam(0.1), "b": fo.lion(0.1)}, lambda path, p: "ab"[p.dim() > 1]
+        ),
+    ],
+    ids=["adamw", "schedule", "sum of schedules", "injected", "partition"],
+)
+def test_one_program_serves_all_stages_and_steps(tx: fo.GradientTransformation) -> None:
+    both(tx, steps=4)
+    assert len(made()) == 1
+    assert isinstance(made()[0], together.Joint)
+
+
+def test_what_a_function_reads_is_asked_at_every_step() -> None:
+    rate = [1.0]
+
+    def prepare(count):
+        return {"step": rate[0] / (count + 1.0)}
+
+    tx = fo.leafwise(lambda g, step: g * step, prepare)
+    step, state = CompiledStep(tx, True, "eager"), tx.init([torch.zeros(2)])
+    moved = []
+    for value in (1.0, 3.0):
+        rate[0] = value
+        ps = [torch.zeros(2)]
+        ps, state = step(ps, [torch.ones(2)], state)
+        moved.append(ps[0][0].item())
+    assert moved == [1.0, 1.5]
+
+
+def test_numbers_that_change_at_every_step_are_not_compiled_for_ever() -> None:
+    for k in range(together.MOST + 3):
+        both(fo.adam(0.1, b1=0.5 + 0.01 * k), steps=1)
+    assert made()[-1] is None
+
+
+def test_a_function_that_looks_at_a_number_runs_as_it_is() -> None:
+    def prepare(count):
+        return {"step": 1.0 if int(count) % 2 else 2.0}
+
+    both(fo.leafwise(lambda g, step: g * step, prepare), steps=4)
+    assert made() == [None]
+
+
+def test_an_extra_number_is_an_input() -> None:
+    tx = fo.leafwise(
+        lambda g, step: g * step, lambda count, *, x: {"step": x * (count + 1)}
+    )
+    for x in (2.0, 5.0):
+        both(tx, steps=2, x=torch.tensor(x, dtype=torch.float64))
+    assert len(made()) == 1
