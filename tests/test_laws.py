@@ -185,6 +185,17 @@ def test_complex_is_a_pair_of_reals(row: Row, variant: dict) -> None:
         assert_same(tree.map(torch.view_as_real, u), v, rtol=1e-12, atol=1e-12)
 
 
+def test_a_conjugated_view_is_a_complex_tensor_like_any_other() -> None:
+    """A rule for matrices may return one, and the next rule sees pairs of reals."""
+    turned = fo.leafwise(lambda g: g.mH, kind="tensorwise")
+    p = torch.randn(2, 2, dtype=torch.complex64)
+    for after in (fo.scale(0.5), fo.cautious(fo.scale(0.5))):
+        tx = fo.chain(turned, after)
+        updates, _ = tx.update(p, tx.init(p), p)
+        expected, _ = after.update(p.mH.resolve_conj(), after.init(p), p)
+        assert torch.equal(updates, expected)
+
+
 @pytest.mark.parametrize(
     ("row", "variant"), [case for case in CASES if case.values[0].reads_shape]
 )

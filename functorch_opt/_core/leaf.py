@@ -223,7 +223,11 @@ def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return x
     x = x.to(dtype if x.is_complex() or not pairs else _REAL[dtype])
-    return torch.view_as_real(x) if pairs and x.is_complex() else x
+    if not (pairs and x.is_complex()):
+        return x
+    return torch.view_as_real(
+        x.resolve_conj()
+    )  # of a view that conjugates there are no pairs
 
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}

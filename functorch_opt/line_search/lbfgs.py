@@ -198,7 +198,7 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _reals(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 # ---- the direction -------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ def _works(
 ) -> bool:
     """Whether a step of a few numbers for each parameter does not fail."""
     numbers.write(groups)
-    state = tree.map(_count_on_host, tx.init(few))
     given = {"grad": few, "value": torch.ones(())}
     extra = {name: given[name] for name in tx.extra_args if name in given}
     try:
+        state = tree.map(_count_on_host, tx.init(few))
         tx.update(few, state, few, **extra)
     except Exception:
         return False

@@ -30,7 +30,8 @@ def after(
 
     def of(u, g):
         if u.is_complex():  # a pair of reals
-            return torch.view_as_complex(of(torch.view_as_real(u), torch.view_as_real(g)))
+            pairs = [torch.view_as_real(x.resolve_conj()) for x in (u, g)]
+            return torch.view_as_complex(of(*pairs))
         return f(u, -g if flip_sign else g)
 
     return wrap(inner, after=of)
