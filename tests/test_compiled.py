@@ -719,3 +719,40 @@ def test_a_rule_that_reads_fo_tree_does_not_read_all_modules() -> None:
     meaning = Meaning(rule)
     assert meaning.unknown is None and not meaning.mutable
     assert len(meaning.fixed) < 10
+
+
+def test_two_arguments_that_are_one_tensor_first_are_two(recwarn) -> None:
+    """A trace takes one tensor for one argument, and later they are two."""
+    first = fo.leafwise(lambda g, a: g * a, lambda *, x: {"a": x})
+    second = fo.leafwise(lambda g, b: g + b, lambda *, y: {"b": y})
+    tx = fo.chain(first, second)
+    step, state, params = (
+        fo.compiled_step(tx),
+        tx.init([torch.zeros(3)]),
+        [torch.zeros(3)],
+    )
+    one = torch.tensor(2.0)
+    params, state = step(params, [torch.ones(3)], state, x=one, y=one)
+    assert params[0].tolist() == [4.0] * 3
+    extra = {"x": torch.tensor(3.0), "y": torch.tensor(5.0)}
+    params, state = step(params, [torch.ones(3)], state, **extra)
+    assert params[0].tolist() == [12.0] * 3
+    assert not [w for w in recwarn if "eagerly" in str(w.message)]
+
+
+def test_a_tensor_that_no_code_takes_runs_eagerly_and_says_so(monkeypatch) -> None:
+    """As one of 2^31 elements on a GPU would, where a program serves tensors of all sizes."""
+    monkeypatch.setattr(segments, "BLOCK", {})
+    monkeypatch.setattr(segments, "LAUNCH", 2)
+    fits = segments.Program.fits
+    small = lambda self, args: args[0].numel() < 99 and fits(self, args)  # noqa: E731
+    monkeypatch.setattr(segments.Program, "fits", small)
+    params, grads = ([torch.randn(n) for n in (7, 100, 8)] for _ in range(2))
+    mine = [p.clone() for p in params]
+    tx = fo.adamw(0.1)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected = fo.apply_updates(params, updates)
+    step = CompiledStep(tx, True, "eager")
+    with pytest.warns(UserWarning, match="no code for a tensor of 100 elements"):
+        step(mine, grads, tx.init(mine))
+    torch.testing.assert_close(mine, expected)

@@ -224,20 +224,20 @@ class Segment:
             if not programs:
                 programs.append(in_pieces(self.body, leaf, _narrow(leaf)))
             return programs[0], 1
+        wanted = [*leaf * size, *scalars]
         for program in programs:
-            if program.fits([*leaf * size, *scalars]):
+            if program.fits(wanted):
                 return program, size
-        examples = [x.detach() for x in leaf]
-        if size > 1:  # on a GPU the sizes it sees decide the launch for good
-            rows = (EXAMPLE // LANES, LANES)
-            of: Any = rows if has_lanes(leaf[1]) else (EXAMPLE + 1,)
-            shapes = [of if x.dim() else () for _ in range(size) for x in leaf]
-            examples = [
-                x.new_empty(shape) for shape, x in zip(shapes, leaf * size, strict=True)
-            ]
-        program = self._made([*examples, *scalars], threads, sort)
-        programs.append(program)
-        return program, size
+        if size == 1 or not programs:
+            examples = [x.detach() for x in leaf]
+            if size > 1:
+                examples = _general(leaf * size)
+            program = self._made([*examples, *scalars], threads, sort)
+            programs.append(program)
+            if program.fits(wanted):
+                return program, size
+        warn_uncompiled("compiled_step runs eagerly", Unfitting(leaf[1]))
+        return Whole(), 1
 
     def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
         """A new program, or what stands in for it where there can be none."""
@@ -344,6 +344,15 @@ class Watched:
         return bool(self.guards.check(*tensors))
 
 
+class Unfitting(RuntimeError):
+    """The compiled code does not take tensors of this size."""
+
+    cure = "Split it: the code counts elements with 32 bits."
+
+    def __init__(self, p: Tensor) -> None:
+        super().__init__(f"there is no code for a tensor of {p.numel()} elements")
+
+
 class TooMany(RuntimeError):
     """Rules that mean something else at every step are not compiled for ever."""
 
@@ -363,6 +372,15 @@ class Unreadable(RuntimeError):
     def __init__(self, unknown: tuple[str, str]) -> None:
         stage, what = unknown
         super().__init__(f"{stage} reads {what}, which may change unseen")
+
+
+def _general(leaves: list[Tensor]) -> list[Tensor]:
+    """Examples of a size that is worth a launch: on a GPU what is seen first decides it for good."""
+    found = []
+    for x in leaves:
+        rows = (EXAMPLE // LANES, LANES) if has_lanes(x) else (EXAMPLE + 1,)
+        found.append(x.new_empty(rows if x.dim() else ()))
+    return found
 
 
 def _narrow(leaf: list[Any]) -> bool:
