@@ -14,7 +14,7 @@ from functorch_opt.optim.numbers import Groups, Numbers
 from functorch_opt.tree import PyTree
 
 
-def on_host_if_possible(
+def with_numbers(
     make: Callable[[dict[str, Any]], GradientTransformation],
     names: list[str],
     groups: Groups,
@@ -57,3 +57,17 @@ def _works(
 
 def _count_on_host(x: Tensor) -> Tensor:
     return x if x.dim() or x.is_floating_point() else x.to("cpu")
+
+
+def refuse_capture(numbers: Numbers, p: Tensor) -> None:
+    """Raise RuntimeError where a step is being captured as a CUDA graph, with numbers on the host.
+
+    The graph would repeat the rates and counts of this step for ever.
+    """
+    on_host = numbers.device.type == "cpu" and p.device.type == "cuda"
+    if on_host and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step of this optimizer cannot be captured as a CUDA graph, for its counts and rates "
+            "lie on the host. Give the learning rate as a tensor on the device and capture "
+            "compiled_step, whose counts lie there, or capture the rest of the training step."
+        )

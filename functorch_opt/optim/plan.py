@@ -19,7 +19,7 @@ from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_o
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.counts import Counts
-from functorch_opt.optim.hosts import on_host_if_possible
+from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import (
     can_be_trained,
@@ -68,8 +68,7 @@ class Plan:
         self.order = [self.number[path] for path in tree.paths(self._tree(params))]
         self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
         few = self._tree([*map(small, params)])
-        found = on_host_if_possible(make, varying, groups, self.order, few)
-        self.numbers, self.tx = found
+        self.numbers, self.tx = with_numbers(make, varying, groups, self.order, few)
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.checked = False
         self.is_whole = True if not compile and overlap(params) else None
@@ -172,6 +171,7 @@ class Plan:
             tx = self.tx
             self.numbers.write(groups)
         params = [p for group in groups for p in group["params"]]
+        refuse_capture(self.numbers, params[0])
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
         for i in moved:
