@@ -215,5 +215,6 @@ def _all_of_a_level(scheduler: Any) -> list[list[Any]]:
             mixed = type(node).__name__ == "FusedMixOrderReductions"
             if not mixed and node.get_device() is not None:
                 by_device.setdefault(node.get_device(), []).append(node)
-        groups += [of for device, of in by_device.items() if device.type == "cuda"]
+        launch = [device for device in by_device if device.type not in ("cpu", "mps")]
+        groups += [by_device[device] for device in launch]
     return groups
