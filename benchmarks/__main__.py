@@ -33,6 +33,11 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
         7,
     ),
     "through": ("through", "derivatives through training, beside torchopt", 21),
+    "fewer-steps": (
+        "fewer_steps",
+        "steps that Muon and SOAP need for the loss that AdamW reaches",
+        None,
+    ),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
 }
 """The module, what it measures, and in how many rounds."""

@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     compile_time,
     contenders,
     cpu,
+    fewer_steps,
     floor,
     gpu,
     many_models,
@@ -352,3 +353,34 @@ def test_through(tmp_path: Path) -> None:
         "functorch_opt, checkpoints",
     }
     assert not any("note" in entry for entry in result["rows"][0]["results"].values())
+
+
+# ---- fewer steps ---------------------------------------------------------------------------------
+
+
+def test_the_gpt_sees_no_later_character() -> None:
+    torch.manual_seed(0)
+    model = fewer_steps.GPT(vocabulary=11)
+    tokens = torch.randint(11, (2, 32))
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 11
+    before, after = model(tokens)[:, :20], model(changed)[:, :20]
+    torch.testing.assert_close(before, after)
+    assert not torch.allclose(model(tokens)[:, 20], model(changed)[:, 20])
+
+
+def test_a_target_of_the_text_is_the_next_character() -> None:
+    x, y = fewer_steps.text().data
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x[1:, 0], y[:-1, -1])
+
+
+@pytest.mark.slow
+def test_rehearsal_of_fewer_steps(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits need it: the extra demo")
+    found = run(tmp_path, "fewer-steps", "--rows", "digits")["rows"][0]["results"]
+    assert [*found] == [*fewer_steps.OPTIMIZERS]
+    assert (
+        1 <= found["AdamW"]["steps"] <= 25
+    )  # it reaches its own loss at its end, or before
+    assert all(0 < entry["loss"] < 2.31 for entry in found.values())
