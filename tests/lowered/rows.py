@@ -36,6 +36,7 @@ def look(tx: fo.GradientTransformation) -> dict[str, Any]:
     """What a step of `tx` does on the device."""
     segments.PROGRAMS.clear()
     together.KNOWN.clear()
+    together.KNOWN.made.clear()
     pretended.LAUNCHED.clear()
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         params, grads = (
