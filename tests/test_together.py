@@ -107,3 +107,13 @@ def test_an_extra_number_is_an_input() -> None:
     for x in (2.0, 5.0):
         both(tx, steps=2, x=torch.tensor(x, dtype=torch.float64))
     assert len(made()) == 1
+
+
+def test_two_numbers_that_are_one_tensor_first_are_two() -> None:
+    first = fo.leafwise(lambda g, a: g * a, lambda count, *, x: {"a": x})
+    second = fo.leafwise(lambda g, b: g + b, lambda count, *, y: {"b": y})
+    tx = fo.chain(first, second)
+    one = torch.tensor(2.0)
+    both(tx, steps=1, x=one, y=one)
+    both(tx, steps=1, x=torch.tensor(3.0), y=torch.tensor(5.0))
+    assert len(made()) == 1

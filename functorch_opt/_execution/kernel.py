@@ -71,7 +71,7 @@ class Program:
             self._make(f, examples, threads, backend)
 
     def _make(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
-        examples = _told_apart(examples)
+        examples = told_apart(examples)
         on_cpu = examples[0].device.type == "cpu"
         help_cpu = on_cpu and backend == "inductor"
         try:
@@ -147,7 +147,7 @@ class Program:
 # ---- tracing -------------------------------------------------------------------------------------
 
 
-def _told_apart(examples: list[Tensor]) -> list[Tensor]:
+def told_apart(examples: list[Tensor]) -> list[Tensor]:
     """The examples, with copies of those that are there twice.
 
     A trace takes what is one tensor for one argument, and others may be two tensors later.

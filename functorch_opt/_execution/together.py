@@ -20,7 +20,7 @@ from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.sharding import PLAIN
 from functorch_opt._execution.body import written
 from functorch_opt._execution.guards import Meaning, surroundings
-from functorch_opt._execution.kernel import Program
+from functorch_opt._execution.kernel import Program, told_apart
 from functorch_opt._execution.trials import Untraceable, warn_uncompiled
 
 DEVICES = {"cuda", "xpu"}
@@ -150,6 +150,7 @@ class Together:
             joint = KNOWN[key]
             _fill(shares, joint(inputs) if joint else _all(shares, inputs))
             return
+        inputs = told_apart(inputs)
         with Reads() as reads:
             results = _all(shares, inputs)
         made = None if reads.seen else _made(shares, inputs, results, self.backend)
