@@ -117,3 +117,12 @@ def test_two_numbers_that_are_one_tensor_first_are_two() -> None:
     both(tx, steps=1, x=one, y=one)
     both(tx, steps=1, x=torch.tensor(3.0), y=torch.tensor(5.0))
     assert len(made()) == 1
+
+
+def test_it_matters_which_hyperparameter_a_schedule_is() -> None:
+    def rule(g, p, a, b):
+        return a * g + 10 * b * p
+
+    one, two = fo.linear_schedule(1.0, 0.0, 9), fo.constant_schedule(3.0)
+    both(fo.leafwise(rule, hyper={"a": one, "b": two}))
+    both(fo.leafwise(rule, hyper={"b": one, "a": two}))

@@ -94,8 +94,9 @@ class Share:
         if any(meaning.unknown for meaning in meanings):
             return None
         kinds = tuple([(x.dtype, x.device) for x in self.inputs])
-        names = [*self.old, *self.varying, *self.extra, *self.tx.reads]
-        lengths = len(self.old), len(self.varying)
+        schedules = self.tx.once.schedules
+        names = [*self.old, *self.varying, *schedules, *self.extra, *self.tx.reads]
+        lengths = len(self.old), len(self.varying), len(schedules), len(self.extra)
         numbers = written(self.tx.once.numbers)
         return functions, numbers, kinds, lengths, tuple(names)
 
