@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from programs import Program
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._execution import together
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.writes import memory_of
 
@@ -137,11 +139,18 @@ def untouched(
     return watched
 
 
-def compiled(donate: bool, backend: str) -> Execution:
+def compiled(donate: bool, backend: str, as_on_a_device: bool = False) -> Execution:
+    """By `compiled_step`.
+
+    `as_on_a_device`, what stages work out once a step is compiled too, of all stages together.
+    """
+
     def execute(program: Program, plan: Plan) -> Seen:
         tx = plan.tx()
         step: Any = CompiledStep(tx, donate, backend)
-        return run(plan, step if donate else untouched(step), tx)
+        devices = {"cpu"} if as_on_a_device else together.DEVICES
+        with mock.patch.object(together, "DEVICES", devices):
+            return run(plan, step if donate else untouched(step), tx)
 
     return execute
 
@@ -385,7 +394,7 @@ class OfSecondModel(AssertionError):
 EAGER: dict[str, Execution] = {
     "update, pure": update_is_pure,
     "compiled_step, donate, traced": compiled(True, "eager"),
-    "compiled_step, donate=False, traced": compiled(False, "eager"),
+    "compiled_step, donate=False, traced": compiled(False, "eager", as_on_a_device=True),
     "Optimizer": stateful(False),
     "Optimizer, gradients written over": stateful(False, written_over=True),
     "Optimizer, compile=True, traced": stateful_traced(),
