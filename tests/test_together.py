@@ -87,8 +87,12 @@ def test_what_a_function_reads_is_asked_at_every_step() -> None:
 
 
 def test_numbers_that_change_at_every_step_are_not_compiled_for_ever() -> None:
-    for k in range(together.MOST + 3):
+    for k in range(together.MOST):
         both(fo.adam(0.1, b1=0.5 + 0.01 * k), steps=1)
+    assert None not in made()
+    tx, ps = fo.adam(0.1, b1=0.9), [torch.zeros(2)]
+    with pytest.warns(UserWarning, match="16 settings of the same functions"):
+        CompiledStep(tx, True, "eager")(ps, [torch.ones(2)], tx.init(ps))
     assert made()[-1] is None
 
 

@@ -28,6 +28,7 @@ DEVICES = {"cuda", "xpu"}
 MOST = 16
 """Programs for the same functions with other numbers, before one stops making more of them."""
 KEPT = 256
+WHAT = "compiled_step works out what prepare returns operation by operation"
 
 
 class Known(OrderedDict[Any, "Joint | None"]):
@@ -58,6 +59,15 @@ class Worked(NamedTuple):
 
     now: dict[str, Any]
     shared: dict[str, Tensor]
+
+
+class TooMany(RuntimeError):
+    """Functions with other numbers at every step are not compiled for ever."""
+
+    cure = "Give a number that changes as a tensor."
+
+    def __init__(self) -> None:
+        super().__init__(f"it was compiled for {MOST} settings of the same functions")
 
 
 class Share:
@@ -223,6 +233,7 @@ def _made(
         family += [getattr(f, "__code__", type(f)) for f in functions]
     KNOWN.made[tuple(family)] += 1
     if KNOWN.made[tuple(family)] > MOST:
+        warn_uncompiled(WHAT, TooMany())
         return None
     tensors = [x for x in _flat(results) if isinstance(x, Tensor)]
     if not all(map(_is_number, tensors)):
@@ -232,8 +243,7 @@ def _made(
     except Untraceable:
         return None
     except Exception as error:
-        what = "compiled_step works out what prepare returns operation by operation"
-        warn_uncompiled(what, error)
+        warn_uncompiled(WHAT, error)
         return None
 
 
