@@ -756,3 +756,21 @@ def test_a_tensor_that_no_code_takes_runs_eagerly_and_says_so(monkeypatch) -> No
     with pytest.warns(UserWarning, match="no code for a tensor of 100 elements"):
         step(mine, grads, tx.init(mine))
     torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.slow
+def test_inductor_keeps_the_graph_on_disk() -> None:
+    """A graph that cannot be written there is passed over, and compiled in every process anew."""
+    from torch._dynamo.utils import counters
+
+    def rule(g):
+        return g * 0.3125 + 0.0625
+
+    of_inductor = counters["inductor"]
+    kept = ("fxgraph_cache_hit", "fxgraph_cache_miss")
+    passed_over = of_inductor["fxgraph_cache_bypass"]
+    found = sum(of_inductor[name] for name in kept)
+    tx, params = fo.leafwise(rule), [torch.zeros(9)]
+    fo.compiled_step(tx)(params, [torch.ones(9)], tx.init(params))
+    assert of_inductor["fxgraph_cache_bypass"] == passed_over
+    assert sum(of_inductor[name] for name in kept) == found + 1
