@@ -774,3 +774,25 @@ def test_inductor_keeps_the_graph_on_disk() -> None:
     fo.compiled_step(tx)(params, [torch.ones(9)], tx.init(params))
     assert of_inductor["fxgraph_cache_bypass"] == passed_over
     assert sum(of_inductor[name] for name in kept) == found + 1
+
+
+@pytest.mark.slow
+def test_code_found_on_disk_comes_with_its_guards() -> None:
+    """What the compiler took for granted about sizes holds for code that it finds, too."""
+
+    def f(args: list[Any]) -> list[tuple[int, Any]]:
+        return [(0, torch.sin(args[0]) * args[1] + args[2] / 7)]
+
+    from torch._dynamo.utils import counters
+
+    of_inductor: Any = counters["inductor"]
+    examples = [torch.randn(6), torch.randn(6), torch.randn(6)]
+    first = kernel.Program(f, examples, 1, "inductor")
+    hits = of_inductor["fxgraph_cache_hit"]
+    second = kernel.Program(f, examples, 1, "inductor")
+    assert of_inductor["fxgraph_cache_hit"] == hits + 1
+    uneven = [torch.randn(6), torch.randn(7), torch.randn(6)]
+    for program in (first, second):
+        assert program.kernel is not None
+        assert program.fits([torch.randn(5) for _ in range(3)])
+        assert not program.fits(uneven)

@@ -91,11 +91,13 @@ class Program:
         ]
         self.env = inputs[0].fake_mode.shape_env
         if backend == "inductor":
-            self._run = _inductor(graph, inputs, threads, on_cpu)
-            if on_cpu and (found := _find_kernel(self._run, inputs)):
+            compiled, with_sizes = _inductor(graph, inputs, threads, on_cpu)
+            self._run = lambda args: compiled(with_sizes(args))
+            call = getattr(compiled, "current_callable", None)
+            if on_cpu and (found := _find_kernel(call, with_sizes, inputs)):
                 self.kernel, self.order, self.dims, self.buffers = found
             if examples[0].device.type == "cuda":
-                self.launches = _find_launches(self._run, inputs)
+                self.launches = _find_launches(call, with_sizes, inputs)
         else:
             run = graph if backend == "eager" else backend(graph, inputs)
             self._run = lambda args: run(*args)
@@ -129,7 +131,7 @@ class Program:
             self.launches(args)
             return
         if self.kernel is None:
-            self._run([*args])  # generated code empties the list that it is given
+            self._run(args)
             return
         sizes = self.sizes(args)
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch([sizes])]
@@ -213,9 +215,18 @@ def _writes(graph: Any) -> bool:
 # ---- Inductor ------------------------------------------------------------------------------------
 
 
+WithSizes = Callable[[list[Tensor]], list[Any]]
+"""Puts behind tensors the sizes that code is given beside them, in a list of its own."""
+
+
 def _inductor(
     graph: Any, inputs: list[Any], threads: int, on_cpu: bool
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], WithSizes]:
+    """Code of Inductor, which empties the list that it is given, and what that list is made by.
+
+    Code that Inductor finds on disk comes with guards for the sizes among its inputs only, not for
+    those of tensors. So all sizes are inputs. Where they cannot be, code is made anew.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -225,6 +236,14 @@ def _inductor(
         "emulate_precision_casts": True,
     }
     graph.shape_env = None  # Inductor keeps code on disk, and could not write this there
+    symbols = _symbols(inputs)
+    if all(of.is_symbol for of in symbols):
+        places = [*symbols.values()]
+        sizes = [inputs[i].shape[d] for i, d in places]
+        _take(graph, sizes)
+    else:
+        places, sizes = [], []
+        options["fx_graph_cache"] = False
     with (
         nullcontext() if on_cpu else in_one_launch(),
         config.patch(options),
@@ -232,8 +251,17 @@ def _inductor(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # torch's, about itself
-        compiled: Any = compile_fx_inner(graph, inputs, is_inference=True)
-    return compiled
+        compiled: Any = compile_fx_inner(graph, [*inputs, *sizes], is_inference=True)
+    return compiled, lambda args: [*args, *[args[i].shape[d] for i, d in places]]
+
+
+def _take(graph: Any, sizes: list[Any]) -> None:
+    """Let `graph` take `sizes` after its other inputs."""
+    *_, last = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    with graph.graph.inserting_after(last):
+        for k, size in reversed([*enumerate(sizes)]):
+            graph.graph.placeholder(f"size_{k}").meta["val"] = size
+    graph.recompile()
 
 
 @contextmanager
@@ -245,15 +273,17 @@ def _as_if_traced(mode: Any) -> Iterator[None]:
         yield
 
 
-def _find_launches(compiled: Any, inputs: list[Any]) -> Launches | None:
-    """The launches, if all that `compiled` does is to make them."""
+def _find_launches(
+    call: Any, with_sizes: WithSizes, inputs: list[Any]
+) -> Launches | None:
+    """The launches, if all that the generated function `call` does is to make them."""
     symbols = dict.fromkeys(_symbols(inputs))
     if not all(of.is_symbol for of in symbols):
         return None
     # Odd numbers: no multiple of `LANES` is among them.
     telling = {of: 17 + 2 * k for k, of in enumerate(symbols)}
     samples = samples_of(inputs, telling)
-    return find_launches(getattr(compiled, "current_callable", None), samples)
+    return find_launches(call, samples, with_sizes)
 
 
 # ---- the kernel in the code ----------------------------------------------------------------------
@@ -289,19 +319,18 @@ class _Kernel(NamedTuple):
     buffers: list[tuple[list[int], torch.dtype]]
 
 
-def _find_kernel(compiled: Any, inputs: list[Any]) -> _Kernel | None:
-    """The kernel, if all that `compiled` does is to call one; and what of its arguments is which.
+def _find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel | None:
+    """The kernel, if all that `call` does is to call one; and what of its arguments is which.
 
     It is called once with tensors of sizes that tell which is which.
     """
-    call: Any = getattr(compiled, "current_callable", None)
     dims = _symbols(inputs)
     name = _only_kernel(call)
     if name is None or len(dims) > len(_PRIMES) or not all(of.is_symbol for of in dims):
         return None
     telling = dict(zip(dims, _PRIMES, strict=False))
     samples = samples_of(inputs, telling)
-    given = _given(call, name, samples)
+    given = _given(call, name, with_sizes(samples))
     if given is None:
         return None
     own = {id(x) for x in samples}
@@ -369,13 +398,13 @@ def _only_kernel(call: Any) -> str | None:
     return kernels[0]
 
 
-def _given(call: Any, name: str, samples: list[Tensor]) -> tuple[Any, ...] | None:
-    """What the kernel is given if `call` is: what stands in for it looks."""
+def _given(call: Any, name: str, samples: list[Any]) -> tuple[Any, ...] | None:
+    """What the kernel is given if `call` is given `samples`: what stands in for it looks."""
     names, calls = _function(call).__globals__, []
     kernel = names[name]
     names[name] = lambda *args: calls.append(args)
     try:
-        call(list(samples))
+        call(samples)
     finally:
         names[name] = kernel
     return calls[0] if len(calls) == 1 else None

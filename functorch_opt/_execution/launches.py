@@ -84,12 +84,15 @@ class Launches:
                     kernel.run(*take(given), stream=stream)
 
 
-def find_launches(call: Any, samples: list[Tensor]) -> Launches | None:
+def find_launches(
+    call: Any, samples: list[Tensor], with_sizes: Callable[[list[Tensor]], list[Any]]
+) -> Launches | None:
     """The launches of the generated function `call`, if it does nothing else.
 
     Args:
         call: takes a list of tensors, and empties it.
         samples: tensors for it. What must be of one size is, and what may differ does.
+        with_sizes: makes of tensors the list for `call`.
     """
     call = _unwrapped(call)
     function = getattr(call, "__func__", call)
@@ -105,7 +108,7 @@ def find_launches(call: Any, samples: list[Tensor]) -> Launches | None:
     real = {name: names[name] for name in kernels}
     names.update({name: _Look(real[name], looks) for name in kernels})
     try:
-        call(list(samples))
+        call(with_sizes(samples))
     finally:
         names.update(real)
     sized = {x.numel(): i for i, x in enumerate(samples) if x.dim()}
