@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from functorch_opt import tree
 from functorch_opt._core import sharding, structure
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body, Columns
+from functorch_opt._execution.flat import RuleAt, go_flat
 from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
@@ -84,6 +85,8 @@ class Route(NamedTuple):
     """Which leaves of the whole tree they are; None: all."""
     places: list[list[int] | None]
     """For each entry, where it has these leaves; None: where the leaves are themselves."""
+    last: dict[int | None, tuple[Segment, Body]]
+    """What they went through last, by the row that updates were written into."""
 
 
 class CompiledStep:
@@ -134,22 +137,56 @@ class CompiledStep:
         A state that is not `known`, for it did not come from this step, may share memory with
         parameters or gradients, or within itself. Such tensors are replaced by copies.
         """
-        view, ps = self._view(params)
+        view, ps = self.view(params)
         us = structure.match(params, view.spec, grads, names=("params", "grads"))
         if not known:
             state = with_memory_of_its_own(state, [*ps, *us])
-        us = apart_from_params(us, ps)
-        flush, aside = partial(self._apply, add=False), self._aside
-        eager = self.backend == IN_PIECES
-        once = None if eager else self.backend
-        walk = Walk(view, ps, us, extra, flush, aside, known, once)
-        with nullcontext() if eager else philox.compiled(self.backend):
+        walk = self._walk(view, ps, us, extra, known)
+        with self._drawing():
             new = walk.look(self.tx, state, view)
             walk.go()
             self._apply(walk, add=True)
         return new()
 
-    def _view(self, params: PyTree) -> tuple[View, list[Any]]:
+    def run_flat(
+        self,
+        rules: list[RuleAt],
+        view: View,
+        ps: list[Any],
+        us: list[Any],
+        state: list[Any],
+        extra: dict[str, Any],
+    ) -> list[tuple[int, Any]]:
+        """What `run` does, for the `rules` of a chain and leaves that are in lists.
+
+        Returns:
+            What of the state is new, by its place in the list. Slots are overwritten.
+        """
+        walk = self._walk(view, ps, us, extra, True)
+        with self._drawing():
+            new = go_flat(walk, rules, state, view)
+            self._apply(walk, add=True)
+        return [
+            (k, mine[name])
+            for rule, mine in zip(rules, new, strict=True)
+            for name, k in rule.shared.items()
+            if mine[name] is not state[k]
+        ]
+
+    def _walk(
+        self, view: View, ps: list[Any], us: list[Any], extra: dict[str, Any], known: bool
+    ) -> Walk:
+        us = apart_from_params(us, ps)
+        flush, aside = partial(self._apply, add=False), self._aside
+        once = None if self.backend == IN_PIECES else self.backend
+        return Walk(view, ps, us, extra, flush, aside, known, once)
+
+    def _drawing(self) -> AbstractContextManager[Any]:
+        """Where random numbers are drawn by compiled code, if anything is compiled."""
+        eager = self.backend == IN_PIECES
+        return nullcontext() if eager else philox.compiled(self.backend)
+
+    def view(self, params: PyTree) -> tuple[View, list[Any]]:
         """The view of all of `params`, and its leaves. Mostly it is that of the last step."""
         view = self.last
         if view is not None and (ps := view.fitting(params)) is not None:
@@ -229,6 +266,11 @@ class CompiledStep:
         """What knows these tensors, made if there is no such thing yet."""
         entries = [each.entry for each in mine]
         now = [each.now for each in mine]
+        if into in route.last:
+            segment, last = route.last[into]
+            again = last.renewed(now) if last.entries == entries else None
+            if again is not None and segment.knows(columns):
+                return segment, again
         body = Body(entries, now, into, False)
         if PROGRAMS.wants_inputs(body):
             body = Body(entries, now, into, True)
@@ -236,6 +278,7 @@ class CompiledStep:
         for segment in known:
             if segment.knows(columns):
                 _forget(known, segment)
+                route.last[into] = segment, body
                 return segment, body
         if walk.writes_params:
             check_memory(walk)
@@ -317,7 +360,7 @@ def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
         places = [
             _unless_all([where[k][leaf] for leaf in leaves], len(where[k])) for k in way
         ]
-        routes.append(Route([*way], _unless_all(leaves, n), places))
+        routes.append(Route([*way], _unless_all(leaves, n), places, {}))
     return routes
 
 

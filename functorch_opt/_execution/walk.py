@@ -147,9 +147,20 @@ class Walk:
     def _rule(self, tx: Leafwise, state: PyTree, view: View) -> NewState:
         tx.check_state(state)
         columns = self._columns(tx, state.slots, view)
+        shared = self.rule(tx, state.shared, columns, view)
+        return lambda: StageState(shared, state.slots)
+
+    def rule(
+        self,
+        tx: Leafwise,
+        old: dict[str, Tensor],
+        columns: dict[str, list[Any]],
+        view: View,
+    ) -> dict[str, Tensor]:
+        """List a rule with these shared values and slots; the next shared values, once it is done."""
         looks, first = tx.looks_around, self.settled
         self.settled = False
-        share = self.together.takes(tx, state.shared, self.extra, len(view.indices))
+        share = self.together.takes(tx, old, self.extra, len(view.indices))
         now: dict[str, Any] = share.now if share else {}
         shared: dict[str, Tensor] = share.shared if share else {}
         known = [share is not None]
@@ -161,7 +172,7 @@ class Walk:
             if "params" in tx.once.reads:
                 trees[1] = view.tree(self.ps)
             with self.inside(view):
-                given = (trees[0], state.shared, trees[1], self.extra, us, ps, columns)
+                given = (trees[0], old, trees[1], self.extra, us, ps, columns)
                 values, new = tx.scalars(*given)
             now.update({name: values[name] for name in tx.reads if name in values})
             shared.update(new)
@@ -182,7 +193,7 @@ class Walk:
         if not known[0] and self._is_certain() and (first or not looks):
             scalars()
         self._do(act, writes=self._ends_pass(tx, first))
-        return lambda: StageState(shared, state.slots)
+        return shared
 
     def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
@@ -190,14 +201,17 @@ class Walk:
         It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or
         sees whole tensors where a rule that waits sees parts, or the reverse.
         """
-        moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
-        if (tx.looks_around and moving and not settled) or (tx.has_sums and self.sharded):
-            return True
-        return self._mixes(tx.kind)
+        if tx.looks_around and not settled:
+            moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
+            if moving:
+                return True
+        return (tx.has_sums and self.sharded) or self._mixes(tx.kind)
 
     def _mixes(self, kind: str) -> bool:
         """Whether tensors are sharded, and a rule waits that is not of this kind."""
-        kinds = {x.entry.rule_kind for x in self.waiting} if self.sharded else set()
+        if not self.sharded:
+            return False
+        kinds = {x.entry.rule_kind for x in self.waiting}
         return bool(kinds - {None, kind})
 
     def _begin_elementwise(self) -> None:

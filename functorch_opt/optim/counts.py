@@ -26,18 +26,28 @@ class Counts:
         self.counts = counts or ([] if clocks else ["step"])
         self.keys = [*self.counts, *clocks]
         self.tallies: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.alike: dict[str, tuple[Tensor, Tensor]] = {}
+        """What a tally is expected to hold, and the number that all its elements then are."""
 
     def own(self, key: str, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
         """One for each of `n` leaves; one number, where those that `moved` have the same."""
         together = self._together(key, counts)
+        traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        tallied = together is not None
         if together is None:
             if len({count.device for count in counts}) > 1:
                 counts = [count.cpu() for count in counts]
             together = torch.stack(counts)
+        elif key in self.alike and not traced:
+            expected, number = self.alike[key]
+            if torch.equal(together, expected):
+                return number
         of_moved = together.to(torch.int64, copy=True)
-        traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         if not traced and bool((of_moved == of_moved[0]).all()):
-            return of_moved[0].to(self.device)
+            number = of_moved[0].to(self.device)
+            if tallied:
+                self.alike[key] = together.clone(), number
+            return number
         of_moved = of_moved.to(self.device)
         where = torch.tensor(moved, device=self.device)
         return of_moved.new_zeros(n).index_copy(0, where, of_moved)
@@ -72,6 +82,9 @@ class Counts:
         """
         if (together := self._together(key, counts)) is not None:
             together.add_(by)
+            expected, number = self.alike.pop(key, (together, by))
+            if expected is not together and isinstance(by, int):
+                self.alike[key] = expected.add_(by), number + by
             return
         if isinstance(by, int):
             torch._foreach_add_(counts, by)
@@ -84,6 +97,7 @@ class Counts:
         if entries and in_place and len(kinds) == 1 and not any(map(_is_shared, counts)):
             together = torch.stack(counts)
             self.tallies[key] = together, together.unbind()
+            self.alike.pop(key, None)
             for entry, count in zip(entries, self.tallies[key][1], strict=True):
                 entry[key] = count
 

@@ -68,7 +68,7 @@ def look_at(
         if i in plan.left_out or gradients[i].layout is not torch.strided:
             refuse_gradient(plan.tx.name, plan.paths[i], params[i], gradients[i])
     entries, _ = plan._entries(state, params, moved)
-    old = plan._assembled(plan._values(entries, moved))
+    old = tree.unflatten(plan.spec, plan._values(entries, moved))
     grads = plan._tree(gradients)
     values = plan._tree([p.detach() for p in params])
     look.step(plan.tx, grads, old, values, plan._extra(loss, grads))

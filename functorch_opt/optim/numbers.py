@@ -6,6 +6,7 @@ They go from the groups to where a transformation reads them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Numbers:
             for name in names
         }
         self.written: dict[str, list[Any]] = {}
+        self.given: list[Any] = []
+        """All that was written last, if nothing of it can change by itself."""
 
     def check_first_state(self, init: Callable[[], Any], name: str) -> None:
         """Raise ValueError where a first state depends on a number that differs between groups:
@@ -65,6 +68,7 @@ class Numbers:
         for part in buffer if isinstance(buffer, tuple) else (buffer,):
             part.fill_(value)
         self.written.pop(option, None)
+        self.given = []
         return tree.leaves(init())
 
     def fit(self, groups: Groups) -> bool:
@@ -73,6 +77,9 @@ class Numbers:
 
     def write(self, groups: Groups) -> None:
         """Write the hyperparameters where the transformation reads them."""
+        given = [group[name] for name in self.buffers for group in groups]
+        if len(given) == len(self.given) and all(map(is_, given, self.given)):
+            return
         for name, target in self.buffers.items():
             of_all = groups[:1] if name in self.alike else groups
             values = [group[name] for group in of_all]
@@ -90,6 +97,7 @@ class Numbers:
             else:
                 _write(target, values, of_all, self.order)
             self.written[name] = values if plain else []
+        self.given = given if all(map(_is_plain, given)) else []
 
     def read(self, groups: Groups) -> dict[str, Any]:
         """The hyperparameters as `write` writes them, in new tensors."""

@@ -136,7 +136,7 @@ def differences(
     if isinstance(places, int):
         if old is new:
             return []
-        _check_leaf(path, old, new)
+        check_leaf(path, old, new)
         return [(places, new)]
     if places is None and new is None:
         return []
@@ -153,7 +153,8 @@ def differences(
     ]
 
 
-def _check_leaf(path: str, old: Any, new: Any) -> None:
+def check_leaf(path: str, old: Any, new: Any) -> None:
+    """Raise TypeError where a tensor of the state becomes one of another form."""
     alike = isinstance(old, Tensor) and isinstance(new, Tensor)
     if not alike or old.shape != new.shape or old.dtype != new.dtype:
         counts = alike and not old.is_floating_point() and old.shape != new.shape

@@ -16,6 +16,7 @@ from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_own
+from functorch_opt._execution.flat import rules_at
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.counts import Counts
@@ -30,7 +31,7 @@ from functorch_opt.optim.params import (
     refuse_gradient,
     small,
 )
-from functorch_opt.optim.places import Place, Places, assemble, differences
+from functorch_opt.optim.places import Place, Places, differences
 from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
 
@@ -70,6 +71,7 @@ class Plan:
         few = self._tree([*map(small, params)])
         self.numbers, self.tx = with_numbers(make, varying, groups, self.order, few)
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
+        self.view = self.in_place.view(few)[0]
         self.checked = False
         self.is_whole = True if not compile and overlap(params) else None
         """Whether all is worked out before anything is written; None: that is not known yet."""
@@ -93,6 +95,7 @@ class Plan:
         places = tree.map(lambda at: replace(at, key=rename.get(at.key, at.key)), places)
         self.flat, self.spec = tree.flatten(places)
         self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
+        self.rules = rules_at(self.tx, self.numbered)
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
         self.counted, self.clocked = (
@@ -116,9 +119,18 @@ class Plan:
             self.flat[k] = replace(self.flat[k], i=home)
         self.where = [(self.flat[k].i, self.flat[k].key) for k in self.kept]
 
-    def _tree(self, values: list[Any]) -> PyTree:
+    def _without(self, values: list[Any]) -> list[Any]:
         if self.left_out:
-            values = [None if i in self.left_out else x for i, x in enumerate(values)]
+            return [None if i in self.left_out else x for i, x in enumerate(values)]
+        return values
+
+    def _leaves(self, values: list[Any]) -> list[Any]:
+        """The leaves of the tree of `values`."""
+        values = self._without(values)
+        return [values[i] for i in self.order] if self.named else values
+
+    def _tree(self, values: list[Any]) -> PyTree:
+        values = self._without(values)
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
     def initialize(self, groups: Groups, state: State) -> None:
@@ -179,16 +191,16 @@ class Plan:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
         entries, began = self._entries(state, params, moved)
         flat = self._values(entries, moved)
-        step = Step(self, params, moved, entries, flat, self._assembled(flat))
-        grads = self._tree(gradients)
-        extra = self._extra(loss, grads)
+        step = Step(self, params, moved, entries, flat)
+        extra = self._extra(loss, gradients)
         if tx is self.tx and self._goes_in_place(params, loss):
             return self._in_place(step, gradients, extra, state if began else None)
+        grads = self._tree(gradients)
         updates, new = tx.update(
             grads, step.old, self._tree([p.detach() for p in params]), **extra
         )
         us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
-        write = step.writes([us[i] for i in moved], new)
+        write = step.writes([us[i] for i in moved], step.changed(new))
 
         def act() -> None:
             if began:
@@ -219,9 +231,10 @@ class Plan:
         return not self.is_whole
 
     def _rehearse(self, params: list[Tensor], loss: Any) -> None:
-        ps = self._tree([*map(small, params)])
+        few = [*map(small, params)]
+        ps = self._tree(few)
         state = self.tx.init(ps)
-        new = self.tx.update(ps, state, ps, **self._extra(loss, ps))[1]
+        new = self.tx.update(ps, state, ps, **self._extra(loss, few))[1]
         differences(self.numbered, state, new)
 
     def _in_place(
@@ -235,15 +248,20 @@ class Plan:
         self.tx.check_extra(extra)
 
         def act() -> None:
-            params, grads = self._tree(step.params), self._tree(gradients)
-            new = self.in_place.run(params, grads, step.old, extra, self.checked)
+            params, run = step.params, self.in_place
+            if self.checked and self.rules is not None:
+                ps, us = self._leaves(params), self._leaves(gradients)
+                new = run.run_flat(self.rules, self.view, ps, us, step.flat, extra)
+                changed = step.checked(new)
+            else:
+                trees = self._tree(params), self._tree(gradients)
+                changed = step.changed(run.run(*trees, step.old, extra, self.checked))
             self.checked = True
             if state is not None:
                 step.keep(state)
-            _, changed = step.kept_apart([], new, [])
-            step.write_state(changed, True)
+            step.write_state(step.kept_apart([], changed, [])[1], True)
 
-        return torch.no_grad()(act)
+        return act
 
     def _entries(
         self, state: State, params: list[Tensor], moved: list[int]
@@ -288,18 +306,12 @@ class Plan:
             flat[k] = self.counts.time(key, entries)
         return flat
 
-    def _assembled(self, flat: list[Any]) -> PyTree:
-        """The functional state of these tensors."""
-        if torch.compiler.is_compiling():
-            return assemble(self.numbered, flat)
-        return tree.unflatten(self.spec, flat)
-
-    def _extra(self, loss: Any, grads: PyTree) -> dict[str, Any]:
+    def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
         reads = self.tx.extra_args
         if not reads:
             return {}
-        given = {"grad": grads}
+        given = {"grad": self._tree(grads)}
         if loss is not None:
             given["value"] = torch.as_tensor(loss).detach()
         for name, required in reads.items():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt._core import sharding
-from functorch_opt.optim.places import apart, differences
+from functorch_opt.optim.places import apart, assemble, check_leaf, differences
 from functorch_opt.tree import PyTree
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 State = dict[Tensor, dict[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
+Changed = list[tuple[int, Any]]
+"""What of a state is another tensor now, by its place in the list of its leaves."""
 NOTHING: dict[str, Any] = {}
 
 
@@ -30,10 +34,16 @@ class Step:
         moved: list[int],
         entries: list[dict[str, Any]],
         flat: list[Any],
-        old: PyTree,
     ) -> None:
         self.plan, self.params, self.moved = plan, params, moved
-        self.entries, self.flat, self.old = entries, flat, old
+        self.entries, self.flat = entries, flat
+
+    @cached_property
+    def old(self) -> PyTree:
+        """The functional state that the step begins with."""
+        if torch.compiler.is_compiling():
+            return assemble(self.plan.numbered, self.flat)
+        return tree.unflatten(self.plan.spec, self.flat)
 
     def keep(self, state: State) -> None:
         """Keep state that begins with this step."""
@@ -42,13 +52,13 @@ class Step:
                 state[p].update(entry)
         self.entries = [state.get(p, NOTHING) for p in self.params]
 
-    def writes(self, us: list[Tensor], new: PyTree) -> Callable[[], None]:
+    def writes(self, us: list[Tensor], changed: Changed) -> Callable[[], None]:
         """What writes updates and state, once nothing can fail any more.
 
         All is read before anything is overwritten: a rule may return what it was given.
         """
         targets = [self.params[i] for i in self.moved]
-        us, changed = self.kept_apart(us, new, targets)
+        us, changed = self.kept_apart(us, changed, targets)
 
         def write() -> None:
             pairs = list(zip(targets, us, strict=True))
@@ -58,19 +68,26 @@ class Step:
         return write
 
     def kept_apart(
-        self, us: list[Tensor], new: PyTree, targets: list[Tensor]
-    ) -> tuple[list[Tensor], list[tuple[int, Any]]]:
+        self, us: list[Tensor], changed: Changed, targets: list[Tensor]
+    ) -> tuple[list[Tensor], Changed]:
         """The updates, and what of the state is another tensor now, in memory that nothing
         writes."""
-        changed = self._changed(new)
         kept = [k for k, _ in changed if self.plan.flat[k].kind in ("slot", "joint")]
+        if not (kept or us):
+            return us, changed
         found = dict(changed)
         written = [*targets, *[self.flat[k] for k in kept]]
         values = apart([*us, *[found[k] for k in kept]], written)
         found.update(zip(kept, values[len(us) :], strict=True))
         return values[: len(us)], [*found.items()]
 
-    def _changed(self, new: PyTree) -> list[tuple[int, Any]]:
+    def checked(self, changed: Changed) -> Changed:
+        """`changed`, if nothing of it changes the form of the state; else TypeError."""
+        for k, x in changed:
+            check_leaf(self.plan.flat[k].path, self.flat[k], x)
+        return changed
+
+    def changed(self, new: PyTree) -> Changed:
         """The places where `new` has another tensor than the state that the step began with."""
         try:
             assert (
@@ -87,7 +104,7 @@ class Step:
             return changed
         return differences(self.plan.numbered, self.old, new)
 
-    def write_state(self, changed: list[tuple[int, Any]], in_place: bool) -> None:
+    def write_state(self, changed: Changed, in_place: bool) -> None:
         """Write slots and counts."""
         plan, counts = self.plan, self.plan.counts
         kinds = {k: plan.flat[k].kind for k, _ in changed}
