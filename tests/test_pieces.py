@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from registry import ROWS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -170,8 +171,9 @@ class Counted(TorchDispatchMode):
         fo.chain(fo.clip(1.0), fo.trace(0.9), fo.scale(-0.1)),
         fo.inject_hyperparams(fo.lion)(learning_rate=0.1),
         fo.MultiSteps(fo.sgd(0.1), 2),
+        fo.sgd(0.1, momentum=0.9),
     ],
-    ids=["adamw", "chain", "injected", "accumulated"],
+    ids=["adamw", "chain", "injected", "accumulated", "lists"],
 )
 def test_how_many_operations_a_step_takes_does_not_depend_on_the_tensors(
     tx: fo.GradientTransformation, monkeypatch: pytest.MonkeyPatch
@@ -194,8 +196,10 @@ def test_pieces_are_larger_where_calls_take_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pieces, "ELSEWHERE", 50)
-    x = torch.empty(3, device="meta")
-    assert (pieces._most(torch.empty(3)), pieces._most(x)) == (16, 50)
+    monkeypatch.setattr(pieces, "LISTS", 70)
+    here, there = torch.empty(3), torch.empty(3, device="meta")
+    assert [pieces._most(here, lists) for lists in (False, True)] == [16, 16]
+    assert [pieces._most(there, lists) for lists in (False, True)] == [50, 70]
 
 
 def test_an_error_in_a_rule_leaves_everything_as_it_was() -> None:
@@ -225,3 +229,109 @@ def test_parameters_that_overlap_get_the_updates_of_what_they_were() -> None:
     first.grad, last.grad = torch.zeros(4), torch.zeros(4)
     fo.optim.SGD([first, last], lr=0.1, weight_decay=1.0).step()
     torch.testing.assert_close(whole, torch.tensor([0.9, 1.8, 2.4, 3.2, 4.5, 5.4]))
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+def recorded(tx: Any) -> Any:
+    """What the rules of `tx` do to a leaf, for lists."""
+    params = [torch.randn(6) for _ in range(5)]
+    step, state = CompiledStep(tx, True, IN_PIECES), tx.init(params)
+    step(params, [torch.randn(6) for _ in params], state)
+    ((segment,),) = step.segments.values()
+    ((part,),) = [segment.parts]
+    return part.program.lists
+
+
+def test_a_rule_is_recorded_as_one_would_write_it() -> None:
+    """In the memory of the slots, and of what nobody reads any more."""
+    lists = recorded(fo.scale_by_adam())
+    names = [x.name + "_" * x.in_place for x in lists.operations if x.name]
+    assert names == ["lerp_", "mul", "lerp_", "add", "sqrt_", "mul_", "add_", "div"]
+    momentum = recorded(fo.trace(0.9))
+    assert [x.name + "_" * x.in_place for x in momentum.operations] == ["mul_", "add_"]
+    assert len(momentum.moves) == 1
+
+
+@pytest.fixture
+def always_lists(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Wherever torch has all of it for lists, small tensors go through rules so."""
+    runs: list[int] = []
+
+    def unjoined(self: Any, p: Tensor) -> bool:
+        runs.append(1)
+        return True
+
+    monkeypatch.setattr(pieces, "PIECE", 10_000)
+    monkeypatch.setattr(pieces.Pieces, "_unjoined", unjoined)
+    return runs
+
+
+def keeps_the_gradient() -> fo.GradientTransformation:
+    def rule(g, before):
+        return g - before, {"before": g}
+
+    return fo.leafwise(rule, slots={"before": torch.zeros_like})
+
+
+def two_slots_change_places() -> fo.GradientTransformation:
+    def rule(g, a, b):
+        return g + a - b, {"a": b, "b": a + g}
+
+    return fo.leafwise(rule, slots={"a": torch.zeros_like, "b": torch.zeros_like})
+
+
+def reads_a_slot_again() -> fo.GradientTransformation:
+    def rule(g, a):
+        new = a * 0.5 + g
+        return new - a / 3 + a, {"a": new}
+
+    return fo.leafwise(rule, slots={"a": torch.zeros_like})
+
+
+def numbers_first() -> fo.GradientTransformation:
+    def rule(g, p):
+        return 2 - g * p - (1 / (3 + p * p)) + 0.5 / (g * g + 1)
+
+    return fo.leafwise(rule)
+
+
+def a_number_of_the_step() -> fo.GradientTransformation:
+    def rule(g, count, lr):
+        return -(lr / (count + 1)) * g
+
+    return fo.leafwise(rule, hyper={"lr": torch.tensor(0.3)})
+
+
+OWN = [
+    keeps_the_gradient,
+    two_slots_change_places,
+    reads_a_slot_again,
+    numbers_first,
+    a_number_of_the_step,
+]
+
+
+@pytest.mark.parametrize("make", OWN)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_lists_give_the_numbers_of_update(
+    make: Any, dtype: torch.dtype, always_lists: list[int]
+) -> None:
+    assert after(make(), dtype) <= {"Pieces", "Whole"}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if not row.keyed], ids=lambda row: row.name
+)
+def test_lists_give_the_numbers_of_every_row(row: Any, always_lists: list[int]) -> None:
+    tx = row.make(**row.hyper)
+    if not any(tx.extra_args.values()):
+        after(tx, torch.float64)
+
+
+def test_some_rows_go_through_lists(always_lists: list[int]) -> None:
+    after(fo.adamw(0.1))
+    after(fo.sgd(0.1, momentum=0.9))
+    after(fo.lion(0.1))
+    assert len(always_lists) >= 3

@@ -21,10 +21,15 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import sharding, structure
+from functorch_opt._core import structure
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.flat import RuleAt, go_flat
+from functorch_opt._execution.memory import (
+    apart_from_params,
+    check_memory,
+    with_memory_of_its_own,
+)
 from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
@@ -32,7 +37,6 @@ from functorch_opt._execution.segments import (
     NeedsConstants,
     Segment,
 )
-from functorch_opt._execution.table import addresses
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
 from functorch_opt._execution.writes import apart_from, memory_of
@@ -366,50 +370,6 @@ def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
 
 def _unless_all(indices: list[int], n: int) -> list[int] | None:
     return None if indices == [*range(n)] else indices
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
-    """`state`, with copies of tensors that share memory with `others`, or with one another."""
-    taken = {memory_of(x) for x in others} - {0}
-
-    def own(x: Tensor) -> Tensor:
-        memory = memory_of(x)
-        local = getattr(x, "_local_tensor", x)
-        overlaps = type(local) is Tensor and torch._debug_has_internal_overlap(local) == 1
-        if memory in taken or overlaps:
-            return x.clone(memory_format=torch.contiguous_format)
-        if memory:
-            taken.add(memory)
-        return x
-
-    return tree.map(own, state)
-
-
-def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
-    """The gradients, with copies of those that are a parameter's memory."""
-    try:
-        overlap = addresses(us) & addresses(ps)
-    except RuntimeError:
-        return us  # sparse tensors have no memory of their own; they are refused later
-    if not overlap:
-        return us
-    return [u.clone() if u is not None and u.data_ptr() in overlap else u for u in us]
-
-
-def check_memory(walk: Walk) -> None:
-    """Raise ValueError where two parameters share memory."""
-    seen: dict[int, int] = {}
-    for i, p in enumerate(walk.ps):
-        if type(p) in sharding.PLAIN and p.numel():
-            first = seen.setdefault(p.data_ptr(), i)
-            if first != i:
-                raise ValueError(
-                    f"the parameters at {walk.paths[first]!r} and {walk.paths[i]!r} share memory, "
-                    "so an update in place would move both. Give it once."
-                )
 
 
 # ---- in a graph ----------------------------------------------------------------------------------

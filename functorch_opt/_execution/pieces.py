@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functorch_opt._execution.body import Body, Columns
+from functorch_opt._execution.lists import Recorded, recorded
 from functorch_opt._execution.trials import drawn
 from functorch_opt._execution.writes import write
 
-PIECE = 65_536
+PIECE = 131_072
 """Elements of a piece on a CPU. A handful of such pieces lie in the cache of one core."""
 ELSEWHERE = 8_388_608
 """Elements of a piece on another device, where it is the calls that take the time."""
+LISTS = 33_554_432
+"""Elements of a piece there that goes through lists, which need less memory."""
 
 
 class Whole:
@@ -56,12 +59,20 @@ class Whole:
             body: the rules, and their scalars.
         """
         body, scalars = _plain(body, narrow)
+        rules = Rules(body, scalars, None)
         for leaf in zip(*columns, strict=True):
-            _run(body, [*leaf, *scalars])
+            rules.apply([*leaf])
 
 
 class Pieces(Whole):
-    """Large tensors are split, and small ones are joined."""
+    """Large tensors are split, and small ones go together: joined, or as lists.
+
+    Args:
+        lists: what the rules do, for lists; None if torch has not all of it.
+    """
+
+    def __init__(self, lists: Recorded | None) -> None:
+        self.lists = lists
 
     def sizes(self, args: list[Tensor]) -> tuple[int, ...]:
         return (args[1].numel(),)
@@ -73,13 +84,45 @@ class Pieces(Whole):
         narrow: bool,
         body: Body,
     ) -> None:
-        body, scalars = _plain(body, narrow)
-        for first, end in _groups([n for (n,) in sizes], _most(columns[1][0])):
+        rules = self._rules(body, narrow)
+        most = _most(columns[1][0], rules.lists is not None)
+        for first, end in _groups([n for (n,) in sizes], most):
             group = [column[first:end] for column in columns]
-            if end - first > 1:
-                _joined(group, sizes[first:end], scalars, body, narrow)
+            if end - first == 1:
+                _split([x for (x,) in group], rules, most)
+            elif rules.lists is not None and self._unjoined(columns[1][0]):
+                rules.lists.run(group, rules.scalars)
             else:
-                _split([x for (x,) in group], scalars, body)
+                _joined(group, sizes[first:end], rules, narrow)
+
+    def _rules(self, body: Body, narrow: bool) -> Rules:
+        on_host = all(x.device.type == "cpu" for x in body.scalars)
+        if self.lists is not None and on_host:
+            return Rules(body, body.narrowed if narrow else body.scalars, self.lists)
+        return Rules(*_plain(body, narrow), None)
+
+    def _unjoined(self, p: Tensor) -> bool:
+        """Whether leaves like `p` go as lists. On a CPU an operation is a call for each leaf, and so
+        is each tensor that is joined or written. Elsewhere to join is to copy."""
+        assert self.lists is not None
+        return p.device.type != "cpu" or self.lists.calls <= self.lists.moved
+
+
+class Rules(NamedTuple):
+    """What is done to a leaf, and the scalars; as `lists` where torch has all of it for lists."""
+
+    body: Body
+    scalars: list[Tensor]
+    lists: Recorded | None
+
+    @torch.no_grad()
+    def apply(self, leaf: list[Tensor]) -> None:
+        """Apply them to one leaf. A sum in place saves a tensor and a copy of it."""
+        if self.lists is not None:
+            self.lists.run([[x] for x in leaf], self.scalars)
+            return
+        args = [*leaf, *self.scalars]
+        write(args, *self.body.apart(args))
 
 
 def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
@@ -88,7 +131,7 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     if body.whole or not all(x.dim() for x in [leaf[1], *slots]):
         return Whole()
     try:
-        return Pieces() if _may_be_split(body, leaf, narrow) else Whole()
+        return _pieces(body, leaf, narrow) or Whole()
     except Exception:
         return Whole()  # the tensors themselves say what is wrong
 
@@ -96,8 +139,10 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
 # ---- pieces --------------------------------------------------------------------------------------
 
 
-def _most(x: Tensor) -> int:
-    return PIECE if x.device.type == "cpu" else ELSEWHERE
+def _most(x: Tensor, as_lists: bool) -> int:
+    if x.device.type == "cpu":
+        return PIECE
+    return LISTS if as_lists else ELSEWHERE
 
 
 def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
@@ -111,33 +156,27 @@ def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
     yield first, len(sizes)
 
 
-def _split(leaf: list[Tensor], scalars: list[Tensor], body: Body) -> None:
+def _split(leaf: list[Tensor], rules: Rules, most: int) -> None:
     flat = [x.view(-1) if x.dim() else x for x in leaf]
-    most = _most(flat[1])
     if flat[1].numel() <= most:
-        _run(body, [*flat, *scalars])
+        rules.apply(flat)
         return
     pieces = [x.split(most) if x.dim() else repeat(x) for x in flat]
     for piece in zip(*pieces, strict=False):
-        _run(body, [*piece, *scalars])
-
-
-@torch.no_grad()
-def _run(body: Body, args: list[Tensor]) -> None:
-    """Apply the body to one leaf. A sum in place saves a tensor and a copy of it."""
-    write(args, *body.apart(args))
+        rules.apply([*piece])
 
 
 def _joined(
-    columns: Columns,
-    sizes: list[tuple[int, ...]],
-    scalars: list[Tensor],
-    body: Body,
-    narrow: bool,
+    columns: Columns, sizes: list[tuple[int, ...]], rules: Rules, narrow: bool
 ) -> None:
     device = columns[1][0].device
     flat = [_join(column, sizes, narrow, device) for column in columns]
-    writes, moves = body.apart([*flat, *scalars])
+    if rules.lists is not None:
+        rules.lists.run([[x] for x in flat], rules.scalars)
+        for i, _ in (*rules.lists.writes, *rules.lists.moves):
+            torch._foreach_copy_(columns[i], _taken_apart(flat[i], columns[i]))
+        return
+    writes, moves = rules.body.apart([*flat, *rules.scalars])
     for i, value in writes:
         if value is not flat[i]:
             torch._foreach_copy_(columns[i], _taken_apart(value, columns[i]))
@@ -180,32 +219,43 @@ def _plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
     return body, body.narrowed if narrow else body.scalars
 
 
-def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
-    """Whether every element goes its own way: two small tensors give the same numbers as they
-    are, in pieces, and joined."""
-    body, scalars = _plain(body, narrow)
+def _pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Pieces | None:
+    """How the elements go their own ways; None if they do not.
+
+    Two small tensors must give the same numbers as they are, in pieces, and joined. Lists of them
+    are only used if these do as well.
+    """
+    plain = Rules(*_plain(body, narrow), None)
     shape = [4] + [3] * (leaf[1].dim() - 1)
     shapes = [shape if x.dim() else [] for x in leaf]
     one = drawn(shapes, leaf, 0)
     other = drawn(shapes, leaf, 1)
-    expected = [_applied(body, args, scalars) for args in (one, other)]
+    expected = [[x.clone() for x in args] for args in (one, other)]
+    for args in expected:
+        plain.apply(args)
     split = [x.clone() for x in one]
     n = one[1].numel() // 2
     halves = [x.view(-1).split(n) if x.dim() else repeat(x) for x in split]
     with _Elementwise() as seen:
         for half in zip(*halves, strict=False):
-            _run(body, [*half, *scalars])
-    joined = [[x.clone(), y.clone()] for x, y in zip(one, other, strict=True)]
-    _joined(joined, [(one[1].numel(),)] * 2, scalars, body, narrow)
-    found = [*split, *[x for pair in joined for x in pair]]
-    wanted = [*expected[0], *[x for pair in zip(*expected, strict=True) for x in pair]]
-    return not seen.mixes and all(map(_same, found, wanted))
+            plain.apply([*half])
+    together = [[x.clone(), y.clone()] for x, y in zip(one, other, strict=True)]
+    pairs = [[x.clone() for x in pair] for pair in together]
+    _joined(together, [(one[1].numel(),)] * 2, plain, narrow)
+    wanted = [x for pair in zip(*expected, strict=True) for x in pair]
+    same = all(map(_same, split, expected[0])) and _all_same(together, wanted)
+    if seen.mixes or not same:
+        return None
+    scalars = body.narrowed if narrow else body.scalars
+    lists = recorded(body, one, scalars)
+    if lists is not None:
+        lists.run(pairs, scalars)
+        lists = lists if _all_same(pairs, wanted) else None
+    return Pieces(lists)
 
 
-def _applied(body: Body, args: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
-    args = [x.clone() for x in args]
-    _run(body, [*args, *scalars])
-    return args
+def _all_same(columns: Columns, wanted: list[Tensor]) -> bool:
+    return all(map(_same, [x for column in columns for x in column], wanted))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from functorch_opt._core.points import has_point
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.evaluation import held
+from functorch_opt.optim.evaluation import held, points_of
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.look import look
 from functorch_opt.optim.one_operation import as_one, number_of
@@ -366,7 +366,7 @@ class Optimizer(torch.optim.Optimizer):
             for fixed, groups in self._trained_buckets():
                 plan = self._plan(fixed, groups)
                 averaging |= has_point(plan.tx)
-                values |= plan.points(groups, self.state)
+                values |= points_of(plan, groups, self.state)
         if not averaging:
             raise ValueError(
                 "nothing in this optimizer averages the parameters: "

@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.points import has_point, points
+from functorch_opt.optim.numbers import Groups
+from functorch_opt.optim.step import NOTHING, State
+
+if TYPE_CHECKING:
+    from functorch_opt.optim.plan import Plan
+
+
+def points_of(plan: Plan, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+    """``{parameter: what to evaluate with}``, for those that have made a step."""
+    if not has_point(plan.tx):
+        return {}
+    plan.numbers.write(groups)
+    params = [p for group in groups for p in group["params"]]
+    entries = [state.get(p, NOTHING) for p in params]
+    first = plan.counts.keys[0]
+    moved = [i for i, entry in enumerate(entries) if first in entry]
+    if not moved:
+        # Two stages for one parameter are an error before the first step too.
+        blank = plan.tree([p.detach().to("meta") for p in params])
+        points(plan.tx, plan.tx.init(blank), blank)
+        return {}
+    old = tree.unflatten(plan.spec, plan.values(entries, moved))
+    found = points(plan.tx, old, plan.tree([p.detach() for p in params]))
+    by_number = {plan.number[path]: x for path, x in found.items()}
+    return {params[i]: by_number[i] for i in moved if i in by_number}
 
 
 @contextmanager

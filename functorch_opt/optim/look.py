@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import refuse_gradient
 from functorch_opt.optim.plan import Plan
@@ -67,8 +68,8 @@ def look_at(
     for i in moved:
         if i in plan.left_out or gradients[i].layout is not torch.strided:
             refuse_gradient(plan.tx.name, plan.paths[i], params[i], gradients[i])
-    entries, _ = plan._entries(state, params, moved)
-    old = tree.unflatten(plan.spec, plan._values(entries, moved))
-    grads = plan._tree(gradients)
-    values = plan._tree([p.detach() for p in params])
+    entries, _ = plan.entries(state, params, moved)
+    old = tree.unflatten(plan.spec, plan.values(entries, moved))
+    grads = plan.tree(gradients)
+    values = plan.tree([p.detach() for p in params])
     look.step(plan.tx, grads, old, values, plan._extra(loss, grads))

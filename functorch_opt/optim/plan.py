@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
 from functorch_opt._core.checkpoint import state_dict
-from functorch_opt._core.points import has_point, points
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt._execution.compiled import CompiledStep, with_memory_of_its_own
+from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.flat import rules_at
 from functorch_opt._execution.fusing import always_counts
+from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
@@ -66,9 +66,9 @@ class Plan:
         self.paths = names if self.named else [str(i) for i in range(len(params))]
         self.number = {path: i for i, path in enumerate(self.paths)}
         # A dict is a tree with its leaves by name: the numbers of parameters are in that order.
-        self.order = [self.number[path] for path in tree.paths(self._tree(params))]
+        self.order = [self.number[path] for path in tree.paths(self.tree(params))]
         self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
-        few = self._tree([*map(small, params)])
+        few = self.tree([*map(small, params)])
         self.numbers, self.tx = with_numbers(make, varying, groups, self.order, few)
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.view = self.in_place.view(few)[0]
@@ -85,7 +85,7 @@ class Plan:
 
     def _lay_out(self, params: list[Tensor | None], rename: dict[str, str]) -> None:
         """Find a place for each tensor of the state."""
-        like = self._tree(params)
+        like = self.tree(params)
         places = Places(self.number, like).of(self.tx.init(like))
         counts = [place.key for place in tree.leaves(places) if place.kind == "count"]
         if rename:
@@ -129,7 +129,7 @@ class Plan:
         values = self._without(values)
         return [values[i] for i in self.order] if self.named else values
 
-    def _tree(self, values: list[Any]) -> PyTree:
+    def tree(self, values: list[Any]) -> PyTree:
         values = self._without(values)
         return dict(zip(self.paths, values, strict=True)) if self.named else values
 
@@ -189,15 +189,15 @@ class Plan:
         for i in moved:
             if i in self.left_out or gradients[i].layout is not torch.strided:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
-        entries, began = self._entries(state, params, moved)
-        flat = self._values(entries, moved)
+        entries, began = self.entries(state, params, moved)
+        flat = self.values(entries, moved)
         step = Step(self, params, moved, entries, flat)
         extra = self._extra(loss, gradients)
         if tx is self.tx and self._goes_in_place(params, loss):
             return self._in_place(step, gradients, extra, state if began else None)
-        grads = self._tree(gradients)
+        grads = self.tree(gradients)
         updates, new = tx.update(
-            grads, step.old, self._tree([p.detach() for p in params]), **extra
+            grads, step.old, self.tree([p.detach() for p in params]), **extra
         )
         us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
         write = step.writes([us[i] for i in moved], step.changed(new))
@@ -232,7 +232,7 @@ class Plan:
 
     def _rehearse(self, params: list[Tensor], loss: Any) -> None:
         few = [*map(small, params)]
-        ps = self._tree(few)
+        ps = self.tree(few)
         state = self.tx.init(ps)
         new = self.tx.update(ps, state, ps, **self._extra(loss, few))[1]
         differences(self.numbered, state, new)
@@ -254,7 +254,7 @@ class Plan:
                 new = run.run_flat(self.rules, self.view, ps, us, step.flat, extra)
                 changed = step.checked(new)
             else:
-                trees = self._tree(params), self._tree(gradients)
+                trees = self.tree(params), self.tree(gradients)
                 changed = step.changed(run.run(*trees, step.old, extra, self.checked))
             self.checked = True
             if state is not None:
@@ -263,7 +263,7 @@ class Plan:
 
         return act
 
-    def _entries(
+    def entries(
         self, state: State, params: list[Tensor], moved: list[int]
     ) -> tuple[list[dict[str, Any]], bool]:
         """The state of each parameter, and whether some of it begins with this step."""
@@ -285,7 +285,7 @@ class Plan:
         absent = [self.flat[k] for k, x in zip(self.kept, there, strict=True) if not x]
         return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
 
-    def _values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
+    def values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
         """The tensors of the functional state, in the order of its leaves."""
         flat: list[Any] = [None] * len(self.flat)
         kept = [entries[i].get(key) for i, key in self.where]
@@ -311,7 +311,7 @@ class Plan:
         reads = self.tx.extra_args
         if not reads:
             return {}
-        given = {"grad": self._tree(grads)}
+        given = {"grad": self.tree(grads)}
         if loss is not None:
             given["value"] = torch.as_tensor(loss).detach()
         for name, required in reads.items():
@@ -350,7 +350,7 @@ class Plan:
                 p.detach() if everything or i in wanted else None
                 for i, p in enumerate(params)
             ]
-            first = state_dict(self.tx.init(self._tree(given)))
+            first = state_dict(self.tx.init(self.tree(given)))
             mine = {place.path: first[place.path] for place in absent}
             mine = with_memory_of_its_own(mine, params)
             for place in absent:
@@ -361,26 +361,3 @@ class Plan:
         is_key = place.kind == "joint" and place.path.rpartition("/")[2] == "key"
         is_key = is_key and first.dtype is torch.int64 and first.shape == (2,)
         return random.fold_in(first, self.place) if is_key and self.place else first
-
-    # ---- where to evaluate -----------------------------------------------------------------------
-
-    def points(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
-        """``{parameter: what to evaluate with}``, for those that have made a step."""
-        if not has_point(self.tx):
-            return {}
-        self.numbers.write(groups)
-        params = [p for group in groups for p in group["params"]]
-        entries = [state.get(p, NOTHING) for p in params]
-        first = self.counts.keys[0]
-        moved = [i for i, entry in enumerate(entries) if first in entry]
-        if not moved:
-            # Two stages for one parameter are an error before the first step too.
-            blank = self._tree([p.detach().to("meta") for p in params])
-            points(self.tx, self.tx.init(blank), blank)
-            return {}
-        old = tree.unflatten(self.spec, self._values(entries, moved))
-        number = self.number
-        found = points(self.tx, old, self._tree([p.detach() for p in params]))
-        return {
-            params[number[path]]: x for path, x in found.items() if number[path] in moved
-        }
