@@ -120,7 +120,12 @@ def projection_simplex(tree: PyTree, scale: float | Tensor = 1) -> PyTree:
     lowered = (falling.cumsum(0) - scale) / ranks
     count = (falling > lowered).sum().clamp(min=1)
     by = lowered.gather(0, (count - 1).reshape(1))
-    return trees.map(lambda x: torch.clamp(x - by.to(x.dtype).reshape(()), min=0), tree)
+
+    def lower(x: Tensor) -> Tensor:
+        lowered = x - by.to(x.dtype).reshape(())
+        return lowered.clamp(min=0)
+
+    return trees.map(lower, tree)
 
 
 def projection_l1_sphere(tree: PyTree, scale: float | Tensor = 1) -> PyTree:

@@ -123,8 +123,10 @@ def _is_repeated(x: Tensor, y: Any) -> bool:
     """Whether an element of `x` makes many of the tensor `y`, by the rules of broadcasting."""
     if not isinstance(y, Tensor):
         return False
+    if x.dim() < y.dim():
+        return True
     sizes = zip(x.shape, y.shape, strict=False)
-    return x.dim() < y.dim() or any(_is_one(n) and not _is_one(m) for n, m in sizes)
+    return any(_is_one(n) and not _is_one(m) for n, m in sizes)
 
 
 def _is_one(n: Any) -> bool:

@@ -334,9 +334,8 @@ def _find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel
     if given is None:
         return None
     own = {id(x) for x in samples}
-    buffers = [
-        *{id(x): x for x in given if isinstance(x, Tensor) and id(x) not in own}.values()
-    ]
+    tensors = {id(x): x for x in given if isinstance(x, Tensor)}
+    buffers = [x for number, x in tensors.items() if number not in own]
     place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
     of_size = {n: i for i, n in enumerate(telling.values())}
     order = [

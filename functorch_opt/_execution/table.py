@@ -148,5 +148,7 @@ def addresses(xs: list[Any]) -> set[int]:
         RuntimeError: one has no memory that can be told, for it is sparse.
     """
     if loop.cache_info().currsize:
-        return {*memoryview(identity([xs])).cast("P")[1::2].tolist()} - {0}
-    return {*map(Tensor.data_ptr, filter(_IS_THERE, xs))} - {0}
+        words = memoryview(identity([xs])).cast("P")
+        return {*words[1::2].tolist()} - {0}
+    there = filter(_IS_THERE, xs)
+    return {*map(Tensor.data_ptr, there)} - {0}

@@ -140,10 +140,11 @@ class Line:
         )
 
     def _point(self, size: Tensor) -> list[Tensor]:
-        return [
-            (self.ps[i] + size.to(u.real.dtype) * u).to(self.ps[i].dtype)
-            for i, u in zip(self.moved, self.us, strict=True)
-        ]
+        found = []
+        for i, u in zip(self.moved, self.us, strict=True):
+            moved = self.ps[i] + size.to(u.real.dtype) * u
+            found.append(moved.to(self.ps[i].dtype))
+        return found
 
     def value_at(self, size: Tensor) -> Tensor:
         """The value at a step size."""

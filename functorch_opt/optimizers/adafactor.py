@@ -232,7 +232,8 @@ def step_by_torchs_adafactor(lr, eps2, d, weight_decay) -> GradientTransformatio
         }
 
     def rule(g, p, gg, pp, n, rho, eps2, d, decay):
-        size = rho * rms(pp, n).clamp(min=eps2) / (rms(gg, n) / d).clamp(min=1)
+        largest = (rms(gg, n) / d).clamp(min=1)
+        size = rho * rms(pp, n).clamp(min=eps2) / largest
         return -size * g - decay * p
 
     sums = {

@@ -43,15 +43,21 @@ def _slice_maxima(p):
 
 def _least(mu, dims):
     """For each element the smallest maximum of the slices that hold it."""
-    shapes = ([-1 if j == i else 1 for j in range(len(dims))] for i in range(len(dims)))
-    each = [x.reshape(shape) for x, shape in zip(mu.split(dims), shapes, strict=True)]
+    each = []
+    for i, x in enumerate(mu.split(dims)):
+        shape = [1] * len(dims)
+        shape[i] = -1
+        each.append(x.reshape(shape))
     return reduce(torch.minimum, each).expand(dims)
 
 
 def _maxima(nu):
     """The largest element of each slice."""
-    others = [[j for j in range(nu.dim()) if j != i] for i in range(nu.dim())]
-    return torch.cat([nu.amax(dims) if dims else nu for dims in others])
+    found = []
+    for i in range(nu.dim()):
+        others = [j for j in range(nu.dim()) if j != i]
+        found.append(nu.amax(others) if others else nu)
+    return torch.cat(found)
 
 
 @transformation

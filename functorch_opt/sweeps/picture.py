@@ -39,7 +39,8 @@ class _Shown:
         self.name = self.names[0] if self.names else "run"
         runs = torch.arange(len(of.losses), dtype=torch.float64)
         self.x = of.settings[self.name] if self.names else runs
-        self.log = bool(self.x.min() > 0 and self.x.max() > 20 * self.x.min())
+        least, most = self.x.min(), self.x.max()
+        self.log = bool(least > 0 and most > 20 * least)
         self.best = of.best_run if of.means.isfinite().any() else None
 
 
@@ -107,7 +108,8 @@ def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
     colors = _colors(shown)
     some = torch.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES))
     for run in some.round().long().tolist():
-        axes.plot(steps, curves[run], color=colors.to_rgba(float(shown.x[run])), lw=1)
+        color = colors.to_rgba(float(shown.x[run]))
+        axes.plot(steps, curves[run], color=color, lw=1)
     if (best := shown.best) is not None:
         label = ", ".join(f"{name}={of.settings[name][best]:.3g}" for name in shown.names)
         axes.plot(steps, curves[best], color=RED, lw=2.5, label=f"best: {label or best}")
@@ -115,7 +117,9 @@ def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
     kept = curves[~of.diverged]
     if len(kept) and kept.min() > 0:
         # Runs that diverge may leave the picture.
-        axes.set(yscale="log", ylim=(0.8 * float(kept.min()), 1.2 * float(kept.max())))
+        least, most = float(kept.min()), float(kept.max())
+        axes.set(yscale="log")
+        axes.set(ylim=(0.8 * least, 1.2 * most))
     axes.set(xlabel="step", ylabel="training loss")
     return colors
 

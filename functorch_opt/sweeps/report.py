@@ -131,7 +131,8 @@ class Sweep:
             rows: how many settings to show.
         """
         header, body, last = self._rows(rows)
-        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+        columns = zip(header, *body, strict=True)
+        widths = [max(map(len, column)) for column in columns]
         lines = [
             "  ".join(
                 cell.rjust(width) for cell, width in zip(row, widths, strict=True)

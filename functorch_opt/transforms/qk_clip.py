@@ -79,7 +79,8 @@ def shrinking(
     too_large = (size > threshold) & size.isfinite()
     gamma = torch.where(too_large, threshold / torch.where(too_large, size, 1.0), 1.0)
     of_rows = (gamma**power).expand(heads, rows // max(heads, 1))
-    return of_rows.reshape([rows, *[1] * (like.dim() - 1)] if like.dim() else [])
+    ones = [1] * like.dim()
+    return of_rows.reshape([rows, *ones[1:]] if ones else [])
 
 
 @transformation
