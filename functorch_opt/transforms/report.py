@@ -15,9 +15,9 @@ from functorch_opt._core.gate import Gate
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
+from functorch_opt.transforms.report_skips import shared_of, skipped
 from functorch_opt.transforms.report_table import OF_LAYERS
 from functorch_opt.tree import PyTree
 
@@ -27,7 +27,8 @@ Report = dict[str, Tensor]
 
 
 class Probe(GradientTransformation):
-    """A transformation as it is, which tells `see` what came in and what went out."""
+    """A transformation as it is, which tells `see` what came in and what went out, and whether
+    it is a gate that is closed."""
 
     def __init__(self, inner: GradientTransformation, see: Callable[..., None]) -> None:
         self.inner, self.see = inner, see
@@ -45,7 +46,11 @@ class Probe(GradientTransformation):
         **extra: Any,
     ) -> tuple[PyTree, PyTree]:
         after, new = self.inner.update(updates, state, params, **extra)
-        self.see(updates, after, state, new)
+        closed = None
+        if isinstance(self.inner, Gate):
+            active, _ = self.inner.decided(updates, state, params, extra)
+            closed = ~active if isinstance(active, Tensor) else not active
+        self.see(updates, after, state, new, closed)
         return after, new
 
 
@@ -63,6 +68,7 @@ class Look:
         self.hypers: Report = {}
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.counts: Report = {}
+        self.skips: Report = {}
 
     def probed(self, tx: GradientTransformation, path: str) -> GradientTransformation:
         """`tx` with a probe at each of its stages, at any depth."""
@@ -83,8 +89,13 @@ class Look:
 
         name = self.before + (path or tx.name)
 
-        def see(before: PyTree, after: PyTree, state: PyTree, new: PyTree) -> None:
+        def see(
+            before: PyTree, after: PyTree, state: PyTree, new: PyTree, closed: Any
+        ) -> None:
             self.stages |= of_stage(name, before, after)
+            if isinstance(tx, Gate):
+                for key, value in skipped(tx, closed, new).items():
+                    self.skips[f"{key}/{name}/{tx.why}"] = as_number(value)
             self.hypers |= self._hypers(tx, name, before, state)
             for key, value in shared_of(tx, new).items():
                 if value.dim() == 0:
@@ -130,13 +141,6 @@ class Look:
         for path, *of_leaf in rows:
             if not any(x is None for x in of_leaf):
                 self.layers[self.named(path)] = of_layer(*of_leaf)
-
-
-def shared_of(tx: GradientTransformation, state: Any) -> Mapping[str, Tensor]:
-    """What a stage shares among all parameters."""
-    if isinstance(tx, (Gate, Wrap)):
-        state = state["gate" if isinstance(tx, Gate) else "kept"]
-    return state.shared if isinstance(state, StageState) else {}
 
 
 def hypers_of(
@@ -272,7 +276,7 @@ def gathered(looks: list[Look]) -> Report:
             found[name] = total[name]
         for path, row in layers.items():
             found[f"{name}/{path}"] = row[name]
-    for kind in ("stages", "hypers", "counts"):
+    for kind in ("stages", "hypers", "skips", "counts"):
         for look in looks:
             found |= getattr(look, kind)
     return found
@@ -307,6 +311,11 @@ def report(
         share        norm of what it has added / norm of what goes out: the decay's share
         zeroed       which share of the elements it has set to 0: masked or clipped away
         hyper        the hyperparameters that it declares, a schedule with its value at this step
+        skipped      whether it leaves out this step, 1 or 0, with the reason at the end of the name:
+                     ``skipped/apply_if_finite/not_finite``, ``skipped/.../gathering`` in
+                     accumulation, the function's name in `MultiSteps` and `conditionally_mask`
+        skips        how many steps it has left out, this one among them, with the same ending; not
+                     known where neither it nor a stage inside keeps a count
         state        its counts and other numbers after the step, such as `apply_if_finite` keeps
 
     A stage inside of a gate that is closed does not run, and is not listed.
