@@ -100,11 +100,24 @@ class Look:
             for key, value in shared_of(tx, new).items():
                 if value.dim() == 0:
                     self.counts[f"state/{name}/{key}"] = as_number(value)
+            if isinstance(tx, Leafwise):
+                self.counts |= self._numbers_of_layers(name, new.slots)
 
         is_partition = isinstance(tx, Groups) and tx.otherwise == "error"
         if isinstance(tx, Chain) or is_partition:
             return inside
         return Probe(inside, see)
+
+    def _numbers_of_layers(self, name: str, slots: Mapping[str, PyTree]) -> Report:
+        """The slots of a stage that are one number for each parameter, as `monitor` keeps them."""
+        found = {}
+        for key, slot in slots.items():
+            rows = zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
+            numbers = {path: x for path, x in rows if x is not None and x.dim() == 0}
+            if len(numbers) == len(tree.leaves(slot)):
+                for path, x in numbers.items():
+                    found[f"state/{name}/{key}/{self.named(path)}"] = as_number(x)
+        return found
 
     def _hypers(
         self,
@@ -316,7 +329,8 @@ def report(
                      accumulation, the function's name in `MultiSteps` and `conditionally_mask`
         skips        how many steps it has left out, this one among them, with the same ending; not
                      known where neither it nor a stage inside keeps a count
-        state        its counts and other numbers after the step, such as `apply_if_finite` keeps
+        state        its counts and other numbers after the step, such as `apply_if_finite` keeps,
+                     and those that it has for each parameter, such as `monitor` of layers
 
     A stage inside of a gate that is closed does not run, and is not listed.
 
