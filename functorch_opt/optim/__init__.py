@@ -23,6 +23,7 @@ from functorch_opt.optim.rprop import *
 from functorch_opt.optim.rules import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *
+from functorch_opt.optim.unfreezing import *
 
 # Type checkers read the star imports above; they do not read a computed list.
 if not _typing.TYPE_CHECKING:

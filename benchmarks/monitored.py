@@ -1,0 +1,110 @@
+"""``benchmarks monitor``: what a monitor of norms and ratios costs of a training step.
+
+Each contender trains a model of its own: forward, backward, the step of AdamW. One chain has no
+monitor, one has it at every step, one at each 50th. In each round each has its turn, and a ratio is
+that of one round.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import functorch_opt as fo
+from benchmarks import record, report
+from benchmarks.fewer_steps import GPT
+from benchmarks.timing import in_turns, summary
+
+NONE = "without a monitor"
+EVERY = {NONE: 0, "at every step": 1, "at each 50th step": 50}
+
+
+def ratio(u: Tensor, p: Tensor) -> Tensor:
+    return u.norm() / p.norm()
+
+
+def chain(every: int) -> fo.GradientTransformation:
+    """The norm of all gradients, and by layer those of gradients and how far each one moves."""
+    before = fo.monitor({"norm": fo.tree.norm}, layers={"grad_norm": torch.norm}, every=every)
+    after = fo.monitor(layers={"ratio": ratio}, every=every)
+    return fo.chain(before, fo.adamw(1e-3, weight_decay=0.1), after)
+
+
+def gpt(quick: bool) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+    """Two layers of width 256: 1.7 million parameters, 8 windows of 128 tokens."""
+    width, context, batch = (16, 8, 2) if quick else (256, 128, 8)
+    x, y = (torch.randint(65, (batch, context)) for _ in range(2))
+    return partial(GPT, 65, width, context), x, y
+
+
+def mlp(quick: bool) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+    """Three layers of width 512, a batch of 256."""
+    width, batch = (8, 4) if quick else (512, 256)
+
+    def make() -> nn.Module:
+        hidden = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+    return make, torch.randn(batch, 64), torch.randint(10, (batch,))
+
+
+TASKS = {"gpt": ("GPT", gpt), "mlp": ("MLP", mlp)}
+ROWS = tuple(TASKS)
+
+
+def trained(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, every: int, compile: bool
+) -> Callable[[], None]:
+    """A training step of a model of its own."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = fo.optim.Optimizer(
+        model.named_parameters(), chain(every), compile=compile
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(name: str, quick: bool, rounds: int) -> dict[str, Any]:
+    title, task = TASKS[name]
+    torch.manual_seed(0)
+    make, x, y = task(quick)
+    results = {}
+    for compile in (False, True):
+        work = {
+            label: trained(make, x, y, every, compile) for label, every in EVERY.items()
+        }
+        times = in_turns(work, 3 if quick else rounds, f"{title}, compile={compile}")
+        kind = "compiled" if compile else "eager"
+        for label, entry in summary(times, NONE).items():
+            results[f"{kind}, {label}"] = entry
+    return {"row": name, "title": title, "results": results}
+
+
+def show(found: dict[str, Any]) -> None:
+    rows = []
+    for label, entry in found["results"].items():
+        ratio_of = entry.get("ratio")
+        shown = "" if ratio_of is None else f"{ratio_of:.3f}"
+        rows.append([label, f"{entry['ms']:.2f}", shown])
+    report.table(found["title"], ["", "ms of a training step", "ratio"], rows)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads[0])
+    result = record.header("monitor") | {"rows": []}
+    for name in args.rows or ROWS:
+        result["rows"].append(measure(name, args.quick, args.rounds))
+        show(result["rows"][-1])
+    record.write(args.out / "monitor.json", result)
+    return result
