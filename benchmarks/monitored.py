@@ -30,21 +30,23 @@ def ratio(u: Tensor, p: Tensor) -> Tensor:
 
 def chain(every: int) -> fo.GradientTransformation:
     """The norm of all gradients, and by layer those of gradients and how far each one moves."""
-    before = fo.monitor({"norm": fo.tree.norm}, layers={"grad_norm": torch.norm}, every=every)
+    before = fo.monitor(
+        {"norm": fo.tree.norm}, layers={"grad_norm": torch.norm}, every=every
+    )
     after = fo.monitor(layers={"ratio": ratio}, every=every)
     return fo.chain(before, fo.adamw(1e-3, weight_decay=0.1), after)
 
 
 def gpt(quick: bool) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
-    """Two layers of width 256: 1.7 million parameters, 8 windows of 128 tokens."""
-    width, context, batch = (16, 8, 2) if quick else (256, 128, 8)
+    """Two layers of width 256, 1.6 million parameters; 32 windows of 128 tokens."""
+    width, context, batch = (16, 8, 2) if quick else (256, 128, 32)
     x, y = (torch.randint(65, (batch, context)) for _ in range(2))
     return partial(GPT, 65, width, context), x, y
 
 
 def mlp(quick: bool) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
-    """Three layers of width 512, a batch of 256."""
-    width, batch = (8, 4) if quick else (512, 256)
+    """Three layers, 1.1 million parameters; a batch of 1024."""
+    width, batch = (8, 4) if quick else (1024, 1024)
 
     def make() -> nn.Module:
         hidden = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]

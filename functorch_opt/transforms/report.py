@@ -17,6 +17,7 @@ from functorch_opt._core.inject import Injected
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
+from functorch_opt.transforms.noise_scale import gradient_noise_scale
 from functorch_opt.transforms.report_skips import shared_of, skipped
 from functorch_opt.transforms.report_table import OF_LAYERS
 from functorch_opt.tree import PyTree
@@ -279,6 +280,19 @@ def of_stage(
     }
 
 
+def noise_in(per_example: PyTree | None) -> Report:
+    """The noise scale, of all parameters and of each."""
+    if per_example is None:
+        return {}
+    whole = gradient_noise_scale(per_example)
+    found = {"noise": whole.noise, "signal": whole.signal, "noise_scale": whole.scale}
+    rows = zip(tree.paths(per_example), tree.flatten(per_example)[0], strict=True)
+    for path, x in rows:
+        if x is not None:
+            found[f"noise_scale/{path}"] = gradient_noise_scale([x]).scale
+    return {name: as_number(value) for name, value in found.items()}
+
+
 def gathered(looks: list[Look]) -> Report:
     """The flat dict of one look or several, as if they were one."""
     layers = {path: row for look in looks for path, row in look.layers.items()}
@@ -300,6 +314,8 @@ def report(
     updates: PyTree,
     state: PyTree,
     params: PyTree,
+    *,
+    per_example: PyTree | None = None,
     **extra: Any,
 ) -> dict[str, Tensor]:
     """A look at one step: what ``tx.update`` would do with these gradients.
@@ -339,6 +355,9 @@ def report(
         updates: gradients, a tree of the structure of the params.
         state: what ``tx.init`` or the last ``tx.update`` returned.
         params: the current parameters.
+        per_example: the gradients of single examples, tensors [B, ...] in the structure of the
+            params, if they are at hand. Then there are ``noise``, ``signal`` and ``noise_scale``
+            too, see `gradient_noise_scale`, and ``noise_scale/`` with each path.
         **extra: what `tx` declares, e.g. ``value=loss``.
 
     Returns:
@@ -361,4 +380,4 @@ def report(
     """
     look = Look(lambda path: path)
     look.step(tx, updates, state, params, extra)
-    return gathered([look])
+    return gathered([look]) | noise_in(per_example)
