@@ -1,12 +1,14 @@
 """``benchmarks monitor``: what a monitor of norms and ratios costs of a training step.
 
-Each contender trains a model of its own: forward, backward, the step of AdamW. One chain has no
-monitor, one has it at every step, one at each 50th. In each round each has its turn, and a ratio is
-that of one round.
+In each round the optimizer's step is timed without a monitor, with one at every step and with one at
+each 50th; and a whole training step, which is forward, backward and the step of AdamW. What a
+monitor adds to the optimizer's step is given as a share of the training step. It is a median over
+rounds.
 """
 
 from __future__ import annotations
 
+import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 import functorch_opt as fo
 from benchmarks import record, report
 from benchmarks.fewer_steps import GPT
-from benchmarks.timing import in_turns, summary
+from benchmarks.timing import in_turns
 
 NONE = "without a monitor"
+WHOLE = "training step"
 EVERY = {NONE: 0, "at every step": 1, "at each 50th step": 50}
 
 
@@ -59,36 +62,46 @@ TASKS = {"gpt": ("GPT", gpt), "mlp": ("MLP", mlp)}
 ROWS = tuple(TASKS)
 
 
-def trained(
-    make: Callable[[], nn.Module], x: Tensor, y: Tensor, every: int, compile: bool
-) -> Callable[[], None]:
-    """A training step of a model of its own."""
-    torch.manual_seed(0)
-    model = make()
-    optimizer = fo.optim.Optimizer(
-        model.named_parameters(), chain(every), compile=compile
-    )
+def works(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, compile: bool
+) -> dict[str, Callable[[], None]]:
+    """A training step, and the optimizer's part of it with each of the chains."""
+    found: dict[str, Callable[[], None]] = {}
+    for label, every in EVERY.items():
+        torch.manual_seed(0)
+        model = make()
+        optimizer = fo.optim.Optimizer(
+            model.named_parameters(), chain(every), compile=compile
+        )
 
-    def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
-        optimizer.step()
+        def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+            optimizer.step()
 
-    return step
+        step()
+        found[label] = optimizer.step
+        if every == 0:
+            found[WHOLE] = step
+    return found
 
 
 def measure(name: str, quick: bool, rounds: int) -> dict[str, Any]:
     title, task = TASKS[name]
     torch.manual_seed(0)
     make, x, y = task(quick)
-    results = {}
+    results: dict[str, Any] = {}
     for compile in (False, True):
-        work = {
-            label: trained(make, x, y, every, compile) for label, every in EVERY.items()
-        }
-        times = in_turns(work, 3 if quick else rounds, f"{title}, compile={compile}")
+        times = in_turns(
+            works(make, x, y, compile), 3 if quick else rounds, f"{title}, {compile=}"
+        )
         kind = "compiled" if compile else "eager"
-        for label, entry in summary(times, NONE).items():
+        whole = statistics.median(times[WHOLE])
+        results[f"{kind}, {WHOLE}"] = {"ms": 1e3 * whole}
+        for label in EVERY:
+            pairs = zip(times[label], times[NONE], strict=True)
+            more = statistics.median([a - b for a, b in pairs])
+            entry = {"ms": 1e3 * statistics.median(times[label]), "share": more / whole}
             results[f"{kind}, {label}"] = entry
     return {"row": name, "title": title, "results": results}
 
@@ -96,10 +109,9 @@ def measure(name: str, quick: bool, rounds: int) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     rows = []
     for label, entry in found["results"].items():
-        ratio_of = entry.get("ratio")
-        shown = "" if ratio_of is None else f"{ratio_of:.3f}"
-        rows.append([label, f"{entry['ms']:.2f}", shown])
-    report.table(found["title"], ["", "ms of a training step", "ratio"], rows)
+        share = f"{entry['share']:.1%}" if "share" in entry else ""
+        rows.append([label, f"{entry['ms']:.2f}", share])
+    report.table(found["title"], ["", "ms", "more, of a training step"], rows)
 
 
 def run(args: Namespace) -> dict[str, Any]:

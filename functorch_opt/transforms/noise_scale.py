@@ -66,8 +66,8 @@ def noise_scale_of_norms(
     Example:
         >>> import functorch_opt as fo
         >>> found = fo.noise_scale_of_norms(small=3.0, big=2.0, b=1, B=4)
-        >>> round(found.signal.item(), 4), round(found.noise.item(), 4), round(found.scale.item(), 4)
-        (1.6667, 1.3333, 0.8)
+        >>> [round(x.item(), 4) for x in (found.signal, found.noise, found.scale)]
+        [1.6667, 1.3333, 0.8]
     """
     if not 0 < b < B:
         raise ValueError(f"b must be between 0 and B; got b={b}, B={B}.")
