@@ -130,6 +130,20 @@ def test_a_report_has_them_by_layer() -> None:
     assert found["state/monitor/norm"] == fo.get(state, "norm")
 
 
+def test_a_report_at_a_step_that_is_asked() -> None:
+    """By the name of the stage, and not as a step that is skipped at the others."""
+    tx, params = watched(2), draw(0)
+    state = tx.init(params)
+    for step in range(3):
+        found = fo.report(tx, draw(step), state, params)
+        assert ("state/monitor/ratio/conv/w" in found) == (step != 1)
+        assert not [name for name in found if name.startswith("skip")]
+        _, state = tx.update(draw(step), state, params)
+    bare = fo.monitor({"norm": tree.norm}, every=2)
+    found = fo.report(bare, draw(1), bare.init(params), params)
+    assert found["state/monitor/norm"] == tree.norm(draw(1))
+
+
 def test_each_model_has_its_own() -> None:
     tx = watched(2)
     params = torch.stack([draw(i)["conv"]["w"] for i in range(3)])

@@ -34,7 +34,10 @@ class Gate(GradientTransformation):
         why: str,
         skips: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> Gate:
-        """The same gate, which says why it is closed, and how often it was, from shared values."""
+        """The same gate, which says why it is closed, and how often it was, from shared values.
+
+        Nothing is said of one that leaves out no work of an optimizer: ``why=""``.
+        """
         self.why, self.skips = why, skips
         return self
 

@@ -117,13 +117,16 @@ def monitor(
     if not callable(every):
         check_whole(0, every=every)
     stage = measuring(measures, layers)
-    if callable(every):
-        return gate(stage, lambda count: every(count), otherwise="pass")
     if every == 0:
         return identity()
     if every == 1:
         return stage
-    return gate(stage, lambda count: count % every == 0, otherwise="pass")
+
+    def is_due(count):
+        return every(count) if callable(every) else count % every == 0
+
+    stage.name = "monitor"
+    return gate(stage, is_due, otherwise="pass").explained("")
 
 
 def measure_with_ema(

@@ -85,7 +85,13 @@ class Look:
             parts = {label: below(of, label) for label, of in tx.inside.items()}
             inside = Groups(parts, tx.labels, tx.what, tx.otherwise, tx.read)
         elif isinstance(tx, (Gate, Wrap)):
-            inside = tx.rebuilt(lambda inner: below(inner, inner.name))
+            inside = tx.rebuilt(
+                lambda inner: (
+                    self.probed(inner, path)
+                    if inner.name == tx.name
+                    else below(inner, inner.name)
+                )
+            )
         inside.name = tx.name
 
         name = self.before + (path or tx.name)
@@ -94,7 +100,7 @@ class Look:
             before: PyTree, after: PyTree, state: PyTree, new: PyTree, closed: Any
         ) -> None:
             self.stages |= of_stage(name, before, after)
-            if isinstance(tx, Gate):
+            if isinstance(tx, Gate) and tx.why:
                 for key, value in skipped(tx, closed, new).items():
                     self.skips[f"{key}/{name}/{tx.why}"] = as_number(value)
             self.hypers |= self._hypers(tx, name, before, state)
