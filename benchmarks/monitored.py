@@ -32,10 +32,8 @@ def ratio(u: Tensor, p: Tensor) -> Tensor:
 
 
 def chain(every: int) -> fo.GradientTransformation:
-    """The norm of all gradients, and by layer those of gradients and how far each one moves."""
-    before = fo.monitor(
-        {"norm": fo.tree.norm}, layers={"grad_norm": torch.norm}, every=every
-    )
+    """By layer, the norms of gradients, and how far each one moves."""
+    before = fo.monitor(layers={"grad_norm": torch.norm}, every=every)
     after = fo.monitor(layers={"ratio": ratio}, every=every)
     return fo.chain(before, fo.adamw(1e-3, weight_decay=0.1), after)
 
