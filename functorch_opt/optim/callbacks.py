@@ -37,7 +37,10 @@ def lightning_callback(every: int = 50, prefix: str = "") -> Any:
         TypeError: at a step, an optimizer that is not one of this library.
 
     Example:
-        Give it to the trainer: ``Trainer(callbacks=[fo.optim.lightning_callback(every=100)])``.
+        >>> import functorch_opt as fo
+        >>> def make_trainer():
+        ...     import lightning
+        ...     return lightning.Trainer(callbacks=[fo.optim.lightning_callback(every=100)])
     """
     check_whole(1, every=every)
     return _lightning_class()(every, prefix)
@@ -65,7 +68,9 @@ def trainer_callback(trainer: Any, every: int = 50, prefix: str = "") -> Any:
         TypeError: at a step, an optimizer that is not one of this library.
 
     Example:
-        Add it: ``trainer.add_callback(fo.optim.trainer_callback(trainer, every=100))``.
+        >>> import functorch_opt as fo
+        >>> def watch(trainer):
+        ...     trainer.add_callback(fo.optim.trainer_callback(trainer, every=100))
     """
     check_whole(1, every=every)
     return _trainer_class()(trainer, every, prefix)
