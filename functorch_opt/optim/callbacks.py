@@ -97,7 +97,7 @@ def _lightning_class() -> Any:
         pytorch = importlib.import_module("pytorch_lightning")
     base: Any = pytorch.Callback
 
-    class LogReport(base):  # type: ignore[misc]
+    class LogReport(base):
         """Logs `Optimizer.report`."""
 
         def __init__(self, every: int, prefix: str) -> None:
@@ -128,7 +128,7 @@ def _lightning_class() -> Any:
 def _trainer_class() -> Any:
     base: Any = importlib.import_module("transformers").TrainerCallback
 
-    class LogReport(base):  # type: ignore[misc]
+    class LogReport(base):
         """Logs `Optimizer.report`."""
 
         def __init__(self, trainer: Any, every: int, prefix: str) -> None:
