@@ -263,3 +263,99 @@ def test_45_state_that_was_moved_is_the_state(compile: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(old, kept, strict=True))
     assert all(opt.state[p]["exp_avg"] is x for p, x in zip(params, moved, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(moved, kept, strict=True))
+
+
+# ---- a look at the steps ---------------------------------------------------------------------------------
+
+
+class Watched(Automatic):
+    """What the callback should log, by hand, at every step."""
+
+    def __init__(self, make: Make) -> None:
+        super().__init__(make)
+        self.seen: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        found = optimizer.report()
+        self.seen.append({name: value.item() for name, value in found.items()})
+
+
+class Keep(lightning.pytorch.loggers.logger.DummyLogger):
+    """Logs to a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+def logged(module: lightning.LightningModule, callback: Any, logger: Keep) -> None:
+    lightning.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=1,
+        logger=logger,
+        callbacks=[callback],
+        log_every_n_steps=1,
+        accumulate_grad_batches=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, batches())
+
+
+@each_optimizer
+def test_44_the_callback_logs_reports(make: Make) -> None:
+    """At the steps that are asked, with the gradients that are accumulated."""
+    module, logger = Watched(make), Keep()
+    logged(module, fo.optim.lightning_callback(every=5, prefix="report/"), logger)
+    assert len(module.seen) == 14
+    assert [step for step, _ in logger.logged] == [0, 5, 10]
+    looks = [metrics for _, metrics in logger.logged]
+    for look, i in zip(looks, (0, 5, 10), strict=True):
+        for name, value in module.seen[i].items():
+            assert look[f"report/{name}"] == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_44_the_callback_and_two_optimizers() -> None:
+    class Two(Manual):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            pass
+
+        def configure_optimizers(self) -> Any:
+            return [named(self.net[0].parameters()), named(self.net[2].parameters())]
+
+        def training_step(self, batch: list[Tensor], i: int) -> None:
+            x, y = batch
+            self.manual_backward(cross_entropy(self.net(x), y))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    logger, module = Keep(), Two(named)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=1,
+        logger=logger,
+        callbacks=[fo.optim.lightning_callback(every=10)],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, batches())
+    first = [metrics for _, metrics in logger.logged if "0/ratio" in metrics]
+    second = [metrics for _, metrics in logger.logged if "1/ratio" in metrics]
+    assert len(first) == len(second) == 3
+
+
+def test_44_the_callback_needs_an_optimizer_of_ours() -> None:
+    with pytest.raises(
+        TypeError, match="AdamW has no report: train with an optimizer of"
+    ):
+        logged(Automatic(torchs), fo.optim.lightning_callback(), Keep())
+    with pytest.raises(ValueError, match="every must be a whole number from 1"):
+        fo.optim.lightning_callback(every=0)

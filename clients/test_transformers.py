@@ -12,7 +12,13 @@ import torch
 from common import LR, WEIGHT_DECAY, assert_equal, assert_same, decayed, watched
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import functorch_opt as fo
 
@@ -141,3 +147,37 @@ def test_47_resume(choice: Choice, tmp_path: Path) -> None:
             resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10")
         )
     assert_equal(rest, whole[10:])
+
+
+@each_choice
+def test_47_the_callback_logs_reports(choice: Choice) -> None:
+    """At the steps that are asked, what a look by hand says."""
+    trainer = make_trainer(choice)
+    seen: list[dict[str, float]] = []
+
+    class ByHand(TrainerCallback):
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
+            found = kwargs["optimizer"].optimizer.report()
+            seen.append({name: value.item() for name, value in found.items()})
+
+    trainer.add_callback(ByHand())
+    trainer.add_callback(fo.optim.trainer_callback(trainer, every=7, prefix="report/"))
+    trainer.train()
+    looks = [entry for entry in trainer.state.log_history if "report/ratio" in entry]
+    assert [entry["step"] for entry in looks] == [0, 7, 14]
+    for look in looks:
+        for name, value in seen[look["step"]].items():
+            assert look[f"report/{name}"] == pytest.approx(value, rel=1e-12)
+
+
+def test_47_the_callback_needs_an_optimizer_of_ours() -> None:
+    trainer = make_trainer(TORCHS)
+    trainer.add_callback(fo.optim.trainer_callback(trainer))
+    with pytest.raises(
+        TypeError, match="AdamW has no report: train with an optimizer of"
+    ):
+        trainer.train()
+    with pytest.raises(ValueError, match="every must be a whole number from 1"):
+        fo.optim.trainer_callback(trainer, every=0)

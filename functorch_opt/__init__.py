@@ -105,6 +105,7 @@ from functorch_opt.transforms.functions import *
 from functorch_opt.transforms.momentum import *
 from functorch_opt.transforms.monitor import *
 from functorch_opt.transforms.noise import *
+from functorch_opt.transforms.noise_scale import *
 from functorch_opt.transforms.plateau import *
 from functorch_opt.transforms.qk_clip import *
 from functorch_opt.transforms.report import *

@@ -276,6 +276,13 @@ def skip_above_20(updates, gradient_step, params):
 
 
 LAST_IS_ROWS = fo.MatrixDims(rows=-1)
+
+
+def relative(u, p):
+    return fo.tree.norm([u]) / (1 + fo.tree.norm([p]))
+
+
+LAYERS = {"of_layer": lambda u: fo.tree.norm([u]), "relative": relative}
 NESTEROV = fo.sgd(0.7, momentum=0.5, nesterov=True)
 ASCENT = fo.chain(fo.normalize(), fo.sgd(0.1))
 DP = {"l2_norm_clip": 0.5, "noise_multiplier": 0.7}
@@ -906,13 +913,15 @@ ROWS = [
     Row("snapshot", lambda: fo.snapshot("norm", fo.tree.norm), written=False),
     Row(
         "monitor",
-        lambda: fo.monitor(
+        lambda **options: fo.monitor(
             {
                 "norm": fo.tree.norm,
                 "mean_norm": fo.measure_with_ema(fo.tree.norm, 0.9),
                 "biased": fo.measure_with_ema(fo.tree.norm, 0.5, debias=False),
-            }
+            },
+            **options,
         ),
+        variants=({}, {"layers": LAYERS}, {"layers": LAYERS, "every": 2}),
         written=False,
     ),
     Row(
@@ -1493,6 +1502,7 @@ NOT_TRANSFORMATIONS = {
     "GradientTransformation",
     "MatrixDims",
     "MatrixLabels",
+    "NoiseScale",
     "Scalar",
     "ScalarOrSchedule",
     "StageState",
@@ -1505,12 +1515,14 @@ NOT_TRANSFORMATIONS = {
     "eval_params",
     "get",
     "global_norm",
+    "gradient_noise_scale",
     "hutchinson_estimator_diag_hessian",
     "incremental_update",
     "leafwise",
     "load_state_dict",
     "matrix_labels",
     "measure_with_ema",
+    "noise_scale_of_norms",
     "per_example_global_norm_clip",
     "per_example_grads",
     "per_example_layer_norm_clip",

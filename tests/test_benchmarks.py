@@ -17,6 +17,7 @@ import torch
 for extra in ("rich", "matplotlib"):
     pytest.importorskip(extra)
 
+import functorch_opt as fo  # noqa: E402
 from benchmarks import (  # noqa: E402
     __main__,
     chains,
@@ -28,6 +29,7 @@ from benchmarks import (  # noqa: E402
     gpu,
     many_models,
     memory,
+    monitored,
     ordinary,
     report,
     shapes,
@@ -384,3 +386,25 @@ def test_rehearsal_of_fewer_steps(tmp_path: Path) -> None:
         1 <= found["AdamW"]["steps"] <= 25
     )  # it reaches its own loss at its end, or before
     assert all(0 < entry["loss"] < 2.31 for entry in found.values())
+
+
+# ---- monitor -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rehearsal_of_monitor(tmp_path: Path) -> None:
+    found = run(tmp_path, "monitor", "--rows", "mlp")["rows"][0]["results"]
+    labels = ["training step", *monitored.EVERY]
+    kinds = ("eager", "compiled")
+    assert {*found} == {f"{kind}, {label}" for kind in kinds for label in labels}
+    assert found["compiled, without a monitor"]["share"] == 0.0
+    assert all(entry["ms"] > 0 for entry in found.values())
+
+
+def test_what_is_measured_as_on_is_on() -> None:
+    params = {"w": torch.ones(2)}
+    for label, every in monitored.EVERY.items():
+        tx = monitored.chain(every)
+        _, state = tx.update(params, tx.init(params), params)
+        kept = "ratio" in str(fo.state_dict(state).keys())
+        assert kept == (label != monitored.NONE)

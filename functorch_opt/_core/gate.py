@@ -21,10 +21,25 @@ __all__ = ["gate"]
 class Gate(GradientTransformation):
     """What `gate` makes. Its parts are attributes, from which every execution is derived."""
 
+    why = "not_due"
+    skips: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+
     def __init__(self, inner: GradientTransformation, once: Once, otherwise: str) -> None:
         self.inner, self.once, self.otherwise = inner, once, otherwise
         self.name, self.last = once.name, inner.last
         self.extra_args = {**once.extra_args, **inner.extra_args}
+
+    def explained(
+        self,
+        why: str,
+        skips: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    ) -> Gate:
+        """The same gate, which says why it is closed, and how often it was, from shared values.
+
+        Nothing is said of one that leaves out no work of an optimizer: ``why=""``.
+        """
+        self.why, self.skips = why, skips
+        return self
 
     def rebuilt(
         self, f: Callable[[GradientTransformation], GradientTransformation]

@@ -12,6 +12,7 @@ from functorch_opt.optim.adagrad import *
 from functorch_opt.optim.adam import *
 from functorch_opt.optim.adapter import *
 from functorch_opt.optim.asgd import *
+from functorch_opt.optim.callbacks import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
 from functorch_opt.optim.param_groups import *
@@ -23,6 +24,7 @@ from functorch_opt.optim.rprop import *
 from functorch_opt.optim.rules import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *
+from functorch_opt.optim.unfreezing import *
 
 # Type checkers read the star imports above; they do not read a computed list.
 if not _typing.TYPE_CHECKING:

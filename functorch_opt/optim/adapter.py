@@ -49,6 +49,7 @@ from functorch_opt.optim.options import (
 from functorch_opt.optim.params import can_be_trained
 from functorch_opt.optim.plan import Make, Plan
 from functorch_opt.optim.recipe import Recipe, made
+from functorch_opt.transforms.report import noise_in
 
 __all__ = ["Optimizer"]
 
@@ -381,7 +382,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._evaluating = outside
 
     @torch.no_grad()
-    def report(self, loss: Any = None) -> dict[str, Tensor]:
+    def report(self, loss: Any = None, per_example: Any = None) -> dict[str, Tensor]:
         """A look at the step that `step` would make with the gradients that are there.
 
         Nothing is changed. Call it after ``backward``, and after a `GradScaler` has unscaled the
@@ -393,6 +394,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             loss: for a transformation that reads ``value``.
+            per_example: the gradients of single examples, a tree such as ``{name: [B, ...]}``; then
+                there is the noise scale too, see `functorch_opt.report`.
 
         Returns:
             ``{name: 0-dim tensor}``. Print it with `functorch_opt.report_table`.
@@ -414,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "the parameters hold their averages: report after leaving eval_params()."
             )
-        return look(self, loss)
+        return look(self, loss) | noise_in(per_example)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
-from functorch_opt._core.rule import leafwise
+from functorch_opt._core.gate import gate
+from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
     Expression,
     GradientTransformation,
     Scalar,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.tree import PyTree
@@ -23,6 +26,9 @@ from functorch_opt.tree import PyTree
 __all__ = ["measure_with_ema", "monitor", "snapshot"]
 
 Measure = Callable[[PyTree], Any]
+OfLayer = Callable[..., Tensor]
+NOTHING: dict[str, Any] = {}
+ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class MeasureWithEma(Expression):
@@ -60,20 +66,34 @@ def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
 
 
 @transformation
-def monitor(measures: Mapping[str, Measure | MeasureWithEma]) -> GradientTransformation:
-    """Keep several numbers about the updates in the state, each under its name.
+def monitor(
+    measures: Mapping[str, Measure | MeasureWithEma] = NOTHING,
+    *,
+    layers: Mapping[str, OfLayer] = NOTHING,
+    every: int | Callable[[Any], Any] = 1,
+) -> GradientTransformation:
+    """Keep several numbers about the updates in the state, each under its name: of all updates
+    together, and of each parameter by itself.
 
-    The updates pass unchanged. Before the first update the numbers are NaN.
+    The updates pass unchanged. Before the first update the numbers are NaN. They are tensors on the
+    device of the parameters, and nothing waits for them. At the steps that are not chosen nothing
+    is worked out, and the numbers stay as they were; with ``every=0`` the stage is `identity`.
 
     Args:
         measures: ``{name: measure}``. A measure is a function of the tree of updates, which returns
             a number or a 0-dim tensor; or what `measure_with_ema` makes of one.
+        layers: ``{name: measure}``. A measure is a function of one update, or of one update and its
+            parameter, which returns a 0-dim tensor. The state has a tree of these numbers, in the
+            dtype of the parameter, but at least float32.
+        every: k, for the first step and each k-th after it; or a function of the number of updates
+            before this one, which returns a 0-dim bool tensor or a bool; 0 for no step at all.
 
     Raises:
-        TypeError: a measure is no function, or returns something else.
+        TypeError: a measure is no function, or returns something else; one name for two measures.
+        ValueError: `every` is a number that is not whole, or negative.
 
     Source: optax.monitor, whose measures may be transformations, and whose state changes its form
-    at the first update.
+    at the first update. It has no `layers` and no `every`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -84,8 +104,29 @@ def monitor(measures: Mapping[str, Measure | MeasureWithEma]) -> GradientTransfo
         >>> _, state = tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))
         >>> fo.get(state, "norm").item(), fo.get(state, "clipped").item()
         (5.0, 1.0)
+        >>> def ratio(u, p):
+        ...     return u.norm() / p.norm()
+        >>> params = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([2.0])}
+        >>> tx = fo.chain(fo.sgd(0.1), fo.monitor(layers={"ratio": ratio}, every=50))
+        >>> _, state = tx.update(params, tx.init(params), params)
+        >>> fo.get(state, "ratio")
+        {'w': tensor(0.1000), 'b': tensor(0.1000)}
     """
-    return measuring(measures)
+    for name, measure in layers.items():
+        check_measure(name, measure)
+    if not callable(every):
+        check_whole(0, every=every)
+    stage = measuring(measures, layers)
+    if every == 0:
+        return identity()
+    if every == 1:
+        return stage
+
+    def is_due(count):
+        return every(count) if callable(every) else count % every == 0
+
+    stage.name = "monitor"
+    return gate(stage, is_due, otherwise="pass").explained("")
 
 
 def measure_with_ema(
@@ -134,7 +175,9 @@ KEPT = ("measurements", "means")
 """How many measurements were made, and the means before they are corrected."""
 
 
-def measuring(measures: Mapping[str, Any]) -> GradientTransformation:
+def measuring(
+    measures: Mapping[str, Any], layers: Mapping[str, OfLayer] = NOTHING
+) -> GradientTransformation:
     """The stage that keeps these numbers, and the means that some of them are made of."""
     averaged = [m for m in measures.values() if isinstance(m, MeasureWithEma)]
     for name, measure in measures.items():
@@ -162,11 +205,45 @@ def measuring(measures: Mapping[str, Any]) -> GradientTransformation:
 
     nan = torch.full((), float("nan"), dtype=torch.float64)
     shared: dict[str, Tensor] = dict.fromkeys(measures, nan)
+    of_layers = options_of(layers)
     if not averaged:
-        return leafwise(lambda g: g, prepare, shared=shared)
+        return leafwise(prepare=prepare if shared else None, shared=shared, **of_layers)
     shared["measurements"] = torch.zeros((), dtype=torch.int64)
     shared["means"] = torch.zeros(len(averaged), dtype=torch.float64)
-    return leafwise(lambda g: g, prepare_means, shared=shared)
+    return leafwise(prepare=prepare_means, shared=shared, **of_layers)
+
+
+def options_of(layers: Mapping[str, OfLayer]) -> dict[str, Any]:
+    """The rule of the stage and its slots: one number of each parameter for each measure."""
+    if not layers:
+        return {"rule": lambda g: g}
+    takes_p = {name: takes_two(measure) for name, measure in layers.items()}
+
+    def measured(g, p):
+        found = {}
+        for name, measure in layers.items():
+            value = measure(g, p) if takes_p[name] else measure(g)
+            if not isinstance(value, Tensor) or value.dim() or value.is_complex():
+                raise TypeError(
+                    f"the measure {name!r} of layers must return a real 0-dim tensor; "
+                    f"got {value!r}."
+                )
+            found[name] = value.to(numerics.at_least_float32(g.real.dtype), copy=True)
+        return g, found
+
+    rule = measured if any(takes_p.values()) else lambda g: measured(g, None)
+    slots = dict.fromkeys(layers, numerics.scalar_slot(float("nan")))
+    return {"rule": rule, "slots": slots, "kind": "tensorwise"}
+
+
+def takes_two(measure: OfLayer) -> bool:
+    """Whether a measure of a layer reads the parameter beside the update."""
+    try:
+        parameters = inspect.signature(measure).parameters.values()
+    except (TypeError, ValueError):  # functions in C do not tell
+        return False
+    needed = [x for x in parameters if x.default is x.empty and x.kind not in ANY_NUMBER]
+    return len(needed) == 2
 
 
 def number(name: str, value: Any, updates: PyTree) -> Tensor:

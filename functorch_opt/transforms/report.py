@@ -15,9 +15,10 @@ from functorch_opt._core.gate import Gate
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
+from functorch_opt.transforms.noise_scale import gradient_noise_scale
+from functorch_opt.transforms.report_skips import shared_of, skipped
 from functorch_opt.transforms.report_table import OF_LAYERS
 from functorch_opt.tree import PyTree
 
@@ -27,7 +28,8 @@ Report = dict[str, Tensor]
 
 
 class Probe(GradientTransformation):
-    """A transformation as it is, which tells `see` what came in and what went out."""
+    """A transformation as it is, which tells `see` what came in and what went out, and whether
+    it is a gate that is closed."""
 
     def __init__(self, inner: GradientTransformation, see: Callable[..., None]) -> None:
         self.inner, self.see = inner, see
@@ -45,7 +47,11 @@ class Probe(GradientTransformation):
         **extra: Any,
     ) -> tuple[PyTree, PyTree]:
         after, new = self.inner.update(updates, state, params, **extra)
-        self.see(updates, after, state, new)
+        closed = None
+        if isinstance(self.inner, Gate):
+            active, _ = self.inner.decided(updates, state, params, extra)
+            closed = ~active if isinstance(active, Tensor) else not active
+        self.see(updates, after, state, new, closed)
         return after, new
 
 
@@ -63,6 +69,7 @@ class Look:
         self.hypers: Report = {}
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.counts: Report = {}
+        self.skips: Report = {}
 
     def probed(self, tx: GradientTransformation, path: str) -> GradientTransformation:
         """`tx` with a probe at each of its stages, at any depth."""
@@ -78,22 +85,46 @@ class Look:
             parts = {label: below(of, label) for label, of in tx.inside.items()}
             inside = Groups(parts, tx.labels, tx.what, tx.otherwise, tx.read)
         elif isinstance(tx, (Gate, Wrap)):
-            inside = tx.rebuilt(lambda inner: below(inner, inner.name))
+            inside = tx.rebuilt(
+                lambda inner: (
+                    self.probed(inner, path)
+                    if inner.name == tx.name
+                    else below(inner, inner.name)
+                )
+            )
         inside.name = tx.name
 
         name = self.before + (path or tx.name)
 
-        def see(before: PyTree, after: PyTree, state: PyTree, new: PyTree) -> None:
+        def see(
+            before: PyTree, after: PyTree, state: PyTree, new: PyTree, closed: Any
+        ) -> None:
             self.stages |= of_stage(name, before, after)
+            if isinstance(tx, Gate) and tx.why:
+                for key, value in skipped(tx, closed, new).items():
+                    self.skips[f"{key}/{name}/{tx.why}"] = as_number(value)
             self.hypers |= self._hypers(tx, name, before, state)
             for key, value in shared_of(tx, new).items():
                 if value.dim() == 0:
                     self.counts[f"state/{name}/{key}"] = as_number(value)
+            if isinstance(tx, Leafwise):
+                self.counts |= self._numbers_of_layers(name, new.slots)
 
         is_partition = isinstance(tx, Groups) and tx.otherwise == "error"
         if isinstance(tx, Chain) or is_partition:
             return inside
         return Probe(inside, see)
+
+    def _numbers_of_layers(self, name: str, slots: Mapping[str, PyTree]) -> Report:
+        """The slots of a stage that are one number for each parameter, as `monitor` keeps them."""
+        found = {}
+        for key, slot in slots.items():
+            rows = zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
+            numbers = {path: x for path, x in rows if x is not None and x.dim() == 0}
+            if len(numbers) == len(tree.leaves(slot)):
+                for path, x in numbers.items():
+                    found[f"state/{name}/{key}/{self.named(path)}"] = as_number(x)
+        return found
 
     def _hypers(
         self,
@@ -130,13 +161,6 @@ class Look:
         for path, *of_leaf in rows:
             if not any(x is None for x in of_leaf):
                 self.layers[self.named(path)] = of_layer(*of_leaf)
-
-
-def shared_of(tx: GradientTransformation, state: Any) -> Mapping[str, Tensor]:
-    """What a stage shares among all parameters."""
-    if isinstance(tx, (Gate, Wrap)):
-        state = state["gate" if isinstance(tx, Gate) else "kept"]
-    return state.shared if isinstance(state, StageState) else {}
 
 
 def hypers_of(
@@ -262,6 +286,19 @@ def of_stage(
     }
 
 
+def noise_in(per_example: PyTree | None) -> Report:
+    """The noise scale, of all parameters and of each."""
+    if per_example is None:
+        return {}
+    whole = gradient_noise_scale(per_example)
+    found = {"noise": whole.noise, "signal": whole.signal, "noise_scale": whole.scale}
+    rows = zip(tree.paths(per_example), tree.flatten(per_example)[0], strict=True)
+    for path, x in rows:
+        if x is not None:
+            found[f"noise_scale/{path}"] = gradient_noise_scale([x]).scale
+    return {name: as_number(value) for name, value in found.items()}
+
+
 def gathered(looks: list[Look]) -> Report:
     """The flat dict of one look or several, as if they were one."""
     layers = {path: row for look in looks for path, row in look.layers.items()}
@@ -272,7 +309,7 @@ def gathered(looks: list[Look]) -> Report:
             found[name] = total[name]
         for path, row in layers.items():
             found[f"{name}/{path}"] = row[name]
-    for kind in ("stages", "hypers", "counts"):
+    for kind in ("stages", "hypers", "skips", "counts"):
         for look in looks:
             found |= getattr(look, kind)
     return found
@@ -283,6 +320,8 @@ def report(
     updates: PyTree,
     state: PyTree,
     params: PyTree,
+    *,
+    per_example: PyTree | None = None,
     **extra: Any,
 ) -> dict[str, Tensor]:
     """A look at one step: what ``tx.update`` would do with these gradients.
@@ -307,7 +346,13 @@ def report(
         share        norm of what it has added / norm of what goes out: the decay's share
         zeroed       which share of the elements it has set to 0: masked or clipped away
         hyper        the hyperparameters that it declares, a schedule with its value at this step
-        state        its counts and other numbers after the step, such as `apply_if_finite` keeps
+        skipped      whether it leaves out this step, 1 or 0, with the reason at the end of the name:
+                     ``skipped/apply_if_finite/not_finite``, ``skipped/.../gathering`` in
+                     accumulation, the function's name in `MultiSteps` and `conditionally_mask`
+        skips        how many steps it has left out, this one among them, with the same ending; not
+                     known where neither it nor a stage inside keeps a count
+        state        its counts and other numbers after the step, such as `apply_if_finite` keeps,
+                     and those that it has for each parameter, such as `monitor` of layers
 
     A stage inside of a gate that is closed does not run, and is not listed.
 
@@ -316,6 +361,9 @@ def report(
         updates: gradients, a tree of the structure of the params.
         state: what ``tx.init`` or the last ``tx.update`` returned.
         params: the current parameters.
+        per_example: the gradients of single examples, tensors [B, ...] in the structure of the
+            params, if they are at hand. Then there are ``noise``, ``signal`` and ``noise_scale``
+            too, see `gradient_noise_scale`, and ``noise_scale/`` with each path.
         **extra: what `tx` declares, e.g. ``value=loss``.
 
     Returns:
@@ -338,4 +386,4 @@ def report(
     """
     look = Look(lambda path: path)
     look.step(tx, updates, state, params, extra)
-    return gathered([look])
+    return gathered([look]) | noise_in(per_example)

@@ -24,7 +24,8 @@ OF_STAGES = (
 
 
 def report_table(report: Mapping[str, Tensor]) -> str:
-    """The numbers of a `report` as text: a line for each parameter, and then one for each stage.
+    """The numbers of a `report` as text: a line for each parameter, then one for each stage, and
+    one for each stage that may leave out a step.
 
     Args:
         report: what `report` returned; of many models, first choose one:
@@ -62,7 +63,21 @@ def report_table(report: Mapping[str, Tensor]) -> str:
     for stage in names:
         cells = [shown(name, numbers[f"{name}/{stage}"]) for name in OF_STAGES]
         stages.append((stage, *cells, options_of(stage, names, numbers)))
-    return "\n".join([*aligned(rows), "", *aligned(stages)])
+    tables = [aligned(rows), aligned(stages)]
+    if skips := rows_of_skips(numbers):
+        tables.append(aligned([("skipped", "now", "so far", "why"), *skips]))
+    return "\n\n".join(["\n".join(lines) for lines in tables])
+
+
+def rows_of_skips(numbers: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Of each stage that may leave out a step: whether it does, how often it has, and why."""
+    rows: list[tuple[str, ...]] = []
+    for name in named_after("skipped", numbers):
+        stage, _, why = name.rpartition("/")
+        now = "yes" if numbers[f"skipped/{name}"] else "no"
+        so_far = numbers.get(f"skips/{name}")
+        rows.append((stage, now, "" if so_far is None else f"{so_far:.0f}", why))
+    return rows
 
 
 def check_single(report: Mapping[str, Tensor]) -> None:

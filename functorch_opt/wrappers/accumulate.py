@@ -59,7 +59,8 @@ def MultiSteps(
         should_skip_update_fn: a function of the updates, of how many steps `opt` has made, and of
             the params, or None. It returns a pair whose first part says whether to leave this
             gradient out, a 0-dim bool tensor: `skip_not_finite`, `skip_large_updates`. A gradient
-            that is left out does not count as one of the k, and flushes nothing.
+            that is left out does not count as one of the k, and flushes nothing. The state counts
+            them as ``skipped``, which optax does not.
         weighted: whether gradients have weights.
         flushes: whether ``update`` takes ``flush``.
 
@@ -110,9 +111,9 @@ def every_kth(
             "due": n == k - 1,
         }
 
-    return gathering(
-        gate(opt, lambda count: count % k == k - 1), prepare, use_grad_mean, {}
-    )
+    inner = gate(opt, lambda count: count % k == k - 1)
+    inner.explained("gathering", lambda shared: shared["clock"] - shared["clock"] // k)
+    return gathering(inner, prepare, use_grad_mean, {})
 
 
 def gathering(
@@ -178,7 +179,7 @@ def with_counter(
         gathered = torch.where(due, 0.0, gathered)
         return {"part": part, "due": due}, {**counts, "gathered": gathered}
 
-    inner = gate(opt, active, shared=counter.shared)
+    inner = gate(opt, active, shared=counter.shared).explained("gathering")
     # Where this is built inside of a graph, Dynamo does not know that flush has a default.
     for declared in (inner.once.extra_args, inner.extra_args):
         declared["flush"] = False
@@ -193,22 +194,27 @@ def left_out(
 ) -> GradientTransformation:
     """A gate around `tx`, which is closed for the gradients that `skip` leaves out."""
 
-    def decided(updates, params, mini_step, gradient_step, flush):
-        skipped = skip(updates, gradient_step, params)[0]
+    def decided(updates, params, mini_step, gradient_step, skipped, flush):
+        out = skip(updates, gradient_step, params)[0]
         _, counts = counter.next(mini_step, gradient_step, flush)
         old = {"mini_step": mini_step, "gradient_step": gradient_step}
-        return ~skipped, {
-            name: torch.where(skipped, old[name], new) for name, new in counts.items()
-        }
+        counts = {name: torch.where(out, old[name], new) for name, new in counts.items()}
+        return ~out, {**counts, "skipped": torch.where(out, skipped + 1, skipped)}
 
-    def active(updates, mini_step, gradient_step, params=None):
-        return decided(updates, params, mini_step, gradient_step, False)
+    def active(updates, mini_step, gradient_step, skipped, params=None):
+        return decided(updates, params, mini_step, gradient_step, skipped, False)
 
-    def active_with_flush(updates, mini_step, gradient_step, params=None, *, flush=False):
-        return decided(updates, params, mini_step, gradient_step, flush)
+    def active_with_flush(
+        updates, mini_step, gradient_step, skipped, params=None, *, flush=False
+    ):
+        return decided(updates, params, mini_step, gradient_step, skipped, flush)
 
     chosen = active_with_flush if flushes else active
-    return gate(tx, chosen, shared=counter.shared)
+    shared = {**counter.shared, "skipped": torch.zeros((), dtype=torch.int64)}
+    why = getattr(skip, "__name__", "skip")
+    return gate(tx, chosen, shared=shared).explained(
+        why, lambda shared: shared["skipped"]
+    )
 
 
 # ---- inside of a chain --------------------------------------------------------------------------

@@ -99,11 +99,18 @@ def chosen(
             "Write e.g. lambda step: step >= 100."
         )
     if not forward_extra_args:
-        return gate(inner, lambda count: f(count), otherwise=otherwise)
+        made = gate(inner, lambda count: f(count), otherwise=otherwise)
+        return made.explained(name_of(f))
     if positional(f) != ("count",) or not keyword_only(f):
         raise TypeError(
             "with forward_extra_args=True, should_transform_fn names the extra arguments it "
             "reads after '*': def f(count, *, value); got one of "
             f"{[*positional(f), *keyword_only(f)]}."
         )
-    return gate(inner, f, otherwise=otherwise)
+    return gate(inner, f, otherwise=otherwise).explained(name_of(f))
+
+
+def name_of(f: Callable[..., Any]) -> str:
+    """What a report says of a step that `f` has not chosen."""
+    name = getattr(f, "__name__", "<lambda>")
+    return "not_chosen" if name == "<lambda>" else f"not_{name}"

@@ -28,7 +28,8 @@ def apply_if_finite(
     After `max_consecutive_errors` such steps in a row, the next one is made as it is, with its NaN
     and infinities. Something else is wrong then, and it should be seen. The state has
     ``notfinite_count``, the number of such steps in a row; ``total_notfinite``, the number of all;
-    and ``last_finite``, whether the last gradients were finite.
+    ``skipped``, how many of them were left out; and ``last_finite``, whether the last gradients
+    were finite.
 
     Args:
         inner: the transformation.
@@ -39,7 +40,7 @@ def apply_if_finite(
         TypeError: `inner` is not a transformation.
 
     Source: optax.apply_if_finite. As there, a step that is made although it is not finite still
-    counts as one of those in a row.
+    counts as one of those in a row. optax has no ``skipped``.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -54,24 +55,28 @@ def apply_if_finite(
             f"max_consecutive_errors must be a whole number from 0; got {most!r}."
         )
 
-    def active(updates, notfinite_count, total_notfinite, last_finite):
+    def active(updates, notfinite_count, total_notfinite, skipped, last_finite):
         finite = all_finite(updates)
         in_a_row = torch.where(finite, 0, notfinite_count + 1)
         total = torch.where(finite, total_notfinite, total_notfinite + 1)
+        made = finite | (in_a_row > most)
         counts = {
             "notfinite_count": in_a_row,
             "total_notfinite": total,
+            "skipped": torch.where(made, skipped, skipped + 1),
             "last_finite": finite,
         }
-        return finite | (in_a_row > most), counts
+        return made, counts
 
     zero = torch.zeros((), dtype=torch.int64)
     shared = {
         "notfinite_count": zero,
         "total_notfinite": zero,
+        "skipped": zero,
         "last_finite": torch.ones((), dtype=torch.bool),
     }
-    return gate(inner, active, shared=shared)
+    made = gate(inner, active, shared=shared)
+    return made.explained("not_finite", lambda shared: shared["skipped"])
 
 
 def all_finite(updates):

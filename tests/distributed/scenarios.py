@@ -255,7 +255,16 @@ def trajectory(rank: int, name: str, how: str, compile: bool) -> dict[str, Any]:
 def looked_at(rank: int) -> dict[str, float]:
     """How far a look at a sharded step is from that of one process."""
     alone, net = make_net(), shard(make_net())
-    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(0.1, weight_decay=0.1))
+
+    def ratio(u: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return u.norm() / p.norm()
+
+    inner = fo.chain(
+        fo.clip_by_global_norm(0.1),
+        fo.adamw(0.1, weight_decay=0.1),
+        fo.monitor({"norm": tree.norm}, layers={"ratio": ratio}),
+    )
+    tx = fo.apply_if_finite(inner, 3)
     opts = [fo.optim.Optimizer(of.named_parameters(), tx) for of in (alone, net)]
     for step in range(2):
         x, y = batch(step)
