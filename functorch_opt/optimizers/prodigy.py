@@ -102,33 +102,38 @@ def with_estimate(
     """The rule; ``d`` is kept as a multiple of d0."""
     bounded = "growth_rate" in hyper
 
-    def step_size(count, d, d0, learning_rate, b1, b2):
-        t = tree.as_real(count + 1)
+    def step_size(steps, d, d0, learning_rate, b1, b2):
+        t = tree.as_real(steps + 1)
         bias = (1 - b2**t) ** 0.5 / (1 - b1**t) if use_bias_correction else 1.0
         return d * d0 * learning_rate * bias
 
-    def weight_of_s(count, d, d0, learning_rate, b1, b2):
-        a = step_size(count, d, d0, learning_rate, b1, b2)
+    def weight_of_s(steps, d, d0, learning_rate, b1, b2):
+        a = step_size(steps, d, d0, learning_rate, b1, b2)
         return d * (d * d0 if safeguard_warmup else a)
 
-    def size(g, s, count, d, d0, learning_rate, b1, b2, b3):
-        return (b3 * s + weight_of_s(count, d, d0, learning_rate, b1, b2) * g).abs().sum()
+    def size(g, s, steps, d, d0, learning_rate, b1, b2, b3):
+        return (b3 * s + weight_of_s(steps, d, d0, learning_rate, b1, b2) * g).abs().sum()
 
     def with_bound(d, top, estimate, growth_rate):
         first = torch.where(d == 1, torch.maximum(d, estimate), d)
         return torch.minimum(top, first * growth_rate)
 
     def prepare(
-        came, size, count, d, top, r, d0, learning_rate, b1, b2, b3, coef, growth_rate
+        came, size, steps, d, top, r, d0, learning_rate, b1, b2, b3, coef, growth_rate
     ):
-        given = (count, d, d0, learning_rate, b1, b2)
+        given = (steps, d, d0, learning_rate, b1, b2)
         a, ws = step_size(*given), weight_of_s(*given)
         weights = {"w1": (1 - b1) * d * d0, "w2": (1 - b2) * (d * d0) ** 2, "ws": ws}
         r = b3 * r + d * a * came
         estimate = torch.where(size > 0, coef * r / (size + (size == 0)) / d0, d)
         top = torch.maximum(top, estimate)
         d = with_bound(d, top, estimate, growth_rate) if bounded else top.clone()
-        return {**weights, "a": a, "eps_d": d * d0}, {"d": d, "top": top, "r": r}
+        return {**weights, "a": a, "eps_d": d * d0}, {
+            "d": d,
+            "top": top,
+            "r": r,
+            "steps": steps + 1,
+        }
 
     def rule(g, p, mu, nu, s, start, w1, w2, ws, a, b1, b2, b3, eps, eps_d, weight_decay):
         mu, nu, s = b1 * mu + w1 * g, b2 * nu + w2 * g * g, b3 * s + ws * g
@@ -139,10 +144,15 @@ def with_estimate(
         rule,
         prepare,
         slots={**dict.fromkeys(("mu", "nu", "s"), tree.zeros_like), "start": copied},
-        shared={"d": number(1), "top": number(1), "r": number(0)},
+        shared={"d": number(1), "top": number(1), "r": number(0), "steps": no_steps()},
         hyper={"growth_rate": 1.0, **hyper},
         totals={"came": lambda g, p, start: (g * (start - p)).sum(), "size": size},
     )
+
+
+def no_steps() -> Tensor:
+    """How many steps were made: the bias of d is that of all parameters, and so is this count."""
+    return torch.zeros((), dtype=torch.int64)
 
 
 def number(x: int) -> Tensor:
