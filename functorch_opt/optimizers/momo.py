@@ -50,7 +50,7 @@ def correction(steps, decay):
     return 1 - decay ** tree.as_real(steps + 1)
 
 
-def step_size(kept, inner, came, norm, w1, bias, given, value, adapt):
+def step_size(steps, kept, inner, came, norm, w1, bias, given, value, adapt):
     """What the rule reads, and the next shared values."""
     (average, gamma, raised), (lr, lowest, decay) = kept, given
     average = average + w1 * (value - average)
@@ -65,7 +65,12 @@ def step_size(kept, inner, came, norm, w1, bias, given, value, adapt):
     if adapt:
         raised = ((gap + inner - tau * norm / 2) / bias - lowest).clamp(min=0)
     now = {"tau": tau, "decayed": lr * decay / shrink}
-    return now, dict(zip(NAMES, (average, gamma, raised), strict=True))
+    return now, {
+        "average": average,
+        "gamma": gamma,
+        "raised": raised,
+        "steps": steps + 1,
+    }
 
 
 @transformation
@@ -119,9 +124,9 @@ def momo(
         w1, kept = weight(steps, beta), (average, gamma, raised)
         given = (learning_rate, lower_bound, weight_decay)
         now, new = step_size(
-            kept, inner, came, norm, w1, 1.0, given, value, adapt_lower_bound
+            steps, kept, inner, came, norm, w1, 1.0, given, value, adapt_lower_bound
         )
-        return {**now, "w1": w1}, {**new, "steps": steps + 1}
+        return {**now, "w1": w1}, new
 
     def rule(g, p, mu, w1, tau, decayed):
         mu = torch.lerp(mu, g, w1)
@@ -193,9 +198,8 @@ def momo_adam(
     ):  # fmt: skip
         given, c1 = (learning_rate, lower_bound, weight_decay), correction(steps, b1)
         kept, w1, adapt = (average, gamma, raised), 1 - b1, adapt_lower_bound
-        now, new = step_size(kept, inner, came, norm, w1, c1, given, value, adapt)
-        now |= {"w1": w1, "w2": 1 - b2, "c2": correction(steps, b2)}
-        return now, {**new, "steps": steps + 1}
+        now, new = step_size(steps, kept, inner, came, norm, w1, c1, given, value, adapt)
+        return {**now, "w1": w1, "w2": 1 - b2, "c2": correction(steps, b2)}, new
 
     def rule(g, p, mu, nu, w1, w2, c2, eps, tau, decayed):
         mu, nu = torch.lerp(mu, g, w1), torch.lerp(nu, g * g, w2)

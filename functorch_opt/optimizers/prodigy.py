@@ -128,12 +128,8 @@ def with_estimate(
         estimate = torch.where(size > 0, coef * r / (size + (size == 0)) / d0, d)
         top = torch.maximum(top, estimate)
         d = with_bound(d, top, estimate, growth_rate) if bounded else top.clone()
-        return {**weights, "a": a, "eps_d": d * d0}, {
-            "d": d,
-            "top": top,
-            "r": r,
-            "steps": steps + 1,
-        }
+        new = {"d": d, "top": top, "r": r, "steps": steps + 1}
+        return {**weights, "a": a, "eps_d": d * d0}, new
 
     def rule(g, p, mu, nu, s, start, w1, w2, ws, a, b1, b2, b3, eps, eps_d, weight_decay):
         mu, nu, s = b1 * mu + w1 * g, b2 * nu + w2 * g * g, b3 * s + ws * g

@@ -30,7 +30,7 @@ OTHERS: dict[str, str] = {
     "MaskedNode": "no name: a part of a tree is a flat dict by path, without holes",
     "Schedule": "no name: any function of the count",
     "ShouldSkipUpdateFunction": "no name: see `MultiSteps`",
-    "WrappedSchedule": "not needed: a schedule may be any hyperparameter",
+    "WrappedSchedule": "not needed: `inject_hyperparams` takes functions of the count, and schedules with a state",
     "dpsgd": "`dp_sgd`",
     "init_empty_state": "`lambda params: ()`",
     "inject_stateful_hyperparams": "`inject_hyperparams`",
