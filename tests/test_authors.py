@@ -798,3 +798,93 @@ def test_momo_is_that_of_the_paper(options: tuple, b2: float | None) -> None:
     )
     ours = train_with_values(tx)
     assert_same(ours, train_whole(plain_momo(lr, b1, b2, lowest, wd, adapt)))
+
+
+# ---- D-Adaptation of Adam, the authors' code (dadaptation 3.2, decoupled, with its correction) --------------------------------------
+
+
+def plain_dadapt(lr: float, betas: tuple[float, float], eps: float, d0: float, wd: float):
+    (b1, b2), d, r = betas, d0, 0.0
+    b3 = math.sqrt(b2)
+    m = v = s = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal d, r, m, v, s
+        dlr = d * lr * math.sqrt(1 - b2**t) / (1 - b1**t)
+        came = dlr * (g * s / (v.sqrt() + eps)).sum().item()
+        m = b1 * m + dlr * (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        s = b3 * s + dlr * (1 - b3) * g
+        r = b3 * r + (1 - b3) * came
+        d = max(d, r / ((1 - b3) * s.abs().sum().item()))
+        return (1 - wd * dlr) * p - m / (v.sqrt() + eps)
+
+    return step
+
+
+@compares("dadapt_adamw", reference="plain: the authors' code")
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, (0.9, 0.999), 1e-8, 1e-6, 0.0),
+        (0.5, (0.8, 0.9), 1e-3, 1e-3, 0.1),
+        (2.0, (0.5, 0.99), 1e-2, 1e-2, 0.02),
+        (0.1, (0.0, 0.5), 1e-8, 0.1, 0.0),
+    ],
+)
+def test_dadapt_adamw_is_that_of_its_authors(options: tuple) -> None:
+    assert_same(train(fo.dadapt_adamw(*options)), train_whole(plain_dadapt(*options)))
+
+
+# ---- Mechanic, alg. 1, with the bound of the authors' later code ------------------------------------------------------------------
+
+
+def plain_mechanic(
+    rate: float, decay: float, eps: float, s_init: float, n: int, momentum: float
+):
+    """Around gradient descent with momentum; each part has a loop of its own."""
+    betas = [1 - 0.1**i for i in range(1, n + 1)]
+    r, m, v, s = [0.0] * n, [0.0] * n, [0.0] * n, [s_init] * n
+    ball = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal ball
+        total, delta = sum(s), (first - p) / (sum(s) + eps)
+        size = g.norm().item() / (p.norm().item() + eps)
+        h = torch.dot(g + decay * total * size * p, delta).item()
+        ball = g + momentum * ball
+        for i, b in enumerate(betas):
+            r[i] = b * r[i] + max(-m[i], min(h, m[i])) * s[i]
+            m[i] = max(b * m[i], abs(h) + eps)
+            v[i] = b**2 * v[i] + h**2
+            wealth = s_init / n * m[i] + max(r[i], 0.0)
+            s[i] = wealth / (math.sqrt(v[i]) + eps)
+        return first - sum(s) * (delta + rate * ball)
+
+    return step
+
+
+@compares("mechanize", reference="plain: the paper", remark="around gradient descent")
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 1e-2, 1e-8, 1e-6, 6, 0.0),
+        (0.1, 0.1, 1e-3, 0.1, 3, 0.9),
+        (1.0, 0.0, 1e-6, 1e-2, 1, 0.5),
+        (0.5, 0.02, 1e-8, 1e-3, 4, 0.99),
+    ],
+)
+def test_mechanic_is_that_of_its_authors(options: tuple) -> None:
+    rate, decay, eps, s_init, n, momentum = options
+    tx = fo.mechanize(fo.sgd(rate, momentum), decay, eps, s_init, n)
+    assert_same(train(tx), train_whole(plain_mechanic(*options)))
+
+
+def test_the_rate_of_mechanic_grows() -> None:
+    """The comparison would say little if the factor stayed where it begins."""
+    tx, params = fo.mechanize(fo.sgd(1.0)), draw(0)
+    state = tx.init(params)
+    for step in range(1, STEPS + 1):
+        updates, state = tx.update(draw(step % 3), state, params)
+        params = fo.apply_updates(params, updates)
+    assert fo.get(state, "factor") > 10

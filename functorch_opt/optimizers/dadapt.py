@@ -55,7 +55,8 @@ def dadapt_adamw(
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
 
-    Source: Defazio & Mishchenko, 2023, alg. 5, and the authors' code.
+    Source: Defazio & Mishchenko, 2023, alg. 5, and the authors' code: ``DAdaptAdam`` of dadaptation
+    3.2 with ``decouple`` and ``use_bias_correction``.
 
     Example:
         >>> import torch, functorch_opt as fo
