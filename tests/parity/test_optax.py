@@ -1371,6 +1371,7 @@ DIVERGENCES = {
         "optax has none: see test_outer.py",
     ),
     "qk_clip": "optax has none: see test_qk_clip.py",
+    "schedule_free_prodigy": "optax has none: see test_authors.py",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
