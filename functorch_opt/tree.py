@@ -44,6 +44,7 @@ from functorch_opt._core.numerics import (
 from functorch_opt._core.sharding import is_sharded, part_of, whole
 from functorch_opt._core.state import map_params, set
 from functorch_opt._core.structure import PyTree, flatten, leaves, map, paths, unflatten
+from functorch_opt.random.keys import random_like
 
 __all__ = [
     "TINY",
@@ -74,6 +75,7 @@ __all__ = [
     "ones_like",
     "part_of",
     "paths",
+    "random_like",
     "real",
     "scale",
     "set",

@@ -1336,6 +1336,22 @@ ROWS = [
         {**LR, "b1": 0.8, "weight_decay": 0.1},
         ({}, {"warmup_steps": 2, "mask": matrices}),
     ),
+    Row(
+        "schedule_free_prodigy",
+        fo.schedule_free_prodigy,
+        {
+            "learning_rate": 0.5,
+            "eps": 0.1,
+            "estim_lr0": 0.1,
+            "estim_lr_coef": 0.8,
+            "weight_decay": 0.1,
+            "weight_lr_power": 1.5,
+        },
+        (
+            {"betas": (0.8, 0.99)},
+            {"safeguard_warmup": True, "beta3": 0.7, "growth_rate": 1.02},
+        ),
+    ),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),

@@ -728,6 +728,113 @@ def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
     assert_same(train(tx), train_whole(plain_prodigy(*options)))
 
 
+# ---- Prodigy of groups, and Schedule-Free around it, the authors' packages -----------------------------------------------------
+
+
+@pytest.mark.parametrize("decays", [(0.1, 0.0), (0.02, 0.5)])
+def test_prodigy_of_groups_has_one_distance_and_a_decay_for_each(decays: tuple) -> None:
+    """In the authors' package the d of all groups is one, and a rate is the same for all or 0."""
+    of_each = torch.cat(
+        [
+            torch.full((x.numel(),), decays[name in ("b", "scale")], dtype=x.dtype)
+            for name, x in draw(0).items()
+        ]
+    )
+    given = (1.0, (0.9, 0.999), None, 1e-3, 1.0, of_each, False, math.inf, False)
+    params = {name: torch.nn.Parameter(p) for name, p in draw(0).items()}
+    groups = [
+        {"params": [params["kernel"], params["w"]], "weight_decay": decays[0]},
+        {"params": [params["b"], params["scale"]], "weight_decay": decays[1]},
+    ]
+    opt = fo.optim.Prodigy(groups, estim_lr0=1e-3)
+    for t in range(1, STEPS + 1):
+        for name, g in draw(t).items():
+            params[name].grad = g
+        opt.step()
+    ours = {name: p.detach() for name, p in params.items()}
+    assert_same(ours, train_whole(plain_prodigy(*given)))
+
+
+def test_prodigy_may_have_a_distance_for_each_group() -> None:
+    tx = fo.partition(
+        {"one": fo.prodigy(estim_lr0=1e-2), "other": fo.prodigy(estim_lr0=1e-3)},
+        {"kernel": "one", "w": "one", "b": "other", "scale": "other"},
+    )
+    together = train(tx)
+    for d0, names in ((1e-2, ("kernel", "w")), (1e-3, ("b", "scale"))):
+        tx, params = fo.prodigy(estim_lr0=d0), {name: draw(0)[name] for name in names}
+        state = tx.init(params)
+        for t in range(1, STEPS + 1):
+            gs = {name: draw(t)[name] for name in names}
+            updates, state = tx.update(gs, state, params)
+            params = fo.apply_updates(params, updates)
+        for name in names:
+            torch.testing.assert_close(together[name], params[name])
+
+
+def plain_schedule_free_prodigy(
+    lr: float,
+    b1: float,
+    b2: float,
+    b3: float | None,
+    d0: float,
+    coef: float,
+    wd: float,
+    safeguard: bool,
+    power: float,
+    growth: float,
+):
+    d, d_max, r, highest, total = d0, d0, 0.0, 0.0, 0.0
+    b3 = math.sqrt(b2) if b3 is None else b3
+    z = x = v = s = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, y: Tensor, first: Tensor) -> Tensor:
+        nonlocal d, d_max, r, highest, total, z, x, v, s
+        z, x = (first, first) if t == 1 else (z, x)
+        dlr = d * lr
+        r = b3 * r + d / d0 * dlr * torch.dot(g, first - z).item()
+        v = b2 * v + d * d * (1 - b2) * g**2
+        s = b3 * s + d / d0 * (d if safeguard else dlr) * g
+        estimate = coef * r / s.abs().sum().item()
+        if d == d0:
+            d = max(d, estimate)
+        d_max = max(d_max, estimate)
+        d = min(d_max, d * growth)
+        z = z - dlr * wd * z
+        z = z - dlr * d * g / (v.sqrt() + d * 1e-8)
+        highest = max(highest, lr * d)
+        total += highest**power
+        c = highest**power / total
+        x = (1 - c) * x + c * z
+        return b1 * x + (1 - b1) * z
+
+    return step
+
+
+@compares(
+    "schedule_free_prodigy",
+    reference="plain: the authors' code",
+    remark="their wrapper around Prodigy",
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 0.9, 0.999, None, 1e-6, 1.0, 0.0, False, 2.0, math.inf),
+        (0.5, 0.5, 0.9, 0.95, 1e-3, 2.0, 0.1, True, 2.0, math.inf),
+        (2.0, 0.98, 0.99, None, 1e-2, 0.5, 0.02, False, 1.0, 1.02),
+        (1.0, 0.8, 0.99, 0.5, 1e-4, 1.0, 0.0, True, 0.0, 1.5),
+    ],
+)
+def test_schedule_free_prodigy_is_that_of_its_authors(options: tuple) -> None:
+    *given, growth = options
+    lr, b1, b2, b3, d0, coef, wd, safeguard, power = given
+    tx = fo.schedule_free_prodigy(
+        *(lr, (b1, b2), b3, 1e-8, d0, coef, wd, safeguard, power),
+        growth_rate=None if growth == math.inf else growth,
+    )
+    assert_same(train(tx), train_whole(plain_schedule_free_prodigy(*options)))
+
+
 # ---- MoMo and MoMo-Adam: the model of the loss, of values that are given ----------------------------------------------------------
 
 
@@ -798,3 +905,93 @@ def test_momo_is_that_of_the_paper(options: tuple, b2: float | None) -> None:
     )
     ours = train_with_values(tx)
     assert_same(ours, train_whole(plain_momo(lr, b1, b2, lowest, wd, adapt)))
+
+
+# ---- D-Adaptation of Adam, the authors' code (dadaptation 3.2, decoupled, with its correction) --------------------------------------
+
+
+def plain_dadapt(lr: float, betas: tuple[float, float], eps: float, d0: float, wd: float):
+    (b1, b2), d, r = betas, d0, 0.0
+    b3 = math.sqrt(b2)
+    m = v = s = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal d, r, m, v, s
+        dlr = d * lr * math.sqrt(1 - b2**t) / (1 - b1**t)
+        came = dlr * (g * s / (v.sqrt() + eps)).sum().item()
+        m = b1 * m + dlr * (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        s = b3 * s + dlr * (1 - b3) * g
+        r = b3 * r + (1 - b3) * came
+        d = max(d, r / ((1 - b3) * s.abs().sum().item()))
+        return (1 - wd * dlr) * p - m / (v.sqrt() + eps)
+
+    return step
+
+
+@compares("dadapt_adamw", reference="plain: the authors' code")
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, (0.9, 0.999), 1e-8, 1e-6, 0.0),
+        (0.5, (0.8, 0.9), 1e-3, 1e-3, 0.1),
+        (2.0, (0.5, 0.99), 1e-2, 1e-2, 0.02),
+        (0.1, (0.0, 0.5), 1e-8, 0.1, 0.0),
+    ],
+)
+def test_dadapt_adamw_is_that_of_its_authors(options: tuple) -> None:
+    assert_same(train(fo.dadapt_adamw(*options)), train_whole(plain_dadapt(*options)))
+
+
+# ---- Mechanic, alg. 1, with the bound of the authors' later code ------------------------------------------------------------------
+
+
+def plain_mechanic(
+    rate: float, decay: float, eps: float, s_init: float, n: int, momentum: float
+):
+    """Around gradient descent with momentum; each part has a loop of its own."""
+    betas = [1 - 0.1**i for i in range(1, n + 1)]
+    r, m, v, s = [0.0] * n, [0.0] * n, [0.0] * n, [s_init] * n
+    ball = torch.tensor(0.0)
+
+    def step(t: int, g: Tensor, p: Tensor, first: Tensor) -> Tensor:
+        nonlocal ball
+        total, delta = sum(s), (first - p) / (sum(s) + eps)
+        size = g.norm().item() / (p.norm().item() + eps)
+        h = torch.dot(g + decay * total * size * p, delta).item()
+        ball = g + momentum * ball
+        for i, b in enumerate(betas):
+            r[i] = b * r[i] + max(-m[i], min(h, m[i])) * s[i]
+            m[i] = max(b * m[i], abs(h) + eps)
+            v[i] = b**2 * v[i] + h**2
+            wealth = s_init / n * m[i] + max(r[i], 0.0)
+            s[i] = wealth / (math.sqrt(v[i]) + eps)
+        return first - sum(s) * (delta + rate * ball)
+
+    return step
+
+
+@compares("mechanize", reference="plain: the paper", remark="around gradient descent")
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 1e-2, 1e-8, 1e-6, 6, 0.0),
+        (0.1, 0.1, 1e-3, 0.1, 3, 0.9),
+        (1.0, 0.0, 1e-6, 1e-2, 1, 0.5),
+        (0.5, 0.02, 1e-8, 1e-3, 4, 0.99),
+    ],
+)
+def test_mechanic_is_that_of_its_authors(options: tuple) -> None:
+    rate, decay, eps, s_init, n, momentum = options
+    tx = fo.mechanize(fo.sgd(rate, momentum), decay, eps, s_init, n)
+    assert_same(train(tx), train_whole(plain_mechanic(*options)))
+
+
+def test_the_rate_of_mechanic_grows() -> None:
+    """The comparison would say little if the factor stayed where it begins."""
+    tx, params = fo.mechanize(fo.sgd(1.0)), draw(0)
+    state = tx.init(params)
+    for step in range(1, STEPS + 1):
+        updates, state = tx.update(draw(step % 3), state, params)
+        params = fo.apply_updates(params, updates)
+    assert fo.get(state, "factor") > 10

@@ -61,6 +61,7 @@ RATES: dict[str, Any] = {
     "psgd_kron": 0.01,
     "radam": 0.005,
     "rmsprop": 0.003,
+    "schedule_free_prodigy": 1.0,
     "sgd": 0.0018,
     "sgld": 0.0018,
     "sign_sgd": fo.exponential_decay(0.1, 100, 0.8),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from registry import ROWS, Row
 from torch import Tensor, nn, ones
 
 import functorch_opt as fo
@@ -477,6 +478,14 @@ COMBINING = [
          ValueError, "otherwise", "'drop'", "must be 'pass' or 'zero'"),
     Case("mask-colliding-paths", lambda: partial(masked(True).init, {"a/b": ones(1), "a": {"b": ones(1)}}),
          ValueError, "'a/b'", "two leaves", "rename a dict key"),
+    Case("mask-of-the-tree", lambda: partial(masked(lambda params: True).init, params()),
+         TypeError, "mask", "of 1 argument", r"lambda path, p: .*give that tree itself"),
+    Case("mask-of-the-tree-of-adamw", lambda: partial(fo.adamw(0.1, mask=lambda params: True).init, params()),
+         TypeError, "mask", "of 1 argument", r"lambda path, p: .*give that tree itself"),
+    Case("freeze-of-the-tree", lambda: partial(fo.freeze(lambda params: True).init, params()),
+         TypeError, "mask", "of 1 argument", r"lambda path, p: .*give that tree itself"),
+    Case("labels-of-the-tree", lambda: partial(partition(lambda params: "slow").init, params()),
+         TypeError, "labels", "of 1 argument", r"lambda path, p: .*give that tree itself"),
     Case("label-unknown", lambda: partial(partition(lambda path, p: "quick").init, params()),
          ValueError, "at 'head'", "'quick'", r"\['slow', 'fast'\]"),
     Case("label-unknown-in-tree", lambda: partial(partition({"enc": "quick", "head": "slow"}).init, params()),
@@ -641,6 +650,38 @@ def snapshot(call: partial) -> Any:
         for x in leaves
     ]
     return str(spec), shown
+
+
+HERE = {"every", "largest", "wrap", "gate"}
+"""Rows whose transformation is written in the tests, with no check of its ranges."""
+BAD: list[tuple[Any, type[Exception]]] = [
+    (NAN, ValueError),
+    ("0.1", TypeError),
+    (True, TypeError),
+    (ones(2, 2), TypeError),
+]
+
+
+@pytest.mark.parametrize(("bad", "error"), BAD, ids=["nan", "str", "bool", "matrix"])
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        pytest.param(row, name, id=f"{row.id}-{name}")
+        for row in ROWS
+        for name in row.hyper
+        if row.name not in HERE
+    ],
+)
+def test_every_hyperparameter_has_an_error_with_its_name(
+    row: Row, name: str, bad: Any, error: type[Exception]
+) -> None:
+    """And not the name of an argument of a stage inside, which the user has not written."""
+    with pytest.raises(error) as caught:
+        row.build(**{name: bad})
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert re.search(rf"\b{name}\b", message) and "must be" in message
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

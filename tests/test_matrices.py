@@ -532,6 +532,39 @@ def test_hyperball_goes_onto_adam(lr: float, b1: float) -> None:
     assert_same(ours, train_plainly(plain_hyperball(lr, adam), shapes))
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        fo.muonh,
+        lambda lr: fo.chain(fo.scale_by_adam(), fo.hyperball(lr)),
+        lambda lr: fo.masked(
+            fo.hyperball(lr), lambda path, p: p.ndim > 1, otherwise="zero"
+        ),
+        fo.hyperball,
+    ],
+    ids=["muonh", "adamh", "masked", "alone"],
+)
+def test_the_lr_of_a_group_multiplies_the_rate_of_hyperball(
+    make: Callable, compile: bool
+) -> None:
+    """The size of the updates has no effect there, so a factor of them would be lost."""
+    half, params = fo.exponential_decay(0.05, 1, 0.5), draw(0)
+    tx, stateful = make(half), {n: nn.Parameter(p.clone()) for n, p in params.items()}
+    opt = fo.optim.Optimizer(stateful.items(), make(0.1), lr=0.5, compile=compile)
+    scheduler, state = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5), tx.init(params)
+    for step in (1, 2, 3):
+        updates, state = tx.update(draw(step), state, params)
+        params = fo.apply_updates(params, updates)
+        for name, g in draw(step).items():
+            stateful[name].grad = g
+        opt.step()
+        scheduler.step()
+    for name, p in stateful.items():
+        torch.testing.assert_close(p.detach(), params[name], rtol=1e-6, atol=1e-6)
+        assert (p.detach() - draw(0)[name]).norm() > 0.01
+
+
 def test_hyperball_leaves_zeros_alone() -> None:
     tx, zeros = fo.hyperball(0.1), torch.zeros(3)
     updates, _ = tx.update(torch.ones(3), tx.init(zeros), zeros)

@@ -259,6 +259,53 @@ def test_compiled_equals_eager(name: str) -> None:
     assert_equal(train(compiled, params, 4), train(eager, twins, 4), 1e-10)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_gradient_may_come_late(name: str, device: str) -> None:
+    """Or be missing later; on the meta device, where nothing can be read, it is a dry run."""
+    sizes = ((3, 4), (4, 2), (4,))
+    params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in sizes]
+    opt = make(name, params)
+    for steps in ((0, 2), (0, 2), (0, 1, 2), (1,)):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p) if i in steps else None
+        before = [p.detach().clone() for p in params]
+        opt.step(lambda: loss_at(0))
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            assert p.is_meta or i in steps or torch.equal(p, old)
+            assert p.is_meta or p.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MoMo", {}),
+        ("MoMoAdam", {"adapt_lower_bound": True}),
+        ("DAdaptAdamW", {}),
+        ("Prodigy", {"use_bias_correction": True}),
+        ("DoG", {"init_step": ("learning_rate", 0.2)}),
+    ],
+)
+def test_what_all_parameters_share_counts_the_steps_of_all(
+    name: str, options: dict
+) -> None:
+    """So a gradient that is missing changes nothing in how the bias of these numbers is corrected."""
+    params, given = make_params(), {**hyper(name), **options}
+    opt = getattr(fo.optim, name)(params, **given)
+    ps = [p.detach().clone() for p in params]
+    tx = CLASSES[name]._factory(given.pop("lr"), **given)
+    state = tx.init(ps)
+    for step in range(STEPS):
+        set_grads(params, step)
+        if step in (0, 1, 3):
+            params[0].grad = None
+        extra = {"value": loss_at(step)} if "value" in tx.extra_args else {}
+        updates, state = tx.update([p.grad for p in params], state, ps, **extra)
+        ps = fo.apply_updates(ps, updates)
+        opt.step(lambda step=step: loss_at(step))
+    assert_equal([p.detach() for p in params], ps, 1e-12)
+
+
 # ---- torch's habits ----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -258,6 +260,54 @@ def test_measurements_are_kept_by_every_execution() -> None:
         opt.step()
     same(fo.get(state, "largest"), fo.get(expected, "largest"))
     same(opt.state[stateful["w"]]["snapshot/largest"], fo.get(expected, "largest"))
+
+
+def of_each(updates):
+    return {
+        "norms": tree.map(lambda u: u.norm(), updates),
+        "elements": torch.cat([u.flatten() for u in tree.leaves(updates)]),
+    }
+
+
+def test_a_tree_is_kept_by_every_execution() -> None:
+    tx = fo.chain(fo.adam(0.1), fo.snapshot("kept", of_each, is_tree=True))
+    first = tx.init(PARAMS)
+    assert all(x.isnan().all() for x in tree.leaves(fo.get(first, "kept")))
+    expected, ps, mine = first, PARAMS, tree.map(torch.clone, PARAMS)
+    step, state = fo.compiled_step(tx), tx.init(mine)
+    stateful = {name: p.clone().requires_grad_() for name, p in PARAMS.items()}
+    opt = fo.optim.Optimizer(list(stateful.items()), tx)
+    for g in GRADS[:3]:
+        updates, expected = tx.update(g, expected, ps)
+        ps = fo.apply_updates(ps, updates)
+        with (
+            pytest.warns(UserWarning, match="snapshot")
+            if g is GRADS[0]
+            else nullcontext()
+        ):
+            mine, state = step(mine, g, state)
+        for name, p in stateful.items():
+            p.grad = g[name].clone()
+        opt.step()
+    kept = fo.get(expected, "kept")
+    assert kept["elements"].shape == (8,) and kept["elements"].isfinite().all()
+    torch.testing.assert_close(fo.get(state, "kept"), kept, rtol=1e-6, atol=1e-7)
+    same(stateful, ps)
+    again = fo.load_state_dict(first, fo.state_dict(expected))
+    same(fo.get(again, "kept"), kept)
+
+
+def test_a_snapshot_of_a_tree_has_one_form() -> None:
+    def with_the_missing(updates):
+        return [u for u in updates.values() if u is not None]
+
+    tx = fo.snapshot("kept", with_the_missing, is_tree=True)
+    with pytest.raises(TypeError, match="'kept' must return the same tree"):
+        tx.update({**GRADS[0], "b": None}, tx.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="'kept' must return a tree of tensors"):
+        fo.snapshot("kept", lambda updates: [1.0], is_tree=True).init(PARAMS)
+    with pytest.raises(TypeError, match="must be a function of the updates"):
+        fo.snapshot("kept", 3.0, is_tree=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    keyword_only,
 )
 from functorch_opt.tree import PyTree
 
@@ -56,32 +58,43 @@ class Injected(GradientTransformation):
         inner: GradientTransformation,
     ) -> None:
         self.factory, self.numbers, self.fixed = factory, numbers, fixed
-        self.schedules = {
-            name: value for name, value in numbers.items() if callable(value)
+        scheduled = {name: value for name, value in numbers.items() if callable(value)}
+        self.stateful = {n: of for n, of in scheduled.items() if is_stateful(of)}
+        self.schedules = {n: of for n, of in scheduled.items() if n not in self.stateful}
+        self.name, self.last = factory.__name__, inner.last
+        read = [inner.extra_args, *map(reads, self.stateful.values())]
+        self.extra_args = {
+            name: any(of.get(name, False) for of in read)
+            for name in itertools.chain(*read)
         }
-        self.name, self.last, self.extra_args = (
-            factory.__name__,
-            inner.last,
-            inner.extra_args,
-        )
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         device = tree.leaves(params)[0].device
         count = tree.zero_count(params)
+        own = {name: schedule.init() for name, schedule in self.stateful.items()}
+        first = {name: schedule(own[name]) for name, schedule in self.stateful.items()}
+        first |= {name: schedule(count) for name, schedule in self.schedules.items()}
         values = {
-            name: _as_tensor(value(count) if callable(value) else value, device)
+            name: _as_tensor(first.get(name, value), device)
             for name, value in self.numbers.items()
         }
-        counter = {"count": count} if self.schedules else {}
-        return {"hyperparams": values, "inner": self.made(values).init(params), **counter}
+        kept: dict[str, PyTree] = {"count": count} if self.schedules else {}
+        kept |= {"schedules": own} if own else {}
+        return {"hyperparams": values, "inner": self.made(values).init(params), **kept}
 
     def made(self, values: dict[str, Tensor]) -> GradientTransformation:
         """The transformation for these values of the hyperparameters."""
         return self.factory(**self.fixed, **values)
 
-    def next(self, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The hyperparameters of this step, and the next count if there is one."""
+    def next(
+        self, state: Any, extra: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The hyperparameters of this step, and the next count and states of schedules, if any.
+
+        Who does not make a step has no extra arguments: the last value of a stateful schedule.
+        """
         expected = {"hyperparams", "inner", *(["count"] if self.schedules else [])}
+        expected |= {"schedules"} if self.stateful else set()
         fits = isinstance(state, dict) and state.keys() == expected
         held = state["hyperparams"] if fits else None
         if not isinstance(held, dict) or held.keys() != self.numbers.keys():
@@ -91,14 +104,19 @@ class Injected(GradientTransformation):
                 f"hyperparams {list(self.numbers)}: it holds {there}. "
                 "Use what its own init or update returned."
             )
-        if not self.schedules:
-            return dict(held), {}
-        count = state["count"]
-        scheduled = {
-            name: _as_tensor(schedule(count), count.device)
-            for name, schedule in self.schedules.items()
-        }
-        return {**held, **scheduled}, {"count": count + 1}
+        values, kept = dict(held), {}
+        if self.schedules:
+            count = state["count"]
+            for name, schedule in self.schedules.items():
+                values[name] = _as_tensor(schedule(count), count.device)
+            kept["count"] = count + 1
+        if self.stateful and extra is not None:
+            kept["schedules"] = own = {**state["schedules"]}
+            for name, schedule in self.stateful.items():
+                value = schedule(own[name], **_read_by(schedule.__call__, extra))
+                values[name] = _as_tensor(value, held[name].device)
+                own[name] = schedule.update(own[name], **_read_by(schedule.update, extra))
+        return values, kept
 
     def _update(
         self,
@@ -107,11 +125,33 @@ class Injected(GradientTransformation):
         params: PyTree | None,
         **extra: Any,
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        values, counter = self.next(state)
-        updates, inner = self.made(values).update(
-            updates, state["inner"], params, **extra
+        values, kept = self.next(state, extra)
+        tx = self.made(values)
+        mine = {name: value for name, value in extra.items() if name in tx.extra_args}
+        updates, inner = tx.update(updates, state["inner"], params, **mine)
+        return updates, {"hyperparams": values, "inner": inner, **kept}
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether it is a schedule with a state of its own: not a function of the count alone."""
+    return callable(value) and hasattr(value, "init") and hasattr(value, "update")
+
+
+def reads(schedule: Any) -> dict[str, bool]:
+    """The extra arguments that a stateful schedule reads, ``{name: required}``."""
+    of_value = keyword_only(schedule.__call__.__func__)
+    of_state = keyword_only(schedule.update.__func__)
+    if required := [name for name, needed in of_value.items() if needed]:
+        raise TypeError(
+            f"{type(schedule).__name__}.__call__ needs {', '.join(required)}, and init calls it with "
+            "the first state only: give a default, or let update read it."
         )
-        return updates, {"hyperparams": values, "inner": inner, **counter}
+    return {**of_value, **of_state}
+
+
+def _read_by(method: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the extra arguments that a method names."""
+    return {name: extra[name] for name in keyword_only(method.__func__) if name in extra}
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
@@ -135,6 +175,11 @@ def inject_hyperparams(
     schedule is evaluated at every update and its value is stored, so it has no effect to set that
     value. Everything else stays fixed. Changing a value does not recompile.
 
+    A schedule may have a state of its own, which reads extra arguments of ``update``, such as the
+    loss. It is an object with ``init() -> state``, ``__call__(state) -> value`` and
+    ``update(state, *, ...) -> state``; the state is a tree of tensors. What comes after ``*`` in
+    the last two are the extra arguments. The value of a step is that of the state before it.
+
     Args:
         inner_factory: a function that returns a transformation.
         static_args: the names of arguments that stay fixed, though they are numbers.
@@ -151,6 +196,23 @@ def inject_hyperparams(
         >>> state["hyperparams"]["learning_rate"] = torch.tensor(0.5)
         >>> tx.update([torch.ones(1)], state)[0]
         [tensor([-0.5000])]
+
+        A schedule with a state, which is the sum of the losses:
+
+        >>> class Slower:
+        ...     def init(self):
+        ...         return torch.tensor(0.0)
+        ...     def __call__(self, state):
+        ...         return 1 / (1 + state)
+        ...     def update(self, state, *, value):
+        ...         return state + value
+        >>> tx = fo.inject_hyperparams(fo.sgd)(Slower())
+        >>> state = tx.init([torch.zeros(1)])
+        >>> for loss in (3.0, 1.0):
+        ...     updates, state = tx.update([torch.ones(1)], state, value=torch.tensor(loss))
+        ...     print(updates)
+        [tensor([-1.])]
+        [tensor([-0.2500])]
     """
     if not callable(inner_factory):
         raise TypeError(
@@ -208,12 +270,8 @@ def hyperparameters(
         annotated = parameter.annotation in (Scalar, ScalarOrSchedule) or "Scalar" in str(
             parameter.annotation
         )
-        number = isinstance(value, float | Tensor) or (
-            annotated
-            and (
-                callable(value)
-                or (isinstance(value, int) and not isinstance(value, bool))
-            )
-        )
+        number = isinstance(value, float | Tensor) or is_stateful(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = number or (annotated and (callable(value) or whole))
         (numbers if number and name not in static_args else fixed)[name] = value
     return numbers, fixed

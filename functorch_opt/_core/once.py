@@ -9,7 +9,12 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.leaf import check_entries, of_this_part, outline
-from functorch_opt._core.transformation import ScalarOrSchedule, keyword_only, positional
+from functorch_opt._core.transformation import (
+    ScalarOrSchedule,
+    check_number,
+    keyword_only,
+    positional,
+)
 from functorch_opt.tree import PyTree
 
 OF_THE_TREE = frozenset({"g", "p", "updates", "params", "count", "clock"})
@@ -190,17 +195,7 @@ def check_declared(
 ) -> None:
     """Raise TypeError for a first value, or a hyperparameter, that cannot be one."""
     for name, value in (hyper or {}).items():
-        number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-        if not (number or callable(value)):
-            raise TypeError(
-                f"{name} must be a number, a 0-dim tensor or a schedule (a function of the "
-                f"count); got {type(value).__name__} {value!r}."
-            )
-        if isinstance(value, Tensor) and value.dim() > 1:
-            raise TypeError(
-                f"{name} must be a 0-dim tensor; got shape {tuple(value.shape)}. "
-                "To train with many values at once, vmap over it."
-            )
+        check_number(name, value)
     for name, make in (slots or {}).items():
         if not callable(make):
             raise TypeError(

@@ -72,7 +72,11 @@ class Leafwise(GradientTransformation):
         totals: functions of one tensor that are added over all of them, for `once` to read.
         due: for a rule with work on some steps only, the decision whether this is such a step.
         point: the parameter to evaluate with, from the current one and the slots.
+        with_lr: what makes this stage with a factor of its learning rate, where its steps do not
+            depend on the size of the update, so that a factor of the update has no effect.
     """
+
+    with_lr: Callable[[Any], Leafwise] | None = None
 
     def __init__(
         self,

@@ -295,16 +295,33 @@ def enclosing_name(f: Any) -> str:
 # ---- hyperparameter checks, for factories ------------------------------------------------------
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what cannot be a hyperparameter."""
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    if not (number or callable(value)):
+        raise TypeError(
+            f"{name} must be a number, a 0-dim tensor or a schedule (a function of the "
+            f"count); got {type(value).__name__} {value!r}."
+        )
+    if isinstance(value, Tensor) and value.dim() > 1:
+        raise TypeError(
+            f"{name} must be a 0-dim tensor; got shape {tuple(value.shape)}. "
+            "To train with many values at once, vmap over it."
+        )
+
+
 def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -> None:
     """Raise ValueError for a number outside of ``[low, high)``, or of ``(low, high)`` if `above`.
 
-    NaN is outside. The values of tensors and schedules are not checked.
+    NaN is outside. The values of tensors and schedules are not checked. What is neither is a
+    TypeError.
     """
     for name, value in hyper.items():
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and not (low <= value < high and (value > low or not above))
+        if value is None:
+            continue  # left out; whoever needs it says so
+        check_number(name, value)
+        if isinstance(value, (int, float)) and not (
+            low <= value < high and (value > low or not above)
         ):
             raise ValueError(
                 f"{name} must be in {'(' if above else '['}{low}, {high}); got {value}."

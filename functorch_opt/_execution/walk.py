@@ -107,7 +107,7 @@ class Walk:
         if isinstance(tx, Groups):
             return self._groups(tx, state, view)
         if isinstance(tx, Injected):
-            values, counter = tx.next(state)
+            values, counter = tx.next(state, self.extra)
             inner = self.look(made_once(tx, values), state["inner"], view)
             return lambda: {"hyperparams": values, "inner": inner(), **counter}
         if isinstance(tx, Gate) and (

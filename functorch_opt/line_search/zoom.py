@@ -25,6 +25,7 @@ from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
+    check_number,
     check_range,
     transformation,
 )
@@ -133,6 +134,7 @@ def _check(rule: _Rule) -> None:
     check_range(0, infinity, tol=rule.tol, stepsize_precision=rule.stepsize_precision)
     check_range(0, 1, above=True, slope_rtol=rule.slope_rtol)
     check_range(1, infinity, above=True, increase_factor=rule.increase_factor)
+    check_number("curv_rtol", rule.curv_rtol)
     if isinstance(rule.curv_rtol, (int, float)) and not rule.curv_rtol > 0:
         raise ValueError(f"curv_rtol must be greater than 0; got {rule.curv_rtol}.")
     check_range(0, infinity, above=True, max_learning_rate=rule.max_learning_rate)

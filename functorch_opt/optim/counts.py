@@ -107,6 +107,8 @@ class Counts:
             for entry in entries:
                 entry[key].copy_(time)
             return
+        if time.is_meta:  # in a dry run it cannot be read, but it goes on
+            time = torch.stack([entry[key] for entry in entries]).amax() + 1
         time = time.detach().to("cpu", copy=True)
         shared = _is_shared(entries[0][key])
         for entry in entries:

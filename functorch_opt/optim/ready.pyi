@@ -65,6 +65,7 @@ __all__ = [
     "Prodigy",
     "SPlus",
     "ScheduleFreeAdamW",
+    "ScheduleFreeProdigy",
     "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
@@ -1178,6 +1179,31 @@ class ScheduleFreeAdamW(Ready):
         *,
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class ScheduleFreeProdigy(Ready):
+    """`functorch_opt.schedule_free_prodigy` as a class.
+
+    `prodigy` without a mean, and Schedule-Free around it. Evaluate with `eval_params`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 1.0,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        beta3: Scalar | None = None,
+        eps: ScalarOrSchedule = 1e-08,
+        estim_lr0: Scalar = 1e-06,
+        estim_lr_coef: ScalarOrSchedule = 1.0,
+        weight_decay: ScalarOrSchedule = 0.0,
+        safeguard_warmup: bool = False,
+        weight_lr_power: ScalarOrSchedule = 2.0,
+        *,
+        growth_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
     ) -> None: ...
 

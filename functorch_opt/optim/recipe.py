@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from functorch_opt._core.chain import Chain, chain
-from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.group_lr import then
+from functorch_opt.optim.group_lr import multiplied
 from functorch_opt.optim.momentum import with_momentum
 
 Recipe = tuple[Any, dict[str, Any], str | None, bool]
@@ -29,10 +28,5 @@ def made(recipe: Recipe, options: dict[str, Any]) -> GradientTransformation:
         ready = with_momentum(ready, momentum)
     if rate is not None:
         return ready
-    scaled = then(ready, lr_of_group(lr))
+    scaled = multiplied(ready, lr)
     return scaled if isinstance(scaled, Chain) else chain(scaled)
-
-
-def lr_of_group(lr: Any) -> GradientTransformation:
-    """The stage by which the option ``lr`` multiplies what a ready transformation gives."""
-    return leafwise(lambda g, lr: g * lr, hyper={"lr": lr})

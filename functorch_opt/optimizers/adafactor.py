@@ -294,6 +294,7 @@ def adafactor(
         >>> updates
         tensor([-0.0200,  0.0200, -0.0200,  0.0200])
     """
+    check_range(0, float("inf"), above=True, clipping_threshold=clipping_threshold)
     root = scale_by_factored_rms(
         factored, decay_rate, decay_offset, min_dim_size_to_factor, eps
     )

@@ -27,7 +27,7 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.optimizers.prodigy import number
+from functorch_opt.optimizers.prodigy import no_steps, number
 
 __all__ = ["dadapt_adamw"]
 
@@ -55,7 +55,8 @@ def dadapt_adamw(
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
 
-    Source: Defazio & Mishchenko, 2023, alg. 5, and the authors' code.
+    Source: Defazio & Mishchenko, 2023, alg. 5, and the authors' code: ``DAdaptAdam`` of dadaptation
+    3.2 with ``decouple`` and ``use_bias_correction``.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -80,27 +81,28 @@ def dadapt_adamw(
 def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
     """The rule; ``d`` is kept as a multiple of d0, which may be a tensor that is mapped over."""
 
-    def step_size(count, d, d0, learning_rate, b1, b2):
-        t = tree.as_real(count + 1)
+    def step_size(steps, d, d0, learning_rate, b1, b2):
+        t = tree.as_real(steps + 1)
         return d * d0 * learning_rate * (1 - b2**t) ** 0.5 / (1 - b1**t)
 
     def came(g, s, nu, eps):
         return (g * s / ((nu + tree.TINY).sqrt() + eps)).sum()
 
-    def size(g, s, count, d, d0, learning_rate, b1, b2):
+    def size(g, s, steps, d, d0, learning_rate, b1, b2):
         b3 = b2**0.5
-        a = step_size(count, d, d0, learning_rate, b1, b2)
+        a = step_size(steps, d, d0, learning_rate, b1, b2)
         return (b3 * s + (1 - b3) * a * g).abs().sum()
 
-    def prepare(came, size, count, d, r, d0, learning_rate, b1, b2):
+    def prepare(came, size, steps, d, r, d0, learning_rate, b1, b2):
         b3 = b2**0.5
-        a = step_size(count, d, d0, learning_rate, b1, b2)
+        a = step_size(steps, d, d0, learning_rate, b1, b2)
         r = b3 * r + (1 - b3) * a * came
         estimate = r / ((1 - b3) * (size + (size == 0))) / d0
         d = torch.where(size > 0, torch.maximum(d, estimate), d)
         return {"a": a, "w1": (1 - b1) * a, "ws": (1 - b3) * a, "b3": b3}, {
             "d": d,
             "r": r,
+            "steps": steps + 1,
         }
 
     def rule(g, p, mu, nu, s, a, w1, ws, b1, b2, b3, eps, weight_decay):
@@ -114,7 +116,7 @@ def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
         rule,
         prepare,
         slots=dict.fromkeys(("mu", "nu", "s"), tree.zeros_like),
-        shared={"d": number(1), "r": number(0)},
+        shared={"d": number(1), "r": number(0), "steps": no_steps()},
         hyper=hyper,
         totals={"came": came, "size": size},
     )

@@ -87,14 +87,14 @@ def scale_by_dog(
         )
     check_range(0, float("inf"), init_step=first, eps=eps)
 
-    def prepare(count, moved, squares, begin, r, gathered, first, eps):
+    def prepare(moved, squares, begin, r, gathered, first, eps):
         least = {"heuristic": first * (1 + (begin + tree.TINY).sqrt()), "distance": first}
         r = torch.maximum(r, (moved + tree.TINY).sqrt()).clamp(min=least.get(kind, 0))
-        gathered = gathered + squares
-        rate = r / (gathered + eps + tree.TINY).sqrt()
+        total = gathered + squares
+        rate = r / (total + eps + tree.TINY).sqrt()
         if kind == "learning_rate":
-            rate = torch.where(count == 0, first, rate)
-        return {"rate": rate}, {"r": r, "gathered": gathered}
+            rate = torch.where(gathered == 0, first, rate)
+        return {"rate": rate}, {"r": r, "gathered": total}
 
     return leafwise(
         rule,

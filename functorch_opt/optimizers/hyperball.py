@@ -11,11 +11,12 @@ Hyperball Optimization", 2026.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from functorch_opt._core.rule import leafwise
+from functorch_opt._core.rule import Leafwise, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -39,9 +40,8 @@ def hyperball(learning_rate: ScalarOrSchedule) -> GradientTransformation:
     ``chain(scale_by_adam(), hyperball(0.01))`` is AdamH. A parameter of zeros stays zero, so give
     it to matrices that start with other values, by `masked` or `partition`.
 
-    In `fo.optim.Optimizer` give it as a function, or within one that takes the learning rate. The
-    group option ``lr`` of a ready transformation multiplies the direction, whose length has no
-    effect here.
+    In `fo.optim.Optimizer` the group option ``lr`` of a ready transformation multiplies the learning
+    rate: the length of the direction has no effect.
 
     Args:
         learning_rate: the length of a step as a share of the norm of the parameter; 0 or greater,
@@ -61,12 +61,17 @@ def hyperball(learning_rate: ScalarOrSchedule) -> GradientTransformation:
         tensor([1.4142, 1.4142])
     """
     check_range(0, float("inf"), learning_rate=learning_rate)
+    return on_the_ball(learning_rate, 1.0)
 
-    def rule(g, p, learning_rate, gg, pp, pg):
+
+def on_the_ball(learning_rate: ScalarOrSchedule, lr: Any) -> Leafwise:
+    """The stage, whose steps are of length ``learning_rate lr``."""
+
+    def rule(g, p, learning_rate, lr, gg, pp, pg):
         # |q|^2 is a sum of these three, so that no second pass over the tensor is needed.
         length = pp.clamp(min=LEAST**2).sqrt()
         size = gg.clamp(min=LEAST**2).sqrt()
-        by = learning_rate * length / size
+        by = learning_rate * lr * length / size
         qq = pp - 2 * by * pg + by * by * gg
         same = length / qq.clamp(min=LEAST**2).sqrt()
         return (p - by * g) * torch.where(pp > 0, same, 0.0) - p
@@ -76,7 +81,10 @@ def hyperball(learning_rate: ScalarOrSchedule) -> GradientTransformation:
         "pp": lambda p: p.square().sum(),
         "pg": lambda g, p: (p * g).sum(),
     }
-    return leafwise(rule, sums=sums, hyper={"learning_rate": learning_rate}, last=True)
+    hyper = {"learning_rate": learning_rate, "lr": lr}
+    tx = leafwise(rule, sums=sums, hyper=hyper, last=True)
+    tx.with_lr = partial(on_the_ball, learning_rate)
+    return tx
 
 
 @transformation

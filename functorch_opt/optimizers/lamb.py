@@ -150,6 +150,7 @@ def lars(
         >>> fo.lars(0.1, weight_decay=1e-4, trust_ratio_mask=lambda path, p: p.ndim > 1)
         lars(0.1, weight_decay=0.0001, trust_ratio_mask=<lambda>)
     """
+    check_range(0, float("inf"), momentum=momentum)
     return chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
         masked(

@@ -73,6 +73,7 @@ def scale_by_lion(
         [tensor([ 1., -1.])]
     """
     check_range(0, 1, b1=b1, b2=b2)
+    check_range(-float("inf"), float("inf"), smooth_beta=smooth_beta)
     check_choice(*SIGNS, mode=mode)
     sign_of = SIGNS[mode]
 

@@ -15,6 +15,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_choice,
+    check_range,
 )
 from functorch_opt.optimizers.adam import adamw
 from functorch_opt.transforms.decay import add_decayed_weights
@@ -199,6 +200,10 @@ def matrices_and_rest(
         adam: of `adamw`. Its learning rate is that of the matrices, if it is None.
         last: what takes the place of decay and learning rate.
     """
+    mine = {f"adam_{name}": value for name, value in adam.items()}
+    above_zero = {name: mine.pop(name) for name in ("adam_learning_rate", "adam_eps")}
+    check_range(0, float("inf"), **above_zero)
+    check_range(0, 1, **mine)
     decay, step = add_decayed_weights(weight_decay), scale_by_learning_rate(learning_rate)
     of_matrices = chain(direction, last) if last else chain(direction, decay, step)
     rate = adam["learning_rate"]

@@ -38,15 +38,19 @@ TOTALS: dict[str, Any] = {"came": lambda g, p: (g * p).sum()}
 
 
 def shared() -> dict[str, Tensor]:
-    """f and c; and how far the lower bound is above the one that was given."""
-    return {name: torch.zeros((), dtype=torch.float64) for name in NAMES}
+    """f and c; how far the lower bound is above the one that was given; how many steps were made.
+
+    The means are of all parameters, so their count is not that of one parameter.
+    """
+    numbers = {name: torch.zeros((), dtype=torch.float64) for name in NAMES}
+    return {**numbers, "steps": torch.zeros((), dtype=torch.int64)}
 
 
-def correction(count, decay):
-    return 1 - decay ** tree.as_real(count + 1)
+def correction(steps, decay):
+    return 1 - decay ** tree.as_real(steps + 1)
 
 
-def step_size(kept, inner, came, norm, w1, bias, given, value, adapt):
+def step_size(steps, kept, inner, came, norm, w1, bias, given, value, adapt):
     """What the rule reads, and the next shared values."""
     (average, gamma, raised), (lr, lowest, decay) = kept, given
     average = average + w1 * (value - average)
@@ -61,7 +65,12 @@ def step_size(kept, inner, came, norm, w1, bias, given, value, adapt):
     if adapt:
         raised = ((gap + inner - tau * norm / 2) / bias - lowest).clamp(min=0)
     now = {"tau": tau, "decayed": lr * decay / shrink}
-    return now, dict(zip(NAMES, (average, gamma, raised), strict=True))
+    return now, {
+        "average": average,
+        "gamma": gamma,
+        "raised": raised,
+        "steps": steps + 1,
+    }
 
 
 @transformation
@@ -102,20 +111,20 @@ def momo(
     check_range(0, 1, beta=beta)
     check_range(-INF, INF, lower_bound=lower_bound)
 
-    def weight(count, beta):
-        return 1 - beta * tree.as_real(count > 0)  # 1 at the first step
+    def weight(steps, beta):
+        return 1 - beta * tree.as_real(steps > 0)  # 1 at the first step
 
-    def mean(g, mu, count, beta):
-        return mu + weight(count, beta) * (g - mu)
+    def mean(g, mu, steps, beta):
+        return mu + weight(steps, beta) * (g - mu)
 
     def prepare(
-        count, norm, inner, came, average, gamma, raised,
+        steps, norm, inner, came, average, gamma, raised,
         learning_rate, beta, lower_bound, weight_decay, *, value,
     ):  # fmt: skip
-        w1, kept = weight(count, beta), (average, gamma, raised)
+        w1, kept = weight(steps, beta), (average, gamma, raised)
         given = (learning_rate, lower_bound, weight_decay)
         now, new = step_size(
-            kept, inner, came, norm, w1, 1.0, given, value, adapt_lower_bound
+            steps, kept, inner, came, norm, w1, 1.0, given, value, adapt_lower_bound
         )
         return {**now, "w1": w1}, new
 
@@ -124,8 +133,8 @@ def momo(
         return -decayed * p - tau * mu, {"mu": mu}
 
     totals = {
-        "norm": lambda g, mu, count, beta: mean(g, mu, count, beta).square().sum(),
-        "inner": lambda g, p, mu, count, beta: (mean(g, mu, count, beta) * p).sum(),
+        "norm": lambda g, mu, steps, beta: mean(g, mu, steps, beta).square().sum(),
+        "inner": lambda g, p, mu, steps, beta: (mean(g, mu, steps, beta) * p).sum(),
     }
     hyper = {"learning_rate": learning_rate, "beta": beta, "lower_bound": lower_bound}
     return leafwise(
@@ -178,19 +187,19 @@ def momo_adam(
     check_range(0, INF, above=True, eps=eps)
     check_range(-INF, INF, lower_bound=lower_bound)
 
-    def size(g, mu, nu, count, b1, b2, eps):
+    def size(g, mu, nu, steps, b1, b2, eps):
         mu, nu = mu + (1 - b1) * (g - mu), nu + (1 - b2) * (g * g - nu)
-        root = (nu / correction(count, b2) + tree.TINY).sqrt()
+        root = (nu / correction(steps, b2) + tree.TINY).sqrt()
         return (mu * mu / (root + eps)).sum()
 
     def prepare(
-        count, norm, inner, came, average, gamma, raised,
+        steps, norm, inner, came, average, gamma, raised,
         learning_rate, b1, b2, lower_bound, weight_decay, *, value,
     ):  # fmt: skip
-        given, c1 = (learning_rate, lower_bound, weight_decay), correction(count, b1)
+        given, c1 = (learning_rate, lower_bound, weight_decay), correction(steps, b1)
         kept, w1, adapt = (average, gamma, raised), 1 - b1, adapt_lower_bound
-        now, new = step_size(kept, inner, came, norm, w1, c1, given, value, adapt)
-        return {**now, "w1": w1, "w2": 1 - b2, "c2": correction(count, b2)}, new
+        now, new = step_size(steps, kept, inner, came, norm, w1, c1, given, value, adapt)
+        return {**now, "w1": w1, "w2": 1 - b2, "c2": correction(steps, b2)}, new
 
     def rule(g, p, mu, nu, w1, w2, c2, eps, tau, decayed):
         mu, nu = torch.lerp(mu, g, w1), torch.lerp(nu, g * g, w2)

@@ -16,6 +16,9 @@ authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +54,7 @@ def prodigy(
 
     The rule is at the top of `functorch_opt.optimizers.prodigy`. The numbers are the authors', and
     not those of optax 0.2.8. A d that is still ``estim_lr0`` may grow at once; a later one grows at
-    most by `growth_rate`.
+    most by `growth_rate`. For a d for each group, give each its own by `partition`.
 
     Args:
         learning_rate: 0 or greater; 1 is the authors'. A schedule that falls to 0 is usual.
@@ -69,7 +72,8 @@ def prodigy(
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
 
-    Source: Mishchenko & Defazio, 2023, the authors' code.
+    Source: Mishchenko & Defazio, 2023, the authors' code. Where the first decay is 0, theirs
+    multiplies the gradient by the new d, and not by the old one as for every other decay.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -96,39 +100,52 @@ def prodigy(
     return with_estimate(hyper, safeguard_warmup, use_bias_correction)
 
 
-def with_estimate(
-    hyper: dict[str, ScalarOrSchedule], safeguard_warmup: bool, use_bias_correction: bool
-) -> GradientTransformation:
-    """The rule; ``d`` is kept as a multiple of d0."""
-    bounded = "growth_rate" in hyper
+def estimated(
+    bounded: bool, safeguard_warmup: bool, use_bias_correction: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The sum of all ``|s|``, and what is worked out of it once a step: d and the weights.
 
-    def step_size(count, d, d0, learning_rate, b1, b2):
-        t = tree.as_real(count + 1)
+    ``d`` is kept as a multiple of d0.
+    """
+
+    def step_size(steps, d, d0, learning_rate, b1, b2):
+        t = tree.as_real(steps + 1)
         bias = (1 - b2**t) ** 0.5 / (1 - b1**t) if use_bias_correction else 1.0
         return d * d0 * learning_rate * bias
 
-    def weight_of_s(count, d, d0, learning_rate, b1, b2):
-        a = step_size(count, d, d0, learning_rate, b1, b2)
+    def weight_of_s(steps, d, d0, learning_rate, b1, b2):
+        a = step_size(steps, d, d0, learning_rate, b1, b2)
         return d * (d * d0 if safeguard_warmup else a)
 
-    def size(g, s, count, d, d0, learning_rate, b1, b2, b3):
-        return (b3 * s + weight_of_s(count, d, d0, learning_rate, b1, b2) * g).abs().sum()
+    def size(g, s, steps, d, d0, learning_rate, b1, b2, b3):
+        return (b3 * s + weight_of_s(steps, d, d0, learning_rate, b1, b2) * g).abs().sum()
 
     def with_bound(d, top, estimate, growth_rate):
         first = torch.where(d == 1, torch.maximum(d, estimate), d)
         return torch.minimum(top, first * growth_rate)
 
     def prepare(
-        came, size, count, d, top, r, d0, learning_rate, b1, b2, b3, coef, growth_rate
+        came, size, steps, d, top, r, d0, learning_rate, b1, b2, b3, coef, growth_rate
     ):
-        given = (count, d, d0, learning_rate, b1, b2)
+        given = (steps, d, d0, learning_rate, b1, b2)
         a, ws = step_size(*given), weight_of_s(*given)
         weights = {"w1": (1 - b1) * d * d0, "w2": (1 - b2) * (d * d0) ** 2, "ws": ws}
         r = b3 * r + d * a * came
         estimate = torch.where(size > 0, coef * r / (size + (size == 0)) / d0, d)
         top = torch.maximum(top, estimate)
         d = with_bound(d, top, estimate, growth_rate) if bounded else top.clone()
-        return {**weights, "a": a, "eps_d": d * d0}, {"d": d, "top": top, "r": r}
+        new = {"d": d, "top": top, "r": r, "steps": steps + 1}
+        return {**weights, "a": a, "eps_d": d * d0}, new
+
+    return size, prepare
+
+
+def with_estimate(
+    hyper: dict[str, ScalarOrSchedule], safeguard_warmup: bool, use_bias_correction: bool
+) -> GradientTransformation:
+    """The rule."""
+    bounded = "growth_rate" in hyper
+    size, prepare = estimated(bounded, safeguard_warmup, use_bias_correction)
 
     def rule(g, p, mu, nu, s, start, w1, w2, ws, a, b1, b2, b3, eps, eps_d, weight_decay):
         mu, nu, s = b1 * mu + w1 * g, b2 * nu + w2 * g * g, b3 * s + ws * g
@@ -139,10 +156,19 @@ def with_estimate(
         rule,
         prepare,
         slots={**dict.fromkeys(("mu", "nu", "s"), tree.zeros_like), "start": copied},
-        shared={"d": number(1), "top": number(1), "r": number(0)},
+        shared=first_estimate(),
         hyper={"growth_rate": 1.0, **hyper},
         totals={"came": lambda g, p, start: (g * (start - p)).sum(), "size": size},
     )
+
+
+def first_estimate() -> dict[str, Tensor]:
+    return {"d": number(1), "top": number(1), "r": number(0), "steps": no_steps()}
+
+
+def no_steps() -> Tensor:
+    """How many steps were made: the bias of d is that of all parameters, and so is this count."""
+    return torch.zeros((), dtype=torch.int64)
 
 
 def number(x: int) -> Tensor:

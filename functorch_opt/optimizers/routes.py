@@ -13,6 +13,7 @@ from functorch_opt._core.groups import LabelsOrFn, partition
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
+    check_range,
     transformation,
 )
 from functorch_opt.optimizers.adam import adamw
@@ -225,6 +226,8 @@ def muon_with_adamw(
         >>> list(fo.get(state, "scale_by_muon/mu")), list(fo.get(state, "scale_by_adam/mu"))
         (['1.weight'], ['0.weight', '1.bias'])
     """
+    check_range(0, float("inf"), adamw_learning_rate=adamw_learning_rate)
+    check_range(0, float("inf"), adamw_weight_decay=adamw_weight_decay)
     rest = adamw(adamw_learning_rate, b1, b2, eps, weight_decay=adamw_weight_decay)
 
     def of_matrices(form: MatrixDims = ORDINARY) -> GradientTransformation:

@@ -149,6 +149,7 @@ def schedule_free_adamw(
         >>> fo.schedule_free_adamw(0.01, warmup_steps=100)
         schedule_free_adamw(0.01, warmup_steps=100)
     """
+    check_range(0, 1, b2=b2)
     base = chain(
         scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
         add_decayed_weights(weight_decay, mask),

@@ -188,6 +188,7 @@ def scion(
         ...     return "head" if path.startswith("head") else "hidden" if p.ndim > 1 else "vector"
         >>> tx = fo.scion(2**-12, labels=role)
     """
+    check_range(0, float("inf"), head_radius=head_radius, vector_radius=vector_radius)
 
     def of_layers(norm: Norm, radius: ScalarOrSchedule) -> GradientTransformation:
         options = {"ns_coeffs": ns_coeffs, "ns_steps": ns_steps}

@@ -217,4 +217,5 @@ def polyak_sgd(
         >>> bool(f(p) < 1e-5)
         True
     """
+    check_range(0, float("inf"), scaling=scaling)
     return chain(sgd(scaling), scale_by_polyak(f_min, max_learning_rate, eps, variant))

@@ -110,6 +110,7 @@ def scale_by_stable_spam(
         >>> list(fo.scale_by_stable_spam().init([torch.zeros(2)]))
         ['clip_spikes', 'scale_to_usual_norm', 'scale_by_forgetful_adam']
     """
+    check_range(0, 1, gamma1=gamma1, gamma2=gamma2, theta=theta)
     return chain(
         clip_spikes(theta),
         scale_to_usual_norm(gamma1, gamma2, eps),

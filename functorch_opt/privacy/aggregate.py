@@ -160,7 +160,8 @@ def check_bounds(l2_norm_clip: Norms, *, finite: bool) -> None:
     bounds, _ = tree.flatten(l2_norm_clip)
     for path, bound in zip(tree.paths(l2_norm_clip), bounds, strict=True):
         name = f"l2_norm_clip{f' at {path!r}' if path else ''}"
-        if isinstance(bound, bool) or not isinstance(bound, (int, float, Tensor)):
+        many = isinstance(bound, Tensor) and bound.dim() > 0
+        if many or isinstance(bound, bool) or not isinstance(bound, (int, float, Tensor)):
             raise TypeError(
                 f"{name} must be a number or a 0-dim tensor; got {type(bound).__name__} {bound!r}."
             )

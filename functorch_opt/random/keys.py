@@ -13,16 +13,16 @@ make new keys of the same words that a draw would take. Under vmap give each mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt._core import sharding, structure
+from functorch_opt._core.structure import PyTree
 from functorch_opt.random import philox
 from functorch_opt.random.places import NOWHERE, Region, blocks_of, place_in, place_of
-from functorch_opt.tree import PyTree
 
 __all__ = [
     "bits",
@@ -266,7 +266,7 @@ def uniform_like(key: Tensor, tree: PyTree, count: Tensor | int = 0) -> PyTree:
 
 def _tree(make: philox.Make, key: Tensor, values: PyTree, count: Tensor | int) -> PyTree:
     leaves, spec = structure.flatten_tensors(values, "tree")
-    return tree.unflatten(spec, draw_leaves(make, key, leaves, count))
+    return structure.unflatten(spec, draw_leaves(make, key, leaves, count))
 
 
 def draw_leaves(
@@ -277,7 +277,7 @@ def draw_leaves(
     begin = _whole("count", count, device) << _STEP_BITS
     places = [NOWHERE if leaf is None else place_of(leaf) for leaf in leaves]
     *begins, end = accumulate([blocks_of(leaf) for leaf in leaves], initial=0)
-    if begin.dim() == 0 and not any(map(tree.is_sharded, leaves)):
+    if begin.dim() == 0 and not any(map(sharding.is_sharded, leaves)):
         drawn = philox.draw(make, key, begin, end)
     else:
         of_leaves = begin.expand(len(leaves)).unbind()
@@ -295,4 +295,55 @@ def draw_leaves(
 
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
     x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
-    return sharding.join(x, leaf) if tree.is_sharded(leaf) else x
+    return sharding.join(x, leaf) if sharding.is_sharded(leaf) else x
+
+
+def random_like(
+    rng_key: Tensor,
+    target_tree: PyTree,
+    sampler: Callable[..., Tensor] = normal,
+    dtype: torch.dtype | None = None,
+) -> PyTree:
+    """Draws in the shapes, dtypes and devices of a tree. Each leaf has a key of its own.
+
+    `functorch_opt.random.normal_like` needs one draw for the whole tree, and takes sharded tensors.
+
+    Args:
+        rng_key: int64 [2].
+        target_tree: a tree of tensors. None stays None. A complex leaf gets two draws for each
+            element.
+        sampler: ``(key, shape) -> tensor``, such as `functorch_opt.random.uniform`.
+        dtype: the dtype of the draws; by default that of each leaf.
+
+    Raises:
+        TypeError: a leaf is sharded, or no tensor; something that is not a key.
+
+    Source: optax.tree.random_like. The numbers are those of the keys here.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params = {"w": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(())}
+        >>> drawn = fo.tree.random_like(fo.random.key(0), params)
+        >>> drawn["w"].dtype, drawn["w"].shape, drawn["b"].shape
+        (torch.float64, torch.Size([2]), torch.Size([]))
+    """
+    leaves, spec = structure.flatten_tensors(target_tree, "target_tree")
+    if any(x is not None and sharding.is_sharded(x) for x in leaves):
+        raise TypeError(
+            "random_like cannot draw for sharded tensors: write random.normal_like(key, tree)."
+        )
+    keys = split(rng_key, len(leaves)).unbind()
+    drawn = [
+        None if x is None else _drawn_like(x, sampler, key, dtype or x.dtype)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return structure.unflatten(spec, drawn)
+
+
+def _drawn_like(
+    x: Tensor, sampler: Callable[..., Tensor], key: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if not dtype.is_complex:
+        return sampler(key, tuple(x.shape)).to(x.device, dtype)
+    pairs = sampler(key, (*x.shape, 2))
+    return torch.view_as_complex(pairs.contiguous()).to(x.device, dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
+from functorch_opt._core import sharding
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """The offsets and the sizes of a part of a tensor, by dimension."""
@@ -115,7 +115,7 @@ def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
 def place_of(leaf: Tensor) -> Place:
     """The place of the elements that this process holds. A complex element is two numbers."""
     shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
-    if not tree.is_sharded(leaf):
+    if not sharding.is_sharded(leaf):
         return place_in(shape)
     whole: Any = leaf
     offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, tuple(whole.placements))

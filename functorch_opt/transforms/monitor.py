@@ -21,6 +21,7 @@ from functorch_opt._core.transformation import (
     check_whole,
     transformation,
 )
+from functorch_opt.transforms.snapshot_tree import keeping
 from functorch_opt.tree import PyTree
 
 __all__ = ["measure_with_ema", "monitor", "snapshot"]
@@ -39,7 +40,9 @@ class MeasureWithEma(Expression):
 
 
 @transformation
-def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
+def snapshot(
+    measure_name: str, measure: Measure, *, is_tree: bool = False
+) -> GradientTransformation:
     """Keep the number ``measure(updates)`` in the state, under the name `measure_name`.
 
     The updates pass unchanged, so it may stand anywhere in a chain. Before the first update the
@@ -49,11 +52,14 @@ def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
         measure_name: the name, for ``get(state, measure_name)``.
         measure: a function of the tree of updates, which returns a number or a 0-dim tensor. It is
             kept as float64.
+        is_tree: whether `measure` returns a tree of tensors, of any shapes. They are kept in their
+            dtypes. ``init`` measures the params, to know the form. A compiled step runs such a
+            stage eagerly, and says so.
 
     Raises:
         TypeError: `measure` is not a function, or returns something else.
 
-    Source: optax.snapshot, whose measures may be trees.
+    Source: optax.snapshot, which needs no `is_tree`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -61,7 +67,20 @@ def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
         >>> _, state = tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.zeros(2)]))
         >>> fo.get(state, "norm_before")
         tensor(5., dtype=torch.float64)
+
+        The largest element of each tensor:
+
+        >>> def largest(updates):
+        ...     return fo.tree.map(lambda u: u.abs().amax(), updates)
+        >>> tx = fo.snapshot("largest", largest, is_tree=True)
+        >>> params = {"w": torch.zeros(2), "b": torch.zeros(1)}
+        >>> updates = {"w": torch.tensor([3.0, -4.0]), "b": torch.tensor([1.0])}
+        >>> fo.get(tx.update(updates, tx.init(params))[1], "largest")
+        {'w': tensor(4.), 'b': tensor(1.)}
     """
+    if is_tree:
+        check_measure(measure_name, measure)
+        return keeping(measure_name, measure)
     return measuring({measure_name: measure})
 
 
@@ -252,7 +271,8 @@ def number(name: str, value: Any, updates: PyTree) -> Tensor:
         isinstance(value, Tensor) and (value.dim() or value.is_complex())
     ):
         raise TypeError(
-            f"the measure {name!r} must return a number or a 0-dim tensor; got {value!r}."
+            f"the measure {name!r} must return a number or a 0-dim tensor; got {value!r}. "
+            "For a tree of tensors write snapshot(name, measure, is_tree=True)."
         )
     device = next((x.device for x in tree.leaves(updates)), torch.device("cpu"))
     # A copy, for what is kept may be no part of the updates.

@@ -61,8 +61,10 @@ def mechanize(
         ValueError: an argument outside its range; ``update`` called without params.
         TypeError: `base_optimizer` is not a transformation.
 
-    Source: Cutkosky et al., 2023, alg. 1. The first p is that of ``init``; optax takes it at the
-    first update.
+    Source: Cutkosky et al., 2023, alg. 1, and optax.contrib, which is the authors' code. The first
+    p is that of ``init``; optax takes it at the first update. Their older package for torch,
+    mechanic_pytorch 0.0.1, has other numbers: h without a bound, and the norm of the parameters
+    after the step of the optimizer.
 
     Example:
         >>> import torch, functorch_opt as fo

@@ -30,7 +30,7 @@ OTHERS: dict[str, str] = {
     "MaskedNode": "no name: a part of a tree is a flat dict by path, without holes",
     "Schedule": "no name: any function of the count",
     "ShouldSkipUpdateFunction": "no name: see `MultiSteps`",
-    "WrappedSchedule": "not needed: a schedule may be any hyperparameter",
+    "WrappedSchedule": "not needed: `inject_hyperparams` takes functions of the count, and schedules with a state",
     "dpsgd": "`dp_sgd`",
     "init_empty_state": "`lambda params: ()`",
     "inject_stateful_hyperparams": "`inject_hyperparams`",
@@ -106,7 +106,7 @@ FOLDERS = {
     "perturbations": "left out: they are no optimizers",
     "projections": "the same names, in `functorch_opt.projections`",
     "second_order": "`torch.func.jvp`, `torch.func.hessian`",
-    "tree": "the same names, in `functorch_opt.tree`; `random_like`: `functorch_opt.random.normal_like`; "
+    "tree": "the same names, in `functorch_opt.tree`; `split_key_like`: `functorch_opt.random.split`; "
     "`get`: `functorch_opt.get`; `zeros_like`: `tree.full_like(tree, 0)`",
     "tree_utils": "as `optax.tree`",
 }
@@ -184,9 +184,12 @@ def test_what_the_table_names_exists() -> None:
         for part in path.split(".")[1:]:
             value = getattr(value, part)
     for name in re.findall(r"`(\w+)[`(]", said):
-        assert name in dir(fo) or name in ("count", "zeros_like", "get", "random_like"), (
-            name
-        )
+        assert name in dir(fo) or name in (
+            "count",
+            "zeros_like",
+            "get",
+            "split_key_like",
+        ), name
     import torch
 
     for path in re.findall(r"`(?:1 - )?torch\.([\w.]+)", said):

@@ -1371,12 +1371,14 @@ DIVERGENCES = {
         "optax has none: see test_outer.py",
     ),
     "qk_clip": "optax has none: see test_qk_clip.py",
+    "schedule_free_prodigy": "optax has none: see test_authors.py",
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
+    "snapshot": "is_tree= is ours: the form of a state is known before the first update",
     "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
     "lookahead": "no reset_state= so far",
     "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
@@ -1579,6 +1581,25 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_snapshot_is_that_of_optax(name: str) -> None:
     assert_measures_the_same([name], lambda o: o.snapshot(name, MEASURES[name](o)))
+
+
+@compares("snapshot", reference=OPTAX, remark="of trees")
+@pytest.mark.parametrize("kind", ["of_each", "pair", "itself", "nested"])
+def test_a_snapshot_of_a_tree_is_that_of_optax(kind: str) -> None:
+    def measure(o: Any, map_: Callable[..., Any], updates: Any) -> Any:
+        of_each = map_(lambda u: abs(u).max(), updates)
+        pair = {"norm": o.tree.norm(updates), "largest": o.tree.max(updates)}
+        kinds = {"of_each": of_each, "pair": pair, "itself": updates}
+        return {**kinds, "nested": [of_each, (pair, updates)]}[kind]
+
+    ours = fo.snapshot("kept", lambda us: measure(fo, tree.map, us), is_tree=True)
+    theirs = optax.snapshot("kept", lambda us: measure(optax, jax.tree.map, us))
+    tx, their = fo.chain(fo.trace(0.9), ours), optax.chain(optax.trace(0.9), theirs)
+    state, their_state = tx.init(PARAMS), their.init(to_jax(PARAMS))
+    for g in GRADS:
+        _, state = tx.update(g, state)
+        _, their_state = their.update(to_jax(g), their_state)
+        assert_same(fo.get(state, "kept"), optax.tree.get(their_state, "kept"))
 
 
 @compares("monitor", reference=OPTAX)

@@ -107,7 +107,7 @@ OTHERS = {
     "get": "functorch_opt.get",
     "get_all_with_path": "functorch_opt.state_dict has all values by path",
     "map_params": "compared in test_wrappers.py: the form of a state is another one",
-    "random_like": "functorch_opt.random.normal_like, uniform_like",
+    "random_like": "compared below: other draws, of the same form",
     "set": "compared in test_wrappers.py: as map_params",
     "split_key_like": "functorch_opt.random.split",
     "unwrap_random_key_data": "a key is a tensor",
@@ -125,6 +125,35 @@ def test_arithmetic_equals_optax(name: str, given: tuple) -> None:
     theirs = getattr(optax.tree, name)(*map(to_jax, given))
     # optax works the correction out in the dtype of its int32 count, which is float32.
     assert_same(ours, theirs, 1e-6 if name == "bias_correction" else 1e-12)
+
+
+@pytest.mark.parametrize(("params", "dtype"), [(A, None), (Z, None), (A, "float32")])
+def test_random_like_has_the_form_of_optax(params: Any, dtype: str | None) -> None:
+    """The numbers are others."""
+    given = None if dtype is None else getattr(torch, dtype)
+    ours = tree.random_like(fo.random.key(3), params, dtype=given)
+    theirs = optax.tree.random_like(jax.random.key(3), to_jax(params), dtype=dtype)
+    assert tree.paths(ours) == tree.paths(params)
+    for x, y in zip(tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (tuple(x.shape), str(x.dtype)) == (y.shape, f"torch.{y.dtype}")
+
+
+def test_random_like_draws_what_it_is_told() -> None:
+    like = {"a": torch.zeros(10_000), "none": None, "b": torch.zeros(10_000)}
+    drawn = tree.random_like(fo.random.key(1), like)
+    again = tree.random_like(fo.random.key(1), like)
+    assert torch.equal(drawn["a"], again["a"]) and drawn["none"] is None
+    for x in (drawn["a"], drawn["b"]):
+        assert x.mean().abs() < 0.05 and (x.std() - 1).abs() < 0.05
+    assert (drawn["a"] * drawn["b"]).mean().abs() < 0.05
+    uniform = tree.random_like(fo.random.key(1), like, fo.random.uniform)["a"]
+    assert (uniform.min(), uniform.max()) > (0, 0.99) and uniform.max() < 1
+    mapped = torch.func.vmap(lambda key: tree.random_like(key, like)["b"])(
+        fo.random.split(fo.random.key(1), 2)
+    )
+    assert (mapped[0] * mapped[1]).mean().abs() < 0.05
+    with pytest.raises(TypeError, match="key"):
+        tree.random_like(torch.zeros(3), like)
 
 
 def test_a_condition_or_a_bound_may_be_a_tree_or_one_for_all() -> None:
