@@ -55,9 +55,9 @@ class Whole:
             narrow: whether the rules compute in float32.
             body: the rules, and their scalars.
         """
-        body, scalars = _plain(body, narrow)
+        body, scalars = plain(body, narrow)
         for leaf in zip(*columns, strict=True):
-            _run(body, [*leaf, *scalars])
+            run_body(body, [*leaf, *scalars])
 
 
 class Pieces(Whole):
@@ -73,8 +73,8 @@ class Pieces(Whole):
         narrow: bool,
         body: Body,
     ) -> None:
-        body, scalars = _plain(body, narrow)
-        for first, end in _groups([n for (n,) in sizes], _most(columns[1][0])):
+        body, scalars = plain(body, narrow)
+        for first, end in _groups([n for (n,) in sizes], most_of(columns[1][0])):
             group = [column[first:end] for column in columns]
             if end - first > 1:
                 _joined(group, sizes[first:end], scalars, body, narrow)
@@ -96,7 +96,7 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
 # ---- pieces --------------------------------------------------------------------------------------
 
 
-def _most(x: Tensor) -> int:
+def most_of(x: Tensor) -> int:
     return PIECE if x.device.type == "cpu" else ELSEWHERE
 
 
@@ -113,17 +113,17 @@ def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 def _split(leaf: list[Tensor], scalars: list[Tensor], body: Body) -> None:
     flat = [x.view(-1) if x.dim() else x for x in leaf]
-    most = _most(flat[1])
+    most = most_of(flat[1])
     if flat[1].numel() <= most:
-        _run(body, [*flat, *scalars])
+        run_body(body, [*flat, *scalars])
         return
     pieces = [x.split(most) if x.dim() else repeat(x) for x in flat]
     for piece in zip(*pieces, strict=False):
-        _run(body, [*piece, *scalars])
+        run_body(body, [*piece, *scalars])
 
 
 @torch.no_grad()
-def _run(body: Body, args: list[Tensor]) -> None:
+def run_body(body: Body, args: list[Tensor]) -> None:
     """Apply the body to one leaf. A sum in place saves a tensor and a copy of it."""
     write(args, *body.apart(args))
 
@@ -174,7 +174,7 @@ def _join(
 # ---- a trial -------------------------------------------------------------------------------------
 
 
-def _plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
+def plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
     """The body with numbers as they are, and its scalars."""
     body = body.with_constants
     return body, body.narrowed if narrow else body.scalars
@@ -183,7 +183,7 @@ def _plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
 def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
     """Whether every element goes its own way: two small tensors give the same numbers as they
     are, in pieces, and joined."""
-    body, scalars = _plain(body, narrow)
+    body, scalars = plain(body, narrow)
     shape = [4] + [3] * (leaf[1].dim() - 1)
     shapes = [shape if x.dim() else [] for x in leaf]
     one = drawn(shapes, leaf, 0)
@@ -194,21 +194,21 @@ def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
     halves = [x.view(-1).split(n) if x.dim() else repeat(x) for x in split]
     with _Elementwise() as seen:
         for half in zip(*halves, strict=False):
-            _run(body, [*half, *scalars])
+            run_body(body, [*half, *scalars])
     joined = [[x.clone(), y.clone()] for x, y in zip(one, other, strict=True)]
     _joined(joined, [(one[1].numel(),)] * 2, scalars, body, narrow)
     found = [*split, *[x for pair in joined for x in pair]]
     wanted = [*expected[0], *[x for pair in zip(*expected, strict=True) for x in pair]]
-    return not seen.mixes and all(map(_same, found, wanted))
+    return not seen.mixes and all(map(same, found, wanted))
 
 
 def _applied(body: Body, args: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
     args = [x.clone() for x in args]
-    _run(body, [*args, *scalars])
+    run_body(body, [*args, *scalars])
     return args
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     tolerance = 0.0 if not a.is_floating_point() else 16 * torch.finfo(a.dtype).eps
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 

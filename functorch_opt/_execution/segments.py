@@ -24,6 +24,12 @@ from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole, in_pieces
+from functorch_opt._execution.rows_of_blocks import (
+    Rows,
+    example_rows,
+    in_rows,
+    row_by_row,
+)
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
@@ -147,8 +153,10 @@ class Segment:
             return None
         if not all(x.is_contiguous() and is_aligned(x) for x in leaf[1:end]):
             return None
+        blocks = [None, None, *self.body.blocks, *[None] * len(leaf)]
         if not all(
-            _meets(x, p) and (whole or not x.dim() or x.shape == p.shape) for x in leaf
+            _meets(x, p) and (whole or not x.dim() or _has_size(x, p, of))
+            for x, of in zip(leaf, blocks, strict=False)
         ):
             return None
         written = {x.data_ptr() for x in leaf[1:end]}
@@ -157,7 +165,9 @@ class Segment:
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
         shapes = tuple(
             [
-                tuple([n if n < 2 else -1 for n in x.shape]) if whole else self._rank(x)
+                tuple([n if n < 2 else -1 for n in x.shape])
+                if whole or self.body.row
+                else self._rank(x)
                 for x in leaf
             ]
         )
@@ -179,7 +189,7 @@ class Segment:
 
     def _parts(self, sorts: dict[Any, list[int]], mine: Columns) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
-        in_a_row = not self.body.whole and self.backend != IN_PIECES
+        in_a_row = not (self.body.whole or self.body.row) and self.backend != IN_PIECES
         lie = flat if in_a_row else Tensor.contiguous
         columns = [[lie(x).contiguous() for x in column] for column in mine]
         parts: list[Part] = []
@@ -220,6 +230,10 @@ class Segment:
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
         scalars = self.body.given(_narrow(leaf))
+        if self.body.row:
+            if not programs:
+                programs.append(self._in_rows(leaf, threads, sort))
+            return programs[0], 1
         if self.backend == IN_PIECES:
             if not programs:
                 programs.append(in_pieces(self.body, leaf, _narrow(leaf)))
@@ -239,6 +253,15 @@ class Segment:
         warn_uncompiled("compiled_step runs eagerly", Unfitting(leaf[1]))
         return Whole(), 1
 
+    def _in_rows(self, leaf: list[Tensor], threads: int, sort: Any) -> Whole:
+        """How leaves whose slots have entries for blocks of elements go through the rules."""
+        narrow = _narrow(leaf)
+        if self.backend == IN_PIECES:
+            return in_rows(self.body, leaf, narrow)
+        rows = example_rows(self.body, leaf)
+        examples = [*rows, *self.body.given(narrow)]
+        return Rows(self.body, self._made(examples, threads, sort))
+
     def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
         """A new program, or what stands in for it where there can be none."""
         codes = tuple(
@@ -251,7 +274,8 @@ class Segment:
                 raise Unreadable(unknown)
             if PROGRAMS.made[family] > MOST:
                 raise TooMany
-            return Program(self.body, examples, threads, self.backend)
+            f: Any = row_by_row(self.body) if self.body.row else self.body
+            return Program(f, examples, threads, self.backend)
         except Exception as error:
             if any(self.body.exact) and not isinstance(error, (Unreadable, TooMany)):
                 raise NeedsConstants from error
@@ -391,6 +415,14 @@ def _narrow(leaf: list[Any]) -> bool:
 def _meets(x: Tensor, p: Tensor) -> bool:
     """Whether a kernel on the device of `p` takes `x`: a single number may lie on the host."""
     return x.device == p.device or (not x.dim() and x.device.type == "cpu")
+
+
+def _has_size(x: Tensor, p: Tensor, block: tuple[int, int] | None) -> bool:
+    """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
+    if block is None:
+        return x.shape == p.shape
+    entries, elements = block
+    return x.numel() in (0, -(-p.numel() * entries // elements))
 
 
 def _laid_out_alike(x: Any, p: Any) -> bool:

@@ -1,0 +1,148 @@
+"""Slots that have an entry for each block of elements: such tensors go through rules row by row.
+
+A row is as many elements as the blocks of all slots have in common. Seen so, a parameter is a
+matrix of rows, and so is each slot, with as many columns as it has entries for a row. Rules are
+elementwise, and what is worked out for a block is worked out along a row. What is left at the end,
+fewer elements than a row, goes through the rules by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt._execution.body import Body, Columns
+from functorch_opt._execution.pieces import Whole, most_of, plain, run_body, same
+from functorch_opt._execution.trials import drawn
+from functorch_opt._execution.writes import Pure, Writes
+
+
+class Rows(Whole):
+    """Tensors go through the rules row by row, with `program` where there is one."""
+
+    def __init__(self, body: Body, program: Any = None) -> None:
+        self.program = None if type(program) is Whole else program
+        self.blocks, self.row = body.blocks, body.row
+
+    def run(
+        self, columns: Columns, sizes: list[tuple[int, ...]], narrow: bool, body: Body
+    ) -> None:
+        eager, scalars = plain(body, narrow)
+        given = body.given(narrow)
+        for leaf in zip(*columns, strict=True):
+            main, rest = in_rows_and_rest([*leaf], body)
+            if main and self.program and self.program.fits([*main, *given]):
+                self.program([*main, *given])
+            elif main:
+                for piece in _pieces(main, body):
+                    run_body(eager, [*piece, *scalars])
+            if rest:
+                run_body(eager, [*rest, *scalars])
+
+
+def in_rows(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
+    """How tensors like those of `leaf` go through the rules, where nothing is compiled."""
+    try:
+        return Rows(body) if _may_be_split(body, leaf, narrow) else Whole()
+    except Exception:
+        return Whole()  # the tensors themselves say what is wrong
+
+
+def row_by_row(body: Body) -> Pure:
+    """The body for tensors in rows, whose length is a number where it is traced."""
+
+    def of_rows(args: list[Any]) -> Writes:
+        p = args[1]
+        assert p.dim() < 2 or p.shape[1] == body.row
+        for x, block in zip(args[2:], body.blocks, strict=False):
+            if block is not None and x.dim() == 2:
+                assert x.shape[1] == _columns(body.row, block)
+        return body(args)
+
+    return of_rows
+
+
+def _columns(row: int, block: tuple[int, int] | None) -> int:
+    entries, elements = block or (1, 1)
+    return row * entries // elements
+
+
+def _of(body: Body, n: int) -> list[tuple[int, int] | None]:
+    """The blocks of each of `n` tensors of a leaf."""
+    return [None, None, *body.blocks, *[None] * (n - 2 - len(body.blocks))]
+
+
+def in_rows_and_rest(
+    leaf: list[Tensor], body: Body
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of a leaf as matrices of rows, and the elements that are left, as rows of one.
+
+    A leaf without blocks is all in one row.
+    """
+    row, blocks = body.row, _of(body, len(leaf))
+    if all(of is None or not x.numel() for x, of in zip(leaf, blocks, strict=True)):
+        return [x.view(-1) if x.dim() else x for x in leaf], []
+    n = leaf[1].numel()
+    main: list[Tensor] = []
+    rest: list[Tensor] = []
+    for x, of in zip(leaf, blocks, strict=True):
+        if not x.dim() or not x.numel():
+            main.append(x)
+            rest.append(x)
+            continue
+        columns = _columns(row, of)
+        flat, end = x.view(-1), n // row * columns
+        main.append(flat[:end].view(-1, columns))
+        rest.append(flat[end:].view(1, -1))
+    return main if n >= row else [], rest if n % row else []
+
+
+def _pieces(main: list[Tensor], body: Body) -> Iterator[list[Tensor]]:
+    """Some rows at a time."""
+    p = main[1]
+    most = most_of(p)
+    step = max(1, most // p.shape[1]) if p.dim() == 2 else most
+    for k in range(0, max(p.shape[0], 1), step):
+        yield [x[k : k + step] if x.dim() == p.dim() and x.numel() else x for x in main]
+
+
+def example_rows(body: Body, leaf: list[Tensor]) -> list[Tensor]:
+    """Tensors like those of `leaf`, in rows, to trace the body with."""
+    rows = max(2, leaf[1].numel() // body.row)
+    found = []
+    blocks = _of(body, len(leaf))
+    has = any(of is not None and x.numel() for x, of in zip(leaf, blocks, strict=True))
+    for x, of in zip(leaf, blocks, strict=True):
+        if not x.dim() or not x.numel():
+            found.append(x.detach())
+            continue
+        shape = (rows, _columns(body.row, of)) if has else (x.numel(),)
+        found.append(torch.empty(shape, dtype=x.dtype, device=x.device))
+    return found
+
+
+def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
+    """Whether every row goes its own way: small tensors give the same numbers as they are."""
+    eager, scalars = plain(body, narrow)
+    dims = leaf[1].dim()
+    shape = ([2 * body.row + 5] if dims < 2 else [2 * body.row // 8, 9])[:dims]
+    shape += [1] * (dims - len(shape))
+    n = torch.Size(shape).numel()
+    shapes: list[list[int]] = []
+    for x, of in zip(leaf, _of(body, len(leaf)), strict=True):
+        blocked = [-(-n * of[0] // of[1])] if of and x.numel() else [0]
+        shapes.append([] if not x.dim() else shape if of is None else blocked)
+    args = drawn(shapes, leaf, 0)
+    split = [x.clone() for x in args]
+    run_body(eager, [*args, *scalars])
+    main, rest = in_rows_and_rest(split, body)
+    for piece in ([x[k : k + 1] if x.dim() == 2 else x for x in main] for k in range(2)):
+        run_body(eager, [*(piece if rest else main), *scalars])
+        if not rest:
+            break
+    if rest:
+        run_body(eager, [*rest, *scalars])
+    return all(map(same, split, args))
