@@ -51,18 +51,20 @@ def in_rows(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
         return Whole()  # the tensors themselves say what is wrong
 
 
-def row_by_row(body: Body) -> Pure:
-    """The body for tensors in rows, whose length is a number where it is traced."""
+def with_sizes_settled(body: Body) -> Pure:
+    """The body, for which the length of a row and the sizes of tables are numbers in a trace."""
+    tables = [x.shape[0] if x.dim() else None for x in body.scalars]
 
-    def of_rows(args: list[Any]) -> Writes:
-        p = args[1]
-        assert p.dim() < 2 or p.shape[1] == body.row
-        for x, block in zip(args[2:], body.blocks, strict=False):
-            if block is not None and x.dim() == 2:
-                assert x.shape[1] == _columns(body.row, block)
+    def settled(args: list[Any]) -> Writes:
+        scalars = args[len(args) - len(tables) :]
+        for x, size in zip(scalars, tables, strict=True):
+            assert size is None or x.shape[0] == size
+        if body.row and args[1].dim() == 2:
+            for x, block in zip(args, _of(body, body.width), strict=False):
+                assert x.dim() < 2 or x.shape[1] == _columns(body.row, block)
         return body(args)
 
-    return of_rows
+    return settled
 
 
 def _columns(row: int, block: tuple[int, int] | None) -> int:

@@ -28,7 +28,7 @@ from functorch_opt._execution.rows_of_blocks import (
     Rows,
     example_rows,
     in_rows,
-    row_by_row,
+    with_sizes_settled,
 )
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
@@ -274,7 +274,7 @@ class Segment:
                 raise Unreadable(unknown)
             if PROGRAMS.made[family] > MOST:
                 raise TooMany
-            f: Any = row_by_row(self.body) if self.body.row else self.body
+            f: Any = with_sizes_settled(self.body) if any(self.body.blocks) else self.body
             return Program(f, examples, threads, self.backend)
         except Exception as error:
             if any(self.body.exact) and not isinstance(error, (Unreadable, TooMany)):
