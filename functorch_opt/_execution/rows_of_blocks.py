@@ -34,10 +34,11 @@ class Rows(Whole):
         given = body.given(narrow)
         for leaf in zip(*columns, strict=True):
             main, rest = in_rows_and_rest([*leaf], body)
-            if main and self.program and self.program.fits([*main, *given]):
-                self.program([*main, *given])
-            elif main:
-                for piece in _pieces(main, body):
+            for piece in _pieces(main, body) if main else ():
+                # Compiled code keeps values between its loops, and so it gets pieces too.
+                if self.program and self.program.fits([*piece, *given]):
+                    self.program([*piece, *given])
+                else:
                     run_body(eager, [*piece, *scalars])
             if rest:
                 run_body(eager, [*rest, *scalars])
