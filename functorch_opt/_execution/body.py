@@ -52,13 +52,12 @@ class Entry:
         """Whether it is an elementwise or a tensorwise rule; None if it is no rule."""
         self.blocks: Mapping[str, tuple[int, int]] = {}
         """Of slots that have other sizes than the parameter, how many entries for how many elements."""
-        self.has_sums, self.stored = False, None
+        self.stored: Any = None
+        self.looks_beside = False
+        """Whether the rule, though elementwise, needs more of the tensor than a block of it."""
         if isinstance(stage, Leafwise):
-            self.blocks, self.has_sums, self.stored = (
-                stage.blocks,
-                stage.has_sums,
-                stage.stored,
-            )
+            self.blocks, self.stored = stage.blocks, stage.stored
+            self.looks_beside = stage.has_sums or stage.on_tensor.work is not None
         self.functions = self._functions()
         self.meanings = [Meaning(f) for f in self.functions]
 
@@ -132,7 +131,7 @@ class Body:
         ]
         """For each slot of another size than the parameter: entries for a block of elements."""
         self.whole = any(
-            entry.rule_kind == "tensorwise" or (entry.has_sums and any(self.blocks))
+            entry.rule_kind == "tensorwise" or (entry.looks_beside and any(self.blocks))
             for entry in entries
         )
         self.fixed: list[dict[str, Any]] = []

@@ -256,6 +256,8 @@ class Segment:
     def _in_rows(self, leaf: list[Tensor], threads: int, sort: Any) -> Whole:
         """How leaves whose slots have entries for blocks of elements go through the rules."""
         narrow = _narrow(leaf)
+        if not all(x.dim() for x in leaf[1 : 2 + self.body.n_slots]):
+            return Whole()
         if self.backend == IN_PIECES:
             return in_rows(self.body, leaf, narrow)
         rows = example_rows(self.body, leaf)

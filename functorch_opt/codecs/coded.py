@@ -37,8 +37,6 @@ class Stored(OneTensor):
         scales = tuple(name + SCALE for name in self.blocked)
         self.slot_names = (*inner.slot_names, *scales)
         self.reads = tuple(dict.fromkeys((*inner.reads, *self.blocked, *scales)))
-        self.sums, self.has_sums = inner.sums, False
-        self.kind = "elementwise" if is_elementwise(inner) else "tensorwise"
         self.is_plain = False
 
     def tables(self, device: torch.device) -> dict[str, Any]:
@@ -73,6 +71,8 @@ class Stored(OneTensor):
         new = dict(new)
         for name, codec in self.blocked.items():
             codes, scales = values[name], values[name + SCALE]
+            # What a rule for complex tensors reads is complex.
+            scales = scales.real if scales.is_complex() else scales
             new[name + SCALE] = scales
             if codes.dtype is not codec.dtype or not isinstance(new[name], Tensor):
                 continue
@@ -109,11 +109,6 @@ def _in_rows(scales: Tensor) -> bool:
     return scales.dim() == 2
 
 
-def is_elementwise(rule: OneTensor) -> bool:
-    """Whether a block can be worked out by itself."""
-    return rule.kind == "elementwise" and not rule.has_sums and rule.work is None
-
-
 class Coded(Leafwise):
     """A stage whose slots are stored in a code, on the leaves that `choice` chooses."""
 
@@ -125,8 +120,7 @@ class Coded(Leafwise):
             vars(self).pop(kept, None)
         self.inner, self.codecs, self.choice = inner, codecs, choice
         rule = Stored(inner.on_tensor, codecs)
-        self.on_tensor, self.reads, self.kind = rule, rule.reads, rule.kind
-        self.has_sums = False
+        self.on_tensor, self.reads = rule, rule.reads
         scales: dict[str, Any] = {n + SCALE: _scales(c) for n, c in rule.blocked.items()}
         self.slots = {**inner.slots, **scales}
         self.blocks = {n + SCALE: (1, c.block) for n, c in rule.blocked.items()}

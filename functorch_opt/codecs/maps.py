@@ -37,10 +37,10 @@ def dynamic_map(signed: bool) -> Tensor:
     means = []
     for decade in range(DECADES):
         n = 2 ** (decade if signed else decade + 1)
-        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64, device="cpu")
         means.append(10.0 ** (decade + 1 - DECADES) * (edges[1:] + edges[:-1]) / 2)
-    positive = torch.cat([*means, torch.ones(1, dtype=torch.float64)])
-    zero = torch.zeros(1, dtype=torch.float64)
+    positive = torch.cat([*means, means[0].new_ones(1)])
+    zero = means[0].new_zeros(1)
     if not signed:
         return torch.cat([zero, positive])
     negative = -torch.cat(means)
@@ -71,7 +71,7 @@ def tables_of(levels: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 def _least_of_keys() -> Tensor:
     """Of each key the least number that has it, from those of -1 to those of 1."""
-    keys = torch.arange(_KEYS)
+    keys = torch.arange(_KEYS, device="cpu")
     magnitude = ((keys + _FIRST) << _SHIFT).to(torch.int32).view(torch.float32)
     magnitude[0] = 0
     largest = (((keys + 1 + _FIRST) << _SHIFT) - 1).to(torch.int32).view(torch.float32)
@@ -90,14 +90,16 @@ BOTH_SIGNS = 2 * _KEYS
 """How many entries of the table ``codes`` belong to a map."""
 
 
-@cache
-def _dynamic() -> dict[str, Tensor]:
-    return tables_of((dynamic_map(True), dynamic_map(False)))
+_DYNAMIC = tables_of((dynamic_map(True), dynamic_map(False)))
 
 
-@cache
 def dynamic_tables(device: torch.device) -> dict[str, Table]:
     """The tables of the dynamic map, on `device`."""
-    return {
-        f"dynamic_{name}": Table(table.to(device)) for name, table in _dynamic().items()
-    }
+    if device.type == "cpu":
+        return {f"dynamic_{name}": Table(table) for name, table in _DYNAMIC.items()}
+    return _elsewhere(device)
+
+
+@cache
+def _elsewhere(device: torch.device) -> dict[str, Table]:
+    return {f"dynamic_{name}": Table(x.to(device)) for name, x in _DYNAMIC.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
@@ -69,7 +71,7 @@ def stored(
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
     ``mu_scale``. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
 
-    Not stored in a code are: slots of wrappers (such as a master copy); slots of complex, sharded
+    Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a master copy); slots of complex, sharded
     or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
     no moments but parameters, step sizes or matrices.
 
@@ -133,6 +135,9 @@ def _coded(
     rule: Leafwise, wanted: Mapping[str, Codec], where: Choice, found: dict[str, bool]
 ) -> Leafwise:
     """A rule with the slots that are `wanted` in a code; in `found`, whether each one is."""
+    if isinstance(rule, Coded):
+        found.update(dict.fromkeys(rule.codecs, True))
+        return rule
     codecs = {}
     for slot, first in rule.slots.items():
         codec = wanted.get(slot) or (wanted.get("") if starts_at_zero(first) else None)
@@ -144,8 +149,14 @@ def _coded(
 
 def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
     """Whether a slot has the shape of the parameter, and its first values are zeros."""
+    function = first.func if isinstance(first, partial) else first
+    if function is tree.zeros_like or function is torch.zeros_like:
+        return True  # without looking, which cannot be done in a graph
     p = torch.ones(2, 3)
-    x = first(p)
+    try:
+        x = first(p)
+    except Exception:
+        return False  # it is not for every shape
     return x.shape == p.shape and x.is_floating_point() and not x.any()
 
 
