@@ -1522,6 +1522,7 @@ NOT_TRANSFORMATIONS = {
     "describe",
     "eval_params",
     "get",
+    "large_matrices",
     "global_norm",
     "hutchinson_estimator_diag_hessian",
     "incremental_update",

@@ -195,7 +195,7 @@ def test_pieces_are_larger_where_calls_take_the_time(
 ) -> None:
     monkeypatch.setattr(pieces, "ELSEWHERE", 50)
     x = torch.empty(3, device="meta")
-    assert (pieces._most(torch.empty(3)), pieces._most(x)) == (16, 50)
+    assert (pieces.most_of(torch.empty(3)), pieces.most_of(x)) == (16, 50)
 
 
 def test_an_error_in_a_rule_leaves_everything_as_it_was() -> None:

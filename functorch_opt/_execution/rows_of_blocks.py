@@ -8,7 +8,8 @@ fewer elements than a row, goes through the rules by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.pieces import Whole, most_of, plain, run_body, same
 from functorch_opt._execution.trials import drawn
 from functorch_opt._execution.writes import Pure, Writes
+
+Block = tuple[int, int] | None
+"""So many entries for so many elements; None: one for each element."""
 
 
 class Rows(Whole):
@@ -44,12 +48,32 @@ class Rows(Whole):
                 run_body(eager, [*rest, *scalars])
 
 
-def in_rows(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
-    """How tensors like those of `leaf` go through the rules, where nothing is compiled."""
+def in_rows(
+    body: Body,
+    leaf: list[Tensor],
+    scalars: list[Tensor],
+    made: Callable[..., Any] | None,
+    *how: Any,
+) -> Whole:
+    """How tensors like those of `leaf` go through the rules.
+
+    `made` compiles, of examples and of `how`; None: nothing is compiled.
+    """
+    if not all(x.dim() for x in leaf[1 : 2 + body.n_slots]):
+        return Whole()
+    if made is not None:
+        return Rows(body, made([*example_rows(body, leaf), *scalars], *how))
     try:
-        return Rows(body) if _may_be_split(body, leaf, narrow) else Whole()
+        return Rows(body) if _may_be_split(body, leaf) else Whole()
     except Exception:
         return Whole()  # the tensors themselves say what is wrong
+
+
+def has_size(x: Tensor, p: Tensor, block: Block) -> bool:
+    """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
+    if block is None:
+        return x.shape == p.shape
+    return x.numel() in (0, _entries(p.numel(), block))
 
 
 def with_sizes_settled(body: Body) -> Pure:
@@ -62,25 +86,24 @@ def with_sizes_settled(body: Body) -> Pure:
             assert size is None or x.shape[0] == size
         if body.row and args[1].dim() == 2:
             for x, block in zip(args, _of(body, body.width), strict=False):
-                assert x.dim() < 2 or x.shape[1] == _columns(body.row, block)
+                assert x.dim() < 2 or x.shape[1] == _entries(body.row, block)
         return body(args)
 
     return settled
 
 
-def _columns(row: int, block: tuple[int, int] | None) -> int:
+def _entries(n: int, block: Block) -> int:
+    """How many entries there are for `n` elements."""
     entries, elements = block or (1, 1)
-    return row * entries // elements
+    return -(-n * entries // elements)
 
 
-def _of(body: Body, n: int) -> list[tuple[int, int] | None]:
+def _of(body: Body, n: int) -> list[Block]:
     """The blocks of each of `n` tensors of a leaf."""
     return [None, None, *body.blocks, *[None] * (n - 2 - len(body.blocks))]
 
 
-def in_rows_and_rest(
-    leaf: list[Tensor], body: Body
-) -> tuple[list[Tensor], list[Tensor]]:
+def in_rows_and_rest(leaf: list[Tensor], body: Body) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of a leaf as matrices of rows, and the elements that are left, as rows of one.
 
     A leaf without blocks is all in one row.
@@ -96,7 +119,7 @@ def in_rows_and_rest(
             main.append(x)
             rest.append(x)
             continue
-        columns = _columns(row, of)
+        columns = _entries(row, of)
         flat, end = x.view(-1), n // row * columns
         main.append(flat[:end].view(-1, columns))
         rest.append(flat[end:].view(1, -1))
@@ -122,30 +145,41 @@ def example_rows(body: Body, leaf: list[Tensor]) -> list[Tensor]:
         if not x.dim() or not x.numel():
             found.append(x.detach())
             continue
-        shape = (rows, _columns(body.row, of)) if has else (x.numel(),)
+        shape = (rows, _entries(body.row, of)) if has else (x.numel(),)
         found.append(torch.empty(shape, dtype=x.dtype, device=x.device))
     return found
 
 
-def _may_be_split(body: Body, leaf: list[Tensor], narrow: bool) -> bool:
+def _may_be_split(body: Body, leaf: list[Tensor]) -> bool:
     """Whether every row goes its own way: small tensors give the same numbers as they are."""
+    narrow = not any(x.dtype is torch.float64 for x in leaf)
     eager, scalars = plain(body, narrow)
-    dims = leaf[1].dim()
-    shape = ([2 * body.row + 5] if dims < 2 else [2 * body.row // 8, 9])[:dims]
-    shape += [1] * (dims - len(shape))
-    n = torch.Size(shape).numel()
-    shapes: list[list[int]] = []
-    for x, of in zip(leaf, _of(body, len(leaf)), strict=True):
-        blocked = [-(-n * of[0] // of[1])] if of and x.numel() else [0]
-        shapes.append([] if not x.dim() else shape if of is None else blocked)
-    args = drawn(shapes, leaf, 0)
+    args = drawn(_shapes_of_two_rows(body, leaf), leaf, 0)
     split = [x.clone() for x in args]
     run_body(eager, [*args, *scalars])
     main, rest = in_rows_and_rest(split, body)
-    for piece in ([x[k : k + 1] if x.dim() == 2 else x for x in main] for k in range(2)):
-        run_body(eager, [*(piece if rest else main), *scalars])
-        if not rest:
-            break
+    parts = [main]
     if rest:
-        run_body(eager, [*rest, *scalars])
+        first = [x[:1] if x.dim() == 2 else x for x in main]
+        second = [x[1:] if x.dim() == 2 else x for x in main]
+        parts = [first, second, rest]
+    for part in parts:
+        run_body(eager, [*part, *scalars])
     return all(map(same, split, args))
+
+
+def _shapes_of_two_rows(body: Body, leaf: list[Tensor]) -> list[list[int]]:
+    """Shapes of as many dims as those of `leaf`, with two rows and a rest."""
+    dims = leaf[1].dim()
+    shape = [2 * body.row + 5]
+    if dims > 1:
+        shape = [body.row // 4, 9, *[1] * (dims - 2)]
+    shapes: list[list[int]] = []
+    for x, of in zip(leaf, _of(body, len(leaf)), strict=True):
+        if not x.dim() or not x.numel():
+            shapes.append([*x.shape])
+        elif of is None:
+            shapes.append(shape)
+        else:
+            shapes.append([_entries(prod(shape), of)])
+    return shapes

@@ -24,12 +24,7 @@ from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole, in_pieces
-from functorch_opt._execution.rows_of_blocks import (
-    Rows,
-    example_rows,
-    in_rows,
-    with_sizes_settled,
-)
+from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
@@ -155,7 +150,7 @@ class Segment:
             return None
         blocks = [None, None, *self.body.blocks, *[None] * len(leaf)]
         if not all(
-            _meets(x, p) and (whole or not x.dim() or _has_size(x, p, of))
+            _meets(x, p) and (whole or not x.dim() or has_size(x, p, of))
             for x, of in zip(leaf, blocks, strict=False)
         ):
             return None
@@ -232,7 +227,8 @@ class Segment:
         scalars = self.body.given(_narrow(leaf))
         if self.body.row:
             if not programs:
-                programs.append(self._in_rows(leaf, threads, sort))
+                made = None if self.backend == IN_PIECES else self._made
+                programs.append(in_rows(self.body, leaf, scalars, made, threads, sort))
             return programs[0], 1
         if self.backend == IN_PIECES:
             if not programs:
@@ -252,17 +248,6 @@ class Segment:
                 return program, size
         warn_uncompiled("compiled_step runs eagerly", Unfitting(leaf[1]))
         return Whole(), 1
-
-    def _in_rows(self, leaf: list[Tensor], threads: int, sort: Any) -> Whole:
-        """How leaves whose slots have entries for blocks of elements go through the rules."""
-        narrow = _narrow(leaf)
-        if not all(x.dim() for x in leaf[1 : 2 + self.body.n_slots]):
-            return Whole()
-        if self.backend == IN_PIECES:
-            return in_rows(self.body, leaf, narrow)
-        rows = example_rows(self.body, leaf)
-        examples = [*rows, *self.body.given(narrow)]
-        return Rows(self.body, self._made(examples, threads, sort))
 
     def _made(self, examples: list[Tensor], threads: int, sort: Any) -> Any:
         """A new program, or what stands in for it where there can be none."""
@@ -417,14 +402,6 @@ def _narrow(leaf: list[Any]) -> bool:
 def _meets(x: Tensor, p: Tensor) -> bool:
     """Whether a kernel on the device of `p` takes `x`: a single number may lie on the host."""
     return x.device == p.device or (not x.dim() and x.device.type == "cpu")
-
-
-def _has_size(x: Tensor, p: Tensor, block: tuple[int, int] | None) -> bool:
-    """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
-    if block is None:
-        return x.shape == p.shape
-    entries, elements = block
-    return x.numel() in (0, -(-p.numel() * entries // elements))
 
 
 def _laid_out_alike(x: Any, p: Any) -> bool:

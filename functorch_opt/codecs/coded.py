@@ -56,7 +56,7 @@ class Stored(OneTensor):
         return found
 
     def _read(self, name: str, values: Mapping[str, Any]) -> Tensor:
-        codes, scales = values[name], values[name + SCALE]
+        codes, scales = values[name], _real(values[name + SCALE])
         given = self._tables_of(codes, values)
         rows = codes if _in_rows(scales) else codes.reshape(-1)
         x = self.blocked[name].read(rows, scales.float(), given)
@@ -70,9 +70,7 @@ class Stored(OneTensor):
         """New slots as they are stored, in the form in which `values` has the old ones."""
         new = dict(new)
         for name, codec in self.blocked.items():
-            codes, scales = values[name], values[name + SCALE]
-            # What a rule for complex tensors reads is complex.
-            scales = scales.real if scales.is_complex() else scales
+            codes, scales = values[name], _real(values[name + SCALE])
             new[name + SCALE] = scales
             if codes.dtype is not codec.dtype or not isinstance(new[name], Tensor):
                 continue
@@ -104,6 +102,11 @@ class Stored(OneTensor):
         return self.inner.values_of_leaves(gs, ps, columns, per_leaf, names)
 
 
+def _real(x: Tensor) -> Tensor:
+    """A real slot, which a rule for complex tensors reads as complex numbers."""
+    return x.real if x.is_complex() else x
+
+
 def _in_rows(scales: Tensor) -> bool:
     """Whether an execution has laid the tensors out in rows. In a state, scales are a vector."""
     return scales.dim() == 2
@@ -127,7 +130,7 @@ class Coded(Leafwise):
         self.stored = tuple(codecs.items())
 
     def tables(self, device: torch.device) -> dict[str, Table]:
-        return self.on_tensor.tables(device)  # type: ignore[attr-defined, no-any-return]
+        return self.on_tensor.tables(device)  # type: ignore[attr-defined]
 
     def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)

@@ -92,16 +92,16 @@ def stored(
         >>> import torch, functorch_opt as fo
         >>> tx = fo.stored(fo.scale_by_adam(), "8bit")
         >>> print(fo.describe(tx.init({"w": torch.zeros(64, 64), "b": torch.zeros(64)})))
-        shared/count         ()        int64     8 B
-        slots/mu/b           (64,)     float32   256 B
-        slots/mu/w           (64, 64)  uint8     4,096 B
-        slots/nu/b           (64,)     float32   256 B
-        slots/nu/w           (64, 64)  uint8     4,096 B
-        slots/mu_scale/b     (0,)      float32   0 B
-        slots/mu_scale/w     (16,)     float32   64 B
-        slots/nu_scale/b     (0,)      float32   0 B
-        slots/nu_scale/w     (16,)     float32   64 B
-        total                                    8,840 B
+        shared/count      ()        int64        8 B
+        slots/mu/b        (64,)     float32    256 B
+        slots/mu/w        (64, 64)  uint8    4,096 B
+        slots/mu_scale/b  (0,)      float32      0 B
+        slots/mu_scale/w  (16,)     float32     64 B
+        slots/nu/b        (64,)     float32    256 B
+        slots/nu/w        (64, 64)  uint8    4,096 B
+        slots/nu_scale/b  (0,)      float32      0 B
+        slots/nu_scale/w  (16,)     float32     64 B
+        total                                8,840 B
     """
     if not isinstance(inner, GradientTransformation):
         raise TypeError(
@@ -110,7 +110,9 @@ def stored(
     wanted = _codecs(codes)
     found: dict[str, bool] = {}
     tx = _rebuilt(inner, lambda rule: _coded(rule, wanted, where, found))
-    missing = [name for name in wanted if name not in found] if wanted.keys() - {""} else []
+    missing = (
+        [name for name in wanted if name not in found] if wanted.keys() - {""} else []
+    )
     if missing or not any(found.values()):
         raise ValueError(
             f"no slot of {inner!r} is stored in a code: its rules have the slots "
