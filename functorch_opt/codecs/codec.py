@@ -33,21 +33,50 @@ class Codec:
     """``(codes in blocks, scales, tables) -> x``."""
     tables: Callable[[torch.device], Mapping[str, Any]] = lambda device: NO_TABLES
 
-    def write(self, x: Tensor, columns: int, tables: Mapping[str, Any]) -> Any:
+    def write(
+        self,
+        x: Tensor,
+        columns: int,
+        tables: Mapping[str, Any],
+    ) -> Any:
         """Codes and scales of a slot, of which each row has `columns` blocks."""
         assert self.encode is not None
-        codes, scales = self.encode(in_blocks(x.float(), columns, self.block), tables)
+        codes, scales = self.encode(
+            in_blocks(
+                x.float(),
+                columns,
+                self.block,
+            ),
+            tables,
+        )
         return out_of_blocks(codes, x.shape[-1]), scales.squeeze(-1)
 
-    def read(self, codes: Tensor, scales: Tensor, tables: Mapping[str, Any]) -> Tensor:
+    def read(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        tables: Mapping[str, Any],
+    ) -> Tensor:
         """The slot, float32."""
         assert self.decode is not None
-        blocks = in_blocks(codes, scales.shape[-1], self.block)
-        x = self.decode(blocks, scales.unsqueeze(-1), tables)
+        blocks = in_blocks(
+            codes,
+            scales.shape[-1],
+            self.block,
+        )
+        x = self.decode(
+            blocks,
+            scales.unsqueeze(-1),
+            tables,
+        )
         return out_of_blocks(x, codes.shape[-1])
 
 
-def in_blocks(x: Tensor, columns: int, block: int) -> Tensor:
+def in_blocks(
+    x: Tensor,
+    columns: int,
+    block: int,
+) -> Tensor:
     """The elements of each row of `x` in `columns` blocks; the last one is filled with zeros."""
     missing = columns * block - x.shape[-1]
     if missing and columns == 1:
@@ -57,7 +86,10 @@ def in_blocks(x: Tensor, columns: int, block: int) -> Tensor:
     return x.unflatten(-1, (columns, block))
 
 
-def out_of_blocks(x: Tensor, n: int) -> Tensor:
+def out_of_blocks(
+    x: Tensor,
+    n: int,
+) -> Tensor:
     """The inverse of `in_blocks`: the first `n` elements of each row."""
     x = x.flatten(-2)
     return x if x.shape[-1] == n else x[..., :n]
@@ -69,20 +101,35 @@ _LEAST = 2.75e-7
 """A negative number of this size, in units of the largest, still rounds to 0 in the signed map."""
 
 
-def _encode_dynamic(x: Tensor, tables: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _encode_dynamic(
+    x: Tensor,
+    tables: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1, keepdim=True)
     # If no number would round to a negative level, the block has the unsigned map.
     unsigned = (x.amin(-1, keepdim=True) >= -_LEAST * largest) & (largest > 0)
-    y = x / torch.where(largest > 0, largest, 1.0)
+    y = x / torch.where(
+        largest > 0,
+        largest,
+        1.0,
+    )
     which = unsigned.to(torch.int32)
     key = key_of(y) + which * BOTH_SIGNS
     code = tables["dynamic_codes"][key].to(torch.int32)
     code = code + (y > tables["dynamic_bounds"][code]).to(torch.int32)
-    scale = torch.where(unsigned, -largest, largest)
+    scale = torch.where(
+        unsigned,
+        -largest,
+        largest,
+    )
     return (code - which * UNSIGNED).to(torch.uint8), scale
 
 
-def _decode_dynamic(codes: Tensor, scale: Tensor, tables: Mapping[str, Any]) -> Tensor:
+def _decode_dynamic(
+    codes: Tensor,
+    scale: Tensor,
+    tables: Mapping[str, Any],
+) -> Tensor:
     place = codes.to(torch.int32) + (scale < 0).to(torch.int32) * UNSIGNED
     return tables["dynamic_levels"][place] * scale.abs()
 

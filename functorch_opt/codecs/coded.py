@@ -30,7 +30,11 @@ Choice = Callable[[Path, Tensor], bool]
 class Stored(OneTensor):
     """A rule on one tensor, with slots in a code."""
 
-    def __init__(self, inner: OneTensor, codecs: Mapping[str, Codec]) -> None:
+    def __init__(
+        self,
+        inner: OneTensor,
+        codecs: Mapping[str, Codec],
+    ) -> None:
         self.__dict__.update(vars(inner))
         self.inner, self.codecs = inner, codecs
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
@@ -39,14 +43,20 @@ class Stored(OneTensor):
         self.reads = tuple(dict.fromkeys((*inner.reads, *self.blocked, *scales)))
         self.is_plain = False
 
-    def tables(self, device: torch.device) -> dict[str, Any]:
+    def tables(
+        self,
+        device: torch.device,
+    ) -> dict[str, Any]:
         """What the codecs look up."""
         found: dict[str, Any] = {}
         for codec in self.blocked.values():
             found.update(codec.tables(device))
         return found
 
-    def decoded(self, slots: Mapping[str, Any]) -> dict[str, Any]:
+    def decoded(
+        self,
+        slots: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """The slots as the rule knows them. There may be other values among them."""
         found = dict(slots)
         for name, codec in self.blocked.items():
@@ -55,18 +65,34 @@ class Stored(OneTensor):
                 found[name] = self._read(name, slots)
         return found
 
-    def _read(self, name: str, values: Mapping[str, Any]) -> Tensor:
+    def _read(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+    ) -> Tensor:
         codes, scales = values[name], _real(values[name + SCALE])
         given = self._tables_of(codes, values)
         rows = codes if _in_rows(scales) else codes.reshape(-1)
-        x = self.blocked[name].read(rows, scales.float(), given)
+        x = self.blocked[name].read(
+            rows,
+            scales.float(),
+            given,
+        )
         return x.reshape(codes.shape).to(scales.dtype)
 
-    def _tables_of(self, x: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _tables_of(
+        self,
+        x: Tensor,
+        values: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
         tables = self.tables(x.device)
         return {n: values.get(n, table.tensor) for n, table in tables.items()}
 
-    def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    def encoded(
+        self,
+        new: dict[str, Any],
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """New slots as they are stored, in the form in which `values` has the old ones."""
         new = dict(new)
         for name, codec in self.blocked.items():
@@ -78,11 +104,18 @@ class Stored(OneTensor):
             if x.shape != codes.shape:
                 continue  # which is an error, and is said so
             rows = x if _in_rows(scales) else x.reshape(-1)
-            flat, new[name + SCALE] = codec.write(rows, scales.shape[-1], given)
+            flat, new[name + SCALE] = codec.write(
+                rows,
+                scales.shape[-1],
+                given,
+            )
             new[name] = flat.reshape(x.shape)
         return new
 
-    def result(self, values: dict[str, Any]) -> Any:
+    def result(
+        self,
+        values: dict[str, Any],
+    ) -> Any:
         result = self.inner.result(self.decoded(values))
         self.inner.check_pair(result)
         u, new = result
@@ -94,12 +127,22 @@ class Stored(OneTensor):
         read = {name for name in self.blocked if name in names}
         columns = dict(slots)
         for name in read:
-            pairs = zip(slots[name], slots[name + SCALE], strict=True)
+            pairs = zip(
+                slots[name],
+                slots[name + SCALE],
+                strict=True,
+            )
             columns[name] = [
                 None if x is None else self.decoded({name: x, name + SCALE: s})[name]
                 for x, s in pairs
             ]
-        return self.inner.values_of_leaves(gs, ps, columns, per_leaf, names)
+        return self.inner.values_of_leaves(
+            gs,
+            ps,
+            columns,
+            per_leaf,
+            names,
+        )
 
 
 def _real(x: Tensor) -> Tensor:
@@ -129,21 +172,43 @@ class Coded(Leafwise):
         self.blocks = {n + SCALE: (1, c.block) for n, c in rule.blocked.items()}
         self.stored = tuple(codecs.items())
 
-    def tables(self, device: torch.device) -> dict[str, Table]:
+    def tables(
+        self,
+        device: torch.device,
+    ) -> dict[str, Table]:
         return self.on_tensor.tables(device)  # type: ignore[attr-defined]
 
-    def _init(self, params: PyTree) -> StageState:
+    def _init(
+        self,
+        params: PyTree,
+    ) -> StageState:
         return self.encode(self.inner.init(params), params)
 
-    def encode(self, state: StageState, params: PyTree) -> StageState:
+    def encode(
+        self,
+        state: StageState,
+        params: PyTree,
+    ) -> StageState:
         """The state of the transformation inside, stored."""
         paths, (ps, spec) = tree.paths(params), tree.flatten(params)
         slots = dict(state.slots)
         for name, codec in self.codecs.items():
             column = tree.flatten(state.slots[name])[0]
-            rows = zip(paths, ps, column, strict=True)
+            rows = zip(
+                paths,
+                ps,
+                column,
+                strict=True,
+            )
             stored = [
-                (None, None) if p is None else self._stored(codec, path, p, x)
+                (None, None)
+                if p is None
+                else self._stored(
+                    codec,
+                    path,
+                    p,
+                    x,
+                )
                 for path, p, x in rows
             ]
             slots[name] = tree.unflatten(spec, [x for x, _ in stored])
@@ -151,19 +216,36 @@ class Coded(Leafwise):
                 slots[name + SCALE] = tree.unflatten(spec, [s for _, s in stored])
         return StageState(state.shared, slots)
 
-    def _stored(self, codec: Codec, path: Path, p: Tensor, x: Tensor) -> Any:
+    def _stored(
+        self,
+        codec: Codec,
+        path: Path,
+        p: Tensor,
+        x: Tensor,
+    ) -> Any:
         chosen = takes(x) and self.choice(path, p)
         if not codec.block:
             return (x.to(codec.dtype) if chosen else x), None
         n = -(-x.numel() // codec.block) if chosen else 0
-        scales = torch.zeros(n, dtype=torch.float32, device=x.device)
+        scales = torch.zeros(
+            n,
+            dtype=torch.float32,
+            device=x.device,
+        )
         if not chosen:
             return x, scales
         tables = {name: of.tensor for name, of in codec.tables(x.device).items()}
-        flat, scales = codec.write(x.reshape(-1), n, tables)
+        flat, scales = codec.write(
+            x.reshape(-1),
+            n,
+            tables,
+        )
         return flat.reshape(x.shape), scales
 
-    def decode(self, state: StageState) -> StageState:
+    def decode(
+        self,
+        state: StageState,
+    ) -> StageState:
         """The state of the transformation inside."""
         self.check_state(state)
         slots = {name: state.slots[name] for name in self.inner.slots}
@@ -176,7 +258,14 @@ class Coded(Leafwise):
 
             if codec.block:
                 scales = tree.flatten(state.slots[name + SCALE])[0]
-                column = [read(x, s) for x, s in zip(like[0], scales, strict=True)]
+                column = [
+                    read(x, s)
+                    for x, s in zip(
+                        like[0],
+                        scales,
+                        strict=True,
+                    )
+                ]
             else:
                 column = [
                     None if x is None else x.to(tree.at_least_float32(x.dtype))

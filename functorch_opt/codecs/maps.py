@@ -37,7 +37,13 @@ def dynamic_map(signed: bool) -> Tensor:
     means = []
     for decade in range(DECADES):
         n = 2 ** (decade if signed else decade + 1)
-        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64, device="cpu")
+        edges = torch.linspace(
+            0.1,
+            1,
+            n + 1,
+            dtype=torch.float64,
+            device="cpu",
+        )
         means.append(10.0 ** (decade + 1 - DECADES) * (edges[1:] + edges[:-1]) / 2)
     positive = torch.cat([*means, means[0].new_ones(1)])
     zero = means[0].new_zeros(1)
@@ -64,7 +70,14 @@ def tables_of(levels: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         "levels": torch.cat(levels).float(),
         "bounds": torch.cat(bounds),
         "codes": torch.cat(
-            [codes + at for codes, at in zip(first, (SIGNED, UNSIGNED), strict=True)]
+            [
+                codes + at
+                for codes, at in zip(
+                    first,
+                    (SIGNED, UNSIGNED),
+                    strict=True,
+                )
+            ]
         ).to(torch.int16),
     }
 
@@ -83,7 +96,14 @@ def key_of(y: Tensor) -> Tensor:
     """Where the first code of each number between -1 and 1 is in the table ``codes``."""
     bits = y.abs().view(torch.int32)
     key = ((bits >> _SHIFT) - _FIRST).clamp(0, _KEYS - 1)
-    return torch.where(y < 0, -1 - key, key) + _KEYS
+    return (
+        torch.where(
+            y < 0,
+            -1 - key,
+            key,
+        )
+        + _KEYS
+    )
 
 
 BOTH_SIGNS = 2 * _KEYS
