@@ -1523,6 +1523,7 @@ NOT_TRANSFORMATIONS = {
     "eval_params",
     "get",
     "large_matrices",
+    "recoded",
     "global_norm",
     "hutchinson_estimator_diag_hessian",
     "incremental_update",

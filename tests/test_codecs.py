@@ -381,3 +381,130 @@ def test_groups_see_the_same_leaves() -> None:
     coded = [path for path, of in dtypes(state).items() if of is torch.uint8]
     assert len(coded) == 3
     assert all(x is not None for x in tree.leaves(state))
+
+
+# ---- in the stateful optimizers ------------------------------------------------------------------
+
+
+def optimized(make: Any, steps: int = 3) -> tuple[torch.nn.Linear, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 60)
+    opt = make(model)
+    go_on(model, opt, range(steps))
+    return model, opt
+
+
+def go_on(model: torch.nn.Linear, opt: Any, steps: range) -> None:
+    for k in steps:
+        x = torch.randn(16, 100, generator=torch.Generator().manual_seed(k))
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+
+
+STATEFUL = {
+    "AdamW": (lambda params, **given: fo.optim.AdamW(params, **given), "exp_avg"),
+    "SGD": (
+        lambda params, **given: fo.optim.SGD(params, 0.1, momentum=0.9, **given),
+        "momentum_buffer",
+    ),
+    "Lion": (
+        lambda params, **given: fo.optim.Lion(params, 0.1, **given),
+        "scale_by_lion/mu",
+    ),
+    "factory": (
+        lambda params, **given: fo.optim.Optimizer(params, fo.lamb, lr=0.1, **given),
+        "scale_by_adam/mu",
+    ),
+}
+stateful = pytest.mark.parametrize("name", STATEFUL)
+
+
+@stateful
+def test_an_optimizer_with_slots_in_a_code_is_resumed(name: str) -> None:
+    make, slot = STATEFUL[name]
+    model, opt = optimized(lambda model: make(model.parameters(), state="8bit"))
+    assert opt.state[model.weight][slot].dtype is torch.uint8
+    assert opt.state[model.bias][slot].dtype is torch.float32
+    assert opt.param_groups[0]["state"] == "8bit"
+    saved = laws.io.BytesIO()
+    torch.save((model.state_dict(), opt.state_dict()), saved)
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    other, resumed = optimized(lambda model: make(model.parameters(), state="8bit"), 0)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state, strict=True)
+    go_on(model, opt, range(3, 6))
+    go_on(other, resumed, range(3, 6))
+    assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize("there", [None, "8bit", "bfloat16"])
+@pytest.mark.parametrize("here", [None, "8bit"])
+@stateful
+def test_checkpoints_are_converted(name: str, here: Any, there: Any) -> None:
+    make, slot = STATEFUL[name]
+    model, opt = optimized(lambda model: make(model.parameters(), state=there))
+    other, resumed = optimized(lambda model: make(model.parameters(), state=here), 0)
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("state", None)  # otherwise slots would be stored as they were there
+    resumed.load_state_dict(saved, strict=True)
+    entry = resumed.state[other.weight]
+    assert (entry[slot].dtype is torch.uint8) == (here == "8bit")
+    assert (slot + "_scale" in entry) == (here == "8bit")
+    if here is None and there is None:
+        return
+    kept, found = (float32(o, m, slot) for o, m in ((opt, model), (resumed, other)))
+    assert (kept - found).abs().max() <= 0.01 * kept.abs().max()
+    go_on(other, resumed, range(3, 5))
+
+
+def float32(opt: Any, model: torch.nn.Linear, slot: str) -> Tensor:
+    entry = opt.state[model.weight]
+    if entry[slot].dtype is not torch.uint8:
+        return entry[slot].float()
+    x = read(DYNAMIC, entry[slot].flatten(), entry[slot + "_scale"])
+    return x.view_as(model.weight)
+
+
+def test_a_group_says_how_its_slots_are_stored() -> None:
+    model = torch.nn.Linear(100, 60)
+    other = torch.nn.Linear(100, 60)
+    groups = [
+        {"params": model.parameters(), "state": "8bit"},
+        {"params": other.parameters()},
+    ]
+    opt = fo.optim.AdamW(groups, state="float32")
+    for p in [*model.parameters(), *other.parameters()]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state[model.weight]["exp_avg"].dtype is torch.uint8
+    assert opt.state[other.weight]["exp_avg"].dtype is torch.float32
+    assert "exp_avg_scale" not in opt.state[other.weight]
+
+
+def test_a_state_that_there_is_not() -> None:
+    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(ValueError, match=r"state must be one of .*got '9bit'"):
+        fo.optim.AdamW(p, state="9bit")
+    with pytest.raises(ValueError, match=r"starts at zero"):
+        fo.optim.SGD(p, state="8bit")
+
+
+def test_recoded_goes_there_and_back() -> None:
+    params = {"slots": torch.randn(80, 64), "b": torch.randn(9)}
+    plain, stored = fo.adam(0.1), fo.stored(fo.adam(0.1))
+    state = plain.init(params)
+    for _ in range(2):
+        _, state = plain.update(tree.map(torch.randn_like, params), state)
+    saved = fo.state_dict(state)
+    fresh = stored.init(params)
+    loaded = fo.load_state_dict(fresh, fo.recoded(saved, fresh))
+    assert fo.get(loaded, "mu")["slots"].dtype is torch.uint8
+    back = fo.recoded(fo.state_dict(loaded), state)
+    assert back.keys() == saved.keys()
+    for path, x in saved.items():
+        assert (back[path] - x).abs().max() <= 0.01 * x.abs().max(), path
+    again = fo.recoded(fo.state_dict(loaded), fresh)
+    assert all(torch.equal(again[path], x) for path, x in fo.state_dict(loaded).items())

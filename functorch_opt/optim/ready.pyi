@@ -99,6 +99,7 @@ class ADOPT(Ready):
         use_clipping: bool = True,
         clip_value_fn: Callable[[Tensor], Tensor] = ...,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class APOLLO(Ready):
@@ -125,6 +126,7 @@ class APOLLO(Ready):
         scaling: Literal["channel", "tensor"] = "channel",
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class CAME(Ready):
@@ -150,6 +152,7 @@ class CAME(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class COCOB(Ready):
@@ -170,6 +173,7 @@ class COCOB(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class FOCUS(Ready):
@@ -191,6 +195,7 @@ class FOCUS(Ready):
         mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class KLSOAP(Ready):
@@ -218,6 +223,7 @@ class KLSOAP(Ready):
         merged: int = 0,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LAMB(Ready):
@@ -240,6 +246,7 @@ class LAMB(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LARS(Ready):
@@ -263,6 +270,7 @@ class LARS(Ready):
         nesterov: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MADGRAD(Ready):
@@ -282,6 +290,7 @@ class MADGRAD(Ready):
         eps: ScalarOrSchedule = 1e-06,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SGLD(Ready):
@@ -300,6 +309,7 @@ class SGLD(Ready):
         *,
         key: Tensor | int,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SM3(Ready):
@@ -317,6 +327,7 @@ class SM3(Ready):
         momentum: ScalarOrSchedule = 0.9,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SOAP(Ready):
@@ -344,6 +355,7 @@ class SOAP(Ready):
         vectors: bool = False,
         bias_correction: bool = True,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ACProp(Ready):
@@ -366,6 +378,7 @@ class ACProp(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AMSGrad(Ready):
@@ -389,6 +402,7 @@ class AMSGrad(Ready):
         bias_correction_nu: bool = True,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdEMAMix(Ready):
@@ -414,6 +428,7 @@ class AdEMAMix(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdaBelief(Ready):
@@ -437,6 +452,7 @@ class AdaBelief(Ready):
         *,
         nesterov: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdaMuon(Ready):
@@ -463,6 +479,7 @@ class AdaMuon(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamC(Ready):
@@ -487,6 +504,7 @@ class AdamC(Ready):
         *,
         max_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamMini(Ready):
@@ -511,6 +529,7 @@ class AdamMini(Ready):
         head_dim: int = 1,
         blocks: LabelsOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamaxW(Ready):
@@ -532,6 +551,7 @@ class AdamaxW(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Adan(Ready):
@@ -555,6 +575,7 @@ class Adan(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DAdaptAdamW(Ready):
@@ -575,6 +596,7 @@ class DAdaptAdamW(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Dion(Ready):
@@ -600,6 +622,7 @@ class Dion(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DoG(Ready):
@@ -620,6 +643,7 @@ class DoG(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DoWG(Ready):
@@ -640,6 +664,7 @@ class DoWG(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Fira(Ready):
@@ -664,6 +689,7 @@ class Fira(Ready):
         *,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Fromage(Ready):
@@ -681,6 +707,7 @@ class Fromage(Ready):
         min_norm: Scalar = 1e-06,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class GaLore(Ready):
@@ -705,6 +732,7 @@ class GaLore(Ready):
         *,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Grams(Ready):
@@ -728,6 +756,7 @@ class Grams(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class KLShampoo(Ready):
@@ -755,6 +784,7 @@ class KLShampoo(Ready):
         merged: int = 0,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LaProp(Ready):
@@ -778,6 +808,7 @@ class LaProp(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Lion(Ready):
@@ -799,6 +830,7 @@ class Lion(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MARSAdamW(Ready):
@@ -823,6 +855,7 @@ class MARSAdamW(Ready):
         *,
         gamma: ScalarOrSchedule = 0.025,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Mano(Ready):
@@ -847,6 +880,7 @@ class Mano(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MoMo(Ready):
@@ -867,6 +901,7 @@ class MoMo(Ready):
         adapt_lower_bound: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MoMoAdam(Ready):
@@ -889,6 +924,7 @@ class MoMoAdam(Ready):
         adapt_lower_bound: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MuonH(Ready):
@@ -914,6 +950,7 @@ class MuonH(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MuonWithAdamW(Ready):
@@ -944,6 +981,7 @@ class MuonWithAdamW(Ready):
         scaling: Scaling = "original",
         ns_dtype: torch.dtype | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NAdamW(Ready):
@@ -968,6 +1006,7 @@ class NAdamW(Ready):
         *,
         momentum_decay: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NoisySGD(Ready):
@@ -987,6 +1026,7 @@ class NoisySGD(Ready):
         *,
         key: Tensor | int,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NorMuon(Ready):
@@ -1016,6 +1056,7 @@ class NorMuon(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-10,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NovoGrad(Ready):
@@ -1037,6 +1078,7 @@ class NovoGrad(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class OptimisticAdamV2(Ready):
@@ -1061,6 +1103,7 @@ class OptimisticAdamV2(Ready):
         mu_dtype: torch.dtype | None = None,
         nesterov: bool = True,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class OptimisticGradientDescent(Ready):
@@ -1079,6 +1122,7 @@ class OptimisticGradientDescent(Ready):
         beta: ScalarOrSchedule = 1.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class PSGDKron(Ready):
@@ -1105,6 +1149,7 @@ class PSGDKron(Ready):
         diagonals: Diagonals = "large",
         balance_probability: float = 0.01,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Prodigy(Ready):
@@ -1130,6 +1175,7 @@ class Prodigy(Ready):
         growth_rate: ScalarOrSchedule | None = None,
         use_bias_correction: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SPlus(Ready):
@@ -1154,6 +1200,7 @@ class SPlus(Ready):
         max_size: int = 10000,
         scale: ScalarOrSchedule = 0.001,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeAdamW(Ready):
@@ -1179,6 +1226,7 @@ class ScheduleFreeAdamW(Ready):
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeSGD(Ready):
@@ -1202,6 +1250,7 @@ class ScheduleFreeSGD(Ready):
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Scion(Ready):
@@ -1227,6 +1276,7 @@ class Scion(Ready):
         ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
         ns_steps: int = 5,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Shampoo(Ready):
@@ -1255,6 +1305,7 @@ class Shampoo(Ready):
         max_size: int = 1024,
         merged: int = 0,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SignSGD(Ready):
@@ -1271,6 +1322,7 @@ class SignSGD(Ready):
         lr: ScalarOrSchedule,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Signum(Ready):
@@ -1289,6 +1341,7 @@ class Signum(Ready):
         accumulator_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SimplifiedAdEMAMix(Ready):
@@ -1312,6 +1365,7 @@ class SimplifiedAdEMAMix(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class StableAdamW(Ready):
@@ -1333,6 +1387,7 @@ class StableAdamW(Ready):
         mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class StableSPAM(Ready):
@@ -1359,6 +1414,7 @@ class StableSPAM(Ready):
         theta: ScalarOrSchedule = 0.999,
         reset_period: int = 1000,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Yogi(Ready):
@@ -1378,4 +1434,5 @@ class Yogi(Ready):
         eps: ScalarOrSchedule = 0.001,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
