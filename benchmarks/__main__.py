@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
         "steps that Muon and SOAP need for the loss that AdamW reaches",
         None,
     ),
+    "codecs": ("codecs", "bytes, time and loss with slots in fewer bytes", None),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
 }
 """The module, what it measures, and in how many rounds."""

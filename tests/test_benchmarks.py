@@ -384,3 +384,11 @@ def test_rehearsal_of_fewer_steps(tmp_path: Path) -> None:
         1 <= found["AdamW"]["steps"] <= 25
     )  # it reaches its own loss at its end, or before
     assert all(0 < entry["loss"] < 2.31 for entry in found.values())
+
+
+@pytest.mark.slow
+def test_rehearsal_of_codecs(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits need it: the extra demo")
+    rows = run(tmp_path, "codecs", "--rows", "AdamW")["rows"]
+    assert [row["state"] for row in rows] == ["float32", "bfloat16", "8bit"]
+    assert [round(row["bytes"]) for row in rows] == [8, 4, 2]

@@ -58,8 +58,10 @@ def stored(
     """`inner`, whose slots are stored in fewer bytes.
 
     A rule reads its slots in float32 and returns them in float32. Between the steps they are in a
-    code. Decoding, the rule and encoding are one rule, so no copy of a whole slot in float32 is
-    made where tensors are updated in place. `update`, which is pure, works on whole tensors.
+    code. Decoding, the rule and encoding are one rule. Where tensors are updated in place, an
+    elementwise rule sees a piece of them at a time, and no slot is ever whole in float32. A rule
+    with sums over its tensor, or one that needs all of it, sees it whole; so does `update`, which
+    is pure.
 
         "8bit"      one byte an element, and a float32 scale for each block of 256
         "bfloat16"  two bytes, rounded to nearest
@@ -73,6 +75,10 @@ def stored(
 
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
     ``mu_scale``. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+
+    Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
+    decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
+    moment, by its name.
 
     Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a master copy); slots of complex, sharded
     or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
