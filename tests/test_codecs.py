@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import test_laws as laws
+import test_programs as programs_law
 import torch
+from executions import EAGER, Plan
 from parity_page import assert_near, compares
+from programs import program
 from registry import ROWS, Row, everywhere
 from torch import Tensor
 
@@ -381,6 +384,25 @@ def test_groups_see_the_same_leaves() -> None:
     coded = [path for path, of in dtypes(state).items() if of is torch.uint8]
     assert len(coded) == 3
     assert all(x is not None for x in tree.leaves(state))
+
+
+SEEDS = [3, 6, 11, 14, 17, 19, 20, 23, 27, 29]
+"""Programs with slots that start at zero."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_programs_with_slots_in_a_code(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every eager execution of a random transformation gives the numbers of `update`."""
+    made = Plan.tx
+
+    def stored(plan: Plan) -> fo.GradientTransformation:
+        return fo.stored(made(plan), where=everywhere)
+
+    monkeypatch.setattr(Plan, "tx", stored)
+    for failure in programs_law.check(program(seed), [*EAGER]):
+        pytest.fail(str(failure), pytrace=False)
 
 
 # ---- in the stateful optimizers ------------------------------------------------------------------
