@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
         None,
     ),
     "monitor": ("monitored", "what a monitor of layers costs of a training step", 21),
+    "codecs": ("codecs", "bytes, time and loss with slots in fewer bytes", None),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
 }
 """The module, what it measures, and in how many rounds."""

@@ -25,6 +25,8 @@ from functorch_opt._core.sums import *
 from functorch_opt._core.transformation import *
 from functorch_opt._core.wrap import *
 from functorch_opt._execution.compiled import *
+from functorch_opt.codecs.convert import *
+from functorch_opt.codecs.stored import *
 from functorch_opt.line_search.backtracking import *
 from functorch_opt.line_search.lbfgs import *
 from functorch_opt.line_search.reuse import *

@@ -114,6 +114,11 @@ def with_logits(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     return fo.GradientTransformation(tx.init, update)
 
 
+def everywhere(path: str, p: torch.Tensor) -> bool:
+    """Where slots are stored in a code, if small tensors are not left out."""
+    return True
+
+
 LR = {"learning_rate": 0.1}
 RPROP = {
     "learning_rate": 0.1,
@@ -443,6 +448,19 @@ ROWS = [
     Row("scale", fo.scale, {"step_size": -0.3}),
     Row(
         "scale_to_usual_norm", fo.scale_to_usual_norm, {"b1": 0.7, "b2": 0.8, "eps": 0.1}
+    ),
+    Row(
+        "stored",
+        lambda learning_rate, b2, codes="8bit": fo.stored(
+            fo.adamw(learning_rate, b2=b2, weight_decay=0.1),
+            codes,
+            where=everywhere,
+        ),
+        {"learning_rate": 0.1, "b2": 0.9},
+        ({}, {"codes": "bfloat16"}, {"codes": {"nu": "8bit"}}),
+        smooth=False,
+        reads_shape=True,
+        written=False,
     ),
     Row(
         "zclip",
@@ -1530,6 +1548,8 @@ NOT_TRANSFORMATIONS = {
     "describe",
     "eval_params",
     "get",
+    "large_matrices",
+    "recoded",
     "global_norm",
     "gradient_noise_scale",
     "hutchinson_estimator_diag_hessian",

@@ -408,3 +408,11 @@ def test_what_is_measured_as_on_is_on() -> None:
         _, state = tx.update(params, tx.init(params), params)
         kept = "ratio" in str(fo.state_dict(state).keys())
         assert kept == (label != monitored.NONE)
+
+
+@pytest.mark.slow
+def test_rehearsal_of_codecs(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits need it: the extra demo")
+    rows = run(tmp_path, "codecs", "--rows", "AdamW")["rows"]
+    assert [row["state"] for row in rows] == ["float32", "bfloat16", "8bit"]
+    assert [round(row["bytes"]) for row in rows] == [8, 4, 2]

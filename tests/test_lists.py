@@ -205,6 +205,7 @@ FLOORS = {
     "optimizers/": 12,
     "line_search/": 12,
     "wrappers/": 12,
+    "codecs/": 12,
     "_execution/": 13,
     "privacy/": 13,
     "sweeps/": 14,

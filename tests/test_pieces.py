@@ -198,8 +198,8 @@ def test_pieces_are_larger_where_calls_take_the_time(
     monkeypatch.setattr(pieces, "ELSEWHERE", 50)
     monkeypatch.setattr(pieces, "LISTS", 70)
     here, there = torch.empty(3), torch.empty(3, device="meta")
-    assert [pieces._most(here, lists) for lists in (False, True)] == [16, 16]
-    assert [pieces._most(there, lists) for lists in (False, True)] == [50, 70]
+    assert [pieces.most_of(here, lists) for lists in (False, True)] == [16, 16]
+    assert [pieces.most_of(there, lists) for lists in (False, True)] == [50, 70]
 
 
 def test_an_error_in_a_rule_leaves_everything_as_it_was() -> None:

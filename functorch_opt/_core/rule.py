@@ -105,6 +105,10 @@ class Leafwise(GradientTransformation):
         self.extra_args = self.once.extra_args
         self.has_sums, self.has_totals = bool(sums), bool(totals)
         self.is_constant = self.once.is_constant and not (rare or totals)
+        self.blocks: Mapping[str, tuple[int, int]] = {}
+        """Slots of other sizes than the parameter: so many entries for each block of elements."""
+        self.stored: Any = None
+        """How slots are stored, as a key."""
         self.looks_around = "updates" in self.once.reads or self.has_totals
         """Whether something of it has to see all updates before the rule sees one."""
         self._check(rule, prepare, slots, shared, hyper, sums, totals, rare)
@@ -208,6 +212,10 @@ class Leafwise(GradientTransformation):
         return {
             name: Each(tree.unflatten(spec, column)) for name, column in columns.items()
         }
+
+    def tables(self, device: torch.device) -> dict[str, Any]:
+        """What is looked up where slots are read and written, beside what the rule reads."""
+        return {}
 
     def check_state(self, state: Any) -> None:
         expected = set(self.once.keys)

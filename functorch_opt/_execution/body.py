@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
-from functorch_opt._core.leaf import Each, check_value, working_dtype
+from functorch_opt._core.leaf import Each, Table, check_value, working_dtype
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.guards import Meaning
@@ -51,6 +51,14 @@ class Entry:
             self.slots = tuple(stage.slots)
         self.rule_kind = stage.kind if isinstance(stage, Leafwise) else None
         """Whether it is an elementwise or a tensorwise rule; None if it is no rule."""
+        self.blocks: Mapping[str, tuple[int, int]] = {}
+        """Of slots that have other sizes than the parameter, how many entries for how many elements."""
+        self.stored: Any = None
+        self.looks_beside = False
+        """Whether the rule, though elementwise, needs more of the tensor than a block of it."""
+        if isinstance(stage, Leafwise):
+            self.blocks, self.stored = stage.blocks, stage.stored
+            self.looks_beside = stage.has_sums or stage.on_tensor.work is not None
         self.functions = self._functions()
         self.meanings = [Meaning(f) for f in self.functions]
 
@@ -83,7 +91,7 @@ class Entry:
             otherwise = self.stage.otherwise if isinstance(self.stage, Gate) else None
             return self.kind, otherwise
         of_functions = tuple([meaning.now() for meaning in self.meanings])
-        of_stage = self.slots, self.reads, self.rule_kind
+        of_stage = self.slots, self.reads, self.rule_kind, self.stored
         return self.kind, of_functions, *of_stage
 
     @property
@@ -119,7 +127,14 @@ class Body:
         as_inputs: bool,
     ) -> None:
         self.entries, self.now, self.into = entries, now, into
-        self.whole = any(entry.rule_kind == "tensorwise" for entry in entries)
+        self.blocks = [
+            entry.blocks.get(name) for entry in entries for name in entry.slots
+        ]
+        """For each slot of another size than the parameter: entries for a block of elements."""
+        self.whole = any(
+            entry.rule_kind == "tensorwise" or (entry.looks_beside and any(self.blocks))
+            for entry in entries
+        )
         self.fixed: list[dict[str, Any]] = []
         self.exact: list[dict[str, Tensor]] = []
         self.shared: list[dict[str, Tensor]] = []
@@ -211,8 +226,8 @@ class Body:
             check_value(name, x)
             if isinstance(x, Each) or (isinstance(x, Tensor) and x.dim()):
                 rows.append(name)
-            elif isinstance(x, Tensor):
-                shared[name] = x
+            elif isinstance(x, Tensor | Table):
+                shared[name] = x.tensor if isinstance(x, Table) else x
             elif as_inputs and not isinstance(x, bool):
                 dtype = torch.float64 if isinstance(x, float) else torch.int64
                 exact[name] = torch.tensor(x, dtype=dtype)
@@ -236,6 +251,12 @@ class Body:
         except Exception:
             return tree.at_least_float32(leaf[0].dtype)
         return one.u.dtype
+
+    @cached_property
+    def row(self) -> int:
+        """How many elements it takes at a time, if slots have entries for blocks; otherwise 0."""
+        sizes = [block for _, block in filter(None, self.blocks)]
+        return 0 if self.whole or not sizes else math.lcm(*sizes)
 
     @property
     def unknown(self) -> tuple[str, str] | None:

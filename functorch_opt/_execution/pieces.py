@@ -58,7 +58,7 @@ class Whole:
             narrow: whether the rules compute in float32.
             body: the rules, and their scalars.
         """
-        body, scalars = _plain(body, narrow)
+        body, scalars = plain(body, narrow)
         rules = Rules(body, scalars, None)
         for leaf in zip(*columns, strict=True):
             rules.apply([*leaf])
@@ -85,7 +85,7 @@ class Pieces(Whole):
         body: Body,
     ) -> None:
         rules = self._rules(body, narrow)
-        most = _most(columns[1][0], rules.lists is not None)
+        most = most_of(columns[1][0], rules.lists is not None)
         for first, end in _groups([n for (n,) in sizes], most):
             group = [column[first:end] for column in columns]
             if end - first == 1:
@@ -99,7 +99,7 @@ class Pieces(Whole):
         on_host = all(x.device.type == "cpu" for x in body.scalars)
         if self.lists is not None and on_host:
             return Rules(body, body.narrowed if narrow else body.scalars, self.lists)
-        return Rules(*_plain(body, narrow), None)
+        return Rules(*plain(body, narrow), None)
 
     def _unjoined(self, p: Tensor) -> bool:
         """Whether leaves like `p` go as lists. On a CPU an operation is a call for each leaf, and so
@@ -139,7 +139,7 @@ def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
 # ---- pieces --------------------------------------------------------------------------------------
 
 
-def _most(x: Tensor, as_lists: bool) -> int:
+def most_of(x: Tensor, as_lists: bool = False) -> int:
     if x.device.type == "cpu":
         return PIECE
     return LISTS if as_lists else ELSEWHERE
@@ -213,7 +213,7 @@ def _join(
 # ---- a trial -------------------------------------------------------------------------------------
 
 
-def _plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
+def plain(body: Body, narrow: bool) -> tuple[Body, list[Tensor]]:
     """The body with numbers as they are, and its scalars."""
     body = body.with_constants
     return body, body.narrowed if narrow else body.scalars
@@ -225,26 +225,26 @@ def _pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Pieces | None:
     Two small tensors must give the same numbers as they are, in pieces, and joined. Lists of them
     are only used if these do as well.
     """
-    plain = Rules(*_plain(body, narrow), None)
+    rules = Rules(*plain(body, narrow), None)
     shape = [4] + [3] * (leaf[1].dim() - 1)
     shapes = [shape if x.dim() else [] for x in leaf]
     one = drawn(shapes, leaf, 0)
     other = drawn(shapes, leaf, 1)
     expected = [[x.clone() for x in args] for args in (one, other)]
     for args in expected:
-        plain.apply(args)
+        rules.apply(args)
     split = [x.clone() for x in one]
     n = one[1].numel() // 2
     halves = [x.view(-1).split(n) if x.dim() else repeat(x) for x in split]
     with _Elementwise() as seen:
         for half in zip(*halves, strict=False):
-            plain.apply([*half])
+            rules.apply([*half])
     together = [[x.clone(), y.clone()] for x, y in zip(one, other, strict=True)]
     pairs = [[x.clone() for x in pair] for pair in together]
-    _joined(together, [(one[1].numel(),)] * 2, plain, narrow)
+    _joined(together, [(one[1].numel(),)] * 2, rules, narrow)
     wanted = [x for pair in zip(*expected, strict=True) for x in pair]
-    same = all(map(_same, split, expected[0])) and _all_same(together, wanted)
-    if seen.mixes or not same:
+    agree = all(map(same, split, expected[0])) and _all_same(together, wanted)
+    if seen.mixes or not agree:
         return None
     scalars = body.narrowed if narrow else body.scalars
     lists = recorded(body, one, scalars)
@@ -255,10 +255,10 @@ def _pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Pieces | None:
 
 
 def _all_same(columns: Columns, wanted: list[Tensor]) -> bool:
-    return all(map(_same, [x for column in columns for x in column], wanted))
+    return all(map(same, [x for column in columns for x in column], wanted))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     tolerance = 0.0 if not a.is_floating_point() else 16 * torch.finfo(a.dtype).eps
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 

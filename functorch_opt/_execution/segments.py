@@ -24,6 +24,7 @@ from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole, in_pieces
+from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
@@ -147,8 +148,10 @@ class Segment:
             return None
         if not all(x.is_contiguous() and is_aligned(x) for x in leaf[1:end]):
             return None
+        blocks = [None, None, *self.body.blocks, *[None] * len(leaf)]
         if not all(
-            _meets(x, p) and (whole or not x.dim() or x.shape == p.shape) for x in leaf
+            _meets(x, p) and (whole or not x.dim() or has_size(x, p, of))
+            for x, of in zip(leaf, blocks, strict=False)
         ):
             return None
         written = {x.data_ptr() for x in leaf[1:end]}
@@ -157,7 +160,9 @@ class Segment:
         threads = torch.get_num_threads() if p.numel() >= LARGE else 1
         shapes = tuple(
             [
-                tuple([n if n < 2 else -1 for n in x.shape]) if whole else self._rank(x)
+                tuple([n if n < 2 else -1 for n in x.shape])
+                if whole or self.body.row
+                else self._rank(x)
                 for x in leaf
             ]
         )
@@ -179,7 +184,7 @@ class Segment:
 
     def _parts(self, sorts: dict[Any, list[int]], mine: Columns) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
-        in_a_row = not self.body.whole and self.backend != IN_PIECES
+        in_a_row = not (self.body.whole or self.body.row) and self.backend != IN_PIECES
         lie = flat if in_a_row else Tensor.contiguous
         columns = [[lie(x).contiguous() for x in column] for column in mine]
         parts: list[Part] = []
@@ -220,6 +225,11 @@ class Segment:
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
         scalars = self.body.given(_narrow(leaf))
+        if self.body.row:
+            if not programs:
+                made = None if self.backend == IN_PIECES else self._made
+                programs.append(in_rows(self.body, leaf, scalars, made, threads, sort))
+            return programs[0], 1
         if self.backend == IN_PIECES:
             if not programs:
                 programs.append(in_pieces(self.body, leaf, _narrow(leaf)))
@@ -251,7 +261,8 @@ class Segment:
                 raise Unreadable(unknown)
             if PROGRAMS.made[family] > MOST:
                 raise TooMany
-            return Program(self.body, examples, threads, self.backend)
+            f: Any = with_sizes_settled(self.body) if any(self.body.blocks) else self.body
+            return Program(f, examples, threads, self.backend)
         except Exception as error:
             if any(self.body.exact) and not isinstance(error, (Unreadable, TooMany)):
                 raise NeedsConstants from error

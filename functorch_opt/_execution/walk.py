@@ -188,6 +188,9 @@ class Walk:
                 ps = view.leaves(self.ps)
                 trees = view.tree(self.us), view.spec
                 now.update(tx.sums_before(*trees, us, ps, columns, now))
+            if tx.blocks:
+                one = next(p for p in view.leaves(self.ps) if p is not None)
+                now.update(tx.tables(one.device))
             self._wait(entry_of("rule", tx), view, columns, now)
 
         if not known[0] and self._is_certain() and (first or not looks):

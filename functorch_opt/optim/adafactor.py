@@ -37,6 +37,7 @@ class Adafactor(TorchNamed):
         foreach: accepted, without effect: it chooses among torch's implementations.
         maximize: ascend.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -80,6 +81,7 @@ class Adafactor(TorchNamed):
         foreach: bool | None = None,
         maximize: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

@@ -45,6 +45,7 @@ class RMSprop(TorchNamed):
         capturable, foreach: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -79,6 +80,7 @@ class RMSprop(TorchNamed):
         differentiable: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 
@@ -108,6 +110,7 @@ class Adagrad(TorchNamed):
         foreach, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -135,6 +138,7 @@ class Adagrad(TorchNamed):
         differentiable: bool = False,
         fused: bool | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
         self.init_state()
@@ -179,6 +183,7 @@ class Adadelta(TorchNamed):
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -214,6 +219,7 @@ class Adadelta(TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

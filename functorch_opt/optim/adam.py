@@ -32,6 +32,7 @@ class Adam(TorchNamed):
             implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -71,6 +72,7 @@ class Adam(TorchNamed):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 
@@ -93,6 +95,7 @@ class AdamW(Adam):
             implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -118,6 +121,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals(), decoupled_weight_decay=True)
 
@@ -138,6 +142,7 @@ class Adamax(TorchNamed):
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -172,6 +177,7 @@ class Adamax(TorchNamed):
         differentiable: bool = False,
         capturable: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

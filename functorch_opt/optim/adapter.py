@@ -29,6 +29,7 @@ from torch import Tensor
 
 from functorch_opt._core.points import has_point
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.codes import check_code, in_code, with_scales
 from functorch_opt.optim.evaluation import held, points_of
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.look import look
@@ -76,6 +77,9 @@ class Optimizer(torch.optim.Optimizer):
         tx: a transformation, or a function that returns one.
         compile: run the step in place through `compiled_step`; the numbers are the same. The first
             step then takes seconds. In a graph that you compile the step is one operation.
+        state: how slots are stored, such as ``"8bit"``; see `functorch_opt.stored`. Given here, it
+            is also an option of the groups, and there ``"float32"`` means as usual. A checkpoint
+            whose slots are stored otherwise is converted when it is loaded.
         **hyper: arguments of the function; ``lr`` is another name of ``learning_rate``. Beside a
             ready transformation only ``lr``.
 
@@ -115,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         tx: GradientTransformation | Callable[..., GradientTransformation],
         *,
         compile: bool = False,
+        state: str | None = None,
         **hyper: Any,
     ) -> None:
         given = arguments(tx, hyper)
@@ -124,6 +129,7 @@ class Optimizer(torch.optim.Optimizer):
             ("lr", *given.numbers),
             compile,
             (tx, given.fixed, given.rate, given.has_momentum),
+            state,
         )
 
     @torch._disable_dynamo
@@ -134,6 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         numbers: Iterable[str],
         compile: bool,
         recipe: Recipe | None = None,
+        state: str | None = None,
     ) -> None:
         """What every constructor ends with; `numbers` names the options that are hyperparameters.
 
@@ -141,6 +148,9 @@ class Optimizer(torch.optim.Optimizer):
         they are all set here, outside of the graph.
         """
         self._compile = compile
+        if state is not None:
+            check_code(state)
+            defaults = {**defaults, "state": state}
         if recipe is not None:
             self._recipe = recipe
             self._optional = frozenset(filter(is_open(defaults), defaults))
@@ -157,6 +167,11 @@ class Optimizer(torch.optim.Optimizer):
         Numbers among them may be tensors: 0-dim, or with one entry per parameter.
         """
         return made(self._recipe, options)
+
+    def _made(self, options: dict[str, Any]) -> GradientTransformation:
+        """The chain of these options, whose slots are stored as the option ``state`` says."""
+        code = options.pop("state", None)
+        return in_code(self._chain(**options), code)
 
     # ---- what torch.optim.Optimizer asks for -----------------------------------------------------
 
@@ -195,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
         """Raise an error for options of which no chain can be made."""
         if isinstance(lr := options["lr"], Tensor) and lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element; got shape {tuple(lr.shape)}.")
-        self._chain(**{name: scalar(value) for name, value in options.items()})
+        self._made({name: scalar(value) for name, value in options.items()})
 
     def _of(self, group: dict[str, Any]) -> Any:
         """What knows the options of a group: their defaults, and which are hyperparameters."""
@@ -532,7 +547,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._maker(fixed),
                 varying,
                 groups,
-                self._names,
+                with_scales(self._names),
                 self._compile,
                 self.state,
                 params,
@@ -544,7 +559,7 @@ class Optimizer(torch.optim.Optimizer):
         return plan
 
     def _maker(self, fixed: tuple[Any, ...]) -> Make:
-        return lambda numbers: self._chain(**dict(fixed), **numbers)
+        return lambda numbers: self._made({**dict(fixed), **numbers})
 
     def __repr__(self) -> str:
         text = super().__repr__()

@@ -32,6 +32,7 @@ class ASGD(TorchNamed):
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     ``eta`` and ``mu`` are kept in the dtype of the parameter, at least float32; torch has them in
     the default dtype. So for float64 parameters they are more exact here, unless the default dtype
@@ -81,6 +82,7 @@ class ASGD(TorchNamed):
         capturable: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit
+from functorch_opt.codecs.convert import converted
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
 
 
@@ -72,15 +73,18 @@ def load(
 def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
     """Take over the tensors of a state dict whose groups are loaded already."""
     for k, group in enumerate(optimizer.param_groups):
+        if "state" not in optimizer._own:
+            group.pop("state", None)  # slots are stored here as usual, whatever was saved
         try:
             optimizer._check_group(group, loaded=True)
-        except Exception as error:  # noqa: PERF203
+        except Exception as error:
             raise ValueError(
                 f"group {k} of this state dict has options that do not fit: {error}"
             ) from error
     expected = _expected(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     mine, others = _parted(given)
+    mine = _recoded(mine, [expected.get(p, {}) for p in params])
     entries, found = fitted(
         mine, params, [expected.get(p, {}) for p in params], optimizer._uncounted
     )
@@ -104,6 +108,21 @@ def _parted(given: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
     }
     state = {key: entry for key, entry in given["state"].items() if key not in others}
     return {**given, "state": state}, others
+
+
+def _recoded(
+    given: dict[str, Any],
+    expected: list[dict[str, Expected]],
+) -> dict[str, Any]:
+    """The state dict with slots stored as they are here."""
+    numbers = [number for group in given["param_groups"] for number in group["params"]]
+    state = dict(given["state"])
+    for number, keys in zip(numbers, expected, strict=False):
+        entry = state.get(number)
+        if entry:
+            wanted = {key: of.like for key, of in keys.items()}
+            state[number] = converted(entry, wanted)
+    return {**given, "state": state}
 
 
 def _expected(optimizer: Any) -> dict[Tensor, dict[str, Expected]]:

@@ -44,6 +44,7 @@ class Muon(TorchNamed):
             AdamW fit. ``"spectral_unclamped"``, which is in torch from 2.14 on: by ``sqrt(n / m)``.
             The weight decay is not multiplied.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range; a parameter that is no matrix.
@@ -83,6 +84,7 @@ class Muon(TorchNamed):
         adjust_lr_fn: str | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

@@ -31,6 +31,7 @@ class NAdam(TorchNamed):
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     ``mu_product`` is kept in the dtype of the parameter, at least float32; torch has it in the
     default dtype. So for float64 parameters it is more exact here, unless the default dtype is
@@ -73,6 +74,7 @@ class NAdam(TorchNamed):
         capturable: bool = False,
         differentiable: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

@@ -30,6 +30,7 @@ class RAdam(TorchNamed):
         foreach, capturable: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -65,6 +66,7 @@ class RAdam(TorchNamed):
         capturable: bool = False,
         differentiable: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

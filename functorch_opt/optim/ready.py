@@ -93,7 +93,8 @@ class Ready(Optimizer):
         options = bound.arguments
         params = options.pop("params")
         compile = options.pop("compile", False)
-        super().__init__(params, self._factory, compile=compile, **options)
+        state = options.pop("state", None)
+        super().__init__(params, self._factory, compile=compile, state=state, **options)
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Also what a group cannot have for itself: it would be passed over in silence."""
@@ -134,6 +135,7 @@ def with_params(signature: inspect.Signature) -> inspect.Signature:
         rate.replace(name="lr"),
         *rest,
         inspect.Parameter("compile", KEYWORD, annotation="bool", default=False),
+        inspect.Parameter("state", KEYWORD, annotation="str | None", default=None),
     ]
     return inspect.Signature(given)
 
@@ -153,6 +155,7 @@ def documented(factory: Factory, name: str) -> str:
         lr: the factory's ``learning_rate``; schedulers drive it.
         {others(factory)}: as in `functorch_opt.{factory.__name__}`.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         TypeError: an argument that it does not take.

@@ -100,6 +100,7 @@ class ADOPT(Ready):
         use_clipping: bool = True,
         clip_value_fn: Callable[[Tensor], Tensor] = ...,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class APOLLO(Ready):
@@ -126,6 +127,7 @@ class APOLLO(Ready):
         scaling: Literal["channel", "tensor"] = "channel",
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class CAME(Ready):
@@ -151,6 +153,7 @@ class CAME(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class COCOB(Ready):
@@ -171,6 +174,7 @@ class COCOB(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class FOCUS(Ready):
@@ -192,6 +196,7 @@ class FOCUS(Ready):
         mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class KLSOAP(Ready):
@@ -219,6 +224,7 @@ class KLSOAP(Ready):
         merged: int = 0,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LAMB(Ready):
@@ -241,6 +247,7 @@ class LAMB(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LARS(Ready):
@@ -264,6 +271,7 @@ class LARS(Ready):
         nesterov: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MADGRAD(Ready):
@@ -283,6 +291,7 @@ class MADGRAD(Ready):
         eps: ScalarOrSchedule = 1e-06,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SGLD(Ready):
@@ -301,6 +310,7 @@ class SGLD(Ready):
         *,
         key: Tensor | int,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SM3(Ready):
@@ -318,6 +328,7 @@ class SM3(Ready):
         momentum: ScalarOrSchedule = 0.9,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SOAP(Ready):
@@ -345,6 +356,7 @@ class SOAP(Ready):
         vectors: bool = False,
         bias_correction: bool = True,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ACProp(Ready):
@@ -367,6 +379,7 @@ class ACProp(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AMSGrad(Ready):
@@ -390,6 +403,7 @@ class AMSGrad(Ready):
         bias_correction_nu: bool = True,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdEMAMix(Ready):
@@ -415,6 +429,7 @@ class AdEMAMix(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdaBelief(Ready):
@@ -438,6 +453,7 @@ class AdaBelief(Ready):
         *,
         nesterov: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdaMuon(Ready):
@@ -464,6 +480,7 @@ class AdaMuon(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamC(Ready):
@@ -488,6 +505,7 @@ class AdamC(Ready):
         *,
         max_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamMini(Ready):
@@ -512,6 +530,7 @@ class AdamMini(Ready):
         head_dim: int = 1,
         blocks: LabelsOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class AdamaxW(Ready):
@@ -533,6 +552,7 @@ class AdamaxW(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Adan(Ready):
@@ -556,6 +576,7 @@ class Adan(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DAdaptAdamW(Ready):
@@ -576,6 +597,7 @@ class DAdaptAdamW(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Dion(Ready):
@@ -601,6 +623,7 @@ class Dion(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DoG(Ready):
@@ -621,6 +644,7 @@ class DoG(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class DoWG(Ready):
@@ -641,6 +665,7 @@ class DoWG(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Fira(Ready):
@@ -665,6 +690,7 @@ class Fira(Ready):
         *,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Fromage(Ready):
@@ -682,6 +708,7 @@ class Fromage(Ready):
         min_norm: Scalar = 1e-06,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class GaLore(Ready):
@@ -706,6 +733,7 @@ class GaLore(Ready):
         *,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Grams(Ready):
@@ -729,6 +757,7 @@ class Grams(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class KLShampoo(Ready):
@@ -756,6 +785,7 @@ class KLShampoo(Ready):
         merged: int = 0,
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class LaProp(Ready):
@@ -779,6 +809,7 @@ class LaProp(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Lion(Ready):
@@ -800,6 +831,7 @@ class Lion(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MARSAdamW(Ready):
@@ -824,6 +856,7 @@ class MARSAdamW(Ready):
         *,
         gamma: ScalarOrSchedule = 0.025,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Mano(Ready):
@@ -848,6 +881,7 @@ class Mano(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MoMo(Ready):
@@ -868,6 +902,7 @@ class MoMo(Ready):
         adapt_lower_bound: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MoMoAdam(Ready):
@@ -890,6 +925,7 @@ class MoMoAdam(Ready):
         adapt_lower_bound: bool = False,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MuonH(Ready):
@@ -915,6 +951,7 @@ class MuonH(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class MuonWithAdamW(Ready):
@@ -945,6 +982,7 @@ class MuonWithAdamW(Ready):
         scaling: Scaling = "original",
         ns_dtype: torch.dtype | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NAdamW(Ready):
@@ -969,6 +1007,7 @@ class NAdamW(Ready):
         *,
         momentum_decay: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NoisySGD(Ready):
@@ -988,6 +1027,7 @@ class NoisySGD(Ready):
         *,
         key: Tensor | int,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NorMuon(Ready):
@@ -1017,6 +1057,7 @@ class NorMuon(Ready):
         adam_b2: ScalarOrSchedule = 0.95,
         adam_eps: ScalarOrSchedule = 1e-10,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class NovoGrad(Ready):
@@ -1038,6 +1079,7 @@ class NovoGrad(Ready):
         weight_decay: ScalarOrSchedule = 0.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class OptimisticAdamV2(Ready):
@@ -1062,6 +1104,7 @@ class OptimisticAdamV2(Ready):
         mu_dtype: torch.dtype | None = None,
         nesterov: bool = True,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class OptimisticGradientDescent(Ready):
@@ -1080,6 +1123,7 @@ class OptimisticGradientDescent(Ready):
         beta: ScalarOrSchedule = 1.0,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class PSGDKron(Ready):
@@ -1106,6 +1150,7 @@ class PSGDKron(Ready):
         diagonals: Diagonals = "large",
         balance_probability: float = 0.01,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Prodigy(Ready):
@@ -1131,6 +1176,7 @@ class Prodigy(Ready):
         growth_rate: ScalarOrSchedule | None = None,
         use_bias_correction: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SPlus(Ready):
@@ -1155,6 +1201,7 @@ class SPlus(Ready):
         max_size: int = 10000,
         scale: ScalarOrSchedule = 0.001,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeAdamW(Ready):
@@ -1180,6 +1227,7 @@ class ScheduleFreeAdamW(Ready):
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeProdigy(Ready):
@@ -1228,6 +1276,7 @@ class ScheduleFreeSGD(Ready):
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Scion(Ready):
@@ -1253,6 +1302,7 @@ class Scion(Ready):
         ns_coeffs: Coefficients = (3.4445, -4.775, 2.0315),
         ns_steps: int = 5,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Shampoo(Ready):
@@ -1281,6 +1331,7 @@ class Shampoo(Ready):
         max_size: int = 1024,
         merged: int = 0,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SignSGD(Ready):
@@ -1297,6 +1348,7 @@ class SignSGD(Ready):
         lr: ScalarOrSchedule,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Signum(Ready):
@@ -1315,6 +1367,7 @@ class Signum(Ready):
         accumulator_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class SimplifiedAdEMAMix(Ready):
@@ -1338,6 +1391,7 @@ class SimplifiedAdEMAMix(Ready):
         mask: MaskOrFn | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class StableAdamW(Ready):
@@ -1359,6 +1413,7 @@ class StableAdamW(Ready):
         mu_dtype: torch.dtype | None = None,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class StableSPAM(Ready):
@@ -1385,6 +1440,7 @@ class StableSPAM(Ready):
         theta: ScalarOrSchedule = 0.999,
         reset_period: int = 1000,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class Yogi(Ready):
@@ -1404,4 +1460,5 @@ class Yogi(Ready):
         eps: ScalarOrSchedule = 0.001,
         *,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...

@@ -32,6 +32,7 @@ class Rprop(TorchNamed):
         capturable, foreach: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -66,6 +67,7 @@ class Rprop(TorchNamed):
         maximize: bool = False,
         differentiable: bool = False,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

@@ -30,6 +30,7 @@ class SGD(TorchNamed):
         foreach, fused: accepted, without effect: they choose among torch's implementations.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
+        state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -64,6 +65,7 @@ class SGD(TorchNamed):
         differentiable: bool = False,
         fused: bool | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None:
         self._begin(locals())
 

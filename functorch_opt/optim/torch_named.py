@@ -26,6 +26,7 @@ from functorch_opt._core.chain import chain
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
 from functorch_opt.optim.checkpoint import KEYS
+from functorch_opt.optim.codes import with_scales
 from functorch_opt.optim.options import FLAGS, plain
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale, scale_by_learning_rate
@@ -60,7 +61,7 @@ class TorchNamed(Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        KEYS.update(cls._names.values())
+        KEYS.update(with_scales(cls._names).values())
 
     def _begin(self, given: dict[str, Any], **options: Any) -> None:
         """What every constructor consists of; `given` are its ``locals()``.
@@ -72,6 +73,7 @@ class TorchNamed(Optimizer):
         _ = given.pop("self")
         params = given.pop("params")
         compile = given.pop("compile")
+        state = given.pop("state")
         if given.pop("differentiable", False):
             raise ValueError(
                 f"{type(self).__name__} updates in place. To differentiate through updates use the "
@@ -87,7 +89,7 @@ class TorchNamed(Optimizer):
             for name, value in options.items()
             if name not in self._fixed and not isinstance(value, bool)
         ]
-        self._setup(params, {**given, **options}, numbers, compile)
+        self._setup(params, {**given, **options}, numbers, compile, state=state)
 
     def _check(self, options: dict[str, Any]) -> None:
         for name, (what, low, high) in self._ranges.items():

@@ -1,0 +1,95 @@
+"""Checkpoints whose slots are stored otherwise than here: in float32, or in a code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core.checkpoint import state_dict
+from functorch_opt._core.structure import Path
+from functorch_opt.codecs.codec import DYNAMIC
+from functorch_opt.codecs.coded import SCALE
+from functorch_opt.tree import PyTree
+
+__all__ = ["recoded"]
+
+
+def recoded(saved: Mapping[Path, Tensor], state: PyTree) -> dict[Path, Tensor]:
+    """A saved state dict, with slots stored as they are in `state`.
+
+    So a float32 checkpoint can be loaded into a state of `stored`, and the reverse. Slots that are
+    stored alike are handed on as they are. `fo.optim` does this by itself.
+
+    Args:
+        saved: what `state_dict` gave.
+        state: a state into which `saved` is to be loaded.
+
+    Returns:
+        What `load_state_dict` takes. Floating slots stay in the dtype in which they were saved.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> params, gradients = torch.zeros(64, 64), torch.randn(64, 64)
+        >>> tx = fo.trace(0.9)
+        >>> _, state = tx.update(gradients, tx.init(params))
+        >>> fresh = fo.stored(tx).init(params)
+        >>> fresh = fo.load_state_dict(fresh, fo.recoded(fo.state_dict(state), fresh))
+        >>> fo.get(fresh, "trace").dtype
+        torch.uint8
+        >>> back = fo.recoded(fo.state_dict(fresh), state)
+        >>> bool((back["slots/trace"] - gradients).abs().max() < 0.03)
+        True
+    """
+    return converted(saved, state_dict(state))
+
+
+def converted(
+    saved: Mapping[Any, Any],
+    wanted: Mapping[Any, Tensor],
+) -> dict[Any, Any]:
+    """The values of `saved`, stored as those of the same name in `wanted` are."""
+    new = dict(saved)
+    for name in [*saved]:
+        scales = scales_of(name, {**saved, **wanted})
+        x = saved[name]
+        if scales is None or not isinstance(x, Tensor):
+            continue
+        stored_here = name in wanted and wanted[name].dtype is DYNAMIC.dtype
+        if x.dtype is DYNAMIC.dtype and scales in saved and not stored_here:
+            new[name] = _read(x, saved[scales])
+        elif x.is_floating_point() and stored_here:
+            new[name], new[scales] = _written(x)
+        if scales not in wanted:
+            new.pop(scales, None)
+        elif scales not in new or not stored_here:
+            new[scales] = torch.zeros(0)
+    return new
+
+
+def scales_of(name: Any, names: Mapping[Any, Any]) -> Any:
+    """The name of the scales of a slot, if it has any: ``a/mu_scale/w`` for ``a/mu/w``."""
+    parts = name.split("/") if isinstance(name, str) else []
+    for i, part in enumerate(parts):
+        other = "/".join([*parts[:i], part + SCALE, *parts[i + 1 :]])
+        if other in names:
+            return other
+    return None
+
+
+def _tables(x: Tensor) -> dict[str, Tensor]:
+    tables = DYNAMIC.tables(x.device)
+    return {name: table.tensor for name, table in tables.items()}
+
+
+def _read(codes: Tensor, scales: Tensor) -> Tensor:
+    x = DYNAMIC.read(codes.reshape(-1), scales, _tables(codes))
+    return x.reshape(codes.shape)
+
+
+def _written(x: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = -(-x.numel() // DYNAMIC.block)
+    codes, scales = DYNAMIC.write(x.reshape(-1), blocks, _tables(x))
+    return codes.reshape(x.shape), scales

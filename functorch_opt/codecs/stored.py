@@ -1,0 +1,217 @@
+"""Slots in fewer bytes, around any transformation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_opt import tree
+from functorch_opt._core.chain import Chain
+from functorch_opt._core.groups import Groups
+from functorch_opt._core.inject import Injected
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.structure import Path
+from functorch_opt._core.transformation import GradientTransformation, transformation
+from functorch_opt.codecs.codec import CODECS, Codec
+from functorch_opt.codecs.coded import Choice, Coded
+
+__all__ = ["large_matrices", "stored"]
+
+Codes = str | Mapping[str, str]
+
+
+def large_matrices(
+    path: Path,
+    p: Tensor,
+) -> bool:
+    """Which parameters `stored` stores the slots of by default: those of 4,096 elements and more.
+
+    Of these it leaves out vectors, which are biases and weights of norms, and every parameter with
+    ``embed`` in its path. Embeddings are known to need precise moments.
+
+    Args:
+        path: where the parameter is, such as ``"layers/0/weight"``.
+        p: the parameter.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.large_matrices("fc/weight", torch.zeros(64, 64))
+        True
+        >>> fo.large_matrices("embed/weight", torch.zeros(64, 64))
+        False
+    """
+    return p.dim() > 1 and p.numel() >= 4096 and "embed" not in path
+
+
+@transformation
+def stored(
+    inner: GradientTransformation,
+    codes: Codes = "8bit",
+    *,
+    where: Choice = large_matrices,
+) -> GradientTransformation:
+    """`inner`, whose slots are stored in fewer bytes.
+
+    A rule reads its slots in float32 and returns them in float32. Between the steps they are in a
+    code. Decoding, the rule and encoding are one rule. Where tensors are updated in place, an
+    elementwise rule sees a piece of them at a time, and no slot is ever whole in float32. A rule
+    with sums over its tensor, or one that needs all of it, sees it whole; so does `update`, which
+    is pure.
+
+        "8bit"      one byte an element, and a float32 scale for each block of 256
+        "bfloat16"  two bytes, rounded to nearest
+
+    A block of ``"8bit"`` is 256 consecutive elements of the flattened tensor. Its scale s is the
+    largest ``|x|`` of it, and the code is the nearest level of ``x / s`` in the dynamic map. If no
+    number of the block rounds to a negative level, as in second moments, the block has the unsigned
+    map, with twice as many levels, and its scale is written as ``-s``. So this is decided by the
+    numbers at hand, at every step. A block with an infinity or a NaN has no finite number
+    afterwards. Numbers below 2.7e-7 of the largest one become 0.
+
+    The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
+    ``mu_scale``. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+
+    Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
+    decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
+    moment, by its name.
+
+    Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a master copy); slots of complex, sharded
+    or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
+    no moments but parameters, step sizes or matrices.
+
+    Args:
+        inner: any transformation. What is made of rules in it is looked into.
+        codes: the code of all slots that start at zero, or ``{slot: code}`` for slots by name.
+        where: a function of path and parameter that chooses leaves; see `large_matrices`.
+
+    Raises:
+        TypeError: `inner` is not a transformation.
+        ValueError: a code or a slot that there is not; no slot that starts at zero.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, arXiv:2110.02861,
+    sections 2 and 3. bitsandbytes decides once for each slot which map it has; and a block whose
+    largest number is negative there loses 0.7% of it at every step.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.stored(fo.scale_by_adam(), "8bit")
+        >>> print(fo.describe(tx.init({"w": torch.zeros(64, 64), "b": torch.zeros(64)})))
+        shared/count      ()        int64        8 B
+        slots/mu/b        (64,)     float32    256 B
+        slots/mu/w        (64, 64)  uint8    4,096 B
+        slots/mu_scale/b  (0,)      float32      0 B
+        slots/mu_scale/w  (16,)     float32     64 B
+        slots/nu/b        (64,)     float32    256 B
+        slots/nu/w        (64, 64)  uint8    4,096 B
+        slots/nu_scale/b  (0,)      float32      0 B
+        slots/nu_scale/w  (16,)     float32     64 B
+        total                                8,840 B
+    """
+    if not isinstance(inner, GradientTransformation):
+        raise TypeError(
+            f"stored takes a transformation, e.g. adamw(1e-3); got {type(inner).__name__} {inner!r}."
+        )
+    wanted = _codecs(codes)
+    found: dict[str, bool] = {}
+    tx = _rebuilt(
+        inner,
+        lambda rule: _coded(
+            rule,
+            wanted,
+            where,
+            found,
+        ),
+    )
+    missing = (
+        [name for name in wanted if name not in found] if wanted.keys() - {""} else []
+    )
+    if missing or not any(found.values()):
+        raise ValueError(
+            f"no slot of {inner!r} is stored in a code: its rules have the slots "
+            f"{sorted(found)}, of which none is called {missing[0]!r}."
+            if missing
+            else f"no slot of {inner!r} starts at zero; its rules have the slots {sorted(found)}. "
+            "Name those that you mean: codes={slot: code}."
+        )
+    return tx
+
+
+def _codecs(codes: Codes) -> dict[str, Codec]:
+    """The codec of each slot by name; that of "" is for all that start at zero."""
+    given = {"": codes} if isinstance(codes, str) else dict(codes)
+    for name in given.values():
+        if name not in CODECS:
+            raise ValueError(f"codes are {sorted(CODECS)}; got {name!r}.")
+    return {slot: CODECS[name] for slot, name in given.items()}
+
+
+def _coded(
+    rule: Leafwise, wanted: Mapping[str, Codec], where: Choice, found: dict[str, bool]
+) -> Leafwise:
+    """A rule with the slots that are `wanted` in a code; in `found`, whether each one is."""
+    if isinstance(rule, Coded):
+        found.update(dict.fromkeys(rule.codecs, True))
+        return rule
+    codecs = {}
+    for slot, first in rule.slots.items():
+        codec = wanted.get(slot) or (wanted.get("") if starts_at_zero(first) else None)
+        found[slot] = found.get(slot, False) or codec is not None
+        if codec is not None:
+            codecs[slot] = codec
+    return (
+        Coded(
+            rule,
+            codecs,
+            where,
+        )
+        if codecs
+        else rule
+    )
+
+
+def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a slot has the shape of the parameter, and its first values are zeros."""
+    function = first.func if isinstance(first, partial) else first
+    if function is tree.zeros_like or function is torch.zeros_like:
+        return True  # without looking, which cannot be done in a graph
+    p = torch.ones(2, 3)
+    try:
+        x = first(p)
+    except Exception:
+        return False  # it is not for every shape
+    return x.shape == p.shape and x.is_floating_point() and not x.any()
+
+
+def _rebuilt(
+    tx: Any,
+    f: Callable[[Leafwise], Leafwise],
+) -> Any:
+    """`tx`, with `f` applied to all rules in it."""
+    if isinstance(tx, Leafwise):
+        return f(tx)
+    new = copy.copy(tx)
+    vars(new).pop("_entries", None)
+    if isinstance(tx, Chain):
+        new.stages = {name: _rebuilt(stage, f) for name, stage in tx.stages.items()}
+        new.passes = new._passes()
+    elif isinstance(tx, Groups):
+        new.inside = {label: _rebuilt(of, f) for label, of in tx.inside.items()}
+    elif isinstance(tx, Injected):
+        _rebuilt(tx.factory(**tx.fixed, **tx.numbers), f)  # to say what is wrong at once
+        vars(new).pop("_made", None)
+        new.factory = lambda **given: _rebuilt(tx.factory(**given), f)
+    elif isinstance(
+        getattr(
+            tx,
+            "inner",
+            None,
+        ),
+        GradientTransformation,
+    ):
+        new.inner = _rebuilt(tx.inner, f)
+    return new

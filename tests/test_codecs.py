@@ -1,0 +1,532 @@
+"""Slots in a code: the dynamic map, its blocks, and the laws for each row that has slots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_laws as laws
+import test_programs as programs_law
+import torch
+from executions import EAGER, Plan
+from parity_page import assert_near, compares
+from programs import program
+from registry import ROWS, Row, everywhere
+from torch import Tensor
+
+import functorch_opt as fo
+from functorch_opt import tree
+from functorch_opt._execution import pieces
+from functorch_opt.codecs.codec import CODECS, DYNAMIC, Codec
+from functorch_opt.codecs.maps import dynamic_map
+
+BLOCKWISE = [codec for codec in CODECS.values() if codec.block]
+
+
+def bitsandbytes_map(signed: bool) -> np.ndarray:
+    """``create_dynamic_map`` of bitsandbytes 0.45, for 8 bits and 7 bits of exponent."""
+    levels = []
+    for i in range(7):
+        items = 2**i + 1 if signed else 2 ** (i + 1) + 1
+        edges = np.linspace(0.1, 1, items)
+        means = 10.0 ** (-6 + i) * (edges[:-1] + edges[1:]) / 2
+        levels += [*means, *(-means if signed else [])]
+    return np.sort([*levels, 0.0, 1.0])
+
+
+def tables(codec: Codec) -> dict[str, Tensor]:
+    given = codec.tables(torch.device("cpu"))
+    return {name: table.tensor for name, table in given.items()}
+
+
+def written(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = codec.write(x, -(-x.numel() // codec.block), tables(codec))
+    return codes, scales
+
+
+def read(codec: Codec, codes: Tensor, scales: Tensor) -> Tensor:
+    return codec.read(codes, scales, tables(codec))
+
+
+# ---- the map -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_levels_are_those_of_bitsandbytes(signed: bool) -> None:
+    ours, theirs = dynamic_map(signed).numpy(), bitsandbytes_map(signed)
+    assert len(ours) == len(theirs) == 256
+    np.testing.assert_allclose(ours[signed:], theirs[signed:], rtol=1e-12)
+    if signed:
+        assert ours[0] == -1
+        assert theirs[0] == pytest.approx(-0.993, abs=1e-3)
+
+
+NUMBERS = {
+    "normal": lambda x: x,
+    "positive": lambda x: x * x,
+    "negative": lambda x: -x.abs(),
+    "wide": lambda x: x**9,
+    "small": lambda x: x * 1e-38,
+    "denormal": lambda x: x * 1e-44,
+    "zero": lambda x: 0 * x,
+    "equal": lambda x: torch.full_like(x, -2.5),
+}
+
+
+@pytest.mark.parametrize("codec", BLOCKWISE, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_what_was_stored_is_stored_as_it_is(codec: Codec, numbers: str) -> None:
+    x = NUMBERS[numbers](torch.randn(20_003, generator=torch.Generator().manual_seed(0)))
+    codes, scales = written(codec, x)
+    once = read(codec, codes, scales)
+    again = written(codec, once)
+    assert torch.equal(read(codec, *again), once)
+    assert (once != x).any() == (numbers not in ("zero", "equal", "denormal"))
+
+
+@pytest.mark.parametrize("numbers", ["normal", "positive", "negative", "wide"])
+def test_a_code_is_the_nearest_level(numbers: str) -> None:
+    x = NUMBERS[numbers](torch.randn(2_561, generator=torch.Generator().manual_seed(1)))
+    codes, scales = written(DYNAMIC, x)
+    off = (read(DYNAMIC, codes, scales) - x).double().abs()
+    for k, scale in enumerate(scales.tolist()):
+        block = slice(256 * k, 256 * (k + 1))
+        levels = dynamic_map(signed=scale >= 0) * abs(scale)
+        least = (x[block, None].double() - levels).abs().amin(1)
+        torch.testing.assert_close(off[block], least, rtol=0, atol=2e-7 * abs(scale))
+        assert abs(scale) == x[block].abs().max()
+    assert (scales < 0).all() == (numbers == "positive")
+
+
+def test_a_block_is_256_elements_of_the_flat_tensor_and_knows_no_other() -> None:
+    x = torch.randn(1_000)
+    codes, scales = written(DYNAMIC, x)
+    for k in range(4):
+        block = x[256 * k : 256 * (k + 1)]
+        alone, scale = written(DYNAMIC, block)
+        assert torch.equal(codes[256 * k : 256 * (k + 1)], alone)
+        assert torch.equal(scales[k : k + 1], scale)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = torch.ones(3, 256)
+    x[0, 7], x[1, 7] = torch.inf, torch.nan
+    found = read(DYNAMIC, *written(DYNAMIC, x.flatten())).view(3, 256)
+    assert not found[:2].isfinite().any()
+    assert torch.equal(found[2], x[2])
+
+
+@compares(
+    "stored",
+    reference="bitsandbytes' blockwise Adam, transcribed",
+    remark="the lowest level is -1",
+)
+@pytest.mark.parametrize("b2", [0.999, 0.9, 0.5, 0.99])
+def test_adam_with_moments_in_8_bits(b2: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(20, 30, generator=generator, dtype=torch.float64)
+    tx = fo.stored(fo.scale_by_adam(b2=b2), where=everywhere)
+    state = tx.init(p)
+    moments = [np.zeros(600), np.zeros(600)]
+    for t in range(1, 101):
+        g = torch.randn(20, 30, generator=generator, dtype=torch.float64)
+        u, state = tx.update(g, state, p)
+        flat = g.flatten().numpy()
+        mu = 0.9 * moments[0] + (1 - 0.9) * flat
+        nu = b2 * moments[1] + (1 - b2) * flat**2
+        expected = mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - b2**t)) + 1e-8)
+        assert_near(u.flatten(), expected, where=f"step {t}")
+        moments = [quantized(mu), quantized(nu)]
+
+
+def quantized(x: np.ndarray) -> np.ndarray:
+    """`x` stored and read again: the nearest level of each block, in float32."""
+    blocks = []
+    for k in range(0, len(x), 256):
+        block = x[k : k + 256].astype(np.float32)
+        largest = np.abs(block).max()
+        levels = bitsandbytes_map(signed=bool((block < 0).any())).astype(np.float32)
+        if (block < 0).any():
+            levels[0] = -1
+        nearest = np.abs((block / largest)[:, None].astype(float) - levels).argmin(1)
+        blocks.append(levels[nearest] * largest)
+    return np.concatenate(blocks).astype(float)
+
+
+# ---- the laws ------------------------------------------------------------------------------------
+
+
+def with_slots(codes: str) -> list[Any]:
+    """Each row that has slots which start at zero, with these stored in a code."""
+    found = []
+    for row in ROWS:
+        for i, variant in enumerate(row.variants):
+            try:
+                fo.stored(row.build(variant), codes)
+            except ValueError:
+                continue
+            slow = [pytest.mark.slow] if i else []
+            name = f"{row.name}{i or ''}-{codes}"
+            stored = stored_row(row, codes)
+            found.append(pytest.param(stored, variant, id=name, marks=slow))
+    return found
+
+
+def stored_row(row: Row, codes: str) -> Row:
+    def make(**given: Any) -> fo.GradientTransformation:
+        return fo.stored(row.make(**given), codes, where=everywhere)
+
+    return replace(row, make=make, smooth=False, written=False)
+
+
+CASES = with_slots("8bit")
+cases = pytest.mark.parametrize(("row", "variant"), CASES)
+LAWS = [
+    laws.test_update_is_pure,
+    laws.test_two_inits_share_nothing,
+    laws.test_vmap_equals_a_loop,
+    laws.test_missing_gradient_leaves_param_and_slots_alone,
+    laws.test_a_param_that_is_none_is_nothing,
+    laws.test_zero_gradient_and_zero_learning_rate_move_nothing,
+    laws.test_resumed_equals_uninterrupted,
+]
+
+
+def test_many_rows_have_slots() -> None:
+    names = {case.values[0].name for case in CASES}
+    assert {"adamw", "lion", "muon", "soap", "lamb", "adafactor", "MultiSteps"} <= names
+    assert len(names) > 60
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
+@cases
+def test_the_laws_hold_with_slots_in_a_code(law: Any, row: Row, variant: dict) -> None:
+    law(row, variant)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str
+)
+@cases
+def test_structure_stays(row: Row, variant: dict, dtype: torch.dtype) -> None:
+    laws.test_structure_shape_and_dtype_stay(row, variant, dtype)
+
+
+# ---- executions ----------------------------------------------------------------------------------
+
+SHAPES = {
+    "whole": (64, 64),
+    "rest": (70, 61),
+    "large": (300, 257),
+    "vector": (5000,),
+    "few": (9,),
+    "number": (),
+    "none": (0, 3),
+}
+
+
+def draw(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+
+
+def trained(tx: fo.GradientTransformation, steps: int = 3) -> dict[str, Tensor]:
+    params, state = draw(0), tx.init(draw(0))
+    for k in range(1, steps + 1):
+        updates, state = tx.update(draw(k), state, params)
+        params = fo.apply_updates(params, updates)
+    return params
+
+
+def trained_in_place(opt_of: Any, steps: int = 3) -> tuple[dict[str, Tensor], Any]:
+    params = {name: torch.nn.Parameter(x) for name, x in draw(0).items()}
+    opt = opt_of(params.items())
+    for k in range(1, steps + 1):
+        for name, g in draw(k).items():
+            params[name].grad = g
+        opt.step()
+    return {name: p.detach() for name, p in params.items()}, opt
+
+
+TRANSFORMATIONS = {
+    "adamw": fo.adamw(0.1),
+    "lion": fo.chain(fo.clip_by_global_norm(1.0), fo.lion(0.1)),
+    "sums": fo.lamb(0.1),
+    "matrices": fo.muon(0.1),
+    "gate": fo.MultiSteps(fo.adam(0.1), 2),
+    "master": fo.keep_master_weights(fo.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("where", [fo.large_matrices, everywhere], ids=["large", "all"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_pieces_are_update(
+    name: str, where: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 1024)
+    tx = fo.stored(TRANSFORMATIONS[name], where=where)
+    found, opt = trained_in_place(lambda params: fo.optim.Optimizer(params, tx))
+    expected = trained(tx)
+    assert found.keys() == expected.keys()
+    for leaf in expected:
+        torch.testing.assert_close(
+            found[leaf], expected[leaf], rtol=1e-5, atol=1e-6, msg=leaf
+        )
+    codes = [x for entry in opt.state.values() for x in entry.values()]
+    assert any(x.dtype is torch.uint8 for x in codes)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sums"])
+def test_compiled_is_update(name: str) -> None:
+    """To rounding, which may lead to the next level."""
+    tx = fo.stored(TRANSFORMATIONS[name])
+    params, step = draw(0), fo.compiled_step(tx)
+    state = tx.init(params)
+    for k in range(1, 4):
+        params, state = step(params, draw(k), state)
+    for leaf, expected in trained(tx).items():
+        off = (params[leaf] - expected).abs()
+        assert (off > 1e-5).double().mean().nan_to_num() < 1e-4, leaf
+        assert off.numel() == 0 or off.max() < 2e-3, leaf
+
+
+def most_alive(step: Any) -> int:
+    """The most bytes that are alive at a time, counted by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [
+        e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    alive, most = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_no_slot_is_ever_whole_in_float32(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 8192)
+    p = torch.nn.Parameter(torch.randn(1024, 1024))
+    p.grad = torch.randn_like(p)
+    opt = fo.optim.Optimizer([p], fo.stored(fo.adamw(0.1)), compile=compile)
+    opt.step()
+    assert 0 < most_alive(opt.step) < 0.25 * p.nbytes
+    kept = sum(x.nbytes for x in opt.state[p].values())
+    assert kept < 2.1 * p.numel()
+
+
+# ---- which slots, which leaves -------------------------------------------------------------------
+
+
+def dtypes(state: Any) -> dict[str, torch.dtype]:
+    return {path: x.dtype for path, x in fo.state_dict(state).items()}
+
+
+def test_small_tensors_vectors_and_embeddings_stay_as_they_are() -> None:
+    params = {
+        "embed": torch.zeros(64, 64),
+        "fc": torch.zeros(64, 64),
+        "small": torch.zeros(4, 4),
+        "norm": torch.zeros(5000),
+    }
+    found = dtypes(fo.stored(fo.trace(0.9)).init(params))
+    coded = [path for path, dtype in found.items() if dtype is torch.uint8]
+    assert coded == ["slots/trace/fc"]
+
+
+def test_slots_are_chosen_by_name() -> None:
+    tx = fo.stored(fo.adam(0.1), {"mu": "bfloat16", "nu": "8bit"}, where=everywhere)
+    state = tx.init([torch.zeros(8)])
+    assert fo.get(state, "mu")[0].dtype is torch.bfloat16
+    assert fo.get(state, "nu")[0].dtype is torch.uint8
+    with pytest.raises(KeyError):
+        fo.get(state, "mu_scale")
+
+
+def test_what_does_not_start_at_zero_is_stored_only_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no slot .* starts at zero.*'sum'"):
+        fo.stored(fo.scale_by_rss())
+    state = fo.stored(fo.scale_by_rss(), {"sum": "8bit"}, where=everywhere).init(
+        [torch.zeros(8)]
+    )
+    assert fo.get(state, "sum")[0].dtype is torch.uint8
+
+
+def test_what_is_wrong_is_said() -> None:
+    with pytest.raises(TypeError, match="stored takes a transformation"):
+        fo.stored(0.1)
+    with pytest.raises(ValueError, match=r"codes are .*'8bit'.*got '3bit'"):
+        fo.stored(fo.adam(0.1), "3bit")
+    with pytest.raises(ValueError, match="none is called 'nuu'"):
+        fo.stored(fo.adam(0.1), {"nuu": "8bit"})
+
+
+def test_hyperparameters_in_the_state() -> None:
+    tx = fo.stored(fo.inject_hyperparams(fo.adamw)(learning_rate=0.1))
+    expected = trained(fo.stored(fo.adamw(0.1)))
+    for leaf, x in trained(tx).items():
+        torch.testing.assert_close(x, expected[leaf])
+
+
+def test_groups_see_the_same_leaves() -> None:
+    tx = fo.partition(
+        {"a": fo.adam(0.1), "b": fo.lion(0.1)}, lambda path, p: "ab"[p.dim() > 1]
+    )
+    state = fo.stored(tx, where=everywhere).init(
+        {"x": torch.zeros(3), "y": torch.zeros(2, 2)}
+    )
+    coded = [path for path, of in dtypes(state).items() if of is torch.uint8]
+    assert len(coded) == 3
+    assert all(x is not None for x in tree.leaves(state))
+
+
+SEEDS = [3, 6, 11, 14, 17, 19, 20, 23, 27, 29]
+"""Programs with slots that start at zero."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_programs_with_slots_in_a_code(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every eager execution of a random transformation gives the numbers of `update`."""
+    made = Plan.tx
+
+    def stored(plan: Plan) -> fo.GradientTransformation:
+        return fo.stored(made(plan), where=everywhere)
+
+    monkeypatch.setattr(Plan, "tx", stored)
+    for failure in programs_law.check(program(seed), [*EAGER]):
+        pytest.fail(str(failure), pytrace=False)
+
+
+# ---- in the stateful optimizers ------------------------------------------------------------------
+
+
+def optimized(make: Any, steps: int = 3) -> tuple[torch.nn.Linear, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 60)
+    opt = make(model)
+    go_on(model, opt, range(steps))
+    return model, opt
+
+
+def go_on(model: torch.nn.Linear, opt: Any, steps: range) -> None:
+    for k in steps:
+        x = torch.randn(16, 100, generator=torch.Generator().manual_seed(k))
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+
+
+STATEFUL = {
+    "AdamW": (lambda params, **given: fo.optim.AdamW(params, **given), "exp_avg"),
+    "SGD": (
+        lambda params, **given: fo.optim.SGD(params, 0.1, momentum=0.9, **given),
+        "momentum_buffer",
+    ),
+    "Lion": (
+        lambda params, **given: fo.optim.Lion(params, 0.1, **given),
+        "scale_by_lion/mu",
+    ),
+    "factory": (
+        lambda params, **given: fo.optim.Optimizer(params, fo.lamb, lr=0.1, **given),
+        "scale_by_adam/mu",
+    ),
+}
+stateful = pytest.mark.parametrize("name", STATEFUL)
+
+
+@stateful
+def test_an_optimizer_with_slots_in_a_code_is_resumed(name: str) -> None:
+    make, slot = STATEFUL[name]
+    model, opt = optimized(lambda model: make(model.parameters(), state="8bit"))
+    assert opt.state[model.weight][slot].dtype is torch.uint8
+    assert opt.state[model.bias][slot].dtype is torch.float32
+    assert opt.param_groups[0]["state"] == "8bit"
+    saved = laws.io.BytesIO()
+    torch.save((model.state_dict(), opt.state_dict()), saved)
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    other, resumed = optimized(lambda model: make(model.parameters(), state="8bit"), 0)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state, strict=True)
+    go_on(model, opt, range(3, 6))
+    go_on(other, resumed, range(3, 6))
+    assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize("there", [None, "8bit", "bfloat16"])
+@pytest.mark.parametrize("here", [None, "8bit"])
+@stateful
+def test_checkpoints_are_converted(name: str, here: Any, there: Any) -> None:
+    make, slot = STATEFUL[name]
+    model, opt = optimized(lambda model: make(model.parameters(), state=there))
+    other, resumed = optimized(lambda model: make(model.parameters(), state=here), 0)
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("state", None)  # otherwise slots would be stored as they were there
+    resumed.load_state_dict(saved, strict=True)
+    entry = resumed.state[other.weight]
+    assert (entry[slot].dtype is torch.uint8) == (here == "8bit")
+    assert (slot + "_scale" in entry) == (here == "8bit")
+    if here is None and there is None:
+        return
+    kept, found = (float32(o, m, slot) for o, m in ((opt, model), (resumed, other)))
+    assert (kept - found).abs().max() <= 0.01 * kept.abs().max()
+    go_on(other, resumed, range(3, 5))
+
+
+def float32(opt: Any, model: torch.nn.Linear, slot: str) -> Tensor:
+    entry = opt.state[model.weight]
+    if entry[slot].dtype is not torch.uint8:
+        return entry[slot].float()
+    x = read(DYNAMIC, entry[slot].flatten(), entry[slot + "_scale"])
+    return x.view_as(model.weight)
+
+
+def test_a_group_says_how_its_slots_are_stored() -> None:
+    model = torch.nn.Linear(100, 60)
+    other = torch.nn.Linear(100, 60)
+    groups = [
+        {"params": model.parameters(), "state": "8bit"},
+        {"params": other.parameters()},
+    ]
+    opt = fo.optim.AdamW(groups, state="float32")
+    for p in [*model.parameters(), *other.parameters()]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state[model.weight]["exp_avg"].dtype is torch.uint8
+    assert opt.state[other.weight]["exp_avg"].dtype is torch.float32
+    assert "exp_avg_scale" not in opt.state[other.weight]
+
+
+def test_a_state_that_there_is_not() -> None:
+    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(ValueError, match=r"state must be one of .*got '9bit'"):
+        fo.optim.AdamW(p, state="9bit")
+    with pytest.raises(ValueError, match=r"starts at zero"):
+        fo.optim.SGD(p, state="8bit")
+
+
+def test_recoded_goes_there_and_back() -> None:
+    params = {"slots": torch.randn(80, 64), "b": torch.randn(9)}
+    plain, stored = fo.adam(0.1), fo.stored(fo.adam(0.1))
+    state = plain.init(params)
+    for _ in range(2):
+        _, state = plain.update(tree.map(torch.randn_like, params), state)
+    saved = fo.state_dict(state)
+    fresh = stored.init(params)
+    loaded = fo.load_state_dict(fresh, fo.recoded(saved, fresh))
+    assert fo.get(loaded, "mu")["slots"].dtype is torch.uint8
+    back = fo.recoded(fo.state_dict(loaded), state)
+    assert back.keys() == saved.keys()
+    for path, x in saved.items():
+        assert (back[path] - x).abs().max() <= 0.01 * x.abs().max(), path
+    again = fo.recoded(fo.state_dict(loaded), fresh)
+    assert all(torch.equal(again[path], x) for path, x in fo.state_dict(loaded).items())
