@@ -179,7 +179,7 @@ class Body:
         vars(new).pop("narrowed", None)
         new.now = now
         new.shared = [
-            {name: of[name] for name in mine}
+            {name: _tensor(of[name]) for name in mine}
             for mine, of in zip(self.shared, now, strict=True)
         ]
         pairs = zip(new.shared, self.exact, strict=True)
@@ -227,7 +227,7 @@ class Body:
             if isinstance(x, Each) or (isinstance(x, Tensor) and x.dim()):
                 rows.append(name)
             elif isinstance(x, Tensor | Table):
-                shared[name] = x.tensor if isinstance(x, Table) else x
+                shared[name] = _tensor(x)
             elif as_inputs and not isinstance(x, bool):
                 dtype = torch.float64 if isinstance(x, float) else torch.int64
                 exact[name] = torch.tensor(x, dtype=dtype)
@@ -362,12 +362,18 @@ class _Leaf:
             self.new.append((place, x))  # type: ignore[arg-type]
 
 
+def _tensor(x: Tensor | Table) -> Tensor:
+    return x.tensor if isinstance(x, Table) else x
+
+
 def _is_of_kind(before: Any, x: Any) -> bool:
     """Whether code that was made for one value takes another as it is."""
     if x is before:
         return True
     if type(x) is not type(before):
         return False
+    if isinstance(x, Table):
+        return x.tensor is before.tensor
     if isinstance(x, Tensor):
         same = x.dtype is before.dtype and x.dim() == before.dim()
         return same and x.device == before.device
