@@ -103,7 +103,9 @@ class Walk:
             new = {name: self.look(stage, state[name], view) for name, stage in stages}
             return lambda: {name: of() for name, of in new.items()}
         if isinstance(tx, Leafwise):
-            return self._rule(tx, state, view)
+            # Of whole tensors that are sharded the owners work out the update, all at once.
+            alone = tx.kind == "tensorwise" and sharding.any_sharded(view.leaves(self.ps))
+            return (self._other if alone else self._rule)(tx, state, view)
         if isinstance(tx, Groups):
             return self._groups(tx, state, view)
         if isinstance(tx, Injected):
