@@ -46,6 +46,7 @@ from functorch_opt.optim.options import (
     plain,
     scalar,
 )
+from functorch_opt.optim.owned import divided
 from functorch_opt.optim.params import can_be_trained
 from functorch_opt.optim.plan import Make, Plan
 from functorch_opt.optim.recipe import Recipe, made
@@ -297,6 +298,16 @@ class Optimizer(torch.optim.Optimizer):
             ) and not (plan and plan.serves(groups, self.state)):
                 return False
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as every torch optimizer gives them.
+
+        Of sharded parameters call it on all ranks: what a rule that sees whole tensors keeps lies
+        with one rank, and here it is divided among all. So any number of ranks can load it.
+        """
+        given = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {**given, "state": divided(given["state"], params)}
 
     def load_state_dict(
         self, state_dict: dict[str, Any], *, strict: bool = False
