@@ -43,10 +43,12 @@ def regions(layout: Layout) -> list[Region]:
             place, layout.sizes, layout.placements, strict=True
         ):
             if not placement.is_replicate():
+                dim = placement.dim
+                row = rows[dim].view([1] * dim + [-1])  # which is cut along this dim
                 cuts, _ = placement._split_tensor(
-                    rows[placement.dim], size, with_padding=False, contiguous=False
+                    row, size, with_padding=False, contiguous=False
                 )
-                rows[placement.dim] = cuts[at]
+                rows[dim] = cuts[at].flatten()
         found.append(_region(rows))
     return found
 

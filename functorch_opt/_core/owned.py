@@ -79,6 +79,8 @@ def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
     """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
     from torch.distributed.tensor import DTensor, Replicate
 
+    if not shape and not local.numel():  # torch takes the shape () for none
+        local = local.new_zeros(())
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(
         local.contiguous(),
@@ -98,14 +100,14 @@ def kept_as(like: Any, x: Tensor) -> Tensor:
     return _on(one, x if dist.get_rank() == owner else x.flatten()[:0], like.shape)
 
 
-@torch._disable_dynamo
 def everybodys_copy(x: Any) -> Tensor:
     """What its owner has, on all the ranks among which it is one. All of them call it."""
     owner = owner_of(x)
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         raise NotImplementedError(
-            "a slot of a rule that sees whole tensors lies with one rank, and no derivative goes "
-            "through it. Give the transformation x.full_tensor() of sharded tensors."
+            "a slot of a rule that sees whole tensors lies with one rank: no derivative goes "
+            "through it, and no graph can have it. Give the transformation x.full_tensor() of "
+            "sharded tensors, or leave its update out of torch.compile."
         )
     local = x.to_local()
     if local.is_meta:
@@ -114,5 +116,6 @@ def everybodys_copy(x: Any) -> Tensor:
         local = torch.empty(x.shape, dtype=x.dtype, device=local.device)
     group = group_of(tuple(sorted(_read(x.device_mesh.mesh_dim_names[0][len(PREFIX) :]))))
     found = local.clone().contiguous()
-    dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
+    if found.numel():  # gloo has no message without bytes
+        dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
     return found
