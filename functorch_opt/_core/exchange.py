@@ -55,12 +55,18 @@ def regions(layout: Layout) -> list[Region]:
 
 def _region(rows: list[Tensor]) -> Region:
     """An index of these rows, of each dim. It has slices if they are without gaps."""
-    lengths = [len(x) for x in rows]
-    without_gaps = [not n or int(x[-1] - x[0]) == n - 1 for x, n in zip(rows, lengths)]
-    if all(without_gaps):
-        begins = [int(x[0]) if n else 0 for x, n in zip(rows, lengths)]
-        return tuple([slice(a, a + n) for a, n in zip(begins, lengths)])
-    return torch.meshgrid(rows, indexing="ij")
+    slices = [_slice(row) for row in rows]
+    if None in slices:  # rows of several cuts, one inside of another
+        return torch.meshgrid(rows, indexing="ij")
+    return tuple(slices)
+
+
+def _slice(row: Tensor) -> slice | None:
+    """The rows as a slice; None if there are gaps between them."""
+    if not len(row):
+        return slice(0, 0)
+    begin, end = int(row[0]), int(row[-1]) + 1
+    return slice(begin, end) if end - begin == len(row) else None
 
 
 @functools.lru_cache(65536)
@@ -124,7 +130,8 @@ class Ranks:
         parts = self._exchanged(sent, sizes, xs[0])
         wholes: list[Tensor | None] = []
         for x, layout, owner, way in zip(xs, layouts, owners, ways, strict=True):
-            wholes.append(self._joined(parts, layout, way, x) if owner == self.me else None)
+            mine = owner == self.me
+            wholes.append(self._joined(parts, layout, way, x) if mine else None)
         return wholes
 
     def _joined(self, parts: list[Reader], layout: Layout, way: Any, like: Any) -> Tensor:

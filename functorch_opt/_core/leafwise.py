@@ -32,7 +32,7 @@ class OnTensor(Protocol):
 
     rule: Callable[..., Any]
     rule_reads: tuple[str, ...]
-    kind: str
+    kind: Any
     reads: tuple[str, ...]
     is_plain: bool
     sums: Any

@@ -18,7 +18,7 @@ from torch import Tensor
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Layout, Ranks, layout_of
 from functorch_opt._core.leaf import PerLeaf, working_dtype
-from functorch_opt._core.owned import kept_by, members, owner_of
+from functorch_opt._core.owned import kept_by, owner_of
 
 
 def work_of(shape: Sequence[int]) -> int:
@@ -73,8 +73,9 @@ def first_slots(
         for i in plain:
             found[name][i] = make(leaves[i])
     for mesh, mine in by_mesh(leaves):
-        ranks, owners = Ranks(mesh), assigned([leaves[i].shape for i in mine], mesh.size())
-        wholes = _wholes(ranks, [leaves[i] for i in mine], owners)
+        ps = [leaves[i] for i in mine]
+        ranks, owners = Ranks(mesh), assigned([p.shape for p in ps], mesh.size())
+        wholes = _wholes(ranks, ps, owners)
         for i, owner, whole in zip(mine, owners, wholes, strict=True):
             for name, make in slots.items():
                 found[name][i] = _first(make, leaves[i], whole, ranks, owner)

@@ -22,7 +22,7 @@ def is_owned(x: Any) -> bool:
     return sharding.is_sharded(x) and owner_of(x) is not None
 
 
-def divided(state: Mapping[Any, Any], params: list[Tensor]) -> dict[Any, Any]:
+def divided(state: Mapping[Any, Any], params: list[Any]) -> dict[Any, Any]:
     """The ``state`` of a state dict, with what lies with owners divided among the ranks.
 
     All ranks call it: there is one message for each mesh and dtype.
@@ -95,7 +95,7 @@ def with_owners(
 def _with_owner(x: Any, like: Any, p: Any) -> Tensor:
     if not sharding.is_sharded(x):
         return kept_as(like, x)
-    ranks, owner = Ranks(x.device_mesh), owner_of(like)
+    ranks, owner = Ranks(x.device_mesh), int(like.device_mesh.mesh.item())
     (whole,) = ranks.to_owners([sharding.settled(x)], [ranks.members.index(owner)])
     device = x.to_local().device
     return kept_by(owner, x.device_mesh, whole, x.shape, x.dtype, device)
