@@ -112,10 +112,10 @@ def everybodys_copy(x: Any) -> Tensor:
     local = x.to_local()
     if local.is_meta:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
-    if dist.get_rank() != owner:
-        local = torch.empty(x.shape, dtype=x.dtype, device=local.device)
+    found = torch.empty(x.shape, dtype=x.dtype, device=local.device)
+    if dist.get_rank() == owner:
+        found.copy_(local)
     group = group_of(tuple(sorted(_read(x.device_mesh.mesh_dim_names[0][len(PREFIX) :]))))
-    found = local.clone().contiguous()
     if found.numel():  # gloo has no message without bytes
         dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
     return found
