@@ -30,7 +30,11 @@ class Layout(NamedTuple):
 def layout_of(x: Any, placements: Sequence[Any] | None = None) -> Layout:
     """How the DTensor `x` is cut, or how it would be with other `placements`."""
     given = x.placements if placements is None else placements
-    return Layout(tuple(x.shape), tuple(x.device_mesh.shape), tuple(given))
+    return Layout(
+        tuple(x.shape),
+        tuple(x.device_mesh.shape),
+        tuple(given),
+    )
 
 
 @functools.lru_cache(4096)
@@ -40,13 +44,19 @@ def regions(layout: Layout) -> list[Region]:
     for place in itertools.product(*map(range, layout.sizes)):
         rows = [torch.arange(n) for n in layout.shape]
         for at, size, placement in zip(
-            place, layout.sizes, layout.placements, strict=True
+            place,
+            layout.sizes,
+            layout.placements,
+            strict=True,
         ):
             if not placement.is_replicate():
                 dim = placement.dim
                 row = rows[dim].view([1] * dim + [-1])  # which is cut along this dim
                 cuts, _ = placement._split_tensor(
-                    row, size, with_padding=False, contiguous=False
+                    row,
+                    size,
+                    with_padding=False,
+                    contiguous=False,
                 )
                 rows[dim] = cuts[at].flatten()
         found.append(_region(rows))
@@ -99,7 +109,10 @@ class Ranks:
 
     def __init__(self, mesh: Any) -> None:
         self.mesh, self.members = mesh, members(mesh)
-        self.n, self.me = len(self.members), self.members.index(dist.get_rank())
+        self.n, self.me = (
+            len(self.members),
+            self.members.index(dist.get_rank()),
+        )
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -111,7 +124,10 @@ class Ranks:
         wholes: list[Tensor | None] = [None] * len(xs)
         for dtype in dict.fromkeys([x.dtype for x in xs]):
             mine = [i for i, x in enumerate(xs) if x.dtype is dtype]
-            found = self._gathered([xs[i] for i in mine], [owners[i] for i in mine])
+            found = self._gathered(
+                [xs[i] for i in mine],
+                [owners[i] for i in mine],
+            )
             for i, whole in zip(mine, found, strict=True):
                 wholes[i] = whole
         return wholes
@@ -134,8 +150,18 @@ class Ranks:
             wholes.append(self._joined(parts, layout, way, x) if mine else None)
         return wholes
 
-    def _joined(self, parts: list[Reader], layout: Layout, way: Any, like: Any) -> Tensor:
-        whole = torch.empty(layout.shape, dtype=like.dtype, device=like.to_local().device)
+    def _joined(
+        self,
+        parts: list[Reader],
+        layout: Layout,
+        way: Any,
+        like: Any,
+    ) -> Tensor:
+        whole = torch.empty(
+            layout.shape,
+            dtype=like.dtype,
+            device=like.to_local().device,
+        )
         for sender in way:
             part = parts[sender].next(_shape(layout, sender))
             whole[regions(layout)[sender]] = part
@@ -174,13 +200,21 @@ class Ranks:
         return found, [k for k, flag in enumerate(failures) if flag]
 
     def _exchanged(
-        self, sent: list[list[Tensor]], sizes: list[int], like: Any
+        self,
+        sent: list[list[Tensor]],
+        sizes: list[int],
+        like: Any,
     ) -> list[Reader]:
         """What the other ranks have sent to this one, `sizes` numbers of each."""
         order, width = self.order, like.element_size()
         device = like.to_local().device if hasattr(like, "to_local") else like.device
         empty = torch.empty(0, dtype=like.dtype, device=device)
-        row = torch.cat([empty, *[x for k in order for x in sent[k]]])
+        row = torch.cat(
+            [
+                empty,
+                *[x for k in order for x in sent[k]],
+            ]
+        )
         taken = torch.empty(sum(sizes), dtype=like.dtype, device=device)
         n_sent = [sum([x.numel() for x in sent[k]]) for k in order]
         all_to_all(
@@ -190,7 +224,13 @@ class Ranks:
             [n * width for n in n_sent],
             group_of(tuple([self.members[k] for k in order])),
         )
-        of_rank = dict(zip(order, taken.split([sizes[k] for k in order]), strict=True))
+        of_rank = dict(
+            zip(
+                order,
+                taken.split([sizes[k] for k in order]),
+                strict=True,
+            )
+        )
         return [Reader(of_rank[k]) for k in range(self.n)]
 
 
@@ -201,12 +241,19 @@ class Reader:
         self.row, self.at = row, 0
 
     def next(self, shape: tuple[int, ...]) -> Tensor:
-        begin, self.at = self.at, self.at + torch.Size(shape).numel()
+        begin, self.at = (
+            self.at,
+            self.at + torch.Size(shape).numel(),
+        )
         return self.row[begin : self.at].view(shape)
 
 
 def all_to_all(
-    taken: Tensor, row: Tensor, takes: list[int], gives: list[int], group: Any
+    taken: Tensor,
+    row: Tensor,
+    takes: list[int],
+    gives: list[int],
+    group: Any,
 ) -> None:
     """Every rank sends a part of its row of bytes to every other one."""
     dist.all_to_all_single(taken, row, takes, gives, group=group)

@@ -9,6 +9,7 @@ they take the long way, which checks everything and knows what to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -235,8 +236,16 @@ class _Stage:
         )
         if tx.on_tensor.kind == "tensorwise" and owners.apart(gs, self.old):
             self.done = owners.divided(
-                tx.on_tensor, tx.name, gs, ps, self.old, self.per_leaf
+                tx.on_tensor, tx.name, gs, ps, self.old, partial(self._given, gs, ps)
             )
+
+    def _given(
+        self, gs: list[Any], ps: list[Any], i: int
+    ) -> tuple[torch.dtype, dict[str, Any]]:
+        """The dtype in which the rule computes for leaf `i`, and what it reads of this step."""
+        slots = [column[i] for column in self.old.values()]
+        dtype = working_dtype(gs[i], ps[i] if self.reads_p else None, *slots)
+        return dtype, self.per_leaf.at(i, dtype)
 
     def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
         """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""

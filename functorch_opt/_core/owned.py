@@ -38,7 +38,12 @@ def _mesh_of_one(device_type: str, rank: int, ranks: tuple[int, ...]) -> Any:
 
     names = (PREFIX + _written(ranks),)
     # Nothing is ever sent on it, so it needs no process group, which all ranks would have to make.
-    return DeviceMesh(device_type, [rank], mesh_dim_names=names, _init_backend=False)
+    return DeviceMesh(
+        device_type,
+        [rank],
+        mesh_dim_names=names,
+        _init_backend=False,
+    )
 
 
 def _written(ranks: Sequence[int]) -> str:
@@ -68,16 +73,28 @@ def owner_of(x: Any) -> int | None:
 
 
 def kept_by(
-    owner: int, mesh: Any, x: Tensor | None, shape: Any, dtype: torch.dtype, device: Any
+    owner: int,
+    mesh: Any,
+    x: Tensor | None,
+    shape: Any,
+    dtype: torch.dtype,
+    device: Any,
 ) -> Tensor:
     """The tensor `x` of a rank of `mesh`. The other ranks give its shape and dtype, and None."""
     one = _mesh_of_one(mesh.device_type, owner, members(mesh))
-    return _on(one, torch.empty(0, dtype=dtype, device=device) if x is None else x, shape)
+    return _on(
+        one,
+        torch.empty(0, dtype=dtype, device=device) if x is None else x,
+        shape,
+    )
 
 
 def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
     """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+    )
 
     if not shape and not local.numel():  # torch takes the shape () for none
         local = local.new_zeros(())
@@ -97,7 +114,11 @@ def kept_as(like: Any, x: Tensor) -> Tensor:
     owner = owner_of(like)
     assert owner is not None
     one = like.device_mesh
-    return _on(one, x if dist.get_rank() == owner else x.flatten()[:0], like.shape)
+    return _on(
+        one,
+        x if dist.get_rank() == owner else x.flatten()[:0],
+        like.shape,
+    )
 
 
 def everybodys_copy(x: Any) -> Tensor:
@@ -117,5 +138,9 @@ def everybodys_copy(x: Any) -> Tensor:
         found.copy_(local)
     group = group_of(tuple(sorted(_read(x.device_mesh.mesh_dim_names[0][len(PREFIX) :]))))
     if found.numel():  # gloo has no message without bytes
-        dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
+        dist.broadcast(
+            found.view(-1).view(torch.uint8),
+            owner,
+            group=group,
+        )
     return found

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core import sharding
-from functorch_opt._core.exchange import Layout, Ranks, layout_of
-from functorch_opt._core.leaf import PerLeaf, working_dtype
+from functorch_opt._core.exchange import (
+    Layout,
+    Ranks,
+    layout_of,
+)
 from functorch_opt._core.owned import kept_by, owner_of
 
 
@@ -35,12 +38,18 @@ def assigned(shapes: Sequence[Sequence[int]], n: int) -> list[int]:
 
     The one with the most work goes first, always to the rank that has the least so far.
     """
-    by_work = sorted(range(len(shapes)), key=lambda i: (-work_of(shapes[i]), i))
+    by_work = sorted(
+        range(len(shapes)),
+        key=lambda i: (-work_of(shapes[i]), i),
+    )
     ranks = [(0, k) for k in range(n)]
     owners = [0] * len(shapes)
     for i in by_work:
         load, owners[i] = heapq.heappop(ranks)
-        heapq.heappush(ranks, (load + work_of(shapes[i]), owners[i]))
+        heapq.heappush(
+            ranks,
+            (load + work_of(shapes[i]), owners[i]),
+        )
     return owners
 
 
@@ -49,7 +58,9 @@ def has_owners(x: Any) -> bool:
     return sharding.is_sharded(x) and x.device_mesh.size() > 1
 
 
-def by_mesh(leaves: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+def by_mesh(
+    leaves: Sequence[Any],
+) -> list[tuple[Any, list[int]]]:
     """For each mesh, the indices of the leaves that have an owner among its ranks."""
     found: dict[Any, list[int]] = {}
     for i, x in enumerate(leaves):
@@ -62,7 +73,8 @@ def by_mesh(leaves: Sequence[Any]) -> list[tuple[Any, list[int]]]:
 
 
 def first_slots(
-    slots: Mapping[str, Callable[[Tensor], Tensor]], leaves: list[Any]
+    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    leaves: list[Any],
 ) -> dict[str, list[Any]]:
     """The first values of the slots of a rule that sees whole tensors, each with its owner."""
     if not slots:
@@ -74,7 +86,10 @@ def first_slots(
             found[name][i] = make(leaves[i])
     for mesh, mine in by_mesh(leaves):
         ps = [leaves[i] for i in mine]
-        ranks, owners = Ranks(mesh), assigned([p.shape for p in ps], mesh.size())
+        ranks, owners = (
+            Ranks(mesh),
+            assigned([p.shape for p in ps], mesh.size()),
+        )
         wholes = _wholes(ranks, ps, owners)
         for i, owner, whole in zip(mine, owners, wholes, strict=True):
             for name, make in slots.items():
@@ -86,7 +101,10 @@ def _wholes(ranks: Ranks, ps: list[Any], owners: list[int]) -> list[Tensor | Non
     """The whole parameters that are this rank's. If they are only shapes, nothing is sent."""
     if any(p.is_meta for p in ps):
         return [None] * len(ps)
-    return ranks.to_owners([sharding.settled(p.detach()) for p in ps], owners)
+    return ranks.to_owners(
+        [sharding.settled(p.detach()) for p in ps],
+        owners,
+    )
 
 
 def _first(
@@ -102,16 +120,30 @@ def _first(
     device = p.to_local().device
     try:
         value = make(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-    except (RuntimeError, NotImplementedError):  # it looks at the numbers
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # it looks at the numbers
         value = make(torch.zeros(p.shape, dtype=p.dtype, device=device))
     return _kept(None, ranks, owner, value, device)
 
 
 def _kept(
-    x: Tensor | None, ranks: Ranks, owner: int, like: Any, device: Any = None
+    x: Tensor | None,
+    ranks: Ranks,
+    owner: int,
+    like: Any,
+    device: Any = None,
 ) -> Tensor:
     device = like.device if device is None else device
-    return kept_by(ranks.members[owner], ranks.mesh, x, like.shape, like.dtype, device)
+    return kept_by(
+        ranks.members[owner],
+        ranks.mesh,
+        x,
+        like.shape,
+        like.dtype,
+        device,
+    )
 
 
 # ---- a step --------------------------------------------------------------------------------------
@@ -123,17 +155,24 @@ class Failed(NamedTuple):
     error: Exception
 
 
+Given = Callable[[int], tuple[torch.dtype, dict[str, Any]]]
+"""The dtype in which the rule computes for a leaf, and what it reads of this step."""
 Done = tuple[Tensor, dict[str, Tensor]] | Failed
 
 
-def result(done: Done) -> tuple[Tensor, dict[str, Tensor]]:
+def result(
+    done: Done,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The update and the slots of a leaf. An error is raised, on every rank."""
     if isinstance(done, Failed):
         raise done.error
     return done
 
 
-def apart(gs: Sequence[Any], slots: Mapping[str, Sequence[Any]]) -> bool:
+def apart(
+    gs: Sequence[Any],
+    slots: Mapping[str, Sequence[Any]],
+) -> bool:
     """Whether owners do the work. No derivative goes through messages, and no graph has them."""
     if torch.compiler.is_compiling() or not any(map(has_owners, gs)):
         return False
@@ -149,13 +188,24 @@ def divided(
     gs: list[Any],
     ps: list[Any],
     slots: Mapping[str, list[Any]],
-    per_leaf: PerLeaf,
+    given: Given,
 ) -> dict[int, Done]:
     """What a rule that sees whole tensors makes of each sharded leaf, worked out by its owner."""
     done: dict[int, Done] = {}
     for mesh, mine in by_mesh(gs):
         ranks = Ranks(mesh)
-        leaves = [_Leaf(on_tensor, i, gs, ps, slots, per_leaf, ranks) for i in mine]
+        leaves = [
+            _Leaf(
+                on_tensor,
+                i,
+                gs,
+                ps,
+                slots,
+                given,
+                ranks,
+            )
+            for i in mine
+        ]
         _find_owners(leaves, ranks)
         _send(leaves, ranks)
         done |= _worked_out(leaves, ranks, name)
@@ -172,14 +222,23 @@ class _Leaf:
         gs: list[Any],
         ps: list[Any],
         slots: Mapping[str, list[Any]],
-        per_leaf: PerLeaf,
+        given: Given,
         ranks: Ranks,
     ) -> None:
-        self.on_tensor, self.i, self.g = on_tensor, i, gs[i]
+        self.on_tensor, self.i, self.g = (
+            on_tensor,
+            i,
+            gs[i],
+        )
         p = ps[i] if "p" in on_tensor.reads else None
         self.slots = {key: column[i] for key, column in slots.items()}
-        self.dtype = working_dtype(self.g, p, *self.slots.values())
-        self.values = {"g": self.g, "p": p, **self.slots, **per_leaf.at(i, self.dtype)}
+        self.dtype, now = given(i)
+        self.values = {
+            "g": self.g,
+            "p": p,
+            **self.slots,
+            **now,
+        }
         self.ranks, self.owner = ranks, -1
         self.made: Any = None
 
@@ -231,7 +290,13 @@ class _Leaf:
         """A slot after the step, which stays with the owner."""
         mine = self.made[1][key] if self.made else None
         old = self.slots[key]
-        return _kept(mine, self.ranks, self.owner, old, self.g.to_local().device)
+        return _kept(
+            mine,
+            self.ranks,
+            self.owner,
+            old,
+            self.g.to_local().device,
+        )
 
 
 def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
@@ -244,7 +309,9 @@ def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
         else:
             leaf.owner = owner
     for leaf, owner in zip(
-        free, assigned([leaf.g.shape for leaf in free], ranks.n), strict=True
+        free,
+        assigned([leaf.g.shape for leaf in free], ranks.n),
+        strict=True,
     ):
         leaf.owner = owner
 
@@ -252,7 +319,10 @@ def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
 def _send(leaves: list[_Leaf], ranks: Ranks) -> None:
     """Give every owner the wholes of what its rules read."""
     wanted = [(leaf, key, x) for leaf in leaves for key, x in leaf.sent().items()]
-    xs, owners = [x for _, _, x in wanted], [leaf.owner for leaf, _, _ in wanted]
+    xs, owners = (
+        [x for _, _, x in wanted],
+        [leaf.owner for leaf, _, _ in wanted],
+    )
     wholes = ranks.to_owners(xs, owners)
     for (leaf, key, _), whole in zip(wanted, wholes, strict=True):
         leaf.values[key] = whole
@@ -267,7 +337,11 @@ def _worked_out(leaves: list[_Leaf], ranks: Ranks, name: str) -> dict[int, Done]
     done: dict[int, Done] = {}
     for dtype in dict.fromkeys([leaf.update_dtype for leaf in leaves]):
         of_dtype = [leaf for leaf in leaves if leaf.update_dtype is dtype]
-        like = torch.empty(0, dtype=dtype, device=leaves[0].g.to_local().device)
+        like = torch.empty(
+            0,
+            dtype=dtype,
+            device=leaves[0].g.to_local().device,
+        )
         parts, failures = ranks.from_owners(
             [None if failed or not leaf.made else leaf.made[0] for leaf in of_dtype],
             [leaf.owner for leaf in of_dtype],
@@ -280,7 +354,12 @@ def _worked_out(leaves: list[_Leaf], ranks: Ranks, name: str) -> dict[int, Done]
     return done
 
 
-def _done(leaf: _Leaf, part: Tensor, failures: list[int], name: str) -> Done:
+def _done(
+    leaf: _Leaf,
+    part: Tensor,
+    failures: list[int],
+    name: str,
+) -> Done:
     if isinstance(leaf.made, Failed):
         return leaf.made
     if failures:

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Layout, Ranks
-from functorch_opt._core.owned import kept_as, kept_by, owner_of
+from functorch_opt._core.owned import (
+    kept_as,
+    kept_by,
+    owner_of,
+)
 
 
 def is_owned(x: Any) -> bool:
@@ -41,7 +45,11 @@ def divided(state: Mapping[Any, Any], params: list[Any]) -> dict[Any, Any]:
     }
     for (mesh, _), places in wanted.items():
         xs = [x for _, _, x in places]
-        parts = _parts(Ranks(mesh), xs, [params[number] for number, _, _ in places])
+        parts = _parts(
+            Ranks(mesh),
+            xs,
+            [params[number] for number, _, _ in places],
+        )
         for (number, key, _), part in zip(places, parts, strict=True):
             found[number][key] = part
     return found
@@ -71,18 +79,31 @@ def _parts(ranks: Ranks, xs: list[Any], ps: list[Any]) -> list[Tensor]:
 
 def _layout(x: Any, p: Any) -> Layout:
     """How `x` is divided: as its parameter, or by rows among the same ranks."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import (
+        Replicate,
+        Shard,
+    )
 
     placements = sharding.settled(p).placements
     if x.shape == p.shape:
-        return Layout(tuple(x.shape), tuple(p.device_mesh.shape), tuple(placements))
+        return Layout(
+            tuple(x.shape),
+            tuple(p.device_mesh.shape),
+            tuple(placements),
+        )
     rows = Shard(0) if x.dim() else Replicate()
     by_rows = [Replicate() if at.is_replicate() else rows for at in placements]
-    return Layout(tuple(x.shape), tuple(p.device_mesh.shape), tuple(by_rows))
+    return Layout(
+        tuple(x.shape),
+        tuple(p.device_mesh.shape),
+        tuple(by_rows),
+    )
 
 
 def with_owners(
-    entries: list[dict[str, Any]], expected: list[dict[str, Any]], params: list[Tensor]
+    entries: list[dict[str, Any]],
+    expected: list[dict[str, Any]],
+    params: list[Tensor],
 ) -> None:
     """Give to their owners what of loaded `entries` is `expected` to lie with one."""
     for entry, keys, p in zip(entries, expected, params, strict=True):
@@ -95,7 +116,20 @@ def with_owners(
 def _with_owner(x: Any, like: Any, p: Any) -> Tensor:
     if not sharding.is_sharded(x):
         return kept_as(like, x)
-    ranks, owner = Ranks(x.device_mesh), int(like.device_mesh.mesh.item())
-    (whole,) = ranks.to_owners([sharding.settled(x)], [ranks.members.index(owner)])
+    ranks, owner = (
+        Ranks(x.device_mesh),
+        int(like.device_mesh.mesh.item()),
+    )
+    (whole,) = ranks.to_owners(
+        [sharding.settled(x)],
+        [ranks.members.index(owner)],
+    )
     device = x.to_local().device
-    return kept_by(owner, x.device_mesh, whole, x.shape, x.dtype, device)
+    return kept_by(
+        owner,
+        x.device_mesh,
+        whole,
+        x.shape,
+        x.dtype,
+        device,
+    )
