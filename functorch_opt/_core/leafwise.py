@@ -9,13 +9,14 @@ they take the long way, which checks everything and knows what to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import sharding, structure
+from functorch_opt._core import owners, sharding, structure
 from functorch_opt._core.leaf import (
     Misfit,
     PerLeaf,
@@ -32,6 +33,7 @@ class OnTensor(Protocol):
 
     rule: Callable[..., Any]
     rule_reads: tuple[str, ...]
+    kind: Any
     reads: tuple[str, ...]
     is_plain: bool
     sums: Any
@@ -90,12 +92,13 @@ def update_in_one_pass(
     """``update`` of consecutive stages, leaf by leaf.
 
     Only the first stage may look at all updates. If tensors are sharded, only the first may have
-    sums, for the ranks exchange the sums over all tensors in one message. A later stage with sums
+    sums, for the ranks exchange the sums over all tensors in one message, and a stage that sees
+    whole tensors is alone, for the ranks exchange all tensors in one message too. A later stage
     then begins a pass of its own.
     """
     gs, spec = structure.flatten_tensors(updates, "updates")
-    later = next((k for k, tx in enumerate(stages) if k and tx.has_sums), None)
-    if later and sharding.any_sharded(gs):
+    later = _end_of_pass(stages) if sharding.any_sharded(gs) else None
+    if later:
         updates, first = update_in_one_pass(
             stages[:later], updates, states[:later], params, extra
         )
@@ -117,6 +120,15 @@ def update_in_one_pass(
         stage.prepare(updates, spec, gs, ps, params, extra)
     us = _leaf_by_leaf(running, updates, gs, ps, dtypes)
     return tree.unflatten(spec, us), [stage.next_state(spec) for stage in running]
+
+
+def _end_of_pass(stages: Sequence[Declared]) -> int | None:
+    """The first stage that sharded tensors do not go through in the pass of those before it."""
+    whole = [tx.on_tensor.kind == "tensorwise" for tx in stages]
+    for k, tx in enumerate(stages):
+        if k and (tx.has_sums or whole[k] or whole[k - 1]):
+            return k
+    return None
 
 
 def _uniform_dtypes(
@@ -193,6 +205,8 @@ class _Stage:
         self.new: dict[str, list[Any]] = {name: [] for name in self.old}
         rule: OnTensor = tx.on_tensor
         self.reads_p = "p" in rule.reads
+        self.done: dict[int, owners.Done] = {}
+        """What the owners of sharded tensors have worked out, by leaf."""
         self.behind_g = [name for name in rule.reads if name != "g"]
         as_it_is = rule.is_plain and rule.rule_reads == ("g", *self.behind_g)
         self.rule = rule.rule if as_it_is else self._by_name
@@ -220,6 +234,18 @@ class _Stage:
         self.per_leaf = PerLeaf(
             updates, spec, {name: now[name] for name in names if name in now}
         )
+        if tx.on_tensor.kind == "tensorwise" and owners.apart(gs, self.old):
+            self.done = owners.divided(
+                tx.on_tensor, tx.name, gs, ps, self.old, partial(self._given, gs, ps)
+            )
+
+    def _given(
+        self, gs: list[Any], ps: list[Any], i: int
+    ) -> tuple[torch.dtype, dict[str, Any]]:
+        """The dtype in which the rule computes for leaf `i`, and what it reads of this step."""
+        slots = [column[i] for column in self.old.values()]
+        dtype = working_dtype(gs[i], ps[i] if self.reads_p else None, *slots)
+        return dtype, self.per_leaf.at(i, dtype)
 
     def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
         """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""
@@ -235,7 +261,9 @@ class _Stage:
         """The update that the rule makes of `g`; the new slots are kept."""
         slots = {name: column[i] for name, column in self.old.items()}
         u = None
-        if g is not None:
+        if i in self.done:
+            u, slots = owners.result(self.done[i])
+        elif g is not None:
             dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
             u, slots = self.tx.on_tensor.apply(
                 g, p, slots, self.per_leaf.at(i, dtype), dtype

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_opt._core.owned import everybodys_copy, kept_as, owner_of
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -54,7 +56,9 @@ def whole(x: Any) -> Any:
         >>> fo.tree.whole(torch.ones(2))
         tensor([1., 1.])
     """
-    return x.full_tensor() if is_sharded(x) else x
+    if not is_sharded(x):
+        return x
+    return x.full_tensor() if owner_of(x) is None else everybodys_copy(x)
 
 
 def part_of(x: Any, like: Any = None) -> Any:
@@ -73,6 +77,8 @@ def part_of(x: Any, like: Any = None) -> Any:
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
+    if is_sharded(x) and owner_of(x) is not None and owner_of(like) is None:
+        x = everybodys_copy(x)
     x = x if is_sharded(x) else cut(x, like)
     placements = _settled(like)
     return (
@@ -104,6 +110,8 @@ def cut(x: Tensor, like: Any) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Replicate
 
+    if owner_of(like) is not None:
+        return kept_as(like, x)
     everywhere = [Replicate()] * like.device_mesh.ndim
     return DTensor.from_local(
         x, like.device_mesh, everywhere, run_check=False
@@ -162,6 +170,14 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
     ]
     return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(
         grad_placements=terms
+    )
+
+
+def settled(x: Any) -> Any:
+    """`x` itself; or the sum that its parts are terms of."""
+    placements = _settled(x)
+    return (
+        x if list(x.placements) == placements else x.redistribute(placements=placements)
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import structure
+from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.flat import RuleAt, go_flat
@@ -329,7 +330,8 @@ class CompiledStep:
         return tree.map(partial(apart_from, written), new)
 
     def _say(self, tx: GradientTransformation) -> None:
-        if tx.name not in self.said and self.backend != IN_PIECES:
+        made_of_rules = isinstance(tx, Leafwise)
+        if not made_of_rules and tx.name not in self.said and self.backend != IN_PIECES:
             self.said.add(tx.name)
             warnings.warn(
                 f"compiled_step runs {tx.name} eagerly, between the compiled rest: it is not made "

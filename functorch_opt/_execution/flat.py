@@ -25,21 +25,26 @@ class RuleAt(NamedTuple):
     slots: dict[str, list[Any]]
 
 
-def rules_at(tx: GradientTransformation, places: PyTree) -> list[RuleAt] | None:
-    """The rules of a chain; None if something in it is no rule.
+def rules_at(
+    tx: GradientTransformation, places: PyTree, sharded: bool
+) -> list[RuleAt] | None:
+    """The rules of a chain; None if something in it is no rule, or is worked out by owners.
 
     Args:
         tx: a transformation.
         places: its state, with the place of each tensor in the list in the place of the tensor.
+        sharded: whether any parameter lies on several ranks.
     """
     if isinstance(tx, Leafwise):
+        if sharded and tx.kind == "tensorwise":
+            return None
         slots = {name: tree.flatten(of)[0] for name, of in places.slots.items()}
         return [RuleAt(tx, places.shared, slots)]
     if not isinstance(tx, Chain):
         return None
     rules: list[RuleAt] = []
     for name, stage in tx.stages.items():
-        found = rules_at(stage, places[name])
+        found = rules_at(stage, places[name], sharded)
         if found is None:
             return None
         rules += found

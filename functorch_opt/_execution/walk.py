@@ -103,7 +103,9 @@ class Walk:
             new = {name: self.look(stage, state[name], view) for name, stage in stages}
             return lambda: {name: of() for name, of in new.items()}
         if isinstance(tx, Leafwise):
-            return self._rule(tx, state, view)
+            # Of whole tensors that are sharded the owners work out the update, all at once.
+            alone = tx.kind == "tensorwise" and sharding.any_sharded(view.leaves(self.ps))
+            return (self._other if alone else self._rule)(tx, state, view)
         if isinstance(tx, Groups):
             return self._groups(tx, state, view)
         if isinstance(tx, Injected):
@@ -158,22 +160,14 @@ class Walk:
         view: View,
     ) -> dict[str, Tensor]:
         """List a rule with these shared values and slots; the next shared values, once it is done."""
-        looks, first = tx.looks_around, self.settled
-        self.settled = False
+        first, self.settled = self.settled, False
         share = self.together.takes(tx, old, self.extra, len(view.indices))
         now: dict[str, Any] = share.now if share else {}
         shared: dict[str, Tensor] = share.shared if share else {}
         known = [share is not None]
 
         def scalars() -> None:
-            us = view.leaves(self.us)
-            ps = view.leaves(self.ps)
-            trees = [view.tree(self.us) if looks else None, None]
-            if "params" in tx.once.reads:
-                trees[1] = view.tree(self.ps)
-            with self.inside(view):
-                given = (trees[0], old, trees[1], self.extra, us, ps, columns)
-                values, new = tx.scalars(*given)
+            values, new = self._scalars(tx, old, columns, view)
             now.update({name: values[name] for name in tx.reads if name in values})
             shared.update(new)
             known[0] = True
@@ -183,20 +177,27 @@ class Walk:
                 self.flush(self)
             if not known[0]:
                 scalars()
+            us, ps = view.leaves(self.us), view.leaves(self.ps)
             if tx.has_sums and self.sharded:
-                us = view.leaves(self.us)
-                ps = view.leaves(self.ps)
                 trees = view.tree(self.us), view.spec
                 now.update(tx.sums_before(*trees, us, ps, columns, now))
             if tx.blocks:
-                one = next(p for p in view.leaves(self.ps) if p is not None)
-                now.update(tx.tables(one.device))
+                now.update(tx.tables(next(filter(_IS_THERE, ps)).device))
             self._wait(entry_of("rule", tx), view, columns, now)
 
-        if not known[0] and self._is_certain() and (first or not looks):
+        if not known[0] and self._is_certain() and (first or not tx.looks_around):
             scalars()
         self._do(act, writes=self._ends_pass(tx, first))
         return shared
+
+    def _scalars(
+        self, tx: Leafwise, old: dict[str, Tensor], columns: Any, view: View
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        us, ps = view.leaves(self.us), view.leaves(self.ps)
+        updates = view.tree(self.us) if tx.looks_around else None
+        params = view.tree(self.ps) if "params" in tx.once.reads else None
+        with self.inside(view):
+            return tx.scalars(updates, old, params, self.extra, us, ps, columns)
 
     def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
@@ -204,10 +205,9 @@ class Walk:
         It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or
         sees whole tensors where a rule that waits sees parts, or the reverse.
         """
-        if tx.looks_around and not settled:
-            moving = [x for x in self.waiting if x.entry.kind not in ("enter", "open")]
-            if moving:
-                return True
+        kinds = {x.entry.kind for x in self.waiting} if tx.looks_around else set()
+        if not settled and kinds - {"enter", "open"}:
+            return True
         return (tx.has_sums and self.sharded) or self._mixes(tx.kind)
 
     def _mixes(self, kind: str) -> bool:

@@ -47,9 +47,10 @@ from functorch_opt.optim.options import (
     plain,
     scalar,
 )
+from functorch_opt.optim.owned import divided
 from functorch_opt.optim.params import can_be_trained
 from functorch_opt.optim.plan import Make, Plan
-from functorch_opt.optim.recipe import Recipe, made
+from functorch_opt.optim.recipe import Recipe, made, shown
 from functorch_opt.transforms.report import noise_in
 
 __all__ = ["Optimizer"]
@@ -314,6 +315,15 @@ class Optimizer(torch.optim.Optimizer):
                 return False
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as every torch optimizer gives them.
+
+        Of sharded parameters call it on all ranks: what a rule that sees whole tensors keeps lies
+        with one rank, and here it is divided among all. So any number of ranks can load it.
+        """
+        given = super().state_dict()
+        return {**given, "state": divided(given["state"], self.param_groups)}
+
     def load_state_dict(
         self, state_dict: dict[str, Any], *, strict: bool = False
     ) -> None:
@@ -566,8 +576,4 @@ class Optimizer(torch.optim.Optimizer):
         if "_recipe" not in vars(self):
             return text
         first, _, groups = text.partition("\n")
-        tx = self._recipe[0]
-        shown = tx
-        if not isinstance(tx, GradientTransformation):
-            shown = getattr(tx, "__name__", tx)
-        return f"{first}\nTransformation: {shown}\n{groups}"
+        return f"{first}\nTransformation: {shown(self._recipe)}\n{groups}"

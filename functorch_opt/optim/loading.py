@@ -12,6 +12,7 @@ from torch import Tensor
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit
 from functorch_opt.codecs.convert import converted
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
+from functorch_opt.optim.owned import with_owners
 
 
 def load(
@@ -88,6 +89,7 @@ def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
     entries, found = fitted(
         mine, params, [expected.get(p, {}) for p in params], optimizer._uncounted
     )
+    with_owners(entries, [expected.get(p, {}) for p in params], params)
     filled = {p: entry for p, entry in zip(params, entries, strict=True) if entry}
     optimizer.state = defaultdict(dict, filled | others)
     optimizer._plans = {}

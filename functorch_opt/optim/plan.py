@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
+from functorch_opt._core import sharding
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep
@@ -79,6 +80,8 @@ class Plan:
 
         self.numbers.check_first_state(lambda: self.tx.init(few), self.tx.name)
         self._lay_out(on_meta(params), rename)
+        sharded = sharding.any_sharded(params)
+        self.rules = rules_at(self.tx, self.numbered, sharded)
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
         self.place = next(i for i, p in enumerate(everybody) if p is params[0])
@@ -95,7 +98,6 @@ class Plan:
         places = tree.map(lambda at: replace(at, key=rename.get(at.key, at.key)), places)
         self.flat, self.spec = tree.flatten(places)
         self.numbered = tree.unflatten(self.spec, list(range(len(self.flat))))
-        self.rules = rules_at(self.tx, self.numbered)
         kinds = [place and place.kind for place in self.flat]
         self.kept = [k for k, kind in enumerate(kinds) if kind in ("slot", "joint")]
         self.counted, self.clocked = (

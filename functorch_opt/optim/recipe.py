@@ -14,6 +14,14 @@ Recipe = tuple[Any, dict[str, Any], str | None, bool]
 the option ``momentum`` is set in what it gives."""
 
 
+def shown(recipe: Recipe) -> Any:
+    """What a recipe is called: a transformation, or the name of a factory."""
+    tx = recipe[0]
+    if isinstance(tx, GradientTransformation):
+        return tx
+    return getattr(tx, "__name__", tx)
+
+
 def made(recipe: Recipe, options: dict[str, Any]) -> GradientTransformation:
     """The transformation of a recipe for these group options."""
     tx, fixed, rate, has_momentum = recipe

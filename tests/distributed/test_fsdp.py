@@ -36,10 +36,10 @@ def check(seen: dict, name: str) -> None:
     # third digit.
     assert seen["error"] < (1e-3 if name == "Muon" else 1e-10)
     assert seen["moved"] > 1e-4
-    # Moments lie where their parameter does; Adafactor's factors, which have another shape, on
-    # every rank.
+    # Moments lie where their parameter does; what Muon and Adafactor keep of whole matrices, with
+    # the owner of the matrix.
     assert all(
-        same == (key not in ("row_var", "col_var"))
+        same == (key not in ("row_var", "col_var", "momentum_buffer"))
         for key, same in seen["placements"].items()
     ), seen["placements"]
     assert seen["steps"] == [scenarios.STEPS]

@@ -1,0 +1,146 @@
+"""Tensors that one rank has, and no other: the slots of a rule that sees whole tensors.
+
+Such a tensor is a DTensor on a mesh of one rank, which is how torch says it: its owner has the
+whole, and the other ranks have its shape and dtype. `torch.distributed.checkpoint` writes it once,
+and reads it into any other layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PREFIX = "owner among "
+
+
+@functools.lru_cache
+def group_of(ranks: tuple[int, ...]) -> Any:
+    """The process group of these ranks. All of them call it, and nobody else has to."""
+    if ranks == tuple(range(dist.get_world_size())):
+        return dist.group.WORLD
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def members(mesh: Any) -> tuple[int, ...]:
+    """The ranks of a mesh, in its order."""
+    return tuple(mesh.mesh.flatten().tolist())
+
+
+@functools.lru_cache(None)
+def _mesh_of_one(device_type: str, rank: int, ranks: tuple[int, ...]) -> Any:
+    """The mesh of one rank. The name of its dim says among which ranks it is an owner."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    names = (PREFIX + _written(ranks),)
+    # Nothing is ever sent on it, so it needs no process group, which all ranks would have to make.
+    return DeviceMesh(
+        device_type,
+        [rank],
+        mesh_dim_names=names,
+        _init_backend=False,
+    )
+
+
+def _written(ranks: Sequence[int]) -> str:
+    """Ranks as text: "0-3 8" is 0, 1, 2, 3 and 8."""
+    begins = [r for k, r in enumerate(ranks) if not k or ranks[k - 1] != r - 1]
+    ends = [r for k, r in enumerate(ranks) if ranks[k + 1 : k + 2] != (r + 1,)]
+    pairs = zip(begins, ends, strict=True)
+    return " ".join([f"{a}-{b}" if b > a else f"{a}" for a, b in pairs])
+
+
+@functools.lru_cache
+def _read(text: str) -> tuple[int, ...]:
+    """The ranks that `_written` has written."""
+    found: list[int] = []
+    for part in text.split():
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def owner_of(x: Any) -> int | None:
+    """The rank that has `x`, a DTensor, alone; None if it lies on its mesh in the usual way."""
+    names = x.device_mesh.mesh_dim_names
+    if not names or not names[0].startswith(PREFIX):
+        return None
+    return int(x.device_mesh.mesh.item())
+
+
+def kept_by(
+    owner: int,
+    mesh: Any,
+    x: Tensor | None,
+    shape: Any,
+    dtype: torch.dtype,
+    device: Any,
+) -> Tensor:
+    """The tensor `x` of a rank of `mesh`. The other ranks give its shape and dtype, and None."""
+    one = _mesh_of_one(mesh.device_type, owner, members(mesh))
+    return _on(
+        one,
+        torch.empty(0, dtype=dtype, device=device) if x is None else x,
+        shape,
+    )
+
+
+def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
+    """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+    )
+
+    if not shape and not local.numel():  # torch takes the shape () for none
+        local = local.new_zeros(())
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(
+        local.contiguous(),
+        one,
+        [Replicate()],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def kept_as(like: Any, x: Tensor) -> Tensor:
+    """The tensor `x`, which all ranks have, with the owner of `like`, who alone keeps it."""
+    owner = owner_of(like)
+    assert owner is not None
+    one = like.device_mesh
+    return _on(
+        one,
+        x if dist.get_rank() == owner else x.flatten()[:0],
+        like.shape,
+    )
+
+
+def everybodys_copy(x: Any) -> Tensor:
+    """What its owner has, on all the ranks among which it is one. All of them call it."""
+    owner = owner_of(x)
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        raise NotImplementedError(
+            "a slot of a rule that sees whole tensors lies with one rank: no derivative goes "
+            "through it, and no graph can have it. Give the transformation x.full_tensor() of "
+            "sharded tensors, or leave its update out of torch.compile."
+        )
+    local = x.to_local()
+    if local.is_meta:
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    found = torch.empty(x.shape, dtype=x.dtype, device=local.device)
+    if dist.get_rank() == owner:
+        found.copy_(local)
+    group = group_of(tuple(sorted(_read(x.device_mesh.mesh_dim_names[0][len(PREFIX) :]))))
+    if found.numel():  # gloo has no message without bytes
+        dist.broadcast(
+            found.view(-1).view(torch.uint8),
+            owner,
+            group=group,
+        )
+    return found
