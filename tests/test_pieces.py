@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import pieces
+from functorch_opt._execution import pieces, stacked
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.segments import IN_PIECES
 
@@ -108,7 +108,7 @@ def test_a_rule_that_is_not_elementwise_sees_whole_tensors(rule: Any) -> None:
 
 def test_sums_and_tensorwise_rules_see_whole_tensors() -> None:
     centered = fo.leafwise(lambda g: g - g.mean(), kind="tensorwise")
-    assert after(centered) == {"Whole"}
+    assert "Pieces" not in after(centered)
     assert "Pieces" not in after(fo.scale_by_trust_ratio())
 
 
@@ -335,3 +335,48 @@ def test_some_rows_go_through_lists(always_lists: list[int]) -> None:
     after(fo.sgd(0.1, momentum=0.9))
     after(fo.lion(0.1))
     assert len(always_lists) >= 3
+
+
+# ---- stacks --------------------------------------------------------------------------------------
+
+MATRICES = [(6, 5), (6, 5), (3, 4), (6, 5), (40, 36), (2, 3, 4), (2, 3, 4), (5,)]
+STACKABLE = {
+    "muon": lambda: fo.muon(0.1),
+    "centralize": lambda: fo.chain(fo.centralize(), fo.sgd(0.1, momentum=0.9)),
+    "a norm": lambda: fo.leafwise(lambda g: g / g.norm(), kind="tensorwise"),
+}
+
+
+def drawn_matrices(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in MATRICES]
+
+
+def in_stacks(tx: Any) -> tuple[set[str], int]:
+    """Compare steps of matrices with `update`; how they went, and with how many operations."""
+    ps, mine = drawn_matrices(0), drawn_matrices(0)
+    step, state, held = CompiledStep(tx, True, IN_PIECES), tx.init(ps), tx.init(mine)
+    for k in range(1, 4):
+        updates, state = tx.update(drawn_matrices(k), state, ps)
+        ps = fo.apply_updates(ps, updates)
+        with Counted() as counted:
+            mine, held = step(mine, drawn_matrices(k), held)
+    torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-5)
+    return ways(step), counted.n
+
+
+@pytest.mark.parametrize("name", STACKABLE)
+def test_small_matrices_of_one_shape_are_stacked(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, together = in_stacks(STACKABLE[name]())
+    assert "Stacked" in found
+    monkeypatch.setattr(stacked, "SHORT", 0)
+    _, alone = in_stacks(STACKABLE[name]())
+    assert together < alone
+
+
+@pytest.mark.parametrize("make", [fo.soap, fo.shampoo])
+def test_what_may_fail_for_one_matrix_is_not_stacked(make: Any) -> None:
+    """Where one cannot be decomposed, its stack could not."""
+    assert "Stacked" not in in_stacks(make(0.1))[0]
