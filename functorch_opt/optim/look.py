@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import refuse_gradient
 from functorch_opt.optim.plan import Plan
