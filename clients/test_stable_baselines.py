@@ -13,7 +13,6 @@ from torch import Tensor
 
 import functorch_opt as fo
 
-
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "named": (fo.optim.Adam, {}),
     "chained": (fo.optim.Optimizer, {"tx": fo.adam}),
