@@ -320,19 +320,43 @@ def wrapped(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Opt
     return cls(optimizer.param_groups, names)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "RMSprop"])
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_subclasses_that_are_made_on_the_way(name: str, compile: bool) -> None:
-    def run(module: Any, **options: Any) -> list[Tensor]:
+class CompiledAdamW(fo.optim.AdamW):
+    """Only the groups come along to the new class: what else is given goes into one of one's
+    own."""
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(params, compile=True, **options)
+
+
+class OwnAdamW(fo.optim.Optimizer):
+    def __init__(self, params: Iterable[Any], lr: float = 0.0) -> None:
+        super().__init__(params, fo.adamw, lr=lr, weight_decay=0.01)
+
+
+AROUND = {
+    **{name: name for name in ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop")},
+    "OwnAdamW": "AdamW",
+    "CompiledAdamW": "AdamW",
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow) if "Compiled" in pair[0] else pair
+        for pair in AROUND.items()
+    ],
+)
+def test_subclasses_that_are_made_on_the_way(ours: str, theirs: str) -> None:
+    def run(make: Any) -> list[Tensor]:
         net = model()
         groups = [
             {"params": net[0].parameters(), "lr": 0.02},
             {"params": net[2].parameters(), "weight_decay": 0.1},
         ]
-        inner = getattr(module, name)(groups, lr=0.01, **options)
-        optimizer = wrapped(inner, net)
-        assert isinstance(optimizer, getattr(module, name))
-        assert type(optimizer).__name__ == name
+        optimizer = wrapped(make(groups, lr=0.01), net)
+        assert isinstance(optimizer, make) and type(optimizer) is not make
+        assert getattr(optimizer, "_compile", False) == (make is CompiledAdamW)
         for k in range(10):
             optimizer.zero_grad()
             loss_of(net, k).backward()
@@ -342,7 +366,8 @@ def test_subclasses_that_are_made_on_the_way(name: str, compile: bool) -> None:
         assert optimizer.synchronized == 10
         return weights(net)
 
-    assert_same(run(fo.optim, compile=compile), run(torch.optim))
+    mine = globals().get(ours) or getattr(fo.optim, ours)
+    assert_same(run(mine), run(getattr(torch.optim, theirs)))
 
 
 # ---- gradients and backward ----------------------------------------------------------------------
