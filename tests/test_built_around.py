@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import functorch_opt as fo
+from functorch_opt._execution.segments import PROGRAMS
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -146,8 +147,12 @@ class Splats:
 @each_optimizer
 def test_gaussian_splatting(make: Make) -> None:
     ours, theirs = Splats(make), Splats(torchs)
+    ours.grow()  # before there is any state
+    theirs.grow()
+    ours.train(2)
+    theirs.train(2)
+    assert (programs := [*PROGRAMS])
     for splats in (ours, theirs):
-        splats.grow()  # before there is any state
         for _ in range(3):
             splats.train(2)
             splats.grow()
@@ -155,6 +160,7 @@ def test_gaussian_splatting(make: Make) -> None:
             splats.train(2)
             splats.reset_opacity()
         splats.train(2)
+    assert [*PROGRAMS] == programs, "another number of points is no reason to compile"
     assert len(ours.tensors["xyz"]) not in (20, 25, 30, 35, 40)
     assert_same(
         [p.detach() for p in ours.tensors.values()],
