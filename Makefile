@@ -56,8 +56,11 @@ next: ## what compiles, with the torch of constraints-next.txt, in .venv-next
 	$(MAKE) --no-print-directory VENV=.venv-next CONSTRAINTS=constraints-next.txt .venv-next/.test
 	$(RUN) .venv-next/bin/python -m pytest -q -rs $(COMPILED)
 
-clients: ## training under Lightning, accelerate, HF Trainer and ignite, in .venv-clients
+# timm by itself: its torchvision must be built for the very torch that is there, and the others
+# import it wherever it is found.
+clients: ## training under the libraries that people have around torch, in .venv-clients
 	$(MAKE) --no-print-directory VENV=.venv-clients .venv-clients/.clients
+	.venv-clients/bin/pip install --quiet --no-deps "timm>=1.0.20"
 	$(RUN) .venv-clients/bin/python -m pytest -q -rs clients
 
 lint: $(VENV)/.dev ## style

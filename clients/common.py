@@ -45,6 +45,13 @@ def chained(params: Iterable[Any], compile: bool = False) -> fo.optim.Optimizer:
     return fo.optim.Optimizer(params, decayed(LR, WEIGHT_DECAY), compile=compile)
 
 
+def optioned(params: Iterable[Any], compile: bool = False) -> fo.optim.Optimizer:
+    """The same chain, whose numbers are options of the groups."""
+    return fo.optim.Optimizer(
+        params, decayed, compile=compile, learning_rate=LR, weight_decay=WEIGHT_DECAY
+    )
+
+
 def named_compiled(params: Iterable[Any]) -> fo.optim.Optimizer:
     return named(params, compile=True)
 
@@ -53,9 +60,19 @@ def chained_compiled(params: Iterable[Any]) -> fo.optim.Optimizer:
     return chained(params, compile=True)
 
 
+def optioned_compiled(params: Iterable[Any]) -> fo.optim.Optimizer:
+    return optioned(params, compile=True)
+
+
 each_optimizer = pytest.mark.parametrize(
     "make",
     [named, chained, named_compiled, chained_compiled],
+    ids=lambda make: make.__name__,
+)
+
+each_with_options = pytest.mark.parametrize(
+    "make",
+    [named, optioned, named_compiled, optioned_compiled],
     ids=lambda make: make.__name__,
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from common import (
     LR,
@@ -14,10 +13,8 @@ from common import (
     assert_equal,
     assert_same,
     batches,
-    decayed,
+    each_with_options,
     model,
-    named,
-    named_compiled,
     torchs,
     watched,
 )
@@ -25,25 +22,6 @@ from ignite.engine import Engine, Events, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver, PiecewiseLinear
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-import functorch_opt as fo
-
-
-def chained(params: Any, compile: bool = False) -> fo.optim.Optimizer:
-    return fo.optim.Optimizer(
-        params, decayed, compile=compile, learning_rate=LR, weight_decay=WEIGHT_DECAY
-    )
-
-
-def chained_compiled(params: Any) -> fo.optim.Optimizer:
-    return chained(params, compile=True)
-
-
-each_optimizer = pytest.mark.parametrize(
-    "make",
-    [named, chained, named_compiled, chained_compiled],
-    ids=lambda make: make.__name__,
-)
 
 
 class Run:
@@ -88,7 +66,7 @@ class Run:
         return steps
 
 
-@each_optimizer
+@each_with_options
 def test_48_schedulers(make: Make) -> None:
     ours, theirs = Run(make), Run(torchs)
     steps = ours.train()
@@ -102,7 +80,7 @@ def test_48_schedulers(make: Make) -> None:
     assert max(decays) == 2 * WEIGHT_DECAY
 
 
-@each_optimizer
+@each_with_options
 def test_48_checkpoint_and_resume(make: Make) -> None:
     first = Run(make)
     saver = Checkpoint(first.parts(), DiskSaver("checkpoints"), n_saved=None)

@@ -729,7 +729,8 @@ def test_adagrad_has_its_state_from_the_start_as_torchs() -> None:
 
 
 @pytest.mark.parametrize("generic", [False, True])
-def test_two_optimizers_of_one_model(generic: bool) -> None:
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_optimizers_of_one_model(generic: bool, compile: bool) -> None:
     """Each has some of the parameters, as of a body and a head; saved and loaded together."""
 
     def make() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
@@ -739,8 +740,10 @@ def test_two_optimizers_of_one_model(generic: bool) -> None:
         if generic:
             noise = fo.chain(fo.add_noise(0.1, 0.5, key=1), fo.adamw(0.1))
             tx = [noise, fo.sgd(0.1, momentum=0.9)]
-            return model, list(map(fo.optim.Optimizer, parts, tx))
-        return model, [fo.optim.AdamW(parts[0]), fo.optim.SGD(parts[1], momentum=0.9)]
+            pairs = zip(parts, tx, strict=True)
+            return model, [fo.optim.Optimizer(*pair, compile=compile) for pair in pairs]
+        adamw = fo.optim.AdamW(parts[0], compile=compile)
+        return model, [adamw, fo.optim.SGD(parts[1], momentum=0.9, compile=compile)]
 
     def train(model: nn.Module, opts: list[torch.optim.Optimizer]) -> None:
         for opt in opts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,9 @@ class Plan:
     ) -> None:
         params = [p for group in groups for p in group["params"]]
         self.layout = layout(groups)
+        self.gone: list[Any] = []
+        """Parameters that are no more; another one may have the id of such a one."""
+        self.watched = [weakref.ref(p, self.gone.append) for p in params]
         self.left_out = {i for i, p in enumerate(params) if not can_be_trained(p)}
         if len(self.left_out) == len(params):
             raise TypeError(
@@ -149,13 +153,13 @@ class Plan:
     def fits(self, groups: Groups) -> bool:
         """Whether it was made for these groups. A graph has one number for each parameter, so
         there it does not matter which groups are alike."""
-        if self.layout != layout(groups):
+        if self.gone or self.layout != layout(groups):
             return False
         return torch.compiler.is_compiling() or self.numbers.fit(groups)
 
     def serves(self, groups: Groups, state: State) -> bool:
         """Whether it was made for these groups, and nothing is missing for a step."""
-        if self.layout != layout(groups):
+        if self.gone or self.layout != layout(groups):
             return False
         params = [p for group in groups for p in group["params"]]
         moved = [p for p in params if p.grad is not None]

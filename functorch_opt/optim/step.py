@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,13 +36,19 @@ class Step:
     ) -> None:
         self.plan, self.params, self.moved = plan, params, moved
         self.entries, self.flat = entries, flat
+        self._old: PyTree = None
 
-    @cached_property
+    @property
     def old(self) -> PyTree:
-        """The functional state that the step begins with."""
-        if torch.compiler.is_compiling():
-            return assemble(self.plan.numbered, self.flat)
-        return tree.unflatten(self.plan.spec, self.flat)
+        """The functional state that the step begins with.
+
+        No `cached_property`: up to Python 3.11 it has a lock, which Dynamo cannot trace.
+        """
+        if self._old is None and torch.compiler.is_compiling():
+            self._old = assemble(self.plan.numbered, self.flat)
+        elif self._old is None:
+            self._old = tree.unflatten(self.plan.spec, self.flat)
+        return self._old
 
     def keep(self, state: State) -> None:
         """Keep state that begins with this step."""
