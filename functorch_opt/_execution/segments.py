@@ -23,9 +23,9 @@ from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
-from functorch_opt._execution.pieces import Whole, in_pieces
+from functorch_opt._execution.pieces import Whole
 from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
-from functorch_opt._execution.stacked import if_stackable
+from functorch_opt._execution.stacked import eagerly
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
@@ -233,8 +233,7 @@ class Segment:
             return programs[0], 1
         if self.backend == IN_PIECES:
             if not programs:
-                how = if_stackable if self.body.whole else in_pieces
-                programs.append(how(self.body, leaf, _narrow(leaf)))
+                programs.append(eagerly(self.body, leaf, _narrow(leaf)))
             return programs[0], 1
         wanted = [*leaf * size, *scalars]
         for program in programs:
