@@ -60,16 +60,22 @@ def projection_box(tree: PyTree, lower: Any, upper: Any) -> PyTree:
         >>> fo.projections.projection_box([torch.tensor([-1.0, 2.0])], 0.5, 1.5)
         [tensor([0.5000, 1.5000])]
     """
-    return trees.map(torch.clamp, tree, _for_all(lower, tree), _for_all(upper, tree))
+    lowest = _for_all(lower, tree)
+    highest = _for_all(upper, tree)
+    return trees.map(torch.clamp, tree, lowest, highest)
 
 
 def _for_all(bound: Any, tree: PyTree) -> PyTree:
     """A bound as a tree like `tree`."""
-    if isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and not bound.dim()):
-        return trees.map(
-            lambda x: torch.as_tensor(bound, dtype=x.dtype, device=x.device), tree
-        )
-    return bound
+    is_number = isinstance(bound, (int, float))
+    is_scalar = isinstance(bound, Tensor) and not bound.dim()
+    if not is_number and not is_scalar:
+        return bound
+
+    def bound_of(x: Tensor) -> Tensor:
+        return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+
+    return trees.map(bound_of, tree)
 
 
 def projection_hypercube(tree: PyTree, scale: Any = 1) -> PyTree:
@@ -115,7 +121,8 @@ def projection_simplex(tree: PyTree, scale: float | Tensor = 1) -> PyTree:
     here = trees.leaves(tree)
     values = torch.cat([x.flatten() for x in here])
     falling = values.sort(descending=True).values
-    ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype)
+    n = len(values)
+    ranks = torch.arange(1, n + 1, device=values.device, dtype=values.dtype)
     # The k largest elements stay positive if, lowered by this, the k-th one does.
     lowered = (falling.cumsum(0) - scale) / ranks
     count = (falling > lowered).sum().clamp(min=1)
@@ -166,7 +173,8 @@ def projection_l2_sphere(tree: PyTree, scale: float | Tensor = 1) -> PyTree:
         [tensor([6., 8.])]
     """
     norm = trees.norm(tree)
-    return trees.scale(scale / torch.where(norm == 0, 1.0, norm), tree)
+    divisor = torch.where(norm == 0, 1.0, norm)
+    return trees.scale(scale / divisor, tree)
 
 
 def projection_l2_ball(tree: PyTree, scale: float | Tensor = 1) -> PyTree:
@@ -192,7 +200,8 @@ def projection_vector(x: PyTree, a: PyTree) -> PyTree:
         >>> fo.projections.projection_vector([torch.tensor([1.0, 3.0])], [torch.tensor([1.0, 1.0])])
         [tensor([2., 2.])]
     """
-    return trees.scale(trees.vdot(x, a) / trees.vdot(a, a), a)
+    by = trees.vdot(x, a) / trees.vdot(a, a)
+    return trees.scale(by, a)
 
 
 def projection_hyperplane(x: PyTree, a: PyTree, b: float | Tensor) -> PyTree:
@@ -204,7 +213,8 @@ def projection_hyperplane(x: PyTree, a: PyTree, b: float | Tensor) -> PyTree:
         >>> fo.projections.projection_hyperplane([torch.tensor([1.0, 3.0])], a, 2.0)
         [tensor([0., 2.])]
     """
-    return trees.add_scale(x, (b - trees.vdot(x, a)) / trees.vdot(a, a), a)
+    by = (b - trees.vdot(x, a)) / trees.vdot(a, a)
+    return trees.add_scale(x, by, a)
 
 
 def projection_halfspace(x: PyTree, a: PyTree, b: float | Tensor) -> PyTree:

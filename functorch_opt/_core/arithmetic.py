@@ -27,7 +27,11 @@ def add(tree_x: PyTree, tree_y: PyTree, *other_trees: PyTree) -> PyTree:
         >>> fo.tree.add({"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}, {"w": torch.tensor(4.0)})
         {'w': tensor(7.)}
     """
-    return map(lambda *xs: functools.reduce(torch.add, xs), tree_x, tree_y, *other_trees)
+
+    def total(*xs: Tensor) -> Tensor:
+        return functools.reduce(torch.add, xs)
+
+    return map(total, tree_x, tree_y, *other_trees)
 
 
 def sub(tree_x: PyTree, tree_y: PyTree) -> PyTree:
@@ -143,7 +147,9 @@ def reduced(
 ) -> Tensor | None:
     """What `of_all` makes of the numbers of all leaves with elements; None if there are none."""
     numbers = [of_leaf(whole(x)) for x in leaves(tree) if x.numel()]
-    return of_all(torch.stack(numbers)) if numbers else None
+    if not numbers:
+        return None
+    return of_all(torch.stack(numbers))
 
 
 def sum(tree: PyTree) -> Tensor:
@@ -221,9 +227,11 @@ def allclose(
         >>> fo.tree.allclose([torch.tensor(1.0)], [torch.tensor(1.0 + 1e-7)])
         True
     """
-    return all(
-        leaves(map(lambda x, y: torch.allclose(x, y, rtol, atol, equal_nan), a, b))
-    )
+
+    def are_close(x: Tensor, y: Tensor) -> bool:
+        return torch.allclose(x, y, rtol, atol, equal_nan)
+
+    return all(leaves(map(are_close, a, b)))
 
 
 # ---- trees like others --------------------------------------------------------------------------
@@ -279,7 +287,9 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
         >>> fo.tree.cast([torch.tensor(1.0)], torch.bfloat16)
         [tensor(1., dtype=torch.bfloat16)]
     """
-    return tree if dtype is None else map(lambda x: x.to(dtype), tree)
+    if dtype is None:
+        return tree
+    return map(lambda x: x.to(dtype), tree)
 
 
 def cast_like(tree: PyTree, other_tree: PyTree) -> PyTree:
@@ -306,7 +316,11 @@ def update_moment(
         >>> fo.tree.update_moment([torch.tensor(4.0)], [torch.tensor(2.0)], 0.75, 2)
         [tensor(5.5000)]
     """
-    return map(lambda g, t: (1 - decay) * g**order + decay * t, updates, moments)
+
+    def moved(g: Tensor, t: Tensor) -> Tensor:
+        return (1 - decay) * g**order + decay * t
+
+    return map(moved, updates, moments)
 
 
 def update_moment_per_elem_norm(
@@ -325,7 +339,10 @@ def update_moment_per_elem_norm(
     def power(g: Tensor) -> Tensor:
         return g.abs() ** order if g.is_complex() else g**order
 
-    return map(lambda g, t: (1 - decay) * power(g) + decay * t, updates, moments)
+    def moved(g: Tensor, t: Tensor) -> Tensor:
+        return (1 - decay) * power(g) + decay * t
+
+    return map(moved, updates, moments)
 
 
 def update_infinity_moment(
@@ -338,7 +355,11 @@ def update_infinity_moment(
         >>> fo.tree.update_infinity_moment([torch.tensor(-3.0)], [torch.tensor(2.0)], 0.5, 0.0)
         [tensor(3.)]
     """
-    return map(lambda g, t: torch.maximum(decay * t, g.abs() + eps), updates, moments)
+
+    def moved(g: Tensor, t: Tensor) -> Tensor:
+        return torch.maximum(decay * t, g.abs() + eps)
+
+    return map(moved, updates, moments)
 
 
 def bias_correction(moment: PyTree, decay: Number, count: Any) -> PyTree:
@@ -357,4 +378,9 @@ def bias_correction(moment: PyTree, decay: Number, count: Any) -> PyTree:
     # In float32 the difference is off by 3e-5 for a decay of 0.999.
     wide = torch.as_tensor(count).to(torch.float64)
     correction = 1 - decay**wide
-    return map(lambda x: (x / correction.to(x.device)).to(x.dtype), moment)
+
+    def corrected(x: Tensor) -> Tensor:
+        by = correction.to(x.device)
+        return (x / by).to(x.dtype)
+
+    return map(corrected, moment)

@@ -115,15 +115,17 @@ def _by_their_ends(missing: list[Path], unexpected: list[Path]) -> dict[Path, Pa
     for name in missing:
         for end in _ends(name):
             ends.setdefault(end, []).append(name)
-    partners: dict[Path, list[Path]] = {name: [] for name in (*missing, *unexpected)}
+    names = (*missing, *unexpected)
+    partners: dict[Path, list[Path]] = {name: [] for name in names}
     whole = set(missing)
     for name in unexpected:
         shorter = [end for end in _ends(name) if end in whole]
         for other in [*ends.get(name, ()), *shorter]:
             partners[name].append(other)
             partners[other].append(name)
-    alone = {name: partners[name][0] for name in missing if len(partners[name]) == 1}
-    return {name: other for name, other in alone.items() if len(partners[other]) == 1}
+    alone = {name for name in names if len(partners[name]) == 1}
+    source = {name: partners[name][0] for name in missing if name in alone}
+    return {name: other for name, other in source.items() if other in alone}
 
 
 def _ends(name: Path) -> list[Path]:
@@ -187,7 +189,8 @@ def load_state_dict(
         new[path] = _loaded(saved[there], wanted[path], there)
     if found.missing or found.unexpected:
         warnings.warn(f"{found} {LEFT_OVER}", stacklevel=2)
-    return unflatten(spec, [None if leaf is None else new[path] for path, leaf in named])
+    leaves = [None if leaf is None else new[path] for path, leaf in named]
+    return unflatten(spec, leaves)
 
 
 def _loaded(value: Any, leaf: Tensor, name: Path) -> Tensor:
@@ -227,12 +230,14 @@ def _whole(value: Tensor, dtype: torch.dtype, name: Path) -> Tensor:
     numbers = value.to(dtype)
     if value.is_meta:
         return numbers
-    if not bool((numbers.to(value.dtype) == value).all()):
+    again = numbers.to(value.dtype)
+    if not bool((again == value).all()):
         raise ValueError(
             f"{name!r} must hold whole numbers that {dtype} can hold; "
             f"the state dict has {value.tolist()}."
         )
-    if name.rpartition("/")[2] == "count" and bool((numbers < 0).any()):
+    is_count = name.rpartition("/")[2] == "count"
+    if is_count and bool((numbers < 0).any()):
         raise ValueError(
             f"{name!r} must be 0 or greater: it counts the steps that were made; "
             f"the state dict has {value.tolist()}."

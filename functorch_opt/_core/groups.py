@@ -66,7 +66,7 @@ class Groups(GradientTransformation):
     ) -> Groups:
         """The same groups with `f` applied to what is inside, also for the leaves that pass."""
         rest = {"rest": f(identity())} if self.otherwise == "pass" else {}
-        inside = {**{label: f(tx) for label, tx in self.inside.items()}, **rest}
+        inside = {label: f(tx) for label, tx in self.inside.items()} | rest
         return Groups(inside, self.labels, self.what, self.otherwise, self.read)
 
     def assigned(
@@ -101,9 +101,8 @@ class Groups(GradientTransformation):
 
     def _check(self, paths: list[Path], labels: list[Any]) -> None:
         known = [*self.inside, _NO_LEAF]
-        unknown = {
-            repr(x): path for x, path in zip(labels, paths, strict=True) if x not in known
-        }
+        pairs = zip(labels, paths, strict=True)
+        unknown = {repr(x): path for x, path in pairs if x not in known}
         if unknown and self.otherwise == "error":
             given = ", ".join(f"{label} (at {path!r})" for label, path in unknown.items())
             raise ValueError(
@@ -160,7 +159,8 @@ class Groups(GradientTransformation):
                 changed.update(part)
         if self.otherwise == "zero":
             us = [None if u is None else torch.zeros_like(u) for u in us]
-        merged = [changed.get(path, u) for path, u in zip(paths, us, strict=True)]
+        pairs = zip(paths, us, strict=True)
+        merged = [changed.get(path, u) for path, u in pairs]
         return tree.unflatten(spec, merged), new_state
 
 

@@ -179,7 +179,8 @@ def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) ->
     # The norms of other ranks are gathered and not summed, so that no square can overflow.
     for like, indices in layouts:
         mine = _norm_of([norms[i] for i in indices])
-        plain.append(_norm_of([*everybodys([mine], like).flatten()]))
+        of_all = everybodys([mine], like).flatten()
+        plain.append(_norm_of([*of_all]))
     return _norm_of(plain)
 
 
@@ -213,8 +214,11 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
     products = []
     for x, y in zip(leaves(tree), leaves(other), strict=True):
         wide = _wide(x)
-        products.append(torch.vdot(wide, _wide(y).to(wide.dtype)).real)
-    return stack(products).sum() if products else torch.zeros((), dtype=torch.float32)
+        partner = _wide(y).to(wide.dtype)
+        products.append(torch.vdot(wide, partner).real)
+    if not products:
+        return torch.zeros((), dtype=torch.float32)
+    return stack(products).sum()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -227,14 +231,19 @@ def _norms(xs: list[Tensor]) -> list[Tensor]:
         return [_norm(x) for x in xs]
     kinds = {(type(x), x.dtype, x.device) for x in xs}
     of_functorch = any(map(torch._C._functorch.is_functorch_wrapped_tensor, xs))
-    if len(kinds) > 1 or type(xs[0]) not in PLAIN or xs[0].is_complex() or of_functorch:
+    first = xs[0]
+    is_real = type(first) in PLAIN and not first.is_complex()
+    if len(kinds) > 1 or not is_real or of_functorch:
         return [_norm(x) for x in xs]
-    return [*torch._foreach_norm(xs, 2, dtype=at_least_float32(xs[0].dtype))]
+    wide = at_least_float32(first.dtype)
+    return [*torch._foreach_norm(xs, 2, dtype=wide)]
 
 
 def _norm(x: Tensor) -> Tensor:
     dtype = at_least_float32(x.dtype)
-    return torch.linalg.vector_norm(x if x.dtype is dtype else x.to(dtype))
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return torch.linalg.vector_norm(x)
 
 
 def _norm_of(norms: list[Tensor]) -> Tensor:

@@ -71,7 +71,8 @@ def points(tx: GradientTransformation, state: Any, params: PyTree) -> Found:
             if part:
                 _add(found, points(inner, tx.part_of_state(state, label), part))
     elif isinstance(tx, Injected):
-        _add(found, points(tx.made(tx.next(state)[0]), state["inner"], params))
+        now, _ = tx.next(state)
+        _add(found, points(tx.made(now), state["inner"], params))
     elif isinstance(tx, (Wrap, Gate)):
         tx.check_state(state)
         _add(found, points(tx.inner, state["inner"], params))
@@ -97,9 +98,11 @@ def _of_stage(tx: Leafwise | Wrap, state: Any, params: PyTree) -> Found:
     now = tx.once.hypers(state.shared, len(ps))
     assert tx.point is not None
     reads = positional(tx.point)
-    per_leaf = PerLeaf(params, spec, {name: now[name] for name in reads if name in now})
+    read = {name: now[name] for name in reads if name in now}
+    per_leaf = PerLeaf(params, spec, read)
     found: Found = {}
-    for i, (path, p) in enumerate(zip(tree.paths(params), ps, strict=True)):
+    pairs = zip(tree.paths(params), ps, strict=True)
+    for i, (path, p) in enumerate(pairs):
         slots = {name: column[i] for name, column in columns.items() if name in reads}
         if p is None or any(x is None for x in slots.values()):
             continue

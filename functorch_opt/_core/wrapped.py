@@ -45,11 +45,12 @@ def called(
     A leaf of one number is given as a row of one. For where two 0-dim tensors meet, torch lets the
     wider one decide the dtype, and the values of a step are float64.
     """
-    dims = {x.dim() for x in given.values() if x is not None}
+    present = {name: x for name, x in given.items() if x is not None}
+    dims = {x.dim() for x in present.values()}
     values = {**now, **given}
     if dims != {0}:
         return f(*[values[name] for name in reads])
-    values |= {name: x.reshape(1) for name, x in given.items() if x is not None}
+    values |= {name: x.reshape(1) for name, x in present.items()}
     return _as_numbers(f(*[values[name] for name in reads]))
 
 
@@ -75,7 +76,8 @@ class Leaves:
         slots: Mapping[str, PyTree],
         now: Mapping[str, Any],
     ) -> None:
-        self.tx, self.spec, self.gs, self.slots, self.params = tx, spec, gs, slots, params
+        self.tx, self.spec = tx, spec
+        self.gs, self.params, self.slots = gs, params, slots
         names = ("updates", "params")
         no_params = params is None
         self.ps = (
@@ -89,32 +91,37 @@ class Leaves:
             )
             for name, slot in slots.items()
         }
-        per_leaf = PerLeaf(
-            updates, spec, {name: now[name] for name in tx.reads if name in now}
-        )
+        read = {name: now[name] for name in tx.reads if name in now}
+        per_leaf = PerLeaf(updates, spec, read)
         self.now = [per_leaf.raw(i) for i in range(len(gs))]
 
     def before(self) -> tuple[PyTree, PyTree | None]:
         """The updates and parameters that the inner transformation sees."""
         tx = self.tx
         pairs = []
-        for i, (g, p) in enumerate(zip(self.gs, self.ps, strict=True)):
+        gradients_and_params = zip(self.gs, self.ps, strict=True)
+        for i, (g, p) in enumerate(gradients_and_params):
             slots = {name: column[i] for name, column in self.columns.items()}
             lacks = p is None and "p" in tx.before_reads
             absent = lacks or any(x is None for x in slots.values())
             like = g if p is None else p
             given = (g, p, slots, self.now[i])
-            pairs.append((g, p) if absent else tx.on_parts(tx.seen, like, *given))
+            pair = (g, p)
+            if not absent:
+                pair = tx.on_parts(tx.seen, like, *given)
+            pairs.append(pair)
         seen = tree.unflatten(self.spec, [g for g, _ in pairs])
         if self.params is None:
             return seen, None
-        return seen, tree.unflatten(self.spec, [p for _, p in pairs])
+        moved = tree.unflatten(self.spec, [p for _, p in pairs])
+        return seen, moved
 
     def after(self, us: list[Any]) -> tuple[PyTree, dict[str, PyTree]]:
         """The updates, and the new slots."""
         new_us: list[Any] = []
         new: dict[str, list[Any]] = {name: [] for name in self.columns}
-        for i, (u, g, p) in enumerate(zip(us, self.gs, self.ps, strict=True)):
+        of_leaves = zip(us, self.gs, self.ps, strict=True)
+        for i, (u, g, p) in enumerate(of_leaves):
             slots = {name: column[i] for name, column in self.columns.items()}
             if u is not None and g is not None:
                 given = (u, g, p, slots, self.now[i])

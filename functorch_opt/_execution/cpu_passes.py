@@ -79,9 +79,10 @@ def _factored(graph: Graph, x: Any, late: set[Any]) -> tuple[Any, Any]:
             square = call(graph, aten.mul.Tensor, root, root)
             return square, call(graph, aten.pow.Tensor_Scalar, rest, 2)
     elif x.target is aten.where.self and _is_zero(x.args[2]):
-        factor, rest = _factored(graph, x.args[1], late)
+        condition, value, zero = x.args
+        factor, rest = _factored(graph, value, late)
         if factor is not None:
-            return factor, call(graph, aten.where.self, x.args[0], rest, x.args[2])
+            return factor, call(graph, aten.where.self, condition, rest, zero)
     return None, x
 
 

@@ -118,9 +118,8 @@ class _Reader:
             return type(x), tuple([self.value(of) for of in x])
         if isinstance(x, dict):
             self.mutable = True
-            return dict, tuple(
-                [(self.value(name), self.value(of)) for name, of in x.items()]
-            )
+            pairs = [(self.value(name), self.value(of)) for name, of in x.items()]
+            return dict, tuple(pairs)
         if isinstance(x, types.ModuleType):
             return self._module(x)
         value = vars(x).get("value") if isinstance(x, Expression) else None
@@ -128,7 +127,8 @@ class _Reader:
             return "schedule", self._watched(partial(getattr, x, "value"), value)
         if isinstance(x, Tensor):
             self.mutable = True
-            return Tensor, _Same(x), x._version, x.data_ptr() if type(x) is Tensor else 0
+            memory = x.data_ptr() if type(x) is Tensor else 0
+            return Tensor, _Same(x), x._version, memory
         return self._object(x)
 
     def _function(self, f: types.FunctionType) -> Any:
@@ -180,7 +180,8 @@ class _Reader:
             return _Same(x)
         self.mutable = True
         there = [name for name in sorted(self.names) if hasattr(x, name)]
-        return _Same(x), tuple([(name, self.value(getattr(x, name))) for name in there])
+        values = [(name, self.value(getattr(x, name))) for name in there]
+        return _Same(x), tuple(values)
 
 
 def _computed(cls: type, names: frozenset[str]) -> bool:

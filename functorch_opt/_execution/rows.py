@@ -18,7 +18,8 @@ def rows_of(each: Waiting, walk: Walk) -> list[tuple[list[Any], bool]]:
     rows = []
     for name, value in each.now.items():
         if isinstance(value, Each):
-            rows.append((each.view.column(walk.ps, value.tree, name), value.own))
+            column = each.view.column(walk.ps, value.tree, name)
+            rows.append((column, value.own))
         elif isinstance(value, Tensor) and value.dim() == 1:
             rows.append((list(value.unbind()), False))
     return rows

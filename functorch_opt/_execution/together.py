@@ -8,6 +8,7 @@ for as long as the stages compute the same, which is asked at every step.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -78,7 +79,8 @@ class Share:
     ) -> None:
         self.tx, self.n = tx, n
         self.old = shared
-        self.varying = {name: x for name, x in tx.once.varying.items() if not callable(x)}
+        varying = tx.once.varying
+        self.varying = {name: x for name, x in varying.items() if not callable(x)}
         self.extra = {name: extra[name] for name in tx.extra_args if name in extra}
         self.inputs = [
             *self.old.values(),
@@ -105,8 +107,9 @@ class Share:
             return None
         kinds = tuple([(x.dtype, x.device) for x in self.inputs])
         schedules = self.tx.once.schedules
-        names = [*self.old, *self.varying, *schedules, *self.extra, *self.tx.reads]
-        lengths = len(self.old), len(self.varying), len(schedules), len(self.extra)
+        given = self.old, self.varying, schedules, self.extra
+        names = [*itertools.chain(*given), *self.tx.reads]
+        lengths = tuple([len(part) for part in given])
         numbers = written(self.tx.once.numbers)
         return functions, numbers, kinds, lengths, tuple(names)
 
@@ -181,7 +184,8 @@ class Joint:
         self, shares: list[Share], inputs: list[Tensor], results: Results, backend: Any
     ) -> None:
         self.names = [([*one.now], [*one.shared]) for one in results]
-        self.values = _flat(results)
+        values = _flat(results)
+        self.values = values
         """What is worked out; of that, inputs and new tensors are another at every step."""
         places = {id(x): i for i, x in enumerate(inputs)}
         self.same: dict[int, int] = {}
@@ -191,14 +195,15 @@ class Joint:
                 self.same[k] = places[id(x)]
             elif isinstance(x, Tensor):
                 self.new.append(k)
-        self.kinds = [(self.values[k].dtype, self.values[k].device) for k in self.new]
+        self.kinds = [(values[k].dtype, values[k].device) for k in self.new]
         n = len(inputs)
 
         def f(args: list[Tensor]) -> list[tuple[int, Tensor]]:
             again = _flat(_all(shares, args[:n]))
             return [(n + i, again[k]) for i, k in enumerate(self.new)]
 
-        self.program = Program(f, [*inputs, *self._empty()], 1, backend)
+        examples = [*inputs, *self._empty()]
+        self.program = Program(f, examples, 1, backend)
         for k in (*self.same, *self.new):
             self.values[k] = None
 
@@ -219,7 +224,8 @@ class Joint:
         found = []
         for now, shared in self.names:
             read = {name: next(left) for name in now}
-            found.append(Worked(read, {name: next(left) for name in shared}))
+            new = {name: next(left) for name in shared}
+            found.append(Worked(read, new))
         return found
 
 

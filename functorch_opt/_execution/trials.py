@@ -37,7 +37,8 @@ class WrongCode(RuntimeError):
 
 def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
     """Say `what` is done eagerly, why, and what helps."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    lines = str(error).strip().splitlines()
+    reason = lines[0].rstrip(".") if lines else type(error).__name__
     cure = getattr(error, "cure", "On a CPU it needs a C++ compiler, e.g. g++.")
     warnings.warn(
         f"{what}, for compiling failed: {reason}. {cure}", stacklevel=stacklevel
@@ -99,7 +100,8 @@ def _difference(
         ) from error
     for i, (x, y) in enumerate(zip(args, expected, strict=True)):
         tolerance = tolerances.get(i, 0.0) if x.is_floating_point() else 0.0
-        if not torch.allclose(x, y, rtol=tolerance, atol=tolerance / 10, equal_nan=True):
+        atol = tolerance / 10
+        if not torch.allclose(x, y, rtol=tolerance, atol=atol, equal_nan=True):
             off = (x.double() - y.double()).abs().max()
             return (
                 "the compiled code gave other numbers than the rules run eagerly "

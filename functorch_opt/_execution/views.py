@@ -31,7 +31,8 @@ class View:
     @cached_property
     def paths(self) -> list[str]:
         """The path of each leaf, which is the same in every view."""
-        return tree.paths(tree.unflatten(self.spec, [None] * len(self.indices)))
+        no_leaves = [None] * len(self.indices)
+        return tree.paths(tree.unflatten(self.spec, no_leaves))
 
     def fitting(self, given: PyTree) -> list[Any] | None:
         """The leaves of `given`; None if its structure is another, or something in it is no tensor."""
@@ -80,17 +81,15 @@ class View:
     def _divided(self, groups: Groups, labels: list[Any]) -> dict[str | None, View]:
         views: dict[str | None, View] = {}
         rest = [k for k, label in enumerate(labels) if label not in groups.inside]
+        rows = [*zip(self.paths, self.indices, labels, strict=True)]
         for label in groups.inside:
-            mine = {
-                path: i
-                for path, i, of in zip(self.paths, self.indices, labels, strict=True)
-                if of == label
-            }
+            mine = {path: i for path, i, of in rows if of == label}
             if mine:
                 indices, spec = tree.flatten(mine)
                 views[label] = View(spec, indices, False)
         if rest:
-            views[None] = View(None, [self.indices[k] for k in rest], False)
+            indices = [self.indices[k] for k in rest]
+            views[None] = View(None, indices, False)
         return views
 
 
@@ -103,7 +102,8 @@ def check_shapes(
             continue
         if not x.numel() and name in getattr(tx, "blocks", ()):
             continue  # this leaf has no blocks
-        if x.shape != tx.slots[name](p.detach().to("meta")).shape:
+        like = p.detach().to("meta")
+        if x.shape != tx.slots[name](like).shape:
             raise ValueError(
                 f"{tx.name}: the state's {name} at {path!r} has shape {tuple(x.shape)}, its "
                 f"parameter {tuple(p.shape)}. Is the state that of other params?"

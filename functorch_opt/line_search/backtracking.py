@@ -167,7 +167,8 @@ def _search(line: Line, state: StageState, rule: _Rule) -> tuple[Tensor, ...]:
             break
         smaller = (rule.decrease_factor * size).to(size.dtype)
         trial = (smaller, *attempt(smaller), steps + 1)
-        size, new, error, steps = where(searching, trial, (size, new, error, steps))
+        now = (size, new, error, steps)
+        size, new, error, steps = where(searching, trial, now)
     size = torch.where(error.isinf(), 0.0, size)
     return size, new, steps, error.to(size.dtype)
 
@@ -181,5 +182,6 @@ def _first_size(last: Tensor, rule: _Rule) -> Tensor:
     if not isinstance(factor, Tensor) and factor == float("inf"):
         return largest.expand_as(last).clone()
     # A factor that is a tensor may be infinite, and inf * 0 would be NaN.
-    wider = torch.minimum(factor * torch.where(last > 0, last, 1.0), largest)
+    begun = torch.where(last > 0, last, 1.0)
+    wider = torch.minimum(factor * begun, largest)
     return torch.where(last > 0, wider, largest).to(last.dtype)

@@ -98,7 +98,8 @@ def scale_by_lbfgs(
         count = {"count": state.shared["count"] + 1}
         if all(g is None for g in gs):
             return updates, StageState(count, state.slots)
-        new = _remembered(gs, ps, old, begun=(state.shared["count"] > 0).all())
+        begun = (state.shared["count"] > 0).all()
+        new = _remembered(gs, ps, old, begun)
         us = _directions(gs, new, scale_init_precond)
         slots = {
             name: structure.like(state.slots[name], spec, column)
@@ -142,7 +143,8 @@ def _check_shapes(updates: PyTree, gs: list[Any], ps: list[Any], old: Columns) -
     ):
         if g is None:
             continue
-        if p is None or before is None or not g.shape == p.shape == before.shape:
+        is_missing = p is None or before is None
+        if is_missing or not g.shape == p.shape == before.shape:
             shapes = [None if x is None else tuple(x.shape) for x in (g, p, before)]
             raise ValueError(
                 f"scale_by_lbfgs: at {path!r} the update, the parameter and the state "
@@ -161,17 +163,21 @@ def _remembered(gs: list[Any], ps: list[Any], old: Columns, begun: Tensor) -> Co
         memory: Tensor, now: Tensor, before: Tensor, has_gradient: bool
     ) -> Tensor:
         row = now - before if has_gradient else torch.zeros_like(before)
-        longer = torch.cat([memory[1:], row[None].to(memory.dtype)])
+        row = row.to(memory.dtype)
+        longer = torch.cat([memory[1:], row[None]])
         return torch.where(keep, longer, memory)
 
     new = {name: list(column) for name, column in old.items()}
     for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+        has_gradient = g is not None
         for name, x in (("params", p), ("updates", g)):
-            memory, before = f"diff_{name}_memory", old[name][i]
-            if old[memory][i] is not None:
-                new[memory][i] = remember(old[memory][i], x, before, g is not None)
-            if g is not None:
-                new[name][i] = x.to(old["params"][i].dtype, copy=True)
+            kept, before = f"diff_{name}_memory", old[name][i]
+            memory = old[kept][i]
+            if memory is not None:
+                new[kept][i] = remember(memory, x, before, has_gradient)
+            if has_gradient:
+                dtype = old["params"][i].dtype
+                new[name][i] = x.to(dtype, copy=True)
     return new
 
 
@@ -179,17 +185,21 @@ def _is_curved(gs: list[Any], ps: list[Any], old: Columns) -> Tensor:
     """Whether the gradient has grown along the step by more than rounding."""
     here = [i for i, g in enumerate(gs) if g is not None]
     dtype = _real_dtype(gs, old)
-    s = [_flat(ps[i], dtype) - _flat(old["params"][i], dtype) for i in here]
-    y = [_flat(gs[i], dtype) - _flat(old["updates"][i], dtype) for i in here]
+
+    def moves(now: list[Any], before: list[Any]) -> list[Tensor]:
+        return [_flat(now[i], dtype) - _flat(before[i], dtype) for i in here]
+
+    s = moves(ps, old["params"])
+    y = moves(gs, old["updates"])
     lengths = (tree.norm(s) * tree.norm(y)).to(dtype)
     return tree.dot(s, y) > torch.finfo(dtype).eps * lengths
 
 
 def _real_dtype(gs: list[Any], old: Columns) -> torch.dtype:
     """The dtype in which a step is computed."""
-    return value_dtype(
-        [x for g, x in zip(gs, old["updates"], strict=True) if g is not None]
-    )
+    pairs = zip(gs, old["updates"], strict=True)
+    here = [x for g, x in pairs if g is not None]
+    return value_dtype(here)
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,12 +224,14 @@ def _directions(gs: list[Any], slots: Columns, scaled: bool) -> list[Any]:
 
     S = [rows(slots["diff_params_memory"][i]) for i in here]
     Y = [rows(slots["diff_updates_memory"][i]) for i in here]
-    products = _inverse_hessian_times([_flat(gs[i], dtype) for i in here], S, Y, scaled)
+    g = [_flat(gs[i], dtype) for i in here]
+    products = _inverse_hessian_times(g, S, Y, scaled)
     us: list[Any] = [None] * len(gs)
     for i, u in zip(here, products, strict=True):
         like = slots["updates"][i]
         if like.is_complex():
-            us[i] = torch.view_as_complex(u.reshape(*like.shape, 2)).to(like.dtype)
+            pairs = u.reshape(*like.shape, 2)
+            us[i] = torch.view_as_complex(pairs).to(like.dtype)
         else:
             us[i] = u.reshape(like.shape).to(like.dtype)
     return us
@@ -242,14 +254,17 @@ def _inverse_hessian_times(
     SY, YY = gram(S, transposed), gram(Y, transposed)
     Sg, Yg = gram(S, g), gram(Y, g)
     D = SY.diagonal()
-    R = SY.triu() + torch.diag((~(D > 0)).to(D.dtype))
+    is_unused = ~(D > 0)
+    R = SY.triu() + torch.diag(is_unused.to(D.dtype))
     newest = D[-1]
     c = _first_scale(g, newest, YY[-1, -1]) if scaled else torch.ones_like(newest)
     a = _solved(R, Sg, upper=True)
-    b = _solved(R.mT, D * a + c * (YY @ a - Yg), upper=False)
+    right = D * a + c * (YY @ a - Yg)
+    b = _solved(R.mT, right, upper=False)
     Sb = [s.mT @ b for s in S]
     Ya = [y.mT @ a for y in Y]
-    return [c * x + sb - c * ya for x, sb, ya in zip(g, Sb, Ya, strict=True)]
+    of_tensors = zip(g, Sb, Ya, strict=True)
+    return [c * x + sb - c * ya for x, sb, ya in of_tensors]
 
 
 def _first_scale(g: list[Tensor], sy: Tensor, yy: Tensor) -> Tensor:
@@ -257,8 +272,10 @@ def _first_scale(g: list[Tensor], sy: Tensor, yy: Tensor) -> Tensor:
 
     Before there is a pair, it is such that the length of the first step is at most 1.
     """
-    first = 1 / torch.clamp(tree.norm(g).to(sy.dtype), min=1.0)
-    return torch.where(sy > 0, sy / torch.where(yy > 0, yy, 1.0), first)
+    length = tree.norm(g).to(sy.dtype)
+    first = 1 / torch.clamp(length, min=1.0)
+    divisor = torch.where(yy > 0, yy, 1.0)
+    return torch.where(sy > 0, sy / divisor, first)
 
 
 def _solved(triangle: Tensor, vector: Tensor, upper: bool) -> Tensor:

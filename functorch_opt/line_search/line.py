@@ -100,21 +100,26 @@ class Line:
         sharding.refuse_sharded(name, us)
         self.ps = structure.match(updates, spec, params, names=("updates", "params"))
         gs = structure.match(updates, spec, grad, names=("updates", "grad"))
-        for path, u, p, g in zip(tree.paths(updates), us, self.ps, gs, strict=True):
-            if u is not None and (
-                p is None or g is None or not u.shape == p.shape == g.shape
-            ):
-                shapes = [None if x is None else tuple(x.shape) for x in (u, p, g)]
-                raise ValueError(
-                    f"{name}: at {path!r} the update, the parameter and grad have the shapes "
-                    f"{shapes}; they must be equal."
-                )
+        self._check_shapes(updates, us, gs)
         self.moved = [i for i, u in enumerate(us) if u is not None]
         self.us: list[Any] = [us[i] for i in self.moved]
         self.gs: list[Any] = [gs[i] for i in self.moved]
-        self.dtype = value_dtype([u for u in us if u is not None] or tree.leaves(params))
+        self.dtype = value_dtype(self.us or tree.leaves(params))
         self.value = self._checked(value)
         self.slope = tree.dot(self.gs, self.us).to(self.dtype)
+
+    def _check_shapes(self, updates: PyTree, us: list[Any], gs: list[Any]) -> None:
+        of_leaves = zip(tree.paths(updates), us, self.ps, gs, strict=True)
+        for path, u, p, g in of_leaves:
+            if u is None:
+                continue
+            is_missing = p is None or g is None
+            if is_missing or not u.shape == p.shape == g.shape:
+                shapes = [None if x is None else tuple(x.shape) for x in (u, p, g)]
+                raise ValueError(
+                    f"{self.name}: at {path!r} the update, the parameter and grad have the "
+                    f"shapes {shapes}; they must be equal."
+                )
 
     def _checked(self, value: Any) -> Tensor:
         # A Python number is given the dtype of the line at once, as the default dtype may be
@@ -135,9 +140,9 @@ class Line:
         ps = list(self.ps)
         for i, p in zip(self.moved, moved, strict=True):
             ps[i] = p
-        return self._checked(
-            self.value_fn(tree.unflatten(tree.flatten(self.params)[1], ps))
-        )
+        _, spec = tree.flatten(self.params)
+        value = self.value_fn(tree.unflatten(spec, ps))
+        return self._checked(value)
 
     def _point(self, size: Tensor) -> list[Tensor]:
         found = []
@@ -153,7 +158,8 @@ class Line:
     def at(self, size: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The value, the slope and the gradients at a step size."""
         gs, value = grad_and_value(self._at)(self._point(size))
-        return value, tree.dot(gs, self.us).to(self.dtype), list(gs)
+        slope = tree.dot(gs, self.us).to(self.dtype)
+        return value, slope, list(gs)
 
     def finish(
         self,
@@ -199,9 +205,10 @@ def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
         "num_linesearch_steps": tree.zero_count(params),
     }
     shared |= {name: number(float("inf")) for name in errors}
-    return StageState(
-        shared, {"grad": tree.map(tree.zeros_like, params)} if store_grad else {}
-    )
+    slots = {}
+    if store_grad:
+        slots["grad"] = tree.map(tree.zeros_like, params)
+    return StageState(shared, slots)
 
 
 def check_state(

@@ -170,7 +170,8 @@ def _transformation(rule: _Rule, keep: bool) -> GradientTransformation:
         line = Line(name, updates, params, value, grad, value_fn)
         last = state.shared["learning_rate"].to(line.dtype)
         guess = torch.where(last > 0, last, 1.0) if keep else torch.ones_like(line.slope)
-        now = _begin(line, torch.zeros_like(state.shared["num_linesearch_steps"]))
+        no_steps = torch.zeros_like(state.shared["num_linesearch_steps"])
+        now = _begin(line, no_steps)
         for _ in range(rule.max_steps):
             if not any_of(now.searching):
                 break
@@ -293,7 +294,8 @@ def _next_size(now: _Search, guess: Tensor, rule: _Rule) -> tuple[Tensor, Tensor
     if rule.max_learning_rate is not None:
         at_most = size >= rule.max_learning_rate
         size = torch.clamp(size, max=rule.max_learning_rate)
-    return torch.where(now.found, _between(now.low, now.high, now.third), size), at_most
+    between = _between(now.low, now.high, now.third)
+    return torch.where(now.found, between, size), at_most
 
 
 def _errors(trial: _Trial, line: Line, rule: _Rule) -> tuple[Tensor, Tensor]:
@@ -314,7 +316,8 @@ def _widened(
 
     A bracket ends where the value is too high, or where the slope has changed its sign.
     """
-    high = (decrease_error > 0) | ((trial.value >= now.last.value) & (now.steps > 0))
+    rises = (trial.value >= now.last.value) & (now.steps > 0)
+    high = (decrease_error > 0) | rises
     turned = (trial.slope >= 0) & ~high
     return where(turned, (trial, now.last), (now.last, trial)), high | turned
 
@@ -327,7 +330,8 @@ def _zoomed(
     The slope says on which side the minimum is.
     """
     worse = (decrease_error > 0) | (trial.value >= now.low.value)
-    crossed = (trial.slope * (now.high.size - now.low.size) >= 0) & ~worse
+    width = now.high.size - now.low.size
+    crossed = (trial.slope * width >= 0) & ~worse
     better = (trial, where(crossed, now.low, now.high))
     low, high = where(worse, (now.low, trial), better)
     return low, high, where(worse | crossed, now.high, now.low)
@@ -346,11 +350,13 @@ def _between(low: _Trial, high: _Trial, third: _Trial) -> Tensor:
     width = (high.size - low.size).abs()
 
     def inside(x: Tensor, margin: float) -> Tensor:
-        return (x > edges[0] + margin * width) & (x < edges[1] - margin * width)
+        away = margin * width
+        return (x > edges[0] + away) & (x < edges[1] - away)
 
     parabola = _of_parabola(low, high)
     cubic, exists = _of_cubic(low, high, third)
-    middle = torch.where(inside(parabola, 0.1), parabola, (low.size + high.size) / 2)
+    half = (low.size + high.size) / 2
+    middle = torch.where(inside(parabola, 0.1), parabola, half)
     return torch.where(inside(cubic, 0.2) & exists, cubic, middle)
 
 
@@ -379,4 +385,5 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
     With 0 the interpolation gives an end of the bracket, which is not inside.
     """
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+    divisor = torch.where(b == 0, 1.0, b)
+    return torch.where(b == 0, 0.0, a / divisor)

@@ -44,7 +44,8 @@ def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     ]
     for place in plan.flat:
         if place and place.kind == "slot":
-            keys[place.i][place.key] = Expected("slot", first[place.path])
+            mine = keys[place.i]
+            mine[place.key] = Expected("slot", first[place.path])
         elif place and place.kind == "joint":
             for mine in keys:
                 mine[place.key] = Expected("joint", first[place.path], plan.place)
@@ -74,9 +75,8 @@ def check_form(given: Any) -> None:
             "'params'."
         )
     numbers = _numbers(given)
-    if not all(isinstance(number, (int, str)) for number in numbers) or len(
-        set(numbers)
-    ) < len(numbers):
+    are_names = all(isinstance(number, (int, str)) for number in numbers)
+    if not are_names or len(set(numbers)) < len(numbers):
         raise ValueError(
             "every parameter needs a number of its own in 'param_groups'; "
             f"got {[list(group['params']) for group in groups]}."
@@ -159,8 +159,11 @@ def _parted(
     saved: list[dict[Any, Any]], somebodys: set[Any]
 ) -> tuple[list[dict[str, Any]], list[dict[Any, Any]]]:
     """What is saved of each parameter, and beside it what is somebody else's."""
-    mine = [{k: x for k, x in entry.items() if k not in somebodys} for entry in saved]
-    others = [{k: x for k, x in entry.items() if k in somebodys} for entry in saved]
+    mine: list[dict[str, Any]] = []
+    others: list[dict[Any, Any]] = []
+    for entry in saved:
+        mine.append({k: x for k, x in entry.items() if k not in somebodys})
+        others.append({k: x for k, x in entry.items() if k in somebodys})
     return mine, others
 
 
@@ -243,16 +246,16 @@ def _check_real(value: Tensor, p: Tensor, name: str) -> None:
 
 def _count(value: Any, name: str, key: str) -> Tensor:
     """A count as it is kept: int64, but ``step`` floating, as torch has it."""
-    dense = (
-        isinstance(value, Tensor) and value.dim() == 0 and value.layout is torch.strided
-    )
+    is_scalar = isinstance(value, Tensor) and value.dim() == 0
+    dense = is_scalar and value.layout is torch.strided
     number = value.item() if dense else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(
             f"{name} must be a number or a 0-dim tensor: how many steps were made; "
             f"got {_told(value)}."
         )
-    if not (math.isfinite(number) and number >= 0 and number == int(number)):
+    is_whole = math.isfinite(number) and number == int(number)
+    if not is_whole or number < 0:
         raise ValueError(
             f"{name} must be a whole number from 0: how many steps were made; got {number}."
         )

@@ -103,13 +103,14 @@ def _parted(given: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
     """
     numbers = [number for group in given["param_groups"] for number in group["params"]]
     kinds = {type(number) for number in numbers}
-    others = {
-        key: value
-        for key, value in given["state"].items()
-        if type(key) not in kinds or not isinstance(value, Mapping)
-    }
-    state = {key: entry for key, entry in given["state"].items() if key not in others}
-    return {**given, "state": state}, others
+    mine: dict[Any, Any] = {}
+    others: dict[Any, Any] = {}
+    for key, value in given["state"].items():
+        if type(key) in kinds and isinstance(value, Mapping):
+            mine[key] = value
+        else:
+            others[key] = value
+    return {**given, "state": mine}, others
 
 
 def _recoded(

@@ -56,14 +56,15 @@ def step(
     optimizer = _OPTIMIZERS[number]
     everybody = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.grad for p in everybody]
-    pairs = [(everybody[i], given) for i, given in zip(where, params, strict=True)]
+    mine = [everybody[i] for i in where]
+    pairs = zip(mine, params, strict=True)
     apart = [(p, given) for p, given in pairs if p.data_ptr() != given.data_ptr()]
     for p, given in apart:
         p.copy_(given)
     for p in everybody:
         p.grad = None
     try:
-        for (p, _), g in zip(pairs, grads, strict=True):
+        for p, g in zip(mine, grads, strict=True):
             p.grad = g
         optimizer._advance(loss)
     finally:

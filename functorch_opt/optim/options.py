@@ -95,7 +95,8 @@ def check_like(name: str, value: Any, default: Any) -> None:
     fits = isinstance(value, (int, float) if number else wanted) and not (
         isinstance(value, bool) and number
     )
-    if not fits and not (wanted is bool and type(value) is int and value in (0, 1)):
+    is_flag = wanted is bool and type(value) is int and value in (0, 1)
+    if not fits and not is_flag:
         raise TypeError(
             f"{name} must be of the type of {default!r}; got {type(value).__name__} {value!r}."
         )
@@ -133,7 +134,8 @@ def only_sets_up(groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
     """
     if state or any(group["lr"] != 0 for group in groups):
         return False
-    return bool(tree.norm([p.grad for group in groups for p in group["params"]]) == 0)
+    grads = [p.grad for group in groups for p in group["params"]]
+    return bool(tree.norm(grads) == 0)
 
 
 Options = dict[str, Any]
@@ -187,7 +189,8 @@ def arguments(tx: Any, hyper: Options) -> Arguments:
         )
     rate, lr = _rate(tx, hyper)
     # What it does not like about its arguments, it says now.
-    ready = tx(**{name: scalar(value) for name, value in hyper.items()})
+    scalars = {name: scalar(value) for name, value in hyper.items()}
+    ready = tx(**scalars)
     numbers, others = hyperparameters(tx, (), hyper)
     return _sorted(ready, rate, lr, numbers, others)
 

@@ -147,7 +147,8 @@ class ParamGroups(list[dict[str, Any]]):
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """The lines of a table: two columns of words, and then numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in rows:
         pairs = [*zip(row, widths, strict=True)]
@@ -238,7 +239,8 @@ def groups(
             said.append(_of_dict(rule, found, typed, overlap, empty))
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i in range(len(found)):
-        key = tuple([(of_rule[i].rank, of_rule[i].label) for of_rule in said])
+        choices = [of_rule[i] for of_rule in said]
+        key = tuple([(choice.rank, choice.label) for choice in choices])
         alike.setdefault(key, []).append(i)
     made = ParamGroups()
     for key in sorted(alike):
@@ -297,7 +299,8 @@ def _of_dict(
     if empty == "error":
         _check_empty(keys, first, chosen_by)
     if REST in first and REST not in rule:
-        left = [of.path for of, key in zip(params, first, strict=True) if key == REST]
+        pairs = zip(params, first, strict=True)
+        left = [of.path for of, key in pairs if key == REST]
         raise ValueError(
             f"no key of the dict chooses {told(left)}. "
             "Add '*' for the rest: {..., '*': {}}."

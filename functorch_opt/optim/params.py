@@ -53,7 +53,8 @@ def overlap(params: list[Tensor]) -> bool:
     """Whether two of them have elements in common."""
     plain = [p for p in params if type(p) in sharding.PLAIN and p.numel()]
     ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in plain)
-    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ends))
+    neighbours = itertools.pairwise(ends)
+    return any(end > begin for (_, end), (begin, _) in neighbours)
 
 
 def layout(groups: Groups) -> list[Any]:

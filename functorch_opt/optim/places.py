@@ -86,12 +86,13 @@ class Places:
         return StageState(shared, slots)  # type: ignore[arg-type]
 
     def _slot(self, slot: PyTree, key: str, real: str, whole: bool) -> PyTree:
-        spec = tree.flatten(slot)[1]
+        leaves, spec = tree.flatten(slot)
+        pairs = zip(tree.paths(slot), leaves, strict=True)
         places = [
             None
             if x is None
             else Place("slot", key, _under(real, leaf), self.number[leaf], whole)
-            for leaf, x in zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
+            for leaf, x in pairs
         ]
         return tree.unflatten(spec, places)
 

@@ -98,7 +98,8 @@ class Ready(Optimizer):
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Also what a group cannot have for itself: it would be passed over in silence."""
-        of_all = inspect.signature(type(self)).parameters.keys() - {"params", *self._own}
+        known = inspect.signature(type(self)).parameters.keys()
+        of_all = known - {"params", *self._own}
         stray = sorted(of_all & group.keys())
         if stray and not loaded:
             raise ValueError(

@@ -380,7 +380,8 @@ def _mup_scale(path: str, p: Tensor, base: Sequence[int], optimizer: str) -> flo
             "differ, and dims may not."
         )
     by: dict[int, float] = {}
-    for i, (size, of_base) in enumerate(zip(p.shape, base, strict=True)):
+    pairs = zip(p.shape, base, strict=True)
+    for i, (size, of_base) in enumerate(pairs):
         if size != of_base:
             by[i] = size / of_base
     if len(by) > 2:

@@ -48,8 +48,9 @@ def parameters_of(params: nn.Module | PyTree) -> list[Parameter]:
     if isinstance(params, nn.Module):
         found = _of_module(params)
     else:
-        pairs = zip(tree.paths(params), tree.flatten(params)[0], strict=True)
-        found = [Parameter(q, p, (q,), (), ()) for q, p in pairs if p is not None]
+        leaves, _ = tree.flatten(params)
+        pairs = zip(tree.paths(params), leaves, strict=True)
+        found = [_of_tree(path, p) for path, p in pairs if p is not None]
     if not found:
         raise ValueError("there is no parameter: give a model, or a tree of params.")
     if lazy := [of.path for of in found if is_lazy(of.p)]:
@@ -58,6 +59,11 @@ def parameters_of(params: nn.Module | PyTree) -> list[Parameter]:
             "call the model with a batch once, and then make the groups."
         )
     return found
+
+
+def _of_tree(path: str, p: Tensor) -> Parameter:
+    """A leaf of a tree: it has one name, and belongs to no module."""
+    return Parameter(path, p, (path,), (), ())
 
 
 def _of_module(model: nn.Module) -> list[Parameter]:

@@ -54,7 +54,9 @@ class MatrixLabels:
         why: Mapping[str, str],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.labels, self.why, self.shapes = dict(labels), dict(why), dict(shapes)
+        self.labels = dict(labels)
+        self.why = dict(why)
+        self.shapes = dict(shapes)
 
     def __call__(self, path: str, p: Tensor) -> str:
         """The label of the parameter at `path`.
@@ -73,8 +75,8 @@ class MatrixLabels:
         return f"MatrixLabels({self.labels!r}, {self.why!r}, {self.shapes!r})"
 
     def __str__(self) -> str:
-        shapes = {path: str(list(shape)) for path, shape in self.shapes.items()}
-        columns = [*self.labels], [*shapes.values()], [*self.labels.values()]
+        shapes = [str(list(shape)) for shape in self.shapes.values()]
+        columns = [*self.labels], shapes, [*self.labels.values()]
         widths = [max(map(len, column), default=0) for column in columns]
         rows = zip(*columns, self.why.values(), strict=True)
         return "\n".join(
@@ -120,7 +122,8 @@ def matrix_labels(
     modules = dict(params.named_modules()) if isinstance(params, nn.Module) else {}
     named = dict(params.named_parameters()) if modules else params
     labels, why, shapes = {}, {}, {}
-    for path, p in zip(tree.paths(named), tree.flatten(named)[0], strict=True):
+    leaves, _ = tree.flatten(named)
+    for path, p in zip(tree.paths(named), leaves, strict=True):
         if p is None:
             continue
         owner = modules.get(path.rpartition(".")[0])
@@ -157,14 +160,14 @@ def _why_adamw(
     """Why a parameter is no hidden matrix; None if it is one."""
     if p.dim() < 2:
         return "fewer than two dims"
-    if min(p.shape[0], p.shape[1:].numel()) < 2:
+    rows, columns = p.shape[0], p.shape[1:].numel()
+    if min(rows, columns) < 2:
         return "one row or column"
     kind = type(owner).__name__
     if isinstance(owner, EMBEDDINGS) or kind.endswith("Norm"):
         return kind
-    parts = [
-        part.rstrip("0123456789_").lower() for part in path.replace("/", ".").split(".")
-    ]
+    names_in_path = path.replace("/", ".").split(".")
+    parts = [part.rstrip("0123456789_").lower() for part in names_in_path]
     if found := [part for part in parts if part in names]:
         return f"its name has {found[0]!r}"
     if p.dim() == 3:

@@ -51,17 +51,20 @@ def _length(x: Tensor, dim: int) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    return torch.sgn(x) / x.shape[1] if x.dim() > 1 else torch.sgn(x)
+    sign = torch.sgn(x)
+    return sign / x.shape[1] if x.dim() > 1 else sign
 
 
 def _column(x: Tensor) -> Tensor:
     y = x.flatten(1)
-    return (y / (_length(y, 0) / y.shape[0] ** 0.5 + EPS)).reshape(x.shape)
+    rms = _length(y, 0) / y.shape[0] ** 0.5
+    return (y / (rms + EPS)).reshape(x.shape)
 
 
 def _row(x: Tensor) -> Tensor:
     y = x.flatten(1)
-    return (y / (_length(y, 1) * y.shape[1] ** 0.5 + EPS)).reshape(x.shape)
+    length = _length(y, 1) * y.shape[1] ** 0.5
+    return (y / (length + EPS)).reshape(x.shape)
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -76,7 +79,8 @@ def _spectral(ns_coeffs: Coefficients, ns_steps: int) -> Callable[[Tensor], Tens
         n = x.shape[0]
         m = max(x.shape[1], 1)
         kernel = x.shape[2:].numel()
-        return orthogonal(x.flatten(1), 1e-7).reshape(x.shape) * ((n / m) ** 0.5 / kernel)
+        scale = (n / m) ** 0.5 / kernel
+        return orthogonal(x.flatten(1), 1e-7).reshape(x.shape) * scale
 
     return lmo
 

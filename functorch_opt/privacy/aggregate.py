@@ -92,7 +92,8 @@ def clip_and_sum(
     part = structure.broadcast(numbers, grads, names=names)
     norms, factors = [], []
     for k, bound in enumerate(bounds):
-        mine = [g for g, j in zip(gs, part, strict=True) if j == k and g is not None]
+        pairs = zip(gs, part, strict=True)
+        mine = [g for g, j in pairs if j == k and g is not None]
         norm = _norms(mine, n, weights)
         factor = _factor(norm, bound)
         norms.append(norm)
@@ -110,7 +111,8 @@ def _factor(norm: Tensor, bound: Any) -> Tensor:
     if not isinstance(bound, Tensor):
         return 1 / torch.clamp(norm / bound, min=1)
     closed = bound == 0
-    factor = 1 / torch.clamp(norm / torch.where(closed, 1.0, bound), min=1)
+    divisor = torch.where(closed, 1.0, bound)
+    factor = 1 / torch.clamp(norm / divisor, min=1)
     return torch.where(closed, 0.0, factor)
 
 
@@ -138,7 +140,8 @@ def examples(batch: PyTree, name: str) -> int:
         for path, x in zip(tree.paths(batch), leaves, strict=True)
         if x is not None
     }
-    if len(set(sizes.values())) != 1 or () in sizes.values():
+    different = set(sizes.values())
+    if len(different) != 1 or () in different:
         shown = ", ".join(
             f"{path!r}: {size[0] if size else 'a scalar'}" for path, size in sizes.items()
         )

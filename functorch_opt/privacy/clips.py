@@ -42,7 +42,8 @@ def per_example_global_norm_clip(
     check_examples("per_example_global_norm_clip", grads)
     squares = torch.stack([norms(g) ** 2 for g in tree.leaves(grads)])
     by = factors(squares.sum(0).sqrt(), l2_norm_clip)
-    return tree.map(lambda g: weighted_sum(g, by), grads), (by < 1).sum()
+    total = tree.map(lambda g: weighted_sum(g, by), grads)
+    return total, (by < 1).sum()
 
 
 def per_example_layer_norm_clip(

@@ -176,11 +176,10 @@ def _of_chunk(
     xs, batch_spec = structure.flatten_tensors(batch, "batch")
 
     def value(present: dict[int, Tensor], example: dict[int, Tensor]) -> Tensor:
-        one = [example[i].unsqueeze(0) if i in example else None for i in range(len(xs))]
-        return loss(
-            tree.unflatten(spec, [present.get(i) for i in range(len(ps))]),
-            *tree.unflatten(batch_spec, one),
-        )
+        rows = {i: x.unsqueeze(0) for i, x in example.items()}
+        params = tree.unflatten(spec, _in_order(present, ps))
+        batch = tree.unflatten(batch_spec, _in_order(rows, xs))
+        return loss(params, *batch)
 
     present, stacked = _present(ps), _present(xs)
     if examples(batch, "batch"):
@@ -190,11 +189,16 @@ def _of_chunk(
     else:  # what vmap makes of no examples depends on the operations
         found = {i: p.new_zeros(0, *p.shape) for i, p in present.items()}
         values = tree.leaves(params)[0].new_zeros(0)
-    return tree.unflatten(spec, [found.get(i) for i in range(len(ps))]), values
+    return tree.unflatten(spec, _in_order(found, ps)), values
 
 
 def _present(leaves: list[Tensor | None]) -> dict[int, Tensor]:
     return {i: x for i, x in enumerate(leaves) if x is not None}
+
+
+def _in_order(found: dict[int, Tensor], leaves: list[Any]) -> list[Tensor | None]:
+    """What was found for these leaves, and None where there is none."""
+    return [found.get(i) for i in range(len(leaves))]
 
 
 def _check_chunk_size(chunk_size: int | None) -> None:

@@ -58,9 +58,9 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
             f"seed must be a whole number; got {type(seed).__name__} {seed!r}."
         )
     seed %= 2**64
-    return torch.tensor(
-        [seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device
-    )
+    if seed >= 2**63:
+        seed -= 2**64
+    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
 def as_key(key_or_seed: Tensor | int) -> Tensor:
@@ -102,8 +102,10 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
         >>> fo.random.fold_in(fo.random.key(0), 3).shape
         torch.Size([2])
     """
-    a, b, c, d = philox.words(key, _whole("data", data, _checked(key).device))
-    return torch.stack([philox.join(a, b), philox.join(c, d)], -1)
+    numbers = _whole("data", data, _checked(key).device)
+    a, b, c, d = philox.words(key, numbers)
+    words = philox.join(a, b), philox.join(c, d)
+    return torch.stack(words, -1)
 
 
 def _whole(name: str, value: Tensor | int, device: torch.device) -> Tensor:
@@ -202,23 +204,32 @@ def _tensor(
         )
     device = _checked(key).device
     shape = tuple(shape)
-    place = place_in(shape, None if part is None else _region(shape, part))
+    region = None if part is None else _region(shape, part)
+    place = place_in(shape, region)
     if place.dims:
-        return place.take(philox.draw(make, key, place.numbers(0, device)))
+        numbers = place.numbers(0, device)
+        return place.take(philox.draw(make, key, numbers))
     begin = torch.full((), place.first // 4, dtype=torch.int64, device=device)
     return place.take(philox.draw(make, key, begin, place.blocks))
 
 
 def _region(shape: tuple[int, ...], part: tuple[slice, ...]) -> Region:
     """The offsets and sizes that the slices of `part` stand for."""
+
+    def is_plain(s: object) -> bool:
+        return isinstance(s, slice) and s.step in (None, 1)
+
     fits = isinstance(part, tuple) and len(part) == len(shape)
-    if not fits or any(not isinstance(s, slice) or s.step not in (None, 1) for s in part):
+    if not fits or not all(map(is_plain, part)):
         raise TypeError(
             f"part must be a tuple of slices without step, one for each dimension of {shape}; "
             f"got {part!r}."
         )
-    ranges = [range(*s.indices(n)) for s, n in zip(part, shape, strict=True)]
-    return tuple([r.start for r in ranges]), tuple([len(r) for r in ranges])
+    pairs = zip(part, shape, strict=True)
+    ranges = [range(*s.indices(n)) for s, n in pairs]
+    offsets = tuple([r.start for r in ranges])
+    sizes = tuple([len(r) for r in ranges])
+    return offsets, sizes
 
 
 # ---- a tree of tensors ---------------------------------------------------------------------------
@@ -294,7 +305,9 @@ def draw_leaves(
 
 
 def _finish(x: Tensor, leaf: Tensor) -> Tensor:
-    x = (torch.view_as_complex(x) if leaf.is_complex() else x).to(leaf.device)
+    if leaf.is_complex():
+        x = torch.view_as_complex(x)
+    x = x.to(leaf.device)
     return sharding.join(x, leaf) if sharding.is_sharded(leaf) else x
 
 

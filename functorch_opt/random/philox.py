@@ -72,7 +72,8 @@ def _high(x: Tensor) -> Tensor:
 
 def join(low: Tensor, high: Tensor) -> Tensor:
     """Two words as one int64, in two's complement."""
-    return (torch.where(high >= 2**31, high - 2**32, high) << 32) | low
+    signed = torch.where(high >= 2**31, high - 2**32, high)
+    return (signed << 32) | low
 
 
 # ---- what is made of words -----------------------------------------------------------------------

@@ -53,7 +53,8 @@ class Place(NamedTuple):
         """How many blocks a run needs at most."""
         if not self.length:
             return 0
-        return _blocks((3 if self.lane is None else self.lane) + self.length)
+        most = 3 if self.lane is None else self.lane
+        return _blocks(most + self.length)
 
     @property
     def blocks(self) -> int:
@@ -78,10 +79,12 @@ class Place(NamedTuple):
         """The elements, taken out of the numbers that were drawn for these blocks."""
         rows = drawn.reshape(self.runs, 4 * self.width)
         if self.lane is not None:
-            return rows[:, self.lane : self.lane + self.length].reshape(self.shape)
+            end = self.lane + self.length
+            return rows[:, self.lane : end].reshape(self.shape)
         lanes = self.starts(rows.device) & 3
         of_a_run = torch.arange(self.length, device=rows.device)
-        return rows.gather(1, lanes[:, None] + of_a_run).reshape(self.shape)
+        columns = lanes[:, None] + of_a_run
+        return rows.gather(1, columns).reshape(self.shape)
 
 
 NOWHERE = Place((0,), 0, (), 0)
@@ -95,7 +98,9 @@ def _blocks(numbers: int) -> int:
 
 def blocks_of(leaf: Tensor | None) -> int:
     """How many blocks the whole of a leaf takes from the stream."""
-    return 0 if leaf is None else _blocks(leaf.numel() * (1 + leaf.is_complex()))
+    if leaf is None:
+        return 0
+    return _blocks(leaf.numel() * (1 + leaf.is_complex()))
 
 
 def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
@@ -103,11 +108,13 @@ def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
     if region is None:
         return Place(shape, 0, (), math.prod(shape))
     offsets, sizes = region
-    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    dimensions = range(len(shape))
+    strides = [math.prod(shape[d + 1 :]) for d in dimensions]
     # From the dimension after `inner` on, the part has all that the whole has.
-    cut = [d for d in range(len(shape)) if sizes[d] != shape[d]]
+    cut = [d for d in dimensions if sizes[d] != shape[d]]
     inner = max(cut, default=0)
-    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    pairs = zip(offsets, strides, strict=True)
+    first = sum(offset * stride for offset, stride in pairs)
     dims = tuple(zip(sizes[:inner], strides[:inner], strict=True))
     return Place(sizes, first, dims, math.prod(sizes[inner:]))
 
@@ -118,7 +125,8 @@ def place_of(leaf: Tensor) -> Place:
     if not sharding.is_sharded(leaf):
         return place_in(shape)
     whole: Any = leaf
-    offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, tuple(whole.placements))
+    placements = tuple(whole.placements)
+    offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, placements)
     if leaf.is_complex():
         offsets, sizes = (*offsets, 0), (*sizes, 2)
     return place_in(shape, (offsets, sizes))

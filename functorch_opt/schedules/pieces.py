@@ -57,7 +57,9 @@ def join_schedules(
         )
     check_schedules(*schedules)
     check_boundaries(boundaries)
-    pieces = list(zip([0, *boundaries], [*boundaries, None], schedules, strict=True))
+    begins = [0, *boundaries]
+    ends = [*boundaries, None]
+    pieces = list(zip(begins, ends, schedules, strict=True))
 
     def value(t: Tensor) -> Any:
         result = t

@@ -46,7 +46,8 @@ def preview(steps: int, *schedules: Callable[[Any], Any], log: bool = False) -> 
         figsize=(8, 4), layout="constrained"
     )
     axes = figure.subplots()
-    counts = torch.linspace(0, steps - 1, min(steps, MOST)).round().long()
+    number = min(steps, MOST)
+    counts = torch.linspace(0, steps - 1, number).round().long()
     for schedule in schedules:
         values = [float(schedule(count)) for count in counts]
         label = getattr(schedule, "__name__", None) or repr(schedule)

@@ -56,25 +56,27 @@ def _losses(axes: Any, of: Sweep, shown: _Shown) -> None:
         at = x[:: of.seeds][settings]
         means = _finite(of.means[settings])
         color = None if label else BLUE
-        axes.plot(at, means, "-o", ms=3.5, lw=1, label=label, color=color)
+        looks = dict(ms=3.5, lw=1, color=color)
+        axes.plot(at, means, "-o", label=label, **looks)
     if of.seeds > 1:
-        axes.plot(
-            x, _finite(of.losses), ".", ms=3, color=BLACK, alpha=0.5, label="single seeds"
-        )
+        looks = dict(ms=3, color=BLACK, alpha=0.5)
+        axes.plot(x, _finite(of.losses), ".", label="single seeds", **looks)
     if of.diverged.any():
-        at_the_top = torch.full((int(of.diverged.sum()),), 0.97)
+        number = int(of.diverged.sum())
+        at_the_top = torch.full((number,), 0.97)
         edge = axes.get_xaxis_transform()
-        axes.plot(
-            x[of.diverged], at_the_top, "x", color=BLACK, transform=edge, label="diverged"
-        )
+        looks = dict(color=BLACK, transform=edge)
+        axes.plot(x[of.diverged], at_the_top, "x", label="diverged", **looks)
     if shown.best is not None:
         label = f"best: {shown.name}={x[shown.best]:.3g}"
         mean = of.means[shown.best // of.seeds]
-        axes.plot(x[shown.best], mean, "*", ms=16, color=RED, mec=BLACK, label=label)
+        looks = dict(ms=16, color=RED, mec=BLACK)
+        axes.plot(x[shown.best], mean, "*", label=label, **looks)
     finite = of.losses[of.losses.isfinite()]
     axes.set(xlabel=shown.name, ylabel="loss after training")
     axes.set(xscale="log" if shown.log else "linear")
-    axes.set(yscale="log" if len(finite) and finite.min() > 0 else "linear")
+    is_positive = len(finite) and finite.min() > 0
+    axes.set(yscale="log" if is_positive else "linear")
     if len(lines) <= 10:
         axes.legend(fontsize=8, frameon=False)
 
@@ -102,17 +104,20 @@ def _finite(x: Tensor) -> Tensor:
 def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
     """A running mean of the training loss of some runs, in the colors of the hyperparameter."""
     window = max(1, of.curves.shape[1] // 50)
-    means = torch.nn.functional.avg_pool1d(of.curves.unsqueeze(1), window, stride=1)
+    channels = of.curves.unsqueeze(1)
+    means = torch.nn.functional.avg_pool1d(channels, window, stride=1)
     curves = means.squeeze(1)
     steps = torch.arange(curves.shape[1]) + (window - 1) / 2
     colors = _colors(shown)
-    some = torch.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES))
+    number = min(len(curves), MOST_CURVES)
+    some = torch.linspace(0, len(curves) - 1, number)
     for run in some.round().long().tolist():
         color = colors.to_rgba(float(shown.x[run]))
         axes.plot(steps, curves[run], color=color, lw=1)
     if (best := shown.best) is not None:
         label = ", ".join(f"{name}={of.settings[name][best]:.3g}" for name in shown.names)
-        axes.plot(steps, curves[best], color=RED, lw=2.5, label=f"best: {label or best}")
+        label = f"best: {label or best}"
+        axes.plot(steps, curves[best], color=RED, lw=2.5, label=label)
         axes.legend(fontsize=8, frameon=False)
     kept = curves[~of.diverged]
     if len(kept) and kept.min() > 0:
@@ -127,5 +132,6 @@ def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
 def _colors(shown: _Shown) -> Any:
     norms = viz("matplotlib.colors", "plot()")
     make = norms.LogNorm if shown.log else norms.Normalize
-    norm = make(float(shown.x.min()), float(shown.x.max()))
+    least, most = shown.x.min(), shown.x.max()
+    norm = make(float(least), float(most))
     return viz("matplotlib.cm", "plot()").ScalarMappable(norm, "viridis")

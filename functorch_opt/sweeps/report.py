@@ -43,7 +43,9 @@ class Sweep:
 
     @property
     def seeds(self) -> int:
-        return len(self.settings["seed"].unique()) if "seed" in self.settings else 1
+        if "seed" not in self.settings:
+            return 1
+        return len(self.settings["seed"].unique())
 
     @property
     def means(self) -> Tensor:
@@ -116,7 +118,8 @@ class Sweep:
             row += [f"{spread[i].min():.4g} to {spread[i].max():.4g}"] if n > 1 else []
             lost = "diverged" if n == 1 else f"{diverged[i]} of {n} diverged"
             rows.append([*row, lost if diverged[i] else ""])
-        header = [*names, *(["mean loss", f"of {n} seeds"] if n > 1 else ["loss"]), ""]
+        of_losses = ["mean loss", f"of {n} seeds"] if n > 1 else ["loss"]
+        header = [*names, *of_losses, ""]
         left = f"{len(order) - most} more settings; " if len(order) > most else ""
         return (
             header,

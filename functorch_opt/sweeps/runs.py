@@ -35,7 +35,10 @@ class Runs:
         self.number = len(settings) * len(seeds)
         self.of_seed = torch.arange(self.number, device=device) % len(seeds)
         """The index of the seed of each run."""
-        self.columns = {name: self._column([s[name] for s in settings]) for name in axes}
+        self.columns = {}
+        for name in axes:
+            values = [setting[name] for setting in settings]
+            self.columns[name] = self._column(values)
         """The values of each hyperparameter, [runs], as they are reported."""
         self.hyper = self._on_device(device)
         """The values of each hyperparameter, and the keys, as the runs take them."""
@@ -59,7 +62,8 @@ class Runs:
 
     def _on_device(self, device: torch.device) -> dict[str, Tensor]:
         dtype = numerics.real_dtype(device)
-        hyper = {name: column.to(device, dtype) for name, column in self.columns.items()}
+        columns = self.columns.items()
+        hyper = {name: column.to(device, dtype) for name, column in columns}
         if "key" in self.fixed:
             key = random.as_key(self.fixed["key"])
             keys = random.fold_in(key, torch.tensor(self.seeds))
@@ -74,7 +78,8 @@ class Runs:
         """The values of each hyperparameter, [runs], and the seeds if there are several."""
         if len(self.seeds) == 1:
             return self.columns
-        return {**self.columns, "seed": torch.tensor(self.seeds).repeat(self.settings)}
+        seeds = torch.tensor(self.seeds).repeat(self.settings)
+        return {**self.columns, "seed": seeds}
 
 
 def read_seeds(seed: Any) -> list[int]:
@@ -82,8 +87,12 @@ def read_seeds(seed: Any) -> list[int]:
     given = seed.tolist() if isinstance(seed, Tensor) else seed
     seeds = [given] if isinstance(given, int) else given
     seeds = list(seeds) if isinstance(seeds, (list, tuple, range)) else []
-    wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < 0]
-    if not seeds or wrong or len(set(seeds)) < len(seeds):
+
+    def is_wrong(seed: Any) -> bool:
+        is_whole = isinstance(seed, int) and not isinstance(seed, bool)
+        return not is_whole or seed < 0
+
+    if not seeds or any(map(is_wrong, seeds)) or len(set(seeds)) < len(seeds):
         raise TypeError(
             "seed must be a whole number, 0 or greater, or several different ones, e.g. range(5); "
             f"got {seed!r}."

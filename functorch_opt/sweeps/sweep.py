@@ -127,7 +127,8 @@ def sweep(
         shown = track(batches.each, f"{runs.number} runs", total=batches.steps)
         batches = batches._replace(each=shown)
     trained = _train(step, problem, runs, batches)
-    final = trained.curves[:, -max(1, batches.steps // 10) :].mean(1)
+    last = max(1, batches.steps // 10)
+    final = trained.curves[:, -last:].mean(1)
     if validation is not None:
         final = _evaluate_module(problem, trained.params, validation, device)
     alive = trained.alive & torch.isfinite(final)
@@ -156,14 +157,17 @@ def _step_of_all(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) ->
         """A step of one run, which knows nothing of the others."""
         grads, value = grad_and_value(loss)(ps, *batch)
         tx = runs.make(hyper)
-        known = {"value": value, "grad": grads, "value_fn": lambda ps: loss(ps, *batch)}
+
+        def value_fn(ps: PyTree) -> Tensor:
+            return loss(ps, *batch)
+
+        known = {"value": value, "grad": grads, "value_fn": value_fn}
         extra = {name: known[name] for name in tx.extra_args if name in known}
         updates, state = tx.update(grads, state, ps, **extra)
         curve = torch.where(alive, value, math.nan)
         alive = alive & torch.isfinite(value) & (value <= bound)
-        ps = tree.map(
-            lambda new, old: torch.where(alive, new, old), apply_updates(ps, updates), ps
-        )
+        moved = apply_updates(ps, updates)
+        ps = tree.map(lambda new, old: torch.where(alive, new, old), moved, ps)
         return ps, state, alive, curve
 
     in_dims = (0, 0, 0, 0, 0 if batches_of_runs else None)
@@ -173,17 +177,25 @@ def _step_of_all(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) ->
 def _begin(problem: Problem, runs: Runs) -> tuple[PyTree, PyTree]:
     """The first parameters and states of all runs."""
     first, *others = problem.starts
-    ps = tree.map(lambda *of: torch.stack(of)[runs.of_seed], first, *others)
-    init = vmap(lambda p, hyper: runs.make(hyper).init(p), randomness="different")
+
+    def stacked(*of_starts: Tensor) -> Tensor:
+        return torch.stack(of_starts)[runs.of_seed]
+
+    def init(p: PyTree, hyper: dict[str, Tensor]) -> PyTree:
+        return runs.make(hyper).init(p)
+
+    ps = tree.map(stacked, first, *others)
+    state = vmap(init, randomness="different")(ps, runs.hyper)
     # Constants come out of vmap with stride 0, and a compiled step would be compiled again at the
     # second step, when they no longer have it.
-    return ps, tree.map(lambda x: x.contiguous(), init(ps, runs.hyper))
+    return ps, tree.map(lambda x: x.contiguous(), state)
 
 
 def _train(step: Any, problem: Problem, runs: Runs, batches: Batches) -> _Trained:
     """All runs after these batches, with their curves, [runs, steps]."""
     ps, state = _begin(problem, runs)
-    alive = torch.ones(runs.number, dtype=torch.bool, device=runs.of_seed.device)
+    device = runs.of_seed.device
+    alive = torch.ones(runs.number, dtype=torch.bool, device=device)
     curves = []
     with seeded(runs.seeds[0]):  # for dropout
         for batch in batches.each:

@@ -120,8 +120,9 @@ class Look:
         found = {}
         for key, slot in slots.items():
             rows = zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
-            numbers = {path: x for path, x in rows if x is not None and x.dim() == 0}
-            if len(numbers) == len(tree.leaves(slot)):
+            present = {path: x for path, x in rows if x is not None}
+            numbers = {path: x for path, x in present.items() if x.dim() == 0}
+            if len(numbers) == len(present):
                 for path, x in numbers.items():
                     found[f"state/{name}/{key}/{self.named(path)}"] = as_number(x)
         return found

@@ -50,7 +50,8 @@ def count_of_skips(tx: Gate, state: Any) -> Tensor | None:
     made = steps_of(tx.inner, state["inner"])
     if "clock" not in shared or made is None:
         return None
-    return torch.clamp(shared["clock"] - made.to(shared["clock"].device), min=0)
+    clock = shared["clock"]
+    return torch.clamp(clock - made.to(clock.device), min=0)
 
 
 def steps_of(tx: GradientTransformation, state: Any) -> Tensor | None:

@@ -81,8 +81,11 @@ def apply_if_finite(
 
 def all_finite(updates):
     """Whether every element of a tree is finite, a 0-dim bool tensor."""
-    flags = [torch.isfinite(tree.whole(x)).all() for x in tree.leaves(updates)]
-    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool)
+    leaves = map(tree.whole, tree.leaves(updates))
+    flags = [torch.isfinite(x).all() for x in leaves]
+    if not flags:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack(flags).all()
 
 
 def skip_not_finite(
@@ -106,7 +109,8 @@ def skip_not_finite(
         >>> tx.update([torch.tensor([float("inf")])], tx.init([torch.zeros(1)]))[0]
         [tensor([0.])]
     """
-    counts = [(~torch.isfinite(tree.whole(x))).sum() for x in tree.leaves(updates)]
+    leaves = map(tree.whole, tree.leaves(updates))
+    counts = [(~torch.isfinite(x)).sum() for x in leaves]
     number = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
     return number > 0, {"should_skip": number > 0, "num_not_finite": number}
 
