@@ -460,6 +460,7 @@ ROWS = [
         ({}, {"codes": "bfloat16"}, {"codes": {"nu": "8bit"}}),
         smooth=False,
         reads_shape=True,
+        shards=False,
         written=False,
     ),
     Row(

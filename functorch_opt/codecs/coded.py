@@ -17,6 +17,7 @@ from functorch_opt import tree
 from functorch_opt._core.leaf import Table
 from functorch_opt._core.one_tensor import OneTensor
 from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.sharding import refuse_sharded
 from functorch_opt._core.state import StageState
 from functorch_opt._core.structure import Path
 from functorch_opt.codecs.codec import Codec
@@ -224,6 +225,8 @@ class Coded(Leafwise):
         x: Tensor,
     ) -> Any:
         chosen = takes(x) and self.choice(path, p)
+        if chosen:
+            refuse_sharded("stored", [x])
         if not codec.block:
             return (x.to(codec.dtype) if chosen else x), None
         n = -(-x.numel() // codec.block) if chosen else 0
@@ -283,5 +286,5 @@ def _scales(codec: Codec) -> Callable[[Tensor], Tensor]:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a slot can be stored in a code: it is real, and lies on one rank, and is not empty."""
-    return x.is_floating_point() and not tree.is_sharded(x) and x.numel() > 0
+    """Whether a slot can be stored in a code: it is real, and not empty."""
+    return x.is_floating_point() and x.numel() > 0

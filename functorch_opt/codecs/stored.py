@@ -80,8 +80,8 @@ def stored(
     decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
     moment, by its name.
 
-    Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a master copy); slots of complex, sharded
-    or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
+    Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a
+    master copy); slots of complex or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
     no moments but parameters, step sizes or matrices.
 
     Args:
@@ -90,6 +90,7 @@ def stored(
         where: a function of path and parameter that chooses leaves; see `large_matrices`.
 
     Raises:
+        TypeError: (by ``init`` and ``update``) a leaf that is chosen is sharded.
         TypeError: `inner` is not a transformation.
         ValueError: a code or a slot that there is not; no slot that starts at zero.
 

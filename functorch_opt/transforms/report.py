@@ -182,8 +182,9 @@ def hypers_of(
 
 
 def as_number(value: Any) -> Tensor:
-    """A copy of a number, which nobody else writes."""
+    """A copy of a number, which nobody else writes. All ranks get what one of them has."""
     if isinstance(value, Tensor):
+        value = tree.whole(value)
         return value.detach().to(numerics.real_dtype(value.device), copy=True)
     return torch.tensor(float(value), dtype=torch.float64)
 
