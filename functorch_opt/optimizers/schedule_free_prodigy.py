@@ -17,6 +17,7 @@ Defazio et al., "The Road Less Scheduled", 2024; the authors' wrapper, which kno
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.numerics import copied
-from functorch_opt._core.rule import leafwise
+from functorch_opt._core.rule import Leafwise, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
@@ -116,14 +117,17 @@ SLOTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def averaged(hyper: dict[str, Any], safeguard_warmup: bool) -> GradientTransformation:
-    """The rule."""
+def averaged(
+    hyper: dict[str, Any], safeguard_warmup: bool, lr: ScalarOrSchedule = 1.0
+) -> Leafwise:
+    """The rule; `lr` is a factor of the learning rate."""
     size, estimate = estimated("growth_rate" in hyper, safeguard_warmup, False)
 
     def prepare(
         came, size, steps, d, top, r, largest, total,
-        d0, learning_rate, b2, b3, coef, power, growth_rate,
+        d0, learning_rate, b2, b3, coef, power, growth_rate, lr,
     ):  # fmt: skip
+        learning_rate = learning_rate * lr
         given = (d0, learning_rate, 0.0, b2, b3, coef, growth_rate)
         now, new = estimate(came, size, steps, d, top, r, *given)
         largest = torch.maximum(largest, learning_rate * new["d"])
@@ -146,13 +150,16 @@ def averaged(hyper: dict[str, Any], safeguard_warmup: bool) -> GradientTransform
         moved = c * (z - p) + (1 - b1 * (1 - c)) * u
         return moved, {"z": z + u, "nu": nu, "s": s, "start": start}
 
-    return leafwise(
+    tx = leafwise(
         rule,
         prepare,
         slots=SLOTS,
         shared={**first_estimate(), "largest": number(0), "total": number(0)},
-        hyper={"growth_rate": 1.0, **hyper},
+        hyper={"growth_rate": 1.0, **hyper, "lr": lr},
         totals={"came": lambda g, z, start: (g * (start - z)).sum(), "size": size},
         point=lambda p, z, b1: z + (p - z) / b1,
         last=True,
     )
+    # The average is of steps that have been made, and so the factor belongs into the rule.
+    tx.with_lr = partial(averaged, hyper, safeguard_warmup)
+    return tx

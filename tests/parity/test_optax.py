@@ -1378,6 +1378,7 @@ DIVERGENCES = {
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
+    "monitor": "measures= has a default, layers= and every= are ours",
     "snapshot": "is_tree= is ours: the form of a state is known before the first update",
     "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
     "lookahead": "no reset_state= so far",
