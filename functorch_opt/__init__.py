@@ -76,6 +76,7 @@ from functorch_opt.optimizers.routes import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.schedule_free_prodigy import *
+from functorch_opt.optimizers.schedule_free_radam import *
 from functorch_opt.optimizers.scion import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.shampoo import *

@@ -1352,6 +1352,12 @@ ROWS = [
             {"safeguard_warmup": True, "beta3": 0.7, "growth_rate": 1.02},
         ),
     ),
+    Row(
+        "schedule_free_radam",
+        fo.schedule_free_radam,
+        {**LR, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+        ({}, {"silent_sgd_phase": False, "r": 0.5, "mask": matrices}),
+    ),
     Row("sgd", fo.sgd, LR, ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})),
     Row("sgld", fo.sgld, {**LR, "temperature": 0.5}, keyed=True),
     Row("sign_sgd", fo.sign_sgd, LR, smooth=False),

@@ -1371,7 +1371,10 @@ DIVERGENCES = {
         "optax has none: see test_outer.py",
     ),
     "qk_clip": "optax has none: see test_qk_clip.py",
-    "schedule_free_prodigy": "optax has none: see test_authors.py",
+    **dict.fromkeys(
+        ("schedule_free_prodigy", "schedule_free_radam"),
+        "optax has none: see test_authors.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
