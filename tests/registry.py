@@ -958,7 +958,7 @@ ROWS = [
             fo.adam(learning_rate), 2, **{"slow_step_size": 0.5, **options}
         ),
         {**LR, "slow_step_size": 0.5},
-        ({}, {"slow_step_size": decay_schedule}),
+        ({}, {"slow_step_size": decay_schedule}, {"reset_state": True}),
         written=False,
     ),
     Row(
@@ -1260,6 +1260,8 @@ ROWS = [
                 "weight_decay_mask": matrices,
                 "adam_learning_rate": 0.01,
             },
+            {"preconditioning": "schatten", "adaptive": True},
+            {"preconditioning": "aol"},
         ),
         reads_shape=True,
     ),
@@ -1555,6 +1557,7 @@ NOT_TRANSFORMATIONS = {
     "report",
     "report_plot",
     "report_table",
+    "routing_table",
     "scale_gradient",
     "skip_large_updates",
     "skip_not_finite",

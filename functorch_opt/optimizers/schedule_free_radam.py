@@ -56,7 +56,7 @@ def schedule_free_radam(
     """`schedule_free` of RAdam without a mean. Evaluate with `eval_params`.
 
     The rule is at the top of `functorch_opt.optimizers.schedule_free_radam`. With b2 = 0.999 the
-    first five steps move nothing, and the next ones are small, so there is no warm-up to choose.
+    first four steps move nothing, and the next ones are small, so there is no warm-up to choose.
 
     Args:
         learning_rate: 0 or greater, and constant.
@@ -81,10 +81,10 @@ def schedule_free_radam(
         >>> import torch, functorch_opt as fo
         >>> tx, params = fo.schedule_free_radam(0.1), [torch.tensor([8.0])]
         >>> state = tx.init(params)
-        >>> for t in range(1, 7):
+        >>> for t in range(1, 6):
         ...     updates, state = tx.update([torch.tensor([3.0])], state, params)
         ...     params = fo.apply_updates(params, updates)
-        ...     if t > 4:
+        ...     if t > 3:
         ...         print(params)
         [tensor([8.])]
         [tensor([7.9983])]
