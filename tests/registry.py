@@ -958,7 +958,7 @@ ROWS = [
             fo.adam(learning_rate), 2, **{"slow_step_size": 0.5, **options}
         ),
         {**LR, "slow_step_size": 0.5},
-        ({}, {"slow_step_size": decay_schedule}, {"reset_state": True}),
+        ({}, {"slow_step_size": decay_schedule}),
         written=False,
     ),
     Row(

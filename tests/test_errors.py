@@ -344,7 +344,7 @@ HYPERPARAMETERS = [
     hyper(fo.schedule_free_adamw, "b1", 0.0, ValueError, r"must be in \(0, 1\)"),
     hyper(fo.schedule_free_radam, "b1", 1.0, ValueError, r"must be in \(0, 1\)"),
     hyper(fo.schedule_free_radam, "b2", 1.0, ValueError, r"must be in \[0, 1\)"),
-    hyper(fo.muon, "preconditioning", "none", ValueError, "must be"),
+    hyper(fo.muon, "preconditioning", "none", ValueError, "must be", learning_rate=0.1),
     hyper(fo.acprop, "eps_root", -1.0, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.dog, "init_step", ("step", 1.0), ValueError, "must be a pair of one of"),
     hyper(fo.dowg, "eps", 0.0, ValueError, r"must be in \(0, inf\)"),

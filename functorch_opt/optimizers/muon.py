@@ -136,10 +136,10 @@ def scale_by_muon(
         def step(x):
             u = orthogonal(x, floor)
             if adaptive:
-                u = u * ((x / c).conj() * u).real.sum((-2, -1), keepdim=True)
+                u = u * dual_norm(x / c, u)
             if consistent_rms is None:
                 return u * scale_of(x.shape, scaling)
-            return u * (consistent_rms * max(x.shape[-2:]) ** 0.5)
+            return u * consistent_scale(x.shape, consistent_rms)
 
         return on_matrices(step, dims, m)
 
@@ -148,13 +148,30 @@ def scale_by_muon(
         m = torch.lerp(ahead * mu, g, weight) if nesterov else mu
         return scaled(m, floor, c), {"mu": mu}
 
+    return _of_matrices(rule, of_torch, mu_dtype, dims, {"beta": beta, "eps": eps})
+
+
+def _of_matrices(rule, of_torch, mu_dtype, dims, hyper):
+    """The stage of a rule with this momentum."""
+    first = partial(tree.zeros_like, dtype=mu_dtype)
     return leafwise(
         rule,
         _not_corrected if of_torch else _corrected,
-        slots={"mu": matrix_slot(partial(tree.zeros_like, dtype=mu_dtype), dims)},
-        hyper={"beta": beta, "eps": eps},
+        slots={"mu": matrix_slot(first, dims)},
+        hyper=hyper,
         kind="tensorwise",
     )
+
+
+def dual_norm(m, u):
+    """The sum of ``m u`` of each matrix, nearly that of the singular values of m."""
+    product = m.conj() * u
+    return product.real.sum((-2, -1), keepdim=True)
+
+
+def consistent_scale(shape, rms):
+    longer = max(shape[-2:])
+    return rms * longer**0.5
 
 
 def _corrected(count, beta, eps):
@@ -165,11 +182,21 @@ def _corrected(count, beta, eps):
     """
     c = 1 - beta ** tree.as_real(count + 1)
     ahead = c / (1 - beta ** tree.as_real(count + 2))
-    return {"weight": 1 - beta, "ahead": ahead, "floor": eps * c, "c": c}
+    return {
+        "weight": 1 - beta,
+        "ahead": ahead,
+        "floor": eps * c,
+        "c": c,
+    }
 
 
 def _not_corrected(beta, eps):
-    return {"weight": 1 - beta, "ahead": 1.0, "floor": eps, "c": 1.0}
+    return {
+        "weight": 1 - beta,
+        "ahead": 1.0,
+        "floor": eps,
+        "c": 1.0,
+    }
 
 
 @transformation

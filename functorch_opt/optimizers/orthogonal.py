@@ -156,11 +156,17 @@ def size_of(x: Tensor, preconditioning: Preconditioning) -> Tensor:
         return norm(x)
     if preconditioning == "spectral":
         return torch.linalg.matrix_norm(x, 2, keepdim=True)
-    tall = x.shape[-2] > x.shape[-1]
-    gram = x.mH @ x if tall else x @ x.mH
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        gram = x.mH @ x
+        dim = -2
+    else:
+        gram = x @ x.mH
+        dim = -1
     if preconditioning == "schatten":
         return norm(gram).sqrt()
-    return gram.abs().sum(-2 if tall else -1, keepdim=True).sqrt()
+    sums = gram.abs().sum(dim, keepdim=True)
+    return sums.sqrt()
 
 
 def dtype_of_iteration(x: Tensor, given: torch.dtype | None) -> torch.dtype:
@@ -187,12 +193,15 @@ def orthogonalizer(
     """
     triples, slack, gram = preset(ns_coeffs, ns_steps)
     iterate = gram_newton_schulz if gram else newton_schulz
+    at_least = bounded or preconditioning in ("aol", "schatten")
 
     def orthogonal(m: Tensor, eps: float | Tensor) -> Tensor:
         x = m.to(dtype_of_iteration(m, ns_dtype))
         size = size_of(x, preconditioning) * slack
-        at_least = bounded or preconditioning in ("aol", "schatten")
-        x = x / (size.clamp(min=eps) if at_least else size + eps)
+        if isinstance(eps, Tensor):
+            eps = eps.real
+        size = size.clamp(min=eps) if at_least else size + eps
+        x = x / size
         return iterate(x.to(dtype_of_iteration(m, ns_dtype)), triples).to(m.dtype)
 
     return orthogonal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -59,12 +60,7 @@ def routing_table(tx: Any, params: nn.Module | PyTree | None = None) -> str:
     if isinstance(tx, GradientTransformation):
         if params is None:
             raise TypeError("routing_table of a transformation needs the params.")
-        named = (
-            dict(params.named_parameters()) if isinstance(params, nn.Module) else params
-        )
-        leaves = tree.flatten(named)[0]
-        by_path = dict(zip(tree.paths(named), leaves, strict=True))
-        routes = routes_of(tx, {path: p for path, p in by_path.items() if p is not None})
+        routes = routes_of(tx, named(params))
     elif hasattr(tx, "param_groups") and hasattr(tx, "_chain"):
         routes = routes_of_groups(tx)
     else:
@@ -75,28 +71,58 @@ def routing_table(tx: Any, params: nn.Module | PyTree | None = None) -> str:
     return aligned(routes)
 
 
-def routes_of(tx: GradientTransformation, params: Mapping[str, Tensor]) -> list[Route]:
+def named(params: nn.Module | PyTree) -> dict[str, Tensor]:
+    """The parameters by their paths."""
+    if isinstance(params, nn.Module):
+        params = dict(params.named_parameters())
+    leaves, _ = tree.flatten(params)
+    by_path = zip(tree.paths(params), leaves, strict=True)
+    return {path: p for path, p in by_path if p is not None}
+
+
+def routes_of(
+    tx: GradientTransformation,
+    params: Mapping[str, Tensor],
+) -> list[Route]:
     """The routes of a transformation, in the order of the parameters."""
-    found = {route.path: route for route in walk(tx, params, "", UNKNOWN)}
+    found = {}
+    for route in walk(tx, params, "", {}):
+        found[route.path] = route
     return [found[path] for path in params]
 
 
 def walk(
-    tx: GradientTransformation, params: Mapping[str, Tensor], label: str, why: Any
+    tx: GradientTransformation,
+    params: Mapping[str, Tensor],
+    label: str,
+    why: Mapping[str, str],
 ) -> Iterator[Route]:
     """A route for each parameter; of the groups that are inside, those of the last ones hold."""
-    whys = why if isinstance(why, Mapping) else {}
+    rate = rate_of(tx) or UNKNOWN
     for path, p in params.items():
-        shape, rate = str(list(p.shape)), rate_of(tx)
-        yield Route(path, shape, label or UNKNOWN, rate or UNKNOWN, whys.get(path, ""))
+        yield Route(
+            path,
+            shape_of(p),
+            label or UNKNOWN,
+            rate,
+            why.get(path, ""),
+        )
     for groups in groups_in(tx):
-        labels = groups.assigned(dict(params), [*params], [*params.values()], True)
-        label_of = dict(zip(params, labels, strict=True))
-        for name, inside in groups.inside.items():
-            part = {path: p for path, p in params.items() if label_of[path] == name}
-            outer_and_own = [x for x in (label, str(name)) if x]
-            reasons = getattr(groups.labels, "why", why)
-            yield from walk(inside, part, "/".join(outer_and_own), reasons)
+        leaves = [*params.values()]
+        labels = groups.assigned(dict(params), [*params], leaves, True)
+        reasons = getattr(groups.labels, "why", why)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for path, own in zip(params, labels, strict=True):
+            part = parts.setdefault(own, {})
+            part[path] = params[path]
+        for own, part in parts.items():
+            full = f"{label}/{own}" if label else own
+            inside = groups.inside[own]
+            yield from walk(inside, part, full, reasons)
+
+
+def shape_of(p: Tensor) -> str:
+    return str(list(p.shape))
 
 
 def groups_in(tx: GradientTransformation) -> Iterator[Groups]:
@@ -108,43 +134,66 @@ def groups_in(tx: GradientTransformation) -> Iterator[Groups]:
 
 
 def stages_of(tx: GradientTransformation) -> list[GradientTransformation]:
-    return [*tx.stages.values()] if isinstance(tx, Chain) else []
+    if isinstance(tx, Chain):
+        return [*tx.stages.values()]
+    return []
 
 
 def rate_of(tx: GradientTransformation) -> str | None:
     """The argument that is called learning_rate, of the transformation or of one of its stages."""
     if tx.call is not None:
         function, args, kwargs = tx.call
-        given = inspect.signature(function).bind(*args, **kwargs)
-        given.apply_defaults()
-        if "learning_rate" in given.arguments:
-            return written(given.arguments["learning_rate"])
-    found = [rate for stage in stages_of(tx) if (rate := rate_of(stage))]
-    return found[-1] if found else None
+        signature = inspect.signature(function)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if "learning_rate" in given:
+            return written(given["learning_rate"])
+    last = None
+    for stage in stages_of(tx):
+        last = rate_of(stage) or last
+    return last
 
 
 def written(rate: Any) -> str:
-    return f"{rate.item():g}" if isinstance(rate, Tensor) else str(rate)
+    if isinstance(rate, Tensor):
+        return f"{rate.item():g}"
+    return str(rate)
 
 
 def routes_of_groups(optimizer: Any) -> list[Route]:
     """The routes of a stateful optimizer, in the order of its groups."""
-    routes, start = [], 0
+    routes: list[Route] = []
+    number = itertools.count()
     for group in optimizer.param_groups:
         ps = group["params"]
-        numbers = [str(start + i) for i in range(len(ps))]
-        named = dict(zip(group.get("param_names", numbers), ps, strict=True))
-        start += len(ps)
+        numbers = [str(next(number)) for _ in ps]
+        names = group.get("param_names", numbers)
+        by_name = dict(zip(names, ps, strict=True))
         if "algorithm" in group:
-            label, rate = group["algorithm"], written(group["lr"])
-            routes += [
-                Route(name, str(list(p.shape)), label, rate, "")
-                for name, p in named.items()
-            ]
+            routes += routes_of_algorithm(group, by_name)
             continue
-        options = {name: group[name] for name in optimizer._own}
-        routes += routes_of(optimizer._chain(**options), named)
+        options = {}
+        for name in optimizer._own:
+            options[name] = group[name]
+        tx = optimizer._chain(**options)
+        routes += routes_of(tx, by_name)
     return routes
+
+
+def routes_of_algorithm(
+    group: Mapping[str, Any],
+    params: Mapping[str, Tensor],
+) -> Iterator[Route]:
+    """The routes of a group of `fo.optim.Partition`."""
+    for path, p in params.items():
+        yield Route(
+            path,
+            shape_of(p),
+            group["algorithm"],
+            written(group["lr"]),
+            "",
+        )
 
 
 def aligned(routes: list[Route]) -> str:

@@ -39,11 +39,15 @@ class Asked(GradientTransformation):
 
         A gradient that was left out changes no answer.
         """
-        shared = state["gate" if "gate" in state else "kept"].shared
+        mine = "gate" if "gate" in state else "kept"
+        shared = state[mine].shared
         if callable(self.k) or "mini_step" in shared:
-            gathered, steps = shared["mini_step"], shared["gradient_step"]
+            gathered = shared["mini_step"]
+            steps = shared["gradient_step"]
         else:
-            gathered, steps = shared["clock"] % self.k, shared["clock"] // self.k
+            clock = shared["clock"]
+            gathered = clock % self.k
+            steps = clock // self.k
         return (gathered == 0) & (steps > 0)
 
 
@@ -51,8 +55,17 @@ class AskedWrap(Asked, Wrap):
     """A `MultiSteps` that is a wrap."""
 
     def __init__(self, made: Wrap, k: K) -> None:
-        parts = (made.slots, made.before, made.after, made.point, made.init_with)
-        Wrap.__init__(self, made.inner, made.once, *parts, made.last)
+        Wrap.__init__(
+            self,
+            made.inner,
+            made.once,
+            made.slots,
+            made.before,
+            made.after,
+            made.point,
+            made.init_with,
+            made.last,
+        )
         self.k = k
 
 
@@ -60,8 +73,15 @@ class AskedGate(Asked, Gate):
     """A `MultiSteps` that leaves gradients out."""
 
     def __init__(self, made: Gate, k: K) -> None:
-        Gate.__init__(self, made.inner, made.once, made.otherwise)
-        self.k, self.why, self.skips = k, made.why, made.skips
+        Gate.__init__(
+            self,
+            made.inner,
+            made.once,
+            made.otherwise,
+        )
+        self.k = k
+        self.why = made.why
+        self.skips = made.skips
 
 
 @transformation
