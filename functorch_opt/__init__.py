@@ -75,9 +75,11 @@ from functorch_opt.optimizers.projected import *
 from functorch_opt.optimizers.psgd_kron import *
 from functorch_opt.optimizers.radam import *
 from functorch_opt.optimizers.routes import *
+from functorch_opt.optimizers.routing_table import *
 from functorch_opt.optimizers.rprop import *
 from functorch_opt.optimizers.schedule_free import *
 from functorch_opt.optimizers.schedule_free_prodigy import *
+from functorch_opt.optimizers.schedule_free_radam import *
 from functorch_opt.optimizers.scion import *
 from functorch_opt.optimizers.sgd import *
 from functorch_opt.optimizers.shampoo import *

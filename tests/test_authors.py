@@ -524,6 +524,61 @@ def test_schedule_free_is_that_of_its_authors(options: tuple) -> None:
     assert_same(ours, train_plainly(adamw))
 
 
+def plain_schedule_free_radam(
+    lr: float, betas: tuple[float, float], eps: float, wd: float, r: float, power: float,
+    silent: bool,
+):  # fmt: skip
+    b1, b2 = betas
+
+    def make(p: Tensor) -> Callable:
+        z, x, v, highest, total = p, p, torch.zeros_like(p), 0.0, 0.0
+
+        def step(t: int, g: Tensor, y: Tensor) -> Tensor:
+            nonlocal z, x, v, highest, total
+            longest = 2 / (1 - b2) - 1
+            length = longest - 2 * t * b2**t / (1 - b2**t)
+            v = b2 * v + (1 - b2) * g**2
+            rate, d = 0.0 if silent else lr, g
+            if length > 4:
+                above = (length - 4) * (length - 2) * longest
+                below = (longest - 4) * (longest - 2) * length
+                rate = lr * math.sqrt(above / below)
+                d = g / ((v / (1 - b2**t)).sqrt() + eps)
+            highest = max(highest, rate)
+            total += t**r * highest**power
+            c = t**r * highest**power / total if total else 0.0
+            z = z - rate * (d + wd * y)
+            x = (1 - c) * x + c * z
+            return (1 - b1) * z + b1 * x
+
+        return step
+
+    return make
+
+
+@compares(
+    "schedule_free_radam",
+    reference="plain: the authors' code",
+    remark="as RAdamScheduleFree of schedulefree 1.4.1",
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.0025, (0.9, 0.999), 1e-8, 0.0, 0.0, 2.0, True),
+        (0.05, (0.5, 0.9), 1e-3, 0.1, 1.0, 1.0, False),
+        (0.1, (0.98, 0.99), 1e-8, 0.02, 0.0, 0.0, True),
+        (0.01, (0.7, 0.5), 1e-2, 0.0, 0.5, 2.0, False),
+        (0.1, (0.9, 0.7), 1e-2, 0.1, 2.0, 3.0, True),
+    ],
+)
+def test_schedule_free_radam_is_that_of_its_authors(options: tuple) -> None:
+    lr, (b1, b2), eps, wd, r, power, silent = options
+    tx = fo.schedule_free_radam(
+        *(lr, b1, b2, eps, wd, power), silent_sgd_phase=silent, r=r
+    )
+    assert_same(train(tx), train_plainly(plain_schedule_free_radam(*options)))
+
+
 def test_schedule_free_evaluates_at_the_average() -> None:
     tx, plain = fo.schedule_free_sgd(0.1, 5), PlainScheduleFree(0.1, 5, 0.9, 0.0, 0.0)
     params, state = draw(0), None

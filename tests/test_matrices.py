@@ -339,6 +339,54 @@ def test_muon_with_adamw_steps_each_in_its_way() -> None:
         )
 
 
+def test_the_table_says_what_went_where_with_its_rate() -> None:
+    model = Model()
+    tx = fo.muon_with_adamw(0.5, 0.1, fo.matrix_labels(model, DIMS), dims=DIMS)
+    table = fo.routing_table(fo.chain(fo.clip(1.0), tx), model).splitlines()
+    assert len(table) == len([*model.parameters()])
+    rows = {line.split()[0]: line for line in table}
+    assert "  muon" in rows["conv.weight"] and "  0.5  " in rows["conv.weight"]
+    assert rows["blocks.0.experts"].count("*.experts") == 1
+    assert "  0.5  " in rows["blocks.0.experts"]
+    assert rows["lookup.weight"].split()[-3:] == ["adamw", "0.1", "Embedding"]
+
+
+def test_the_table_of_an_optimizer_has_the_rates_of_its_groups() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    groups = [
+        {"params": [("table", model[0].weight)], "adamw_learning_rate": 0.25},
+        {"params": [*model[1].named_parameters()]},
+    ]
+    labels = {"table": "adamw", "weight": "muon", "bias": "adamw"}
+    opt = fo.optim.MuonWithAdamW(
+        groups, lr=0.5, adamw_learning_rate=0.125, labels=lambda path, p: labels[path]
+    )
+    opt.param_groups[1]["lr"] = 0.75
+    lines = [line.split() for line in fo.routing_table(opt).splitlines()]
+    assert [(line[0], *line[-2:]) for line in lines] == [
+        ("table", "adamw", "0.25"),
+        ("weight", "muon", "0.75"),
+        ("bias", "adamw", "0.125"),
+    ]
+    several = {"muon": fo.muon(0.5), "adamw": fo.adamw(0.125)}
+    opt = fo.optim.Partition(model.named_parameters(), several, fo.matrix_labels(model))
+    lines = [line.split() for line in fo.routing_table(opt).splitlines()]
+    assert [(line[0], *line[-2:]) for line in lines] == [
+        ("1.weight", "muon", "0.5"),
+        ("0.weight", "adamw", "0.125"),
+        ("1.bias", "adamw", "0.125"),
+    ]
+
+
+def test_the_table_is_of_a_transformation_with_params_or_of_an_optimizer() -> None:
+    with pytest.raises(TypeError, match="needs the params"):
+        fo.routing_table(fo.sgd(0.1))
+    with pytest.raises(TypeError, match="takes a transformation, or an optimizer of fo"):
+        fo.routing_table(torch.optim.SGD([torch.zeros(1)], 0.1))
+    line = fo.routing_table(fo.sgd(0.1), {"w": torch.zeros(2, 2)})
+    assert line.split() == ["w", "[2,", "2]", "-", "0.1"]
+
+
 def plain_adamw(lr: float, b1: float, b2: float, eps: float, wd: float) -> Plain:
     def make(p: Tensor) -> Callable:
         adam = plain_adam(b1, b2, eps)

@@ -66,6 +66,7 @@ __all__ = [
     "SPlus",
     "ScheduleFreeAdamW",
     "ScheduleFreeProdigy",
+    "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
@@ -1252,6 +1253,31 @@ class ScheduleFreeProdigy(Ready):
         weight_lr_power: ScalarOrSchedule = 2.0,
         *,
         growth_rate: ScalarOrSchedule | None = None,
+        compile: bool = False,
+    ) -> None: ...
+
+class ScheduleFreeRAdam(Ready):
+    """`functorch_opt.schedule_free_radam` as a class.
+
+    `schedule_free` of RAdam without a mean. Evaluate with `eval_params`.
+
+    The source, and what each argument means, are there. Numbers are options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: ScalarOrSchedule = 0.0025,
+        b1: ScalarOrSchedule = 0.9,
+        b2: ScalarOrSchedule = 0.999,
+        eps: ScalarOrSchedule = 1e-08,
+        weight_decay: ScalarOrSchedule = 0.0,
+        weight_lr_power: ScalarOrSchedule = 2.0,
+        state_dtype: torch.dtype | None = None,
+        *,
+        silent_sgd_phase: bool = True,
+        r: ScalarOrSchedule = 0.0,
+        mask: MaskOrFn | None = None,
         compile: bool = False,
     ) -> None: ...
 

@@ -3,7 +3,7 @@
     mu = beta mu + (1 - beta) g
     m  = beta mu / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t)             with nesterov
     m  = mu / (1 - beta^t)                                                    without
-    u  = scale orthogonal(m)
+    u  = scale orthogonal(m)                             times the sum of m u, if adaptive
 
 The iteration of ``orthogonal`` is at the top of `functorch_opt.optimizers.orthogonal`. A weight of
 torch is ``[out, in]``. The scale of a matrix ``[n, m]`` is
@@ -21,7 +21,7 @@ Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -47,7 +47,11 @@ from functorch_opt.optimizers.matrices import (
     on_matrices,
     scale_of,
 )
-from functorch_opt.optimizers.orthogonal import Coefficients, orthogonalizer
+from functorch_opt.optimizers.orthogonal import (
+    Coefficients,
+    Preconditioning,
+    orthogonalizer,
+)
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
@@ -63,6 +67,8 @@ def scale_by_muon(
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
     consistent_rms: Scalar | None = None,
     scaling: Scaling = "original",
     dims: MatrixDims = ORDINARY,
@@ -85,6 +91,13 @@ def scale_by_muon(
         eps: added to the norm by which the momentum is divided, 0 or greater.
         mu_dtype: dtype in which ``mu`` is stored; by default that of the params, at least float32.
         nesterov: look one step ahead.
+        adaptive: whether a matrix is multiplied by the sum of ``m u``, which is nearly the sum of
+            the singular values of m. optax takes one sum of all matrices of a tensor.
+        preconditioning: what makes the singular values at most 1 before Newton-Schulz. By default
+            the norm. "schatten" and "aol" divide by less, and so need fewer steps; "spectral" by
+            the largest singular value, which takes long to find. The formulas are at the top of
+            `functorch_opt.optimizers.orthogonal`. With "schatten" and "aol", `eps` is the least
+            divisor.
         consistent_rms: with a number a matrix ``[n, m]`` is multiplied by ``consistent_rms
             sqrt(max(n, m))``, so that the RMS of a step is about this number whatever the shape.
             None means what `scaling` says. In optax this is a separate stage; here it is part of
@@ -112,31 +125,53 @@ def scale_by_muon(
     """
     check_range(0, float("inf"), beta=beta, eps=eps)
     check_choice("optax", "torch", variant=variant)
+    check_choice(*get_args(Preconditioning), preconditioning=preconditioning)
     check_scaling(scaling)
     of_torch = variant == "torch"
     ns_dtype = ns_dtype or (torch.bfloat16 if of_torch else None)
-    orthogonal = orthogonalizer(ns_coeffs, ns_steps, ns_dtype, bounded=of_torch)
+    given = (ns_coeffs, ns_steps, ns_dtype, of_torch, preconditioning)
+    orthogonal = orthogonalizer(*given)
 
-    def scaled(m, floor):
+    def scaled(m, floor, c):
         def step(x):
+            u = orthogonal(x, floor)
+            if adaptive:
+                u = u * dual_norm(x / c, u)
             if consistent_rms is None:
-                return orthogonal(x, floor) * scale_of(x.shape, scaling)
-            return orthogonal(x, floor) * (consistent_rms * max(x.shape[-2:]) ** 0.5)
+                return u * scale_of(x.shape, scaling)
+            return u * consistent_scale(x.shape, consistent_rms)
 
         return on_matrices(step, dims, m)
 
-    def rule(g, mu, weight, ahead, floor):
+    def rule(g, mu, weight, ahead, floor, c):
         mu = torch.lerp(mu, g, weight)
         m = torch.lerp(ahead * mu, g, weight) if nesterov else mu
-        return scaled(m, floor), {"mu": mu}
+        return scaled(m, floor, c), {"mu": mu}
 
+    return _of_matrices(rule, of_torch, mu_dtype, dims, {"beta": beta, "eps": eps})
+
+
+def _of_matrices(rule, of_torch, mu_dtype, dims, hyper):
+    """The stage of a rule with this momentum."""
+    first = partial(tree.zeros_like, dtype=mu_dtype)
     return leafwise(
         rule,
         _not_corrected if of_torch else _corrected,
-        slots={"mu": matrix_slot(partial(tree.zeros_like, dtype=mu_dtype), dims)},
-        hyper={"beta": beta, "eps": eps},
+        slots={"mu": matrix_slot(first, dims)},
+        hyper=hyper,
         kind="tensorwise",
     )
+
+
+def dual_norm(m, u):
+    """The sum of ``m u`` of each matrix, nearly that of the singular values of m."""
+    product = m.conj() * u
+    return product.real.sum((-2, -1), keepdim=True)
+
+
+def consistent_scale(shape, rms):
+    longer = max(shape[-2:])
+    return rms * longer**0.5
 
 
 def _corrected(count, beta, eps):
@@ -147,11 +182,21 @@ def _corrected(count, beta, eps):
     """
     c = 1 - beta ** tree.as_real(count + 1)
     ahead = c / (1 - beta ** tree.as_real(count + 2))
-    return {"weight": 1 - beta, "ahead": ahead, "floor": eps * c}
+    return {
+        "weight": 1 - beta,
+        "ahead": ahead,
+        "floor": eps * c,
+        "c": c,
+    }
 
 
 def _not_corrected(beta, eps):
-    return {"weight": 1 - beta, "ahead": 1.0, "floor": eps}
+    return {
+        "weight": 1 - beta,
+        "ahead": 1.0,
+        "floor": eps,
+        "c": 1.0,
+    }
 
 
 @transformation
@@ -166,6 +211,8 @@ def muon(
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
     adam_b1: ScalarOrSchedule = 0.9,
     adam_b2: ScalarOrSchedule = 0.999,
     adam_eps_root: ScalarOrSchedule = 0.0,
@@ -184,8 +231,9 @@ def muon(
 
     Args:
         learning_rate: 0 or greater, or a schedule.
-        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, consistent_rms, scaling, ns_dtype: see
+        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, adaptive, preconditioning: see
             `scale_by_muon`.
+        consistent_rms, scaling, ns_dtype: see `scale_by_muon`.
         dims: which dims are a matrix, see `scale_by_muon`. Then all tensors with two dims or more
             are matrices. None means that only those with two dims are.
         weight_decay: the decay of the matrices, multiplied by the learning rate; 0 or greater.
@@ -211,6 +259,7 @@ def muon(
     """
     options: dict[str, Any] = {"consistent_rms": consistent_rms, "variant": variant}
     options |= {"nesterov": nesterov, "scaling": scaling, "ns_dtype": ns_dtype}
+    options |= {"adaptive": adaptive, "preconditioning": preconditioning}
     given = ns_coeffs, ns_steps, beta, eps, mu_dtype
     direction = scale_by_muon(*given, dims=dims or ORDINARY, **options)
     decay = add_decayed_weights(weight_decay, weight_decay_mask)

@@ -1,6 +1,9 @@
 """The orthogonal matrix nearest to a matrix, nearly: by a few steps of Newton-Schulz.
 
-    x = m / (slack |m| + eps)
+    x = m / (slack |m| + eps)                                                      frobenius
+    x = m / (slack (largest singular value of m) + eps)                            spectral
+    x = m / (slack sqrt(|m m'|))                                                   schatten
+    x = m / (slack sqrt(sum of each row of |m m'|))                                aol
     x = a x + (b (x x') + c (x x')^2) x                  for the coefficients (a, b, c) of each step
 
 If m = U S V', x is about U V'. For Gram's method only small matrices are multiplied, as long as the
@@ -10,6 +13,9 @@ short side of m:
     z = b r + c r^2       q = q z + a q       s = r z + a r       r = s z + a s         each step
     x = q x,  r = x x',  q = I                              before the third step, which mends errors
     x = q x                                                                                at the end
+
+Where m is tall, it is turned before all that. "aol" and "schatten" as in optax: Boissin, Massena,
+Mamalet & Serrurier, "Turbo-Muon", 2025.
 
 Sources of the coefficients: "jordan", Jordan et al., "Muon", 2024. "you", J. You's schedule for five
 steps in modded-nanogpt, 2025, which Dion uses too. "polar_express", Amsel, Persson, Musco & Gower,
@@ -21,7 +27,7 @@ gram-newton-schulz, 2026, with the coefficients of "polar_express".
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +35,7 @@ from torch import Tensor
 Triple = tuple[float, float, float]
 Triples = tuple[Triple, ...]
 Coefficients = str | Triple | Triples
+Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 
 
 class Preset(NamedTuple):
@@ -143,6 +150,25 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
+def size_of(x: Tensor, preconditioning: Preconditioning) -> Tensor:
+    """What each matrix, or each row or column of one, is divided by."""
+    if preconditioning == "frobenius":
+        return norm(x)
+    if preconditioning == "spectral":
+        return torch.linalg.matrix_norm(x, 2, keepdim=True)
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        gram = x.mH @ x
+        dim = -2
+    else:
+        gram = x @ x.mH
+        dim = -1
+    if preconditioning == "schatten":
+        return norm(gram).sqrt()
+    sums = gram.abs().sum(dim, keepdim=True)
+    return sums.sqrt()
+
+
 def dtype_of_iteration(x: Tensor, given: torch.dtype | None) -> torch.dtype:
     """On a GPU products of float32 are slow, and the iteration needs few digits."""
     if given is not None:
@@ -155,6 +181,7 @@ def orthogonalizer(
     ns_steps: int,
     ns_dtype: torch.dtype | None = None,
     bounded: bool = False,
+    preconditioning: Preconditioning = "frobenius",
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
     """A function of a matrix and eps: nearly the orthogonal matrix nearest to it.
 
@@ -162,14 +189,19 @@ def orthogonalizer(
         ns_coeffs, ns_steps: see `preset`.
         ns_dtype: dtype of the iteration; None as `dtype_of_iteration` says.
         bounded: whether eps is the least norm, and not added to it.
+        preconditioning: what a matrix is divided by.
     """
     triples, slack, gram = preset(ns_coeffs, ns_steps)
     iterate = gram_newton_schulz if gram else newton_schulz
+    at_least = bounded or preconditioning in ("aol", "schatten")
 
     def orthogonal(m: Tensor, eps: float | Tensor) -> Tensor:
         x = m.to(dtype_of_iteration(m, ns_dtype))
-        size = norm(x) * slack
-        x = x / (size.clamp(min=eps) if bounded else size + eps)
+        size = size_of(x, preconditioning) * slack
+        if isinstance(eps, Tensor):
+            eps = eps.real
+        size = size.clamp(min=eps) if at_least else size + eps
+        x = x / size
         return iterate(x.to(dtype_of_iteration(m, ns_dtype)), triples).to(m.dtype)
 
     return orthogonal

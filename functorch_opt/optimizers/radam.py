@@ -31,16 +31,20 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 __all__ = ["radam", "scale_by_radam"]
 
 
+def rectification(t, b2):
+    """rho of step t, and the square of r, which has no meaning where rho is 4 or less."""
+    rho_inf = 2 / (1 - b2) - 1
+    rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
+    r_squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    return rho, r_squared
+
+
 def _prepare(of_torch):
     def prepare(count, b1, b2, eps, eps_root, threshold):
         t = tree.as_real(count + 1)
         c1, c2 = 1 - b1**t, 1 - b2**t
-        rho_inf = 2 / (1 - b2) - 1
-        rho = rho_inf - 2 * t * b2**t / c2
+        rho, r_squared = rectification(t, b2)
         trusted = rho > threshold if of_torch else rho >= threshold
-        r_squared = (
-            (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        )
         # Where it is not trusted, r_squared may be negative.
         r = torch.where(trusted, r_squared, 1.0).sqrt()
         # r / (sqrt(nu/c2 + eps_root) + eps)  =  k / (sqrt(nu + root) + floor)

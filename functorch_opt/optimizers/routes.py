@@ -199,8 +199,8 @@ def muon_with_adamw(
 ) -> GradientTransformation:
     """Muon for the hidden matrices, and AdamW for embeddings, heads, norms, biases and the rest.
 
-    To see what goes where, print the labels before you train with them:
-    ``labels = fo.matrix_labels(model); print(labels)``. For another optimizer of matrices, write
+    To see what goes where, each with its learning rate, ``print(fo.routing_table(tx, model))``. To
+    see the labels before there is an optimizer, print what `matrix_labels` returns. For another optimizer of matrices, write
     the `partition` with these labels.
 
     Args:

@@ -15,6 +15,9 @@ the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from functorch_opt import tree
@@ -79,36 +82,60 @@ def schedule_free(
         [tensor(1.)] [tensor(1.)]
         [tensor(1.7500)] [tensor(1.5000)]
     """
-    check_range(0, 1, above=True, b1=b1)
-    check_range(0, float("inf"), weight_lr_power=weight_lr_power, r=r)
     check_range(0, float("inf"), warmup_steps=warmup_steps)
+
+    def warmed(t):
+        return (t / warmup_steps).clamp(max=1) if warmup_steps else 1.0
+
+    hyper = {"learning_rate": learning_rate, "b1": b1, "r": r}
+    hyper["weight_lr_power"] = weight_lr_power
+    return averaged(base_optimizer, hyper, warmed, state_dtype)
+
+
+def averaged(
+    base_optimizer: GradientTransformation,
+    hyper: dict[str, ScalarOrSchedule],
+    warmed: Callable[..., Any],
+    state_dtype: torch.dtype | None,
+) -> GradientTransformation:
+    """The rule. `warmed` is what the learning rate is multiplied by: a function of t, or of t and b2,
+    which is then in `hyper`.
+    """
+    check_range(0, 1, above=True, b1=hyper["b1"])
+    check_range(0, float("inf"), weight_lr_power=hyper["weight_lr_power"], r=hyper["r"])
 
     def first(p):
         return p.to(state_dtype or tree.at_least_float32(p.dtype), copy=True)
 
-    def prepare(count, learning_rate, weight_lr_power, r, largest, total):
-        t = tree.as_real(count + 1)
-        warm = (t / warmup_steps).clamp(max=1) if warmup_steps else 1.0
+    def weights(t, warm, learning_rate, weight_lr_power, r, largest, total):
         largest = largest.clamp(min=learning_rate * warm)
         w = t**r * largest**weight_lr_power
         total = total + w
         c = w / (total + (total == 0))
         return {"c": c, "warm": warm}, {"largest": largest, "total": total}
 
+    def prepare(count, learning_rate, weight_lr_power, r, largest, total):
+        t = tree.as_real(count + 1)
+        given = (learning_rate, weight_lr_power, r, largest, total)
+        return weights(t, warmed(t), *given)
+
+    def prepare_with_b2(count, b2, learning_rate, weight_lr_power, r, largest, total):
+        t = tree.as_real(count + 1)
+        given = (learning_rate, weight_lr_power, r, largest, total)
+        return weights(t, warmed(t, b2), *given)
+
     def after(u, p, z, b1, c, warm):
         u = warm * u
         moved = c * (z - p) + (1 - b1 * (1 - c)) * u
         return moved.to(tree.at_least_float32(p.dtype)), {"z": z + u}
 
-    hyper = {"learning_rate": learning_rate, "b1": b1, "r": r}
+    zero = torch.zeros((), dtype=torch.float64)
     return wrap(
         base_optimizer,
         slots={"z": first},
-        shared={
-            name: torch.zeros((), dtype=torch.float64) for name in ("largest", "total")
-        },
-        hyper={**hyper, "weight_lr_power": weight_lr_power},
-        prepare=prepare,
+        shared={"largest": zero, "total": zero},
+        hyper=hyper,
+        prepare=prepare_with_b2 if "b2" in hyper else prepare,
         after=after,
         point=lambda p, z, b1: z + (p - z) / b1,
         last=True,

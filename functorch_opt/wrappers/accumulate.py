@@ -6,21 +6,82 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
-from functorch_opt._core.gate import gate
+from functorch_opt._core.gate import Gate, gate
 from functorch_opt._core.rule import leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     check_whole,
     transformation,
 )
-from functorch_opt._core.wrap import wrap
+from functorch_opt._core.wrap import Wrap, wrap
+from functorch_opt.tree import PyTree
 
 __all__ = ["MultiSteps", "apply_every"]
 
 K = int | Callable[[Any], Any]
+
+
+class Asked(GradientTransformation):
+    """What can be asked of `MultiSteps`, as in optax."""
+
+    k: K
+
+    def gradient_transformation(self) -> GradientTransformation:
+        """Itself: here it is a transformation already."""
+        return self
+
+    def has_updated(self, state: PyTree) -> Tensor:
+        """Whether the update before this `state` was a step of the optimizer, a 0-dim bool tensor.
+
+        A gradient that was left out changes no answer.
+        """
+        mine = "gate" if "gate" in state else "kept"
+        shared = state[mine].shared
+        if callable(self.k) or "mini_step" in shared:
+            gathered = shared["mini_step"]
+            steps = shared["gradient_step"]
+        else:
+            clock = shared["clock"]
+            gathered = clock % self.k
+            steps = clock // self.k
+        return (gathered == 0) & (steps > 0)
+
+
+class AskedWrap(Asked, Wrap):
+    """A `MultiSteps` that is a wrap."""
+
+    def __init__(self, made: Wrap, k: K) -> None:
+        Wrap.__init__(
+            self,
+            made.inner,
+            made.once,
+            made.slots,
+            made.before,
+            made.after,
+            made.point,
+            made.init_with,
+            made.last,
+        )
+        self.k = k
+
+
+class AskedGate(Asked, Gate):
+    """A `MultiSteps` that leaves gradients out."""
+
+    def __init__(self, made: Gate, k: K) -> None:
+        Gate.__init__(
+            self,
+            made.inner,
+            made.once,
+            made.otherwise,
+        )
+        self.k = k
+        self.why = made.why
+        self.skips = made.skips
 
 
 @transformation
@@ -32,7 +93,7 @@ def MultiSteps(
     *,
     weighted: bool = False,
     flushes: bool = False,
-) -> GradientTransformation:
+) -> AskedWrap | AskedGate:
     """Gather the gradients of k steps, and let `opt` make a step with their mean at each k-th.
 
         acc' = acc + (g - acc) / n        n = 1 ... k
@@ -51,6 +112,9 @@ def MultiSteps(
     `flushes`, `weighted` or a schedule, ``update`` takes ``flush``. Give ``flush=True`` with the
     last small batch of the training: the step is made with what has been gathered until then, and
     the next k steps begin anew.
+
+    What it returns has two methods of optax's class: ``has_updated(state)`` says whether the last
+    update was a step of `opt`, and ``gradient_transformation()`` returns the transformation itself.
 
     Args:
         opt: the optimizer that makes the steps.
@@ -80,6 +144,8 @@ def MultiSteps(
         ...     print(updates)
         [tensor([0.])]
         [tensor([-2.])]
+        >>> tx.has_updated(state)
+        tensor(True)
         >>> tx = fo.MultiSteps(fo.sgd(1.0), 8, weighted=True)
         >>> _, state = tx.update([torch.ones(1)], tx.init([torch.zeros(1)]), weight=30)
         >>> tx.update([torch.zeros(1)], state, weight=10, flush=True)[0]
@@ -95,13 +161,12 @@ def MultiSteps(
         counter = None
         tx = every_kth(opt, k, use_grad_mean)
     if should_skip_update_fn is None:
-        return tx
-    return left_out(tx, should_skip_update_fn, counter or Counter(k), counter is not None)
+        return AskedWrap(tx, k)
+    has_flush, counter = counter is not None, counter or Counter(k)
+    return AskedGate(left_out(tx, should_skip_update_fn, counter, has_flush), k)
 
 
-def every_kth(
-    opt: GradientTransformation, k: int, use_grad_mean: bool
-) -> GradientTransformation:
+def every_kth(opt: GradientTransformation, k: int, use_grad_mean: bool) -> Wrap:
     """The plain form, which needs nothing but the count."""
 
     def prepare(count):
@@ -118,7 +183,7 @@ def every_kth(
 
 def gathering(
     inner: GradientTransformation, prepare: Any, use_grad_mean: bool, shared: Any
-) -> GradientTransformation:
+) -> Wrap:
     """A wrap that gathers with the ``part`` of `prepare`, and begins anew where it is ``due``."""
 
     def added(g, acc, part):
@@ -160,7 +225,7 @@ class Counter:
 
 def with_counter(
     opt: GradientTransformation, counter: Counter, use_grad_mean: bool, weighted: bool
-) -> GradientTransformation:
+) -> Wrap:
     """The form whose steps do not come at every k-th count."""
 
     def active(mini_step, gradient_step, *, flush=False):
@@ -191,7 +256,7 @@ def with_counter(
 
 def left_out(
     tx: GradientTransformation, skip: Callable[..., Any], counter: Counter, flushes: bool
-) -> GradientTransformation:
+) -> Gate:
     """A gate around `tx`, which is closed for the gradients that `skip` leaves out."""
 
     def decided(updates, params, mini_step, gradient_step, skipped, flush):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from functorch_opt import tree
+from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
@@ -21,6 +24,7 @@ def lookahead(
     fast_optimizer: GradientTransformation,
     sync_period: int,
     slow_step_size: ScalarOrSchedule,
+    reset_state: bool = False,
 ) -> GradientTransformation:
     """Every k steps the slow weights move towards the fast ones, which then start again from there.
 
@@ -34,6 +38,8 @@ def lookahead(
         fast_optimizer: the optimizer of the fast weights.
         sync_period: k, 1 or greater.
         slow_step_size: a, in [0, 1], or a schedule.
+        reset_state: whether `fast_optimizer` begins with a new state after each k-th step, also
+            with its counts. A compiled step runs this eagerly, and says so.
 
     Raises:
         ValueError: an argument is outside of its range; ``update`` is called without params.
@@ -70,7 +76,7 @@ def lookahead(
         return torch.where(due, slow - p, u), {"slow": slow}
 
     return wrap(
-        fast_optimizer,
+        beginning_anew(fast_optimizer, k) if reset_state else fast_optimizer,
         slots={"slow": first},
         hyper={"slow_step_size": slow_step_size},
         prepare=prepare,
@@ -78,3 +84,26 @@ def lookahead(
         point=lambda slow: slow,
         last=True,
     )
+
+
+def beginning_anew(inner: GradientTransformation, k: int) -> GradientTransformation:
+    """`inner`, with a new state after each k-th step."""
+    if not isinstance(inner, GradientTransformation):
+        raise TypeError(
+            "lookahead takes a transformation, e.g. adamw(1e-3); "
+            f"got {type(inner).__name__} {inner!r}."
+        )
+
+    def init(params):
+        return {"count": tree.zero_count(params), "inner": inner.init(params)}
+
+    def update(updates, state, params=None, **extra: Any):
+        moved, kept = inner.update(updates, state["inner"], params, **extra)
+        due = state["count"] % k == k - 1
+        host = known(due)
+        if host is not False:
+            first = inner.init(params)
+            kept = tree.map(lambda x, old: chosen(due, x, old), first, kept)
+        return moved, {"count": state["count"] + 1, "inner": kept}
+
+    return GradientTransformation(init, update, extra_args=inner.extra_args)

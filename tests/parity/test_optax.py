@@ -233,6 +233,8 @@ def in_jax_layout(tx: Any) -> Any:
     return optax.GradientTransformation(lambda params: tx.init(turned(params)), update)
 
 
+TWO_TRIPLES = ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5))
+
 CASES: list[Case] = [
     *pair(
         "adaptive_grad_clip",
@@ -786,6 +788,21 @@ CASES: list[Case] = [
                 consistent_rms=0.2,
             )
         ),
+    ),
+    *(
+        case
+        for options in (
+            {"preconditioning": "aol", "nesterov": False},
+            {"preconditioning": "schatten", "ns_steps": 4},
+            {"preconditioning": "spectral", "adaptive": True},
+            {"adaptive": True, "beta": 0.8, "weight_decay": 0.1},
+            {"preconditioning": "aol", "ns_coeffs": TWO_TRIPLES, "adaptive": True},
+        )
+        for case in pair(
+            "muon",
+            lambda o, options=options: o.muon(0.1, **options),
+            lambda o, options=options: in_jax_layout(o.contrib.muon(0.1, **options)),
+        )
     ),
     *same(
         "nadam",
@@ -1371,7 +1388,10 @@ DIVERGENCES = {
         "optax has none: see test_outer.py",
     ),
     "qk_clip": "optax has none: see test_qk_clip.py",
-    "schedule_free_prodigy": "optax has none: see test_authors.py",
+    **dict.fromkeys(
+        ("schedule_free_prodigy", "schedule_free_radam"),
+        "optax has none: see test_authors.py",
+    ),
     "sgld": "optax has none",
     "stochastic_round": "optax has none",
 }
@@ -1381,7 +1401,6 @@ SIGNATURES = {
     "monitor": "measures= has a default, layers= and every= are ours",
     "snapshot": "is_tree= is ours: the form of a state is known before the first update",
     "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
-    "lookahead": "no reset_state= so far",
     "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
     "adafactor": "eps=None stands for 1e-30",
     "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
@@ -1399,7 +1418,7 @@ SIGNATURES = {
     "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
     "lbfgs": "the default line search is an object of each library",
     "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
-    "muon": "consistent_rms comes earlier; no adaptive or preconditioning so far; dims= stands for the dimension numbers; "
+    "muon": "consistent_rms comes earlier; dims= stands for the dimension numbers; "
     "variant= is ours, for torch.optim.Muon",
     "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
     "momentum_decay= is ours, for torch.optim.NAdam",
@@ -1545,12 +1564,13 @@ def test_50_torchs_names_equal_optax_where_torch_does(
 
 
 @compares("lookahead", reference=OPTAX)
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("k", "a"), [(1, 0.5), (3, 0.5), (5, 0.0), (5, 1.0)])
-def test_lookahead_equals_optax(k: int, a: float) -> None:
+def test_lookahead_equals_optax(k: int, a: float, reset: bool) -> None:
     """The fast parameters after every step, and the slow ones, which optax has beside them."""
-    tx = fo.lookahead(fo.adam(0.1), k, a)
+    tx = fo.lookahead(fo.adam(0.1), k, a, reset)
     ps, state = PARAMS, tx.init(PARAMS)
-    theirs = optax.lookahead(optax.adam(0.1), k, a)
+    theirs = optax.lookahead(optax.adam(0.1), k, a, reset)
     pair = optax.LookaheadParams.init_synced(to_jax(PARAMS))
     their_state = theirs.init(pair)
     for g in GRADS:
@@ -1560,6 +1580,30 @@ def test_lookahead_equals_optax(k: int, a: float) -> None:
         pair = optax.apply_updates(pair, their_updates)
         assert_same(ps, pair.fast)
         assert_same(fo.eval_params(tx, state, ps), pair.slow)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: o.MultiSteps(o.adam(0.1), 3),
+        lambda o: o.MultiSteps(o.adam(0.1), 1, use_grad_mean=False),
+        lambda o: o.MultiSteps(o.adam(0.1), one_to_three(o)),
+        lambda o: o.MultiSteps(o.adam(0.1), 2, should_skip_update_fn=o.skip_not_finite),
+    ],
+)
+def test_multi_steps_says_as_optax_whether_it_has_updated(make: Any) -> None:
+    ours, theirs = make(fo), make(optax)
+    assert ours.gradient_transformation() is ours
+    state, their_state = ours.init(PARAMS), theirs.init(to_jax(PARAMS))
+    said = [bool(ours.has_updated(state))]
+    expected = [bool(theirs.has_updated(their_state))]
+    for g in SOME_NOT_FINITE[:12]:
+        _, state = ours.update(g, state, PARAMS)
+        _, their_state = theirs.update(to_jax(g), their_state, to_jax(PARAMS))
+        said.append(bool(ours.has_updated(state)))
+        expected.append(bool(theirs.has_updated(their_state)))
+    assert said == expected
+    assert True in said and False in said
 
 
 def test_apply_if_finite_counts_as_optax() -> None:
