@@ -134,11 +134,8 @@ def averaged(
         w = largest**power
         total = total + w
         c = w / (total + (total == 0))
-        return {**now, "d_new": now["eps_d"], "c": c}, {
-            **new,
-            "largest": largest,
-            "total": total,
-        }
+        new = {**new, "largest": largest, "total": total}
+        return {**now, "d_new": now["eps_d"], "c": c}, new
 
     def rule(
         g, p, z, nu, s, start, d_new, w2, ws, a, c,
