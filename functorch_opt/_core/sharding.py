@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._core.owned import everybodys_copy, kept_as, owner_of
+from functorch_opt._core.owned import everybodys_copy, joined, kept_as, owner_of
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -91,16 +91,7 @@ def join(part: Tensor, like: Any) -> Tensor:
 
     It returns the sharded tensor, laid out as `like`, of which `part` is this rank's part.
     """
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        _settled(like),
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    return joined(part, like.device_mesh, _settled(like), like)
 
 
 def cut(x: Tensor, like: Any) -> Tensor:

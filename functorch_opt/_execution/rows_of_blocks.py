@@ -69,11 +69,7 @@ def in_rows(
         return Whole()  # the tensors themselves say what is wrong
 
 
-def has_size(
-    x: Tensor,
-    p: Tensor,
-    block: Block,
-) -> bool:
+def has_size(x: Tensor, p: Tensor, block: Block) -> bool:
     """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
     if block is None:
         return x.shape == p.shape
@@ -86,67 +82,39 @@ def with_sizes_settled(body: Body) -> Pure:
 
     def settled(args: list[Any]) -> Writes:
         scalars = args[len(args) - len(tables) :]
-        for x, size in zip(
-            scalars,
-            tables,
-            strict=True,
-        ):
+        for x, size in zip(scalars, tables, strict=True):
             assert size is None or x.shape[0] == size
         if body.row and args[1].dim() == 2:
-            for x, block in zip(
-                args,
-                _of(body, body.width),
-                strict=False,
-            ):
+            for x, block in zip(args, _of(body, body.width), strict=False):
                 assert x.dim() < 2 or x.shape[1] == _entries(body.row, block)
         return body(args)
 
     return settled
 
 
-def _entries(
-    n: int,
-    block: Block,
-) -> int:
+def _entries(n: int, block: Block) -> int:
     """How many entries there are for `n` elements."""
     entries, elements = block or (1, 1)
     return -(-n * entries // elements)
 
 
-def _of(
-    body: Body,
-    n: int,
-) -> list[Block]:
+def _of(body: Body, n: int) -> list[Block]:
     """The blocks of each of `n` tensors of a leaf."""
     return [None, None, *body.blocks, *[None] * (n - 2 - len(body.blocks))]
 
 
-def in_rows_and_rest(
-    leaf: list[Tensor],
-    body: Body,
-) -> tuple[list[Tensor], list[Tensor]]:
+def in_rows_and_rest(leaf: list[Tensor], body: Body) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of a leaf as matrices of rows, and the elements that are left, as rows of one.
 
     A leaf without blocks is all in one row.
     """
     row, blocks = body.row, _of(body, len(leaf))
-    if all(
-        of is None or not x.numel()
-        for x, of in zip(
-            leaf,
-            blocks,
-            strict=True,
-        )
-    ):
+    if all(of is None or not x.numel() for x, of in zip(leaf, blocks, strict=True)):
         return [x.view(-1) if x.dim() else x for x in leaf], []
     n = leaf[1].numel()
     main: list[Tensor] = []
     rest: list[Tensor] = []
-    for x, of in zip(
-        leaf,
-        blocks,
-        strict=True,
-    ):
+    for x, of in zip(leaf, blocks, strict=True):
         if not x.dim() or not x.numel():
             main.append(x)
             rest.append(x)
@@ -158,69 +126,35 @@ def in_rows_and_rest(
     return main if n >= row else [], rest if n % row else []
 
 
-def _pieces(
-    main: list[Tensor],
-    body: Body,
-) -> Iterator[list[Tensor]]:
+def _pieces(main: list[Tensor], body: Body) -> Iterator[list[Tensor]]:
     """Some rows at a time."""
     p = main[1]
     most = most_of(p)
     step = max(1, most // p.shape[1]) if p.dim() == 2 else most
-    for k in range(
-        0,
-        max(p.shape[0], 1),
-        step,
-    ):
+    for k in range(0, max(p.shape[0], 1), step):
         yield [x[k : k + step] if x.dim() == p.dim() and x.numel() else x for x in main]
 
 
-def example_rows(
-    body: Body,
-    leaf: list[Tensor],
-) -> list[Tensor]:
+def example_rows(body: Body, leaf: list[Tensor]) -> list[Tensor]:
     """Tensors like those of `leaf`, in rows, to trace the body with."""
     rows = max(2, leaf[1].numel() // body.row)
     found = []
     blocks = _of(body, len(leaf))
-    has = any(
-        of is not None and x.numel()
-        for x, of in zip(
-            leaf,
-            blocks,
-            strict=True,
-        )
-    )
-    for x, of in zip(
-        leaf,
-        blocks,
-        strict=True,
-    ):
+    has = any(of is not None and x.numel() for x, of in zip(leaf, blocks, strict=True))
+    for x, of in zip(leaf, blocks, strict=True):
         if not x.dim() or not x.numel():
             found.append(x.detach())
             continue
         shape = (rows, _entries(body.row, of)) if has else (x.numel(),)
-        found.append(
-            torch.empty(
-                shape,
-                dtype=x.dtype,
-                device=x.device,
-            )
-        )
+        found.append(torch.empty(shape, dtype=x.dtype, device=x.device))
     return found
 
 
-def _may_be_split(
-    body: Body,
-    leaf: list[Tensor],
-) -> bool:
+def _may_be_split(body: Body, leaf: list[Tensor]) -> bool:
     """Whether every row goes its own way: small tensors give the same numbers as they are."""
     narrow = not any(x.dtype is torch.float64 for x in leaf)
     rules = Rules(*plain(body, narrow), None)
-    args = drawn(
-        _shapes_of_two_rows(body, leaf),
-        leaf,
-        0,
-    )
+    args = drawn(_shapes_of_two_rows(body, leaf), leaf, 0)
     split = [x.clone() for x in args]
     rules.apply(args)
     main, rest = in_rows_and_rest(split, body)
@@ -231,30 +165,17 @@ def _may_be_split(
         parts = [first, second, rest]
     for part in parts:
         rules.apply(part)
-    return all(
-        map(
-            same,
-            split,
-            args,
-        )
-    )
+    return all(map(same, split, args))
 
 
-def _shapes_of_two_rows(
-    body: Body,
-    leaf: list[Tensor],
-) -> list[list[int]]:
+def _shapes_of_two_rows(body: Body, leaf: list[Tensor]) -> list[list[int]]:
     """Shapes of as many dims as those of `leaf`, with two rows and a rest."""
     dims = leaf[1].dim()
     shape = [2 * body.row + 5]
     if dims > 1:
         shape = [body.row // 4, 9, *[1] * (dims - 2)]
     shapes: list[list[int]] = []
-    for x, of in zip(
-        leaf,
-        _of(body, len(leaf)),
-        strict=True,
-    ):
+    for x, of in zip(leaf, _of(body, len(leaf)), strict=True):
         if not x.dim() or not x.numel():
             shapes.append([*x.shape])
         elif of is None:

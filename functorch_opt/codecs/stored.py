@@ -25,10 +25,7 @@ __all__ = ["large_matrices", "stored"]
 Codes = str | Mapping[str, str]
 
 
-def large_matrices(
-    path: Path,
-    p: Tensor,
-) -> bool:
+def large_matrices(path: Path, p: Tensor) -> bool:
     """Which parameters `stored` stores the slots of by default: those of 4,096 elements and more.
 
     Of these it leaves out vectors, which are biases and weights of norms, and every parameter with
@@ -118,15 +115,7 @@ def stored(
         )
     wanted = _codecs(codes)
     found: dict[str, bool] = {}
-    tx = _rebuilt(
-        inner,
-        lambda rule: _coded(
-            rule,
-            wanted,
-            where,
-            found,
-        ),
-    )
+    tx = _rebuilt(inner, lambda rule: _coded(rule, wanted, where, found))
     missing = (
         [name for name in wanted if name not in found] if wanted.keys() - {""} else []
     )
@@ -163,15 +152,7 @@ def _coded(
         found[slot] = found.get(slot, False) or codec is not None
         if codec is not None:
             codecs[slot] = codec
-    return (
-        Coded(
-            rule,
-            codecs,
-            where,
-        )
-        if codecs
-        else rule
-    )
+    return Coded(rule, codecs, where) if codecs else rule
 
 
 def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
@@ -187,10 +168,7 @@ def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
     return x.shape == p.shape and x.is_floating_point() and not x.any()
 
 
-def _rebuilt(
-    tx: Any,
-    f: Callable[[Leafwise], Leafwise],
-) -> Any:
+def _rebuilt(tx: Any, f: Callable[[Leafwise], Leafwise]) -> Any:
     """`tx`, with `f` applied to all rules in it."""
     if isinstance(tx, Leafwise):
         return f(tx)
@@ -205,13 +183,6 @@ def _rebuilt(
         _rebuilt(tx.factory(**tx.fixed, **tx.numbers), f)  # to say what is wrong at once
         vars(new).pop("_made", None)
         new.factory = lambda **given: _rebuilt(tx.factory(**given), f)
-    elif isinstance(
-        getattr(
-            tx,
-            "inner",
-            None,
-        ),
-        GradientTransformation,
-    ):
+    elif isinstance(getattr(tx, "inner", None), GradientTransformation):
         new.inner = _rebuilt(tx.inner, f)
     return new
