@@ -58,10 +58,7 @@ def tables_of(signed: Tensor, unsigned: Tensor) -> dict[str, Tensor]:
     ``levels``: the level of a code. ``bounds``: the largest number that rounds to it. ``codes``: of
     the first bits of a number the first code that it may round to; the second is the next one.
     """
-    codes = [
-        SIGNED + _first_codes(signed),
-        UNSIGNED + _first_codes(unsigned),
-    ]
+    codes = [_first_codes(signed) + SIGNED, _first_codes(unsigned) + UNSIGNED]
     bounds = [_bounds(signed), _bounds(unsigned)]
     return {
         "levels": torch.cat([signed, unsigned]).float(),

@@ -116,15 +116,16 @@ def stored(
     wanted = _codecs(codes)
     found: dict[str, bool] = {}
     tx = _rebuilt(inner, lambda rule: _coded(rule, wanted, where, found))
-    missing = (
-        [name for name in wanted if name not in found] if wanted.keys() - {""} else []
-    )
-    if missing or not any(found.values()):
+    named = wanted if wanted.keys() - {""} else {}
+    for name in named:
+        if name not in found:
+            raise ValueError(
+                f"no slot of {inner!r} is stored in a code: its rules have the slots "
+                f"{sorted(found)}, of which none is called {name!r}."
+            )
+    if not any(found.values()):
         raise ValueError(
-            f"no slot of {inner!r} is stored in a code: its rules have the slots "
-            f"{sorted(found)}, of which none is called {missing[0]!r}."
-            if missing
-            else f"no slot of {inner!r} starts at zero; its rules have the slots {sorted(found)}. "
+            f"no slot of {inner!r} starts at zero; its rules have the slots {sorted(found)}. "
             "Name those that you mean: codes={slot: code}."
         )
     return tx
@@ -148,9 +149,12 @@ def _coded(
         return rule
     codecs = {}
     for slot, first in rule.slots.items():
-        codec = wanted.get(slot) or (wanted.get("") if starts_at_zero(first) else None)
-        found[slot] = found.get(slot, False) or codec is not None
+        codec = wanted.get(slot)
+        if codec is None and starts_at_zero(first):
+            codec = wanted.get("")
+        found.setdefault(slot, False)
         if codec is not None:
+            found[slot] = True
             codecs[slot] = codec
     return Coded(rule, codecs, where) if codecs else rule
 
