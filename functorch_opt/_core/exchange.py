@@ -65,7 +65,11 @@ def _rows_at(place: tuple[int, ...], layout: Layout) -> list[Tensor]:
     return rows
 
 
-def _cut(row: Tensor, n: int, placement: Any) -> list[Tensor]:
+def _cut(
+    row: Tensor,
+    n: int,
+    placement: Any,
+) -> list[Tensor]:
     """A row of indices, cut among `n` ranks as torch cuts the dim of the placement."""
     row = row.view([1] * placement.dim + [-1])
     cuts, _ = placement._split_tensor(row, n, with_padding=False, contiguous=False)
@@ -199,7 +203,11 @@ class Post:
 
 
 def all_to_all(
-    taken: Tensor, row: Tensor, takes: list[int], gives: list[int], group: Any
+    taken: Tensor,
+    row: Tensor,
+    takes: list[int],
+    gives: list[int],
+    group: Any,
 ) -> None:
     """Every rank sends a part of its row of bytes to every other one."""
     dist.all_to_all_single(taken, row, takes, gives, group=group)
@@ -219,7 +227,12 @@ class Ranks:
         """The numbers of the ranks in the order of their process group."""
         return sorted(range(self.n), key=self.members.__getitem__)
 
-    def keep(self, owner: int, x: Tensor | None, kind: Kind) -> Tensor:
+    def keep(
+        self,
+        owner: int,
+        x: Tensor | None,
+        kind: Kind,
+    ) -> Tensor:
         """The tensor `x` of an owner, which stays there. The other ranks give None."""
         return kept_by(self.members[owner], self.mesh, x, kind)
 
@@ -242,7 +255,12 @@ class Ranks:
         for parcel in mine:
             parcel.whole = self._joined(parcel.layout, readers, post.like)
 
-    def _joined(self, layout: Layout, readers: list[Reader], like: Tensor) -> Tensor:
+    def _joined(
+        self,
+        layout: Layout,
+        readers: list[Reader],
+        like: Tensor,
+    ) -> Tensor:
         """The whole of a tensor of this rank, whose parts are next in what the others sent."""
         whole = torch.empty(layout.shape, dtype=like.dtype, device=like.device)
         for sender in _senders(layout, self.me):
@@ -251,7 +269,10 @@ class Ranks:
         return whole
 
     def from_owners(
-        self, parcels: list[Parcel], like: Tensor, failed: bool = False
+        self,
+        parcels: list[Parcel],
+        like: Tensor,
+        failed: bool = False,
     ) -> list[int]:
         """Cut what owners have: each rank gets its ``part`` of each parcel.
 

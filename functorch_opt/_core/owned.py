@@ -32,7 +32,11 @@ def members(mesh: Any) -> tuple[int, ...]:
 
 
 @functools.lru_cache(None)
-def _mesh_of_one(device_type: str, rank: int, ranks: tuple[int, ...]) -> Any:
+def _mesh_of_one(
+    device_type: str,
+    rank: int,
+    ranks: tuple[int, ...],
+) -> Any:
     """The mesh of one rank. The name of its dim says among which ranks it is an owner."""
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -83,7 +87,12 @@ class Kind(NamedTuple):
     device: Any
 
 
-def kept_by(owner: int, mesh: Any, x: Tensor | None, kind: Kind) -> Tensor:
+def kept_by(
+    owner: int,
+    mesh: Any,
+    x: Tensor | None,
+    kind: Kind,
+) -> Tensor:
     """The tensor `x` of a rank of `mesh`. The other ranks give None, and know its kind."""
     one = _mesh_of_one(mesh.device_type, owner, members(mesh))
     if x is None:
@@ -91,7 +100,11 @@ def kept_by(owner: int, mesh: Any, x: Tensor | None, kind: Kind) -> Tensor:
     return _on(one, x, kind.shape)
 
 
-def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
+def _on(
+    one: Any,
+    local: Tensor,
+    shape: Any,
+) -> Tensor:
     """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
     from torch.distributed.tensor import Replicate
 
@@ -101,7 +114,12 @@ def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
     return joined(local.contiguous(), one, [Replicate()], like)
 
 
-def joined(part: Tensor, mesh: Any, placements: Any, like: Any) -> Any:
+def joined(
+    part: Tensor,
+    mesh: Any,
+    placements: Any,
+    like: Any,
+) -> Any:
     """The DTensor of which `part` is this rank's part, of the shape and stride of `like`."""
     from torch.distributed.tensor import DTensor
 

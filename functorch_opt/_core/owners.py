@@ -92,7 +92,11 @@ def _sent(ranks: Ranks, ps: list[Any]) -> list[Parcel]:
     return parcels
 
 
-def _first(make: First, parcel: Parcel, ranks: Ranks) -> Tensor:
+def _first(
+    make: First,
+    parcel: Parcel,
+    ranks: Ranks,
+) -> Tensor:
     whole = parcel.whole
     if whole is not None:
         value = make(whole)
@@ -169,7 +173,12 @@ def divided(step: Step) -> dict[int, Done]:
 class _Leaf:
     """One sharded leaf: what its rule reads, and what the owner makes of it."""
 
-    def __init__(self, step: Step, i: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        step: Step,
+        i: int,
+        ranks: Ranks,
+    ) -> None:
         self.step, self.i, self.ranks = step, i, ranks
         self.g = step.gs[i]
         p = step.ps[i] if "p" in step.on_tensor.reads else None

@@ -32,7 +32,11 @@ class Rows(Whole):
         self.blocks, self.row = body.blocks, body.row
 
     def run(
-        self, columns: Columns, sizes: list[tuple[int, ...]], narrow: bool, body: Body
+        self,
+        columns: Columns,
+        sizes: list[tuple[int, ...]],
+        narrow: bool,
+        body: Body,
     ) -> None:
         rules = Rules(*plain(body, narrow), None)
         given = body.given(narrow)
@@ -43,7 +47,12 @@ class Rows(Whole):
             if rest:
                 rules.apply(rest)
 
-    def _run_rows(self, main: list[Tensor], rules: Rules, given: list[Tensor]) -> None:
+    def _run_rows(
+        self,
+        main: list[Tensor],
+        rules: Rules,
+        given: list[Tensor],
+    ) -> None:
         for piece in _pieces(main):
             # Compiled code keeps values between its loops, and so it gets pieces too.
             args = [*piece, *given]
@@ -76,7 +85,11 @@ def in_rows(
         return Whole()  # the tensors themselves say what is wrong
 
 
-def has_size(x: Tensor, p: Tensor, block: Block) -> bool:
+def has_size(
+    x: Tensor,
+    p: Tensor,
+    block: Block,
+) -> bool:
     """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
     if block is None:
         return x.shape == p.shape
@@ -164,7 +177,11 @@ def in_rows_and_rest(leaf: list[Tensor], body: Body) -> tuple[list[Tensor], list
     return main, rest
 
 
-def _rows(main: list[Tensor], begin: int, end: int) -> list[Tensor]:
+def _rows(
+    main: list[Tensor],
+    begin: int,
+    end: int,
+) -> list[Tensor]:
     """Some of the rows, and what every row sees all of."""
     dim = main[1].dim()
     found = []

@@ -44,14 +44,24 @@ class Codec:
 
     # ---- in rows --------------------------------------------------------------------------------
 
-    def write(self, x: Tensor, columns: int, tables: Mapping[str, Any]) -> Any:
+    def write(
+        self,
+        x: Tensor,
+        columns: int,
+        tables: Mapping[str, Any],
+    ) -> Any:
         """Codes and scales of a slot, of which each row has `columns` blocks."""
         assert self.encode is not None
         blocks = in_blocks(x.float(), columns, self.block)
         codes, scales = self.encode(blocks, tables)
         return out_of_blocks(codes, x.shape[-1]), scales.squeeze(-1)
 
-    def read(self, codes: Tensor, scales: Tensor, tables: Mapping[str, Any]) -> Tensor:
+    def read(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        tables: Mapping[str, Any],
+    ) -> Tensor:
         """The slot, float32."""
         assert self.decode is not None
         blocks = in_blocks(codes, scales.shape[-1], self.block)
@@ -78,7 +88,11 @@ class Codec:
         return x.reshape(codes.shape)
 
 
-def in_blocks(x: Tensor, columns: int, block: int) -> Tensor:
+def in_blocks(
+    x: Tensor,
+    columns: int,
+    block: int,
+) -> Tensor:
     """The elements of each row of `x` in `columns` blocks; the last one is filled with zeros."""
     missing = columns * block - x.shape[-1]
     if missing and columns == 1:
@@ -111,7 +125,11 @@ def _encode_dynamic(x: Tensor, tables: Mapping[str, Any]) -> tuple[Tensor, Tenso
     return code.to(torch.uint8), torch.where(unsigned, -largest, largest)
 
 
-def _nearest(y: Tensor, unsigned: Tensor, tables: Mapping[str, Any]) -> Tensor:
+def _nearest(
+    y: Tensor,
+    unsigned: Tensor,
+    tables: Mapping[str, Any],
+) -> Tensor:
     """The codes of the levels nearest to numbers between -1 and 1, in one of the two maps."""
     key = key_of(y) + unsigned * BOTH_SIGNS
     place = tables["dynamic_codes"][key].to(torch.int32)
@@ -120,7 +138,11 @@ def _nearest(y: Tensor, unsigned: Tensor, tables: Mapping[str, Any]) -> Tensor:
     return place - unsigned * UNSIGNED
 
 
-def _decode_dynamic(codes: Tensor, scale: Tensor, tables: Mapping[str, Any]) -> Tensor:
+def _decode_dynamic(
+    codes: Tensor,
+    scale: Tensor,
+    tables: Mapping[str, Any],
+) -> Tensor:
     unsigned = (scale < 0).to(torch.int32)
     place = codes.to(torch.int32) + unsigned * UNSIGNED
     return tables["dynamic_levels"][place] * scale.abs()

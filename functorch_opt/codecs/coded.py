@@ -91,7 +91,12 @@ class Stored(OneTensor):
         return u, self.encoded(new, values)
 
     def values_of_leaves(
-        self, gs: Any, ps: Any, slots: Any, per_leaf: Any, names: Any
+        self,
+        gs: Any,
+        ps: Any,
+        slots: Any,
+        per_leaf: Any,
+        names: Any,
     ) -> Any:
         columns = dict(slots)
         for name in self.blocked:
@@ -127,7 +132,10 @@ class Coded(Leafwise):
     """A stage whose slots are stored in a code, on the leaves that `choice` chooses."""
 
     def __init__(
-        self, inner: Leafwise, codecs: Mapping[str, Codec], choice: Choice
+        self,
+        inner: Leafwise,
+        codecs: Mapping[str, Codec],
+        choice: Choice,
     ) -> None:
         self.__dict__.update(vars(copy.copy(inner)))
         for kept in ("_entries", "_once_a_step"):
@@ -160,7 +168,13 @@ class Coded(Leafwise):
                 slots[name + SCALE] = tree.unflatten(spec, [s for _, s in stored])
         return StageState(state.shared, slots)
 
-    def _stored(self, codec: Codec, path: Path, p: Tensor | None, x: Tensor) -> Any:
+    def _stored(
+        self,
+        codec: Codec,
+        path: Path,
+        p: Tensor | None,
+        x: Tensor,
+    ) -> Any:
         """A slot as it is stored, and its scales; None where a codec has no scales."""
         if p is None:
             return None, None

@@ -141,7 +141,10 @@ def _codecs(codes: Codes) -> dict[str, Codec]:
 
 
 def _coded(
-    rule: Leafwise, wanted: Mapping[str, Codec], where: Choice, found: dict[str, bool]
+    rule: Leafwise,
+    wanted: Mapping[str, Codec],
+    where: Choice,
+    found: dict[str, bool],
 ) -> Leafwise:
     """A rule with the slots that are `wanted` in a code; in `found`, whether each one is."""
     if isinstance(rule, Coded):

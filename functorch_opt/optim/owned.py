@@ -97,7 +97,9 @@ def _layout(x: Any, p: Any) -> Layout:
 
 
 def with_owners(
-    entries: list[dict[str, Any]], expected: list[dict[str, Any]], params: list[Tensor]
+    entries: list[dict[str, Any]],
+    expected: list[dict[str, Any]],
+    params: list[Tensor],
 ) -> None:
     """Give to their owners what of loaded `entries` is `expected` to lie with one."""
     for entry, keys, p in zip(entries, expected, params, strict=True):
@@ -107,7 +109,11 @@ def with_owners(
                 entry[key] = _with_owner(x, like, p)
 
 
-def _with_owner(x: Any, like: Any, p: Any) -> Tensor:
+def _with_owner(
+    x: Any,
+    like: Any,
+    p: Any,
+) -> Tensor:
     if not sharding.is_sharded(x):
         return kept_as(like, x)
     ranks = Ranks(x.device_mesh)
