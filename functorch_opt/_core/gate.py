@@ -69,7 +69,8 @@ class Gate(GradientTransformation):
         shared = state["gate"].shared
         mine = {name: extra[name] for name in self.once.extra_args if name in extra}
         trees = {"updates": updates, "params": params}
-        now, new = self.once.prepared(self.once.hypers(shared, 0), shared, trees, mine)
+        hypers = self.once.hypers(shared, 0)
+        now, new = self.once.prepared(hypers, shared, trees, mine)
         active = now["active"]
         host = known(active)
         return (active if host is None else host), new

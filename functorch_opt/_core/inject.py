@@ -158,7 +158,8 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         # It is not detached, which would take a forward-mode derivative away.
         return value.clone()
-    return torch.full((), float(value), dtype=numerics.real_dtype(device), device=device)
+    dtype = numerics.real_dtype(device)
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def inject_hyperparams(

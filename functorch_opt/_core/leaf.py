@@ -7,7 +7,7 @@ the words for what is wrong with it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -171,6 +171,10 @@ def check_value(name: str, value: Any) -> None:
         )
 
 
+Parted = tuple[dict[str, Any], dict[str, list[Any]]]
+"""Values that are the same for all tensors, and those of which each has its own."""
+
+
 class PerLeaf:
     """The scalars of a step, cast once to each of the dtypes in which tensors are computed."""
 
@@ -191,33 +195,36 @@ class PerLeaf:
                 self.rows[name] = value
             else:
                 self.fixed[name] = value
-        self.cast: dict[torch.dtype, tuple[dict[str, Any], dict[str, list[Any]]]] = {}
+        self.cast: dict[torch.dtype, Parted] = {}
 
     def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
         fixed, rows = self.of(dtype)
-        return (
-            {**fixed, **{name: row[i] for name, row in rows.items()}} if rows else fixed
-        )
+        return fixed | _entries_of(rows, i) if rows else fixed
 
     def raw(self, i: int) -> dict[str, Any]:
         """What leaf `i` reads, as `prepare` returned it."""
-        return {**self.fixed, **{name: row[i] for name, row in self.rows.items()}}
+        return self.fixed | _entries_of(self.rows, i)
 
-    def of(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    def of(self, dtype: torch.dtype) -> Parted:
         """The values that are the same for all tensors, and those of which each has its own."""
         if dtype not in self.cast:
             real = _REAL.get(dtype, dtype)
-            rows = {
-                name: [_to(x, real) for x in row]
-                if isinstance(row, list)
-                else list(_to(row, real).unbind())
-                for name, row in self.rows.items()
-            }
-            self.cast[dtype] = (
-                {name: _to(value, real) for name, value in self.fixed.items()},
-                rows,
-            )
+            fixed = {name: _to(value, real) for name, value in self.fixed.items()}
+            rows = {name: _row_to(row, real) for name, row in self.rows.items()}
+            self.cast[dtype] = fixed, rows
         return self.cast[dtype]
+
+
+def _entries_of(rows: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The entries of leaf `i`."""
+    return {name: row[i] for name, row in rows.items()}
+
+
+def _row_to(row: Any, dtype: torch.dtype) -> list[Any]:
+    """A row of values, in a list or a 1-dim tensor, cast to `dtype`."""
+    if isinstance(row, list):
+        return [_to(x, dtype) for x in row]
+    return list(_to(row, dtype).unbind())
 
 
 def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:

@@ -235,9 +235,9 @@ class _Stage:
             updates, spec, {name: now[name] for name in names if name in now}
         )
         if tx.on_tensor.kind == "tensorwise" and owners.apart(gs, self.old):
-            self.done = owners.divided(
-                tx.on_tensor, tx.name, gs, ps, self.old, partial(self._given, gs, ps)
-            )
+            given = partial(self._given, gs, ps)
+            step = owners.Step(tx.name, tx.on_tensor, gs, ps, self.old, given)
+            self.done = owners.divided(step)
 
     def _given(
         self, gs: list[Any], ps: list[Any], i: int

@@ -78,7 +78,8 @@ class OneTensor:
             )
         if due:
             return made
-        return {name: chosen(values[DUE], x, values[name]) for name, x in made.items()}
+        flag = values[DUE]
+        return {name: chosen(flag, x, values[name]) for name, x in made.items()}
 
     # ---- computed in one dtype ------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,26 +32,33 @@ def members(mesh: Any) -> tuple[int, ...]:
 
 
 @functools.lru_cache(None)
-def _mesh_of_one(device_type: str, rank: int, ranks: tuple[int, ...]) -> Any:
+def _mesh_of_one(
+    device_type: str,
+    rank: int,
+    ranks: tuple[int, ...],
+) -> Any:
     """The mesh of one rank. The name of its dim says among which ranks it is an owner."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    names = (PREFIX + _written(ranks),)
+    name = PREFIX + _written(ranks)
     # Nothing is ever sent on it, so it needs no process group, which all ranks would have to make.
-    return DeviceMesh(
-        device_type,
-        [rank],
-        mesh_dim_names=names,
-        _init_backend=False,
-    )
+    return DeviceMesh(device_type, [rank], mesh_dim_names=(name,), _init_backend=False)
 
 
 def _written(ranks: Sequence[int]) -> str:
     """Ranks as text: "0-3 8" is 0, 1, 2, 3 and 8."""
-    begins = [r for k, r in enumerate(ranks) if not k or ranks[k - 1] != r - 1]
-    ends = [r for k, r in enumerate(ranks) if ranks[k + 1 : k + 2] != (r + 1,)]
-    pairs = zip(begins, ends, strict=True)
-    return " ".join([f"{a}-{b}" if b > a else f"{a}" for a, b in pairs])
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return " ".join([_written_run(run) for run in runs])
+
+
+def _written_run(run: list[int]) -> str:
+    first, last = run[0], run[-1]
+    return str(first) if first == last else f"{first}-{last}"
 
 
 @functools.lru_cache
@@ -72,40 +79,52 @@ def owner_of(x: Any) -> int | None:
     return int(x.device_mesh.mesh.item())
 
 
+class Kind(NamedTuple):
+    """What all ranks know of a tensor that one of them has."""
+
+    shape: Any
+    dtype: torch.dtype
+    device: Any
+
+
 def kept_by(
     owner: int,
     mesh: Any,
     x: Tensor | None,
-    shape: Any,
-    dtype: torch.dtype,
-    device: Any,
+    kind: Kind,
 ) -> Tensor:
-    """The tensor `x` of a rank of `mesh`. The other ranks give its shape and dtype, and None."""
+    """The tensor `x` of a rank of `mesh`. The other ranks give None, and know its kind."""
     one = _mesh_of_one(mesh.device_type, owner, members(mesh))
-    return _on(
-        one,
-        torch.empty(0, dtype=dtype, device=device) if x is None else x,
-        shape,
-    )
+    if x is None:
+        x = torch.empty(0, dtype=kind.dtype, device=kind.device)
+    return _on(one, x, kind.shape)
 
 
-def _on(one: Any, local: Tensor, shape: Any) -> Tensor:
+def _on(
+    one: Any,
+    local: Tensor,
+    shape: Any,
+) -> Tensor:
     """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
-    from torch.distributed.tensor import (
-        DTensor,
-        Replicate,
-    )
+    from torch.distributed.tensor import Replicate
 
     if not shape and not local.numel():  # torch takes the shape () for none
         local = local.new_zeros(())
-    stride = torch.empty(tuple(shape), device="meta").stride()
+    like = torch.empty(tuple(shape), device="meta")
+    return joined(local.contiguous(), one, [Replicate()], like)
+
+
+def joined(
+    part: Tensor,
+    mesh: Any,
+    placements: Any,
+    like: Any,
+) -> Any:
+    """The DTensor of which `part` is this rank's part, of the shape and stride of `like`."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
-        local.contiguous(),
-        one,
-        [Replicate()],
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
+        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -113,12 +132,15 @@ def kept_as(like: Any, x: Tensor) -> Tensor:
     """The tensor `x`, which all ranks have, with the owner of `like`, who alone keeps it."""
     owner = owner_of(like)
     assert owner is not None
-    one = like.device_mesh
-    return _on(
-        one,
-        x if dist.get_rank() == owner else x.flatten()[:0],
-        like.shape,
-    )
+    if dist.get_rank() != owner:
+        x = x.flatten()[:0]
+    return _on(like.device_mesh, x, like.shape)
+
+
+def _sharers(x: Any) -> tuple[int, ...]:
+    """The ranks among which one owns `x`, in the order of their numbers."""
+    name = x.device_mesh.mesh_dim_names[0]
+    return tuple(sorted(_read(name.removeprefix(PREFIX))))
 
 
 def everybodys_copy(x: Any) -> Tensor:
@@ -136,11 +158,7 @@ def everybodys_copy(x: Any) -> Tensor:
     found = torch.empty(x.shape, dtype=x.dtype, device=local.device)
     if dist.get_rank() == owner:
         found.copy_(local)
-    group = group_of(tuple(sorted(_read(x.device_mesh.mesh_dim_names[0][len(PREFIX) :]))))
+    group = group_of(_sharers(x))
     if found.numel():  # gloo has no message without bytes
-        dist.broadcast(
-            found.view(-1).view(torch.uint8),
-            owner,
-            group=group,
-        )
+        dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
     return found

@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core import sharding
-from functorch_opt._core.exchange import (
-    Layout,
-    Ranks,
-    layout_of,
-)
-from functorch_opt._core.owned import kept_by, owner_of
+from functorch_opt._core.exchange import Parcel, Ranks, grouped, layout_of, parcel_to
+from functorch_opt._core.owned import Kind, owner_of
 
 
 def work_of(shape: Sequence[int]) -> int:
@@ -29,8 +25,9 @@ def work_of(shape: Sequence[int]) -> int:
 
     That is the order of a product of two matrices of this shape, whichever dims the matrix has.
     """
+    n = torch.Size(shape).numel()
     second = sorted(shape)[-2] if len(shape) > 1 else 1
-    return max(1, int(torch.Size(shape).numel())) * max(1, second)
+    return max(1, n) * max(1, second)
 
 
 def assigned(shapes: Sequence[Sequence[int]], n: int) -> list[int]:
@@ -38,18 +35,14 @@ def assigned(shapes: Sequence[Sequence[int]], n: int) -> list[int]:
 
     The one with the most work goes first, always to the rank that has the least so far.
     """
-    by_work = sorted(
-        range(len(shapes)),
-        key=lambda i: (-work_of(shapes[i]), i),
-    )
-    ranks = [(0, k) for k in range(n)]
+    work = [work_of(shape) for shape in shapes]
+    by_work = sorted(range(len(shapes)), key=lambda i: (-work[i], i))
+    ranks = [(0, rank) for rank in range(n)]
     owners = [0] * len(shapes)
     for i in by_work:
-        load, owners[i] = heapq.heappop(ranks)
-        heapq.heappush(
-            ranks,
-            (load + work_of(shapes[i]), owners[i]),
-        )
+        load, owner = heapq.heappop(ranks)
+        owners[i] = owner
+        heapq.heappush(ranks, (load + work[i], owner))
     return owners
 
 
@@ -58,92 +51,64 @@ def has_owners(x: Any) -> bool:
     return sharding.is_sharded(x) and x.device_mesh.size() > 1
 
 
-def by_mesh(
-    leaves: Sequence[Any],
-) -> list[tuple[Any, list[int]]]:
+def by_mesh(leaves: Sequence[Any]) -> list[tuple[Any, list[int]]]:
     """For each mesh, the indices of the leaves that have an owner among its ranks."""
-    found: dict[Any, list[int]] = {}
-    for i, x in enumerate(leaves):
-        if has_owners(x):
-            found.setdefault(x.device_mesh, []).append(i)
-    return list(found.items())
+    owned = [i for i, x in enumerate(leaves) if has_owners(x)]
+    return list(grouped(owned, lambda i: leaves[i].device_mesh).items())
 
 
 # ---- first values --------------------------------------------------------------------------------
 
+First = Callable[[Tensor], Tensor]
+"""Makes the first value of a slot, of a parameter."""
 
-def first_slots(
-    slots: Mapping[str, Callable[[Tensor], Tensor]],
-    leaves: list[Any],
-) -> dict[str, list[Any]]:
+
+def first_slots(slots: Mapping[str, First], leaves: list[Any]) -> dict[str, list[Any]]:
     """The first values of the slots of a rule that sees whole tensors, each with its owner."""
     if not slots:
         return {}
     found: dict[str, list[Any]] = {name: [None] * len(leaves) for name in slots}
-    plain = [i for i, p in enumerate(leaves) if p is not None and not has_owners(p)]
     for name, make in slots.items():
-        for i in plain:
-            found[name][i] = make(leaves[i])
+        for i, p in enumerate(leaves):
+            if p is not None and not has_owners(p):
+                found[name][i] = make(p)
     for mesh, mine in by_mesh(leaves):
-        ps = [leaves[i] for i in mine]
-        ranks, owners = (
-            Ranks(mesh),
-            assigned([p.shape for p in ps], mesh.size()),
-        )
-        wholes = _wholes(ranks, ps, owners)
-        for i, owner, whole in zip(mine, owners, wholes, strict=True):
+        ranks = Ranks(mesh)
+        parcels = _sent(ranks, [leaves[i] for i in mine])
+        for i, parcel in zip(mine, parcels, strict=True):
             for name, make in slots.items():
-                found[name][i] = _first(make, leaves[i], whole, ranks, owner)
+                found[name][i] = _first(make, parcel, ranks)
     return found
 
 
-def _wholes(ranks: Ranks, ps: list[Any], owners: list[int]) -> list[Tensor | None]:
-    """The whole parameters that are this rank's. If they are only shapes, nothing is sent."""
+def _sent(ranks: Ranks, ps: list[Any]) -> list[Parcel]:
+    """The parameters, each sent to an owner. If they are only shapes, nothing is sent."""
+    owners = assigned([p.shape for p in ps], ranks.n)
     if any(p.is_meta for p in ps):
-        return [None] * len(ps)
-    return ranks.to_owners(
-        [sharding.settled(p.detach()) for p in ps],
-        owners,
-    )
+        return list(map(parcel_to, owners, ps))
+    settled = [sharding.settled(p.detach()) for p in ps]
+    parcels = list(map(parcel_to, owners, settled))
+    ranks.to_owners(parcels)
+    return parcels
 
 
 def _first(
-    make: Callable[[Tensor], Tensor],
-    p: Any,
-    whole: Tensor | None,
+    make: First,
+    parcel: Parcel,
     ranks: Ranks,
-    owner: int,
 ) -> Tensor:
+    whole = parcel.whole
     if whole is not None:
         value = make(whole)
-        return _kept(value, ranks, owner, value)
+        kind = Kind(value.shape, value.dtype, value.device)
+        return ranks.keep(parcel.owner, value, kind)
+    p = parcel.sharded
     device = p.to_local().device
     try:
         value = make(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # it looks at the numbers
+    except (RuntimeError, NotImplementedError):  # it looks at the numbers
         value = make(torch.zeros(p.shape, dtype=p.dtype, device=device))
-    return _kept(None, ranks, owner, value, device)
-
-
-def _kept(
-    x: Tensor | None,
-    ranks: Ranks,
-    owner: int,
-    like: Any,
-    device: Any = None,
-) -> Tensor:
-    device = like.device if device is None else device
-    return kept_by(
-        ranks.members[owner],
-        ranks.mesh,
-        x,
-        like.shape,
-        like.dtype,
-        device,
-    )
+    return ranks.keep(parcel.owner, None, Kind(value.shape, value.dtype, device))
 
 
 # ---- a step --------------------------------------------------------------------------------------
@@ -160,19 +125,14 @@ Given = Callable[[int], tuple[torch.dtype, dict[str, Any]]]
 Done = tuple[Tensor, dict[str, Tensor]] | Failed
 
 
-def result(
-    done: Done,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def result(done: Done) -> tuple[Tensor, dict[str, Tensor]]:
     """The update and the slots of a leaf. An error is raised, on every rank."""
     if isinstance(done, Failed):
         raise done.error
     return done
 
 
-def apart(
-    gs: Sequence[Any],
-    slots: Mapping[str, Sequence[Any]],
-) -> bool:
+def apart(gs: Sequence[Any], slots: Mapping[str, Sequence[Any]]) -> bool:
     """Whether owners do the work. No derivative goes through messages, and no graph has them."""
     if torch.compiler.is_compiling() or not any(map(has_owners, gs)):
         return False
@@ -182,33 +142,31 @@ def apart(
     return not any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def divided(
-    on_tensor: Any,
-    name: str,
-    gs: list[Any],
-    ps: list[Any],
-    slots: Mapping[str, list[Any]],
-    given: Given,
-) -> dict[int, Done]:
+class Step(NamedTuple):
+    """One step of a rule that sees whole tensors, and what it reads of all leaves."""
+
+    name: str
+    on_tensor: Any
+    gs: list[Any]
+    ps: list[Any]
+    slots: Mapping[str, list[Any]]
+    given: Given
+
+
+def divided(step: Step) -> dict[int, Done]:
     """What a rule that sees whole tensors makes of each sharded leaf, worked out by its owner."""
     done: dict[int, Done] = {}
-    for mesh, mine in by_mesh(gs):
+    for mesh, mine in by_mesh(step.gs):
         ranks = Ranks(mesh)
-        leaves = [
-            _Leaf(
-                on_tensor,
-                i,
-                gs,
-                ps,
-                slots,
-                given,
-                ranks,
-            )
-            for i in mine
-        ]
+        leaves = [_Leaf(step, i, ranks) for i in mine]
         _find_owners(leaves, ranks)
         _send(leaves, ranks)
-        done |= _worked_out(leaves, ranks, name)
+        for leaf in leaves:
+            if leaf.owner == ranks.me:
+                leaf.work()
+        failures = _send_back(leaves, ranks)
+        for leaf in leaves:
+            done[leaf.i] = leaf.done(failures)
     return done
 
 
@@ -217,30 +175,31 @@ class _Leaf:
 
     def __init__(
         self,
-        on_tensor: Any,
+        step: Step,
         i: int,
-        gs: list[Any],
-        ps: list[Any],
-        slots: Mapping[str, list[Any]],
-        given: Given,
         ranks: Ranks,
     ) -> None:
-        self.on_tensor, self.i, self.g = (
-            on_tensor,
-            i,
-            gs[i],
-        )
-        p = ps[i] if "p" in on_tensor.reads else None
-        self.slots = {key: column[i] for key, column in slots.items()}
-        self.dtype, now = given(i)
-        self.values = {
-            "g": self.g,
-            "p": p,
-            **self.slots,
-            **now,
-        }
-        self.ranks, self.owner = ranks, -1
+        self.step, self.i, self.ranks = step, i, ranks
+        self.g = step.gs[i]
+        p = step.ps[i] if "p" in step.on_tensor.reads else None
+        self.slots = {key: column[i] for key, column in step.slots.items()}
+        self.dtype, self.now = step.given(i)
+        self.values = {"g": self.g, "p": p, **self.slots, **self.now}
+        self.owner = -1
+        self.sent: dict[str, Parcel] = {}
+        """What goes to the owner. Each rank has the rest, or the owner has it already."""
+        self.update: Any = None
+        """The update, on its way from the owner."""
         self.made: Any = None
+        """On the owner, what the rule made."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.g.to_local().device
+
+    @property
+    def failed(self) -> bool:
+        return isinstance(self.made, Failed)
 
     @property
     def update_dtype(self) -> torch.dtype:
@@ -249,54 +208,61 @@ class _Leaf:
             return self.dtype
         return self.dtype.to_real()
 
-    @property
-    def layout(self) -> Layout:
-        """How the update is cut: as what came in."""
-        return layout_of(self.g, sharding._settled(self.g))
-
     def known_owner(self) -> int | None:
         """The owner of its slots."""
         for x in self.slots.values():
-            if sharding.is_sharded(x) and (rank := owner_of(x)) is not None:
+            rank = owner_of(x) if sharding.is_sharded(x) else None
+            if rank is not None:
                 return self.ranks.members.index(rank)
         return None
 
-    def sent(self) -> dict[str, Any]:
-        """What goes to the owner. Each rank has the rest, or the owner has it already."""
-        found = {}
+    def pack(self) -> None:
+        """Sort out what goes to the owner."""
         for key, x in self.values.items():
             if not sharding.is_sharded(x):
                 continue
             if owner_of(x) is not None:
                 self.values[key] = x.to_local()
             elif x.device_mesh == self.ranks.mesh:
-                found[key] = sharding.settled(x)
+                self.sent[key] = parcel_to(self.owner, sharding.settled(x))
             else:
                 self.values[key] = sharding.whole(x)
-        return found
 
     def work(self) -> None:
         """The rule. An error waits until the others have been told."""
-        slots = {key: self.values[key] for key in self.slots}
-        g, p = self.values["g"], self.values["p"]
-        now = {k: x for k, x in self.values.items() if k not in ("g", "p", *slots)}
+        values = dict(self.values)
+        for key, parcel in self.sent.items():
+            values[key] = parcel.whole
+        slots = {key: values[key] for key in self.slots}
+        now = {key: values[key] for key in self.now}
+        apply = self.step.on_tensor.apply
         try:
-            u, new = self.on_tensor.apply(g, p, slots, now, self.dtype)
+            u, new = apply(values["g"], values["p"], slots, now, self.dtype)
             self.made = u.to(self.update_dtype), new
         except Exception as error:
             self.made = Failed(error)
 
-    def kept(self, key: str) -> Tensor:
-        """A slot after the step, which stays with the owner."""
-        mine = self.made[1][key] if self.made else None
-        old = self.slots[key]
-        return _kept(
-            mine,
-            self.ranks,
-            self.owner,
-            old,
-            self.g.to_local().device,
-        )
+    def pack_update(self, failed: bool) -> None:
+        """Sort out what comes back: the update, cut as what came in."""
+        layout = layout_of(self.g, sharding._settled(self.g))
+        self.update = Parcel(layout, self.owner)
+        if self.made and not failed:
+            self.update.whole = self.made[0]
+
+    def done(self, failures: list[int]) -> Done:
+        """The update and the slots, which stay with the owner; or what was raised."""
+        if self.failed:
+            return self.made
+        if failures:
+            ranks = ", ".join([str(self.ranks.members[rank]) for rank in failures])
+            error = f"{self.step.name}: the rule failed on rank {ranks}."
+            return Failed(RuntimeError(error))
+        new = self.made[1] if self.made else {}
+        kept = {}
+        for key, old in self.slots.items():
+            kind = Kind(old.shape, old.dtype, self.device)
+            kept[key] = self.ranks.keep(self.owner, new.get(key), kind)
+        return sharding.join(self.update.part, self.g), kept
 
 
 def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
@@ -308,61 +274,29 @@ def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
             free.append(leaf)
         else:
             leaf.owner = owner
-    for leaf, owner in zip(
-        free,
-        assigned([leaf.g.shape for leaf in free], ranks.n),
-        strict=True,
-    ):
+    owners = assigned([leaf.g.shape for leaf in free], ranks.n)
+    for leaf, owner in zip(free, owners, strict=True):
         leaf.owner = owner
 
 
 def _send(leaves: list[_Leaf], ranks: Ranks) -> None:
     """Give every owner the wholes of what its rules read."""
-    wanted = [(leaf, key, x) for leaf in leaves for key, x in leaf.sent().items()]
-    xs, owners = (
-        [x for _, _, x in wanted],
-        [leaf.owner for leaf, _, _ in wanted],
-    )
-    wholes = ranks.to_owners(xs, owners)
-    for (leaf, key, _), whole in zip(wanted, wholes, strict=True):
-        leaf.values[key] = whole
-
-
-def _worked_out(leaves: list[_Leaf], ranks: Ranks, name: str) -> dict[int, Done]:
-    """Do the work of this rank's tensors, and exchange the updates."""
+    parcels: list[Parcel] = []
     for leaf in leaves:
-        if leaf.owner == ranks.me:
-            leaf.work()
-    failed = any(isinstance(leaf.made, Failed) for leaf in leaves)
-    done: dict[int, Done] = {}
-    for dtype in dict.fromkeys([leaf.update_dtype for leaf in leaves]):
-        of_dtype = [leaf for leaf in leaves if leaf.update_dtype is dtype]
-        like = torch.empty(
-            0,
-            dtype=dtype,
-            device=leaves[0].g.to_local().device,
-        )
-        parts, failures = ranks.from_owners(
-            [None if failed or not leaf.made else leaf.made[0] for leaf in of_dtype],
-            [leaf.owner for leaf in of_dtype],
-            [leaf.layout for leaf in of_dtype],
-            like,
-            failed,
-        )
-        for leaf, part in zip(of_dtype, parts, strict=True):
-            done[leaf.i] = _done(leaf, part, failures, name)
-    return done
+        leaf.pack()
+        parcels += leaf.sent.values()
+    ranks.to_owners(parcels)
 
 
-def _done(
-    leaf: _Leaf,
-    part: Tensor,
-    failures: list[int],
-    name: str,
-) -> Done:
-    if isinstance(leaf.made, Failed):
-        return leaf.made
-    if failures:
-        ranks = ", ".join([str(leaf.ranks.members[k]) for k in failures])
-        return Failed(RuntimeError(f"{name}: the rule failed on rank {ranks}."))
-    return sharding.join(part, leaf.g), {key: leaf.kept(key) for key in leaf.slots}
+def _send_back(leaves: list[_Leaf], ranks: Ranks) -> list[int]:
+    """Give every rank its parts of the updates; and the ranks whose rule failed."""
+    failed = any(leaf.failed for leaf in leaves)
+    failures: list[int] = []
+    by_dtype = grouped(leaves, lambda leaf: leaf.update_dtype)
+    for dtype, of_dtype in by_dtype.items():
+        for leaf in of_dtype:
+            leaf.pack_update(failed)
+        parcels = [leaf.update for leaf in of_dtype]
+        like = torch.empty(0, dtype=dtype, device=leaves[0].device)
+        failures = ranks.from_owners(parcels, like, failed)
+    return failures

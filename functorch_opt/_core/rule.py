@@ -140,13 +140,14 @@ class Leafwise(GradientTransformation):
         return "p" in (*self.reads, *self.totals.reads) or self.once.needs_params
 
     def _init(self, params: PyTree) -> StageState:
-        for path, p in zip(tree.paths(params), tree.flatten(params)[0], strict=True):
-            if p is not None and not (p.is_floating_point() or p.is_complex()):
-                raise TypeError(
-                    f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors "
-                    "can be optimized. Leave it out with masked or partition."
-                )
         leaves, spec = tree.flatten(params)
+        for path, p in zip(tree.paths(params), leaves, strict=True):
+            if p is None or p.is_floating_point() or p.is_complex():
+                continue
+            raise TypeError(
+                f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors "
+                "can be optimized. Leave it out with masked or partition."
+            )
         if self.kind == "tensorwise" and any(map(owners.has_owners, leaves)):
             columns = owners.first_slots(self.slots, leaves)
             slots = {name: tree.unflatten(spec, of) for name, of in columns.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._core.owned import everybodys_copy, kept_as, owner_of
+from functorch_opt._core.owned import everybodys_copy, joined, kept_as, owner_of
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -80,10 +80,7 @@ def part_of(x: Any, like: Any = None) -> Any:
     if is_sharded(x) and owner_of(x) is not None and owner_of(like) is None:
         x = everybodys_copy(x)
     x = x if is_sharded(x) else cut(x, like)
-    placements = _settled(like)
-    return (
-        x if list(x.placements) == placements else x.redistribute(placements=placements)
-    ).to_local()
+    return _laid_out(x, _settled(like)).to_local()
 
 
 def join(part: Tensor, like: Any) -> Tensor:
@@ -91,16 +88,7 @@ def join(part: Tensor, like: Any) -> Tensor:
 
     It returns the sharded tensor, laid out as `like`, of which `part` is this rank's part.
     """
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        _settled(like),
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    return joined(part, like.device_mesh, _settled(like), like)
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
@@ -108,14 +96,18 @@ def cut(x: Tensor, like: Any) -> Tensor:
 
     Each rank keeps its part, and nothing is sent.
     """
-    from torch.distributed.tensor import DTensor, Replicate
-
     if owner_of(like) is not None:
         return kept_as(like, x)
-    everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(
-        x, like.device_mesh, everywhere, run_check=False
-    ).redistribute(placements=_settled(like))
+    return _everywhere(x, like).redistribute(placements=_settled(like))
+
+
+def _everywhere(x: Tensor, like: Any) -> Any:
+    """The DTensor on the mesh of `like` of which every rank has the whole, `x`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    copies = [Replicate()] * mesh.ndim
+    return DTensor.from_local(x, mesh, copies, run_check=False)
 
 
 def on_shards(
@@ -134,26 +126,25 @@ def on_shards(
     like = g if p is None else p
 
     def as_seen(x: Any) -> Any:
-        x = part_of(x, like) if in_parts else whole(x)
-        return (
-            _gradient_summed(x, like)
-            if in_parts and isinstance(x, Tensor) and not x.dim() and x.requires_grad
-            else x
-        )
+        if not in_parts:
+            return whole(x)
+        x = part_of(x, like)
+        is_number = isinstance(x, Tensor) and not x.dim()
+        if is_number and x.requires_grad:
+            return _gradient_summed(x, like)
+        return x
 
     def as_kept(x: Any, old: Any) -> Any:
         if in_parts and old.shape == like.shape:
             return join(x, like)
         return cut(x, old) if is_sharded(old) else x
 
-    u, new = apply(
-        as_seen(g),
-        as_seen(p),
-        {n: as_seen(x) for n, x in slots.items()},
-        {n: as_seen(x) for n, x in now.items()},
-        *rest,
-    )
-    return as_kept(u, g), {name: as_kept(new[name], old) for name, old in slots.items()}
+    def all_seen(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: as_seen(x) for name, x in values.items()}
+
+    u, new = apply(as_seen(g), as_seen(p), all_seen(slots), all_seen(now), *rest)
+    u = as_kept(u, g)
+    return u, {name: as_kept(new[name], old) for name, old in slots.items()}
 
 
 def _gradient_summed(x: Tensor, like: Any) -> Tensor:
@@ -161,24 +152,24 @@ def _gradient_summed(x: Tensor, like: Any) -> Tensor:
 
     Its gradient is the sum of the gradients that come from the parts.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Partial
 
-    everywhere = [Replicate()] * like.device_mesh.ndim
     terms = [
         placement if placement.is_replicate() else Partial()
         for placement in _settled(like)
     ]
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).to_local(
-        grad_placements=terms
-    )
+    return _everywhere(x, like).to_local(grad_placements=terms)
 
 
 def settled(x: Any) -> Any:
     """`x` itself; or the sum that its parts are terms of."""
-    placements = _settled(x)
-    return (
-        x if list(x.placements) == placements else x.redistribute(placements=placements)
-    )
+    return _laid_out(x, _settled(x))
+
+
+def _laid_out(x: Any, placements: list[Any]) -> Any:
+    if list(x.placements) == placements:
+        return x
+    return x.redistribute(placements=placements)
 
 
 def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
@@ -186,22 +177,19 @@ def unlike(g: Any, p: Any, slots: Sequence[Any]) -> str | None:
 
     The answer is None if nothing is wrong.
     """
-    given = is_sharded(g)
-    for name, x in (
-        ("its parameter", p),
-        *(
-            ("the state there", slot)
-            for slot in slots
-            if slot.dim() and slot.shape == g.shape
-        ),
-    ):
-        if is_sharded(x) != given:
-            called = ("a DTensor", "an ordinary tensor")
-            return (
-                f"is {called[not given]} and {name} {called[given]}. "
-                "Shard the parameters first; then init, and take gradients."
-            )
-    return None
+    name = "its parameter"
+    if is_sharded(p) == is_sharded(g):
+        name = "the state there"
+        of_this_shape = [x for x in slots if x.dim() and x.shape == g.shape]
+        if all(is_sharded(x) == is_sharded(g) for x in of_this_shape):
+            return None
+    mine, other = "a DTensor", "an ordinary tensor"
+    if not is_sharded(g):
+        mine, other = other, mine
+    return (
+        f"is {mine} and {name} {other}. "
+        "Shard the parameters first; then init, and take gradients."
+    )
 
 
 def _settled(x: Any) -> list[Any]:
@@ -265,11 +253,24 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
     Each of `values` is the sum over this rank's part of one of the `leaves`. For sharded leaves
     they are added up over the ranks, in one message for each layout.
     """
+    return _over_ranks(torch.sum, values, leaves)
+
+
+def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
+    """The same as `sum_over_ranks`, for maxima."""
+    return _over_ranks(torch.amax, values, leaves)
+
+
+def _over_ranks(
+    joined: Callable[..., Tensor], values: list[Any], leaves: list[Any]
+) -> list[Any]:
+    """What `joined` makes, along the dims of the mesh, of the numbers of all ranks."""
     values = list(values)
     for like, indices in by_layout(leaves):
         of_all = everybodys([values[i] for i in indices], like)
-        total = of_all.sum(tuple(range(like.device_mesh.ndim)))
-        for i, x in zip(indices, total.unbind(), strict=True):
+        mesh_dims = tuple(range(like.device_mesh.ndim))
+        found = joined(of_all, mesh_dims)
+        for i, x in zip(indices, found.unbind(), strict=True):
             values[i] = x.to(values[i].dtype)
     return values
 
@@ -277,14 +278,3 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
 def stack(norms: list[Tensor]) -> Tensor:
     widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
     return torch.stack([n if n.dtype is widest else n.to(widest) for n in norms])
-
-
-def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
-    """The same as `sum_over_ranks`, for maxima."""
-    values = list(values)
-    for like, indices in by_layout(leaves):
-        of_all = everybodys([values[i] for i in indices], like)
-        largest = of_all.amax(tuple(range(like.device_mesh.ndim)))
-        for i, x in zip(indices, largest.unbind(), strict=True):
-            values[i] = x.to(values[i].dtype)
-    return values

@@ -216,7 +216,10 @@ def map_params(
         >>> fo.get(state, "mu"), fo.get(state, "count")
         ({'w': tensor([0., 0.], dtype=torch.float64)}, tensor(0))
     """
-    by_path = [dict(zip(paths(tree), flatten(tree)[0], strict=True)) for tree in rest]
+    by_path = []
+    for tree in rest:
+        leaves = flatten(tree)[0]
+        by_path.append(dict(zip(paths(tree), leaves, strict=True)))
 
     def of_slot(slot: PyTree) -> PyTree:
         here, spec = flatten(slot)

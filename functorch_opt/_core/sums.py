@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Sums:
         }
         self.largest = [isinstance(f, Largest) for f in functions.values()]
         self.reads_of = {key: positional(f) for key, f in self.functions.items()}
-        self.reads = tuple(dict.fromkeys(n for of in self.reads_of.values() for n in of))
+        read = itertools.chain(*self.reads_of.values())
+        self.reads = tuple(dict.fromkeys(read))
 
     def __bool__(self) -> bool:
         return bool(self.functions)

@@ -289,7 +289,9 @@ def _code(f: Any) -> Any:
 def enclosing_name(f: Any) -> str:
     # Python 3.10 has only the latter, and Dynamo of torch 2.11 only the former.
     name: str = getattr(_code(f), "co_qualname", None) or f.__qualname__
-    return name.split(".<locals>")[0].rsplit(".", 1)[-1].replace("<lambda>", "leafwise")
+    outermost = name.split(".<locals>")[0]
+    own = outermost.rsplit(".", 1)[-1]
+    return own.replace("<lambda>", "leafwise")
 
 
 # ---- hyperparameter checks, for factories ------------------------------------------------------

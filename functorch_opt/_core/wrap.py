@@ -133,11 +133,10 @@ class Wrap(GradientTransformation):
                 f"with the slots {sorted(slots)}."
             )
         u, new = result
-        kept = {name: self._checked(new[name], old, name) for name, old in slots.items()}
-        kept = {
-            name: x if x.dtype is slots[name].dtype else x.to(slots[name].dtype)
-            for name, x in kept.items()
-        }
+        kept = {}
+        for name, old in slots.items():
+            x = self._checked(new[name], old, name)
+            kept[name] = x if x.dtype is old.dtype else x.to(old.dtype)
         return self._checked(u, g, "the update"), kept
 
     def _checked(self, x: Any, like: Tensor, what: str) -> Tensor:

@@ -154,8 +154,13 @@ def told_apart(examples: list[Tensor]) -> list[Tensor]:
 
     A trace takes what is one tensor for one argument, and others may be two tensors later.
     """
-    first = {id(x): i for i, x in reversed([*enumerate(examples)])}
-    return [x if first[id(x)] == i else x.clone() for i, x in enumerate(examples)]
+    seen: set[int] = set()
+    found = []
+    for x in examples:
+        is_new = id(x) not in seen
+        found.append(x if is_new else x.clone())
+        seen.add(id(x))
+    return found
 
 
 def _fixed_sizes(inputs: list[Any]) -> list[tuple[int, int, int]]:
@@ -252,7 +257,11 @@ def _inductor(
     ):
         warnings.simplefilter("ignore")  # torch's, about itself
         compiled: Any = compile_fx_inner(graph, [*inputs, *sizes], is_inference=True)
-    return compiled, lambda args: [*args, *[args[i].shape[d] for i, d in places]]
+
+    def with_sizes(args: list[Tensor]) -> list[Any]:
+        return [*args, *[args[i].shape[d] for i, d in places]]
+
+    return compiled, with_sizes
 
 
 def _take(graph: Any, sizes: list[Any]) -> None:
@@ -338,17 +347,20 @@ def _find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel
     buffers = [x for number, x in tensors.items() if number not in own]
     place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
     of_size = {n: i for i, n in enumerate(telling.values())}
-    order = [
-        of_size[x] + len(place) if type(x) is int and x in of_size else place.get(id(x))
-        for x in given
-    ]
-    if (
-        None in order
-        or len(order) > MOST
-        or any(n != 1 and n not in of_size for x in buffers for n in x.shape)
-    ):
+
+    def place_of(x: Any) -> int | None:
+        is_size = type(x) is int and x in of_size
+        return of_size[x] + len(place) if is_size else place.get(id(x))
+
+    order = [place_of(x) for x in given]
+    if None in order or len(order) > MOST:
         return None
-    sizes = [([of_size[n] for n in x.shape if n != 1], x.dtype) for x in buffers]
+    sizes = []
+    for x in buffers:
+        lengths = [n for n in x.shape if n != 1]
+        if not of_size.keys() >= {*lengths}:
+            return None
+        sizes.append(([of_size[n] for n in lengths], x.dtype))
     try:
         loop()
     except Exception as error:

@@ -156,7 +156,9 @@ def flat(x: Tensor) -> Tensor:
 
 def is_aligned(x: Tensor) -> bool:
     """Whether a kernel may read several elements of `x` at a time where it begins."""
-    return not x.dim() or x.device.type == "cpu" or x.data_ptr() % 16 == 0
+    if not x.dim() or x.device.type == "cpu":
+        return True
+    return x.data_ptr() % 16 == 0
 
 
 def has_lanes(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,20 +32,34 @@ class Rows(Whole):
         self.blocks, self.row = body.blocks, body.row
 
     def run(
-        self, columns: Columns, sizes: list[tuple[int, ...]], narrow: bool, body: Body
+        self,
+        columns: Columns,
+        sizes: list[tuple[int, ...]],
+        narrow: bool,
+        body: Body,
     ) -> None:
         rules = Rules(*plain(body, narrow), None)
         given = body.given(narrow)
         for leaf in zip(*columns, strict=True):
             main, rest = in_rows_and_rest([*leaf], body)
-            for piece in _pieces(main, body) if main else ():
-                # Compiled code keeps values between its loops, and so it gets pieces too.
-                if self.program and self.program.fits([*piece, *given]):
-                    self.program([*piece, *given])
-                else:
-                    rules.apply(piece)
+            if main:
+                self._run_rows(main, rules, given)
             if rest:
                 rules.apply(rest)
+
+    def _run_rows(
+        self,
+        main: list[Tensor],
+        rules: Rules,
+        given: list[Tensor],
+    ) -> None:
+        for piece in _pieces(main):
+            # Compiled code keeps values between its loops, and so it gets pieces too.
+            args = [*piece, *given]
+            if self.program and self.program.fits(args):
+                self.program(args)
+            else:
+                rules.apply(piece)
 
 
 def in_rows(
@@ -59,10 +73,12 @@ def in_rows(
 
     `made` compiles, of examples and of `how`; None: nothing is compiled.
     """
-    if not all(x.dim() for x in leaf[1 : 2 + body.n_slots]):
+    p_and_slots = leaf[1 : 2 + body.n_slots]
+    if not all(x.dim() for x in p_and_slots):
         return Whole()
     if made is not None:
-        return Rows(body, made([*example_rows(body, leaf), *scalars], *how))
+        examples = [*example_rows(body, leaf), *scalars]
+        return Rows(body, made(examples, *how))
     try:
         return Rows(body) if _may_be_split(body, leaf) else Whole()
     except Exception:
@@ -86,179 +102,151 @@ def with_sizes_settled(body: Body) -> Pure:
 
     def settled(args: list[Any]) -> Writes:
         scalars = args[len(args) - len(tables) :]
-        for x, size in zip(
-            scalars,
-            tables,
-            strict=True,
-        ):
+        for x, size in zip(scalars, tables, strict=True):
             assert size is None or x.shape[0] == size
         if body.row and args[1].dim() == 2:
-            for x, block in zip(
-                args,
-                _of(body, body.width),
-                strict=False,
-            ):
+            for x, block in _columns(args[: body.width], body):
                 assert x.dim() < 2 or x.shape[1] == _entries(body.row, block)
         return body(args)
 
     return settled
 
 
-def _entries(
-    n: int,
-    block: Block,
-) -> int:
+def _entries(n: int, block: Block) -> int:
     """How many entries there are for `n` elements."""
-    entries, elements = block or (1, 1)
+    if block is None:
+        return n
+    entries, elements = block
     return -(-n * entries // elements)
 
 
-def _of(
-    body: Body,
-    n: int,
-) -> list[Block]:
-    """The blocks of each of `n` tensors of a leaf."""
-    return [None, None, *body.blocks, *[None] * (n - 2 - len(body.blocks))]
+class _Column(NamedTuple):
+    """One of the tensors of a leaf, and what it has entries for."""
+
+    x: Tensor
+    block: Block
+
+    @property
+    def is_uncut(self) -> bool:
+        """Whether every row sees all of it: one number, or nothing."""
+        return not self.x.dim() or not self.x.numel()
+
+    def entries(self, n: int) -> int:
+        return _entries(n, self.block)
+
+    def cut(self, n_rows: int, row: int) -> tuple[Tensor, Tensor]:
+        """So many rows of `row` elements; and what is left, as one row."""
+        if self.is_uncut:
+            return self.x, self.x
+        width = self.entries(row)
+        end = n_rows * width
+        flat = self.x.view(-1)
+        return flat[:end].view(-1, width), flat[end:].view(1, -1)
 
 
-def in_rows_and_rest(
-    leaf: list[Tensor],
-    body: Body,
-) -> tuple[list[Tensor], list[Tensor]]:
+def _columns(leaf: list[Tensor], body: Body) -> list[_Column]:
+    """The update, the parameter, the slots, and what else the rules read of a leaf."""
+    blocks: list[Block] = [None, None, *body.blocks]
+    blocks += [None] * (len(leaf) - len(blocks))
+    return list(map(_Column, leaf, blocks))
+
+
+def _has_blocks(columns: list[_Column]) -> bool:
+    """Whether any tensor of the leaf has an entry for several elements."""
+    blocked = [column.x for column in columns if column.block is not None]
+    return any(x.numel() for x in blocked)
+
+
+def in_rows_and_rest(leaf: list[Tensor], body: Body) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of a leaf as matrices of rows, and the elements that are left, as rows of one.
 
     A leaf without blocks is all in one row.
     """
-    row, blocks = body.row, _of(body, len(leaf))
-    if all(
-        of is None or not x.numel()
-        for x, of in zip(
-            leaf,
-            blocks,
-            strict=True,
-        )
-    ):
+    columns = _columns(leaf, body)
+    if not _has_blocks(columns):
         return [x.view(-1) if x.dim() else x for x in leaf], []
-    n = leaf[1].numel()
+    n_rows, n_left = divmod(leaf[1].numel(), body.row)
     main: list[Tensor] = []
     rest: list[Tensor] = []
-    for x, of in zip(
-        leaf,
-        blocks,
-        strict=True,
-    ):
-        if not x.dim() or not x.numel():
-            main.append(x)
-            rest.append(x)
-            continue
-        columns = _entries(row, of)
-        flat, end = x.view(-1), n // row * columns
-        main.append(flat[:end].view(-1, columns))
-        rest.append(flat[end:].view(1, -1))
-    return main if n >= row else [], rest if n % row else []
+    for column in columns:
+        rows, left = column.cut(n_rows, body.row)
+        if n_rows:
+            main.append(rows)
+        if n_left:
+            rest.append(left)
+    return main, rest
 
 
-def _pieces(
+def _rows(
     main: list[Tensor],
-    body: Body,
-) -> Iterator[list[Tensor]]:
-    """Some rows at a time."""
-    p = main[1]
-    most = most_of(p)
-    step = max(1, most // p.shape[1]) if p.dim() == 2 else most
-    for k in range(
-        0,
-        max(p.shape[0], 1),
-        step,
-    ):
-        yield [x[k : k + step] if x.dim() == p.dim() and x.numel() else x for x in main]
-
-
-def example_rows(
-    body: Body,
-    leaf: list[Tensor],
+    begin: int,
+    end: int,
 ) -> list[Tensor]:
-    """Tensors like those of `leaf`, in rows, to trace the body with."""
-    rows = max(2, leaf[1].numel() // body.row)
+    """Some of the rows, and what every row sees all of."""
+    dim = main[1].dim()
     found = []
-    blocks = _of(body, len(leaf))
-    has = any(
-        of is not None and x.numel()
-        for x, of in zip(
-            leaf,
-            blocks,
-            strict=True,
-        )
-    )
-    for x, of in zip(
-        leaf,
-        blocks,
-        strict=True,
-    ):
-        if not x.dim() or not x.numel():
-            found.append(x.detach())
-            continue
-        shape = (rows, _entries(body.row, of)) if has else (x.numel(),)
-        found.append(
-            torch.empty(
-                shape,
-                dtype=x.dtype,
-                device=x.device,
-            )
-        )
+    for x in main:
+        has_rows = x.dim() == dim and x.numel()
+        found.append(x[begin:end] if has_rows else x)
     return found
 
 
-def _may_be_split(
-    body: Body,
-    leaf: list[Tensor],
-) -> bool:
+def _pieces(main: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Some rows at a time."""
+    p = main[1]
+    step = most_of(p)
+    if p.dim() == 2:
+        step = max(1, step // p.shape[1])
+    for begin in range(0, max(len(p), 1), step):
+        yield _rows(main, begin, begin + step)
+
+
+def example_rows(body: Body, leaf: list[Tensor]) -> list[Tensor]:
+    """Tensors like those of `leaf`, in rows, to trace the body with."""
+    columns = _columns(leaf, body)
+    has_blocks = _has_blocks(columns)
+    n_rows = max(2, leaf[1].numel() // body.row)
+    found = []
+    for column in columns:
+        x = column.x
+        if column.is_uncut:
+            found.append(x.detach())
+            continue
+        shape = [x.numel()]
+        if has_blocks:
+            shape = [n_rows, column.entries(body.row)]
+        found.append(torch.empty(shape, dtype=x.dtype, device=x.device))
+    return found
+
+
+def _may_be_split(body: Body, leaf: list[Tensor]) -> bool:
     """Whether every row goes its own way: small tensors give the same numbers as they are."""
     narrow = not any(x.dtype is torch.float64 for x in leaf)
     rules = Rules(*plain(body, narrow), None)
-    args = drawn(
-        _shapes_of_two_rows(body, leaf),
-        leaf,
-        0,
-    )
+    args = drawn(_shapes_of_two_rows(body, leaf), leaf, 0)
     split = [x.clone() for x in args]
     rules.apply(args)
     main, rest = in_rows_and_rest(split, body)
     parts = [main]
     if rest:
-        first = [x[:1] if x.dim() == 2 else x for x in main]
-        second = [x[1:] if x.dim() == 2 else x for x in main]
-        parts = [first, second, rest]
+        parts = [_rows(main, 0, 1), _rows(main, 1, 2), rest]
     for part in parts:
         rules.apply(part)
-    return all(
-        map(
-            same,
-            split,
-            args,
-        )
-    )
+    return all(map(same, split, args))
 
 
-def _shapes_of_two_rows(
-    body: Body,
-    leaf: list[Tensor],
-) -> list[list[int]]:
+def _shapes_of_two_rows(body: Body, leaf: list[Tensor]) -> list[list[int]]:
     """Shapes of as many dims as those of `leaf`, with two rows and a rest."""
     dims = leaf[1].dim()
     shape = [2 * body.row + 5]
     if dims > 1:
         shape = [body.row // 4, 9, *[1] * (dims - 2)]
     shapes: list[list[int]] = []
-    for x, of in zip(
-        leaf,
-        _of(body, len(leaf)),
-        strict=True,
-    ):
-        if not x.dim() or not x.numel():
-            shapes.append([*x.shape])
-        elif of is None:
+    for column in _columns(leaf, body):
+        if column.is_uncut:
+            shapes.append([*column.x.shape])
+        elif column.block is None:
             shapes.append(shape)
         else:
-            shapes.append([_entries(prod(shape), of)])
+            shapes.append([column.entries(prod(shape))])
     return shapes

@@ -12,6 +12,7 @@ from torch import Tensor
 from functorch_opt.codecs.maps import BOTH_SIGNS, UNSIGNED, dynamic_tables, key_of
 
 NO_TABLES: Mapping[str, Any] = {}
+"""What a codec looks up that looks nothing up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,16 @@ class Codec:
     """``(codes in blocks, scales, tables) -> x``."""
     tables: Callable[[torch.device], Mapping[str, Any]] = lambda device: NO_TABLES
 
+    def n_blocks(self, n: int) -> int:
+        """How many blocks `n` elements make up, of which the last may not be full."""
+        return -(-n // self.block)
+
+    def first_scales(self, p: Tensor) -> Tensor:
+        """The scales of a slot of zeros."""
+        return p.new_zeros(self.n_blocks(p.numel()), dtype=torch.float32)
+
+    # ---- in rows --------------------------------------------------------------------------------
+
     def write(
         self,
         x: Tensor,
@@ -41,14 +52,8 @@ class Codec:
     ) -> Any:
         """Codes and scales of a slot, of which each row has `columns` blocks."""
         assert self.encode is not None
-        codes, scales = self.encode(
-            in_blocks(
-                x.float(),
-                columns,
-                self.block,
-            ),
-            tables,
-        )
+        blocks = in_blocks(x.float(), columns, self.block)
+        codes, scales = self.encode(blocks, tables)
         return out_of_blocks(codes, x.shape[-1]), scales.squeeze(-1)
 
     def read(
@@ -59,17 +64,28 @@ class Codec:
     ) -> Tensor:
         """The slot, float32."""
         assert self.decode is not None
-        blocks = in_blocks(
-            codes,
-            scales.shape[-1],
-            self.block,
-        )
-        x = self.decode(
-            blocks,
-            scales.unsqueeze(-1),
-            tables,
-        )
+        blocks = in_blocks(codes, scales.shape[-1], self.block)
+        x = self.decode(blocks, scales.unsqueeze(-1), tables)
         return out_of_blocks(x, codes.shape[-1])
+
+    # ---- of any shape ---------------------------------------------------------------------------
+
+    def _tensors(self, device: torch.device) -> dict[str, Tensor]:
+        tables = self.tables(device)
+        return {name: table.tensor for name, table in tables.items()}
+
+    def write_whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the shape of `x`, and its scales as a vector."""
+        tables = self._tensors(x.device)
+        columns = self.n_blocks(x.numel())
+        codes, scales = self.write(x.reshape(-1), columns, tables)
+        return codes.reshape(x.shape), scales
+
+    def read_whole(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The inverse of `write_whole`, but for rounding."""
+        tables = self._tensors(codes.device)
+        x = self.read(codes.reshape(-1), scales, tables)
+        return x.reshape(codes.shape)
 
 
 def in_blocks(
@@ -86,10 +102,7 @@ def in_blocks(
     return x.unflatten(-1, (columns, block))
 
 
-def out_of_blocks(
-    x: Tensor,
-    n: int,
-) -> Tensor:
+def out_of_blocks(x: Tensor, n: int) -> Tensor:
     """The inverse of `in_blocks`: the first `n` elements of each row."""
     x = x.flatten(-2)
     return x if x.shape[-1] == n else x[..., :n]
@@ -101,28 +114,28 @@ _LEAST = 2.75e-7
 """A negative number of this size, in units of the largest, still rounds to 0 in the signed map."""
 
 
-def _encode_dynamic(
-    x: Tensor,
-    tables: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
+def _encode_dynamic(x: Tensor, tables: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1, keepdim=True)
+    least = x.amin(-1, keepdim=True)
+    has_numbers = largest > 0
     # If no number would round to a negative level, the block has the unsigned map.
-    unsigned = (x.amin(-1, keepdim=True) >= -_LEAST * largest) & (largest > 0)
-    y = x / torch.where(
-        largest > 0,
-        largest,
-        1.0,
-    )
-    which = unsigned.to(torch.int32)
-    key = key_of(y) + which * BOTH_SIGNS
-    code = tables["dynamic_codes"][key].to(torch.int32)
-    code = code + (y > tables["dynamic_bounds"][code]).to(torch.int32)
-    scale = torch.where(
-        unsigned,
-        -largest,
-        largest,
-    )
-    return (code - which * UNSIGNED).to(torch.uint8), scale
+    unsigned = (least >= -_LEAST * largest) & has_numbers
+    y = x / torch.where(has_numbers, largest, 1.0)
+    code = _nearest(y, unsigned.to(torch.int32), tables)
+    return code.to(torch.uint8), torch.where(unsigned, -largest, largest)
+
+
+def _nearest(
+    y: Tensor,
+    unsigned: Tensor,
+    tables: Mapping[str, Any],
+) -> Tensor:
+    """The codes of the levels nearest to numbers between -1 and 1, in one of the two maps."""
+    key = key_of(y) + unsigned * BOTH_SIGNS
+    place = tables["dynamic_codes"][key].to(torch.int32)
+    is_above = y > tables["dynamic_bounds"][place]
+    place = place + is_above.to(torch.int32)
+    return place - unsigned * UNSIGNED
 
 
 def _decode_dynamic(
@@ -130,12 +143,18 @@ def _decode_dynamic(
     scale: Tensor,
     tables: Mapping[str, Any],
 ) -> Tensor:
-    place = codes.to(torch.int32) + (scale < 0).to(torch.int32) * UNSIGNED
+    unsigned = (scale < 0).to(torch.int32)
+    place = codes.to(torch.int32) + unsigned * UNSIGNED
     return tables["dynamic_levels"][place] * scale.abs()
 
 
 DYNAMIC = Codec(
-    "8bit", torch.uint8, 256, _encode_dynamic, _decode_dynamic, dynamic_tables
+    name="8bit",
+    dtype=torch.uint8,
+    block=256,
+    encode=_encode_dynamic,
+    decode=_decode_dynamic,
+    tables=dynamic_tables,
 )
 BFLOAT16 = Codec("bfloat16", torch.bfloat16)
 CODECS = {codec.name: codec for codec in (DYNAMIC, BFLOAT16)}

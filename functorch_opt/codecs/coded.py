@@ -31,11 +31,7 @@ Choice = Callable[[Path, Tensor], bool]
 class Stored(OneTensor):
     """A rule on one tensor, with slots in a code."""
 
-    def __init__(
-        self,
-        inner: OneTensor,
-        codecs: Mapping[str, Codec],
-    ) -> None:
+    def __init__(self, inner: OneTensor, codecs: Mapping[str, Codec]) -> None:
         self.__dict__.update(vars(inner))
         self.inner, self.codecs = inner, codecs
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
@@ -44,106 +40,77 @@ class Stored(OneTensor):
         self.reads = tuple(dict.fromkeys((*inner.reads, *self.blocked, *scales)))
         self.is_plain = False
 
-    def tables(
-        self,
-        device: torch.device,
-    ) -> dict[str, Any]:
+    def tables(self, device: torch.device) -> dict[str, Any]:
         """What the codecs look up."""
         found: dict[str, Any] = {}
         for codec in self.blocked.values():
             found.update(codec.tables(device))
         return found
 
-    def decoded(
-        self,
-        slots: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """The slots as the rule knows them. There may be other values among them."""
-        found = dict(slots)
-        for name, codec in self.blocked.items():
-            codes = slots.get(name)
-            if codes is not None and codes.dtype is codec.dtype:
-                found[name] = self._read(name, slots)
+    def _tables_of(self, x: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tables, which an execution may have among the values of the rule."""
+        tables = self.tables(x.device)
+        return {name: values.get(name, of.tensor) for name, of in tables.items()}
+
+    def decoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the rule reads, with its slots as it knows them."""
+        found = dict(values)
+        for name in self.blocked:
+            if name in values:
+                found[name] = self._decoded_slot(name, values)
         return found
 
-    def _read(
-        self,
-        name: str,
-        values: Mapping[str, Any],
-    ) -> Tensor:
-        codes, scales = values[name], _real(values[name + SCALE])
-        given = self._tables_of(codes, values)
-        rows = codes if _in_rows(scales) else codes.reshape(-1)
-        x = self.blocked[name].read(
-            rows,
-            scales.float(),
-            given,
-        )
+    def _decoded_slot(self, name: str, values: Mapping[str, Any]) -> Tensor | None:
+        codec = self.blocked[name]
+        codes = values[name]
+        if codes is None or codes.dtype is not codec.dtype:
+            return codes
+        scales = _real(values[name + SCALE])
+        tables = self._tables_of(codes, values)
+        x = codec.read(_laid_out(codes, scales), scales.float(), tables)
         return x.reshape(codes.shape).to(scales.dtype)
 
-    def _tables_of(
-        self,
-        x: Tensor,
-        values: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        tables = self.tables(x.device)
-        return {n: values.get(n, table.tensor) for n, table in tables.items()}
-
-    def encoded(
-        self,
-        new: dict[str, Any],
-        values: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """New slots as they are stored, in the form in which `values` has the old ones."""
-        new = dict(new)
+        found = dict(new)
         for name, codec in self.blocked.items():
-            codes, scales = values[name], _real(values[name + SCALE])
-            new[name + SCALE] = scales
-            if codes.dtype is not codec.dtype or not isinstance(new[name], Tensor):
-                continue
-            x, given = new[name], self._tables_of(codes, values)
-            if x.shape != codes.shape:
-                continue  # which is an error, and is said so
-            rows = x if _in_rows(scales) else x.reshape(-1)
-            flat, new[name + SCALE] = codec.write(
-                rows,
-                scales.shape[-1],
-                given,
-            )
-            new[name] = flat.reshape(x.shape)
-        return new
+            codes = values[name]
+            scales = _real(values[name + SCALE])
+            if codes.dtype is codec.dtype and _fits(new[name], codes):
+                x = new[name]
+                rows = _laid_out(x, scales)
+                tables = self._tables_of(codes, values)
+                rows, scales = codec.write(rows, scales.shape[-1], tables)
+                found[name] = rows.reshape(x.shape)
+            found[name + SCALE] = scales
+        return found
 
-    def result(
-        self,
-        values: dict[str, Any],
-    ) -> Any:
+    def result(self, values: dict[str, Any]) -> Any:
         result = self.inner.result(self.decoded(values))
         self.inner.check_pair(result)
         u, new = result
         return u, self.encoded(new, values)
 
     def values_of_leaves(
-        self, gs: Any, ps: Any, slots: Any, per_leaf: Any, names: Any
+        self,
+        gs: Any,
+        ps: Any,
+        slots: Any,
+        per_leaf: Any,
+        names: Any,
     ) -> Any:
-        read = {name for name in self.blocked if name in names}
         columns = dict(slots)
-        for name in read:
-            pairs = zip(
-                slots[name],
-                slots[name + SCALE],
-                strict=True,
-            )
-            columns[name] = [
-                None if x is None else self.decoded({name: x, name + SCALE: s})[name]
-                for x, s in pairs
-            ]
-        return self.inner.values_of_leaves(
-            gs,
-            ps,
-            columns,
-            per_leaf,
-            names,
-        )
+        for name in self.blocked:
+            if name in names:
+                columns[name] = self._decoded_column(name, slots)
+        return self.inner.values_of_leaves(gs, ps, columns, per_leaf, names)
+
+    def _decoded_column(self, name: str, slots: Any) -> list[Tensor | None]:
+        """A slot of all leaves."""
+        both = (name, name + SCALE)
+        rows = zip(*[slots[key] for key in both], strict=True)
+        leaves = [dict(zip(both, row, strict=True)) for row in rows]
+        return [self._decoded_slot(name, leaf) for leaf in leaves]
 
 
 def _real(x: Tensor) -> Tensor:
@@ -151,67 +118,52 @@ def _real(x: Tensor) -> Tensor:
     return x.real if x.is_complex() else x
 
 
-def _in_rows(scales: Tensor) -> bool:
-    """Whether an execution has laid the tensors out in rows. In a state, scales are a vector."""
-    return scales.dim() == 2
+def _laid_out(x: Tensor, scales: Tensor) -> Tensor:
+    """A slot as its codec sees it: in the rows in which an execution has laid it out, or flat."""
+    in_rows = scales.dim() == 2  # in a state, scales are a vector
+    return x if in_rows else x.reshape(-1)
+
+
+def _fits(x: Any, codes: Tensor) -> bool:
+    """Whether a rule has returned a slot of the right shape. If not, `OneTensor` says so."""
+    return isinstance(x, Tensor) and x.shape == codes.shape
 
 
 class Coded(Leafwise):
     """A stage whose slots are stored in a code, on the leaves that `choice` chooses."""
 
     def __init__(
-        self, inner: Leafwise, codecs: Mapping[str, Codec], choice: Choice
+        self,
+        inner: Leafwise,
+        codecs: Mapping[str, Codec],
+        choice: Choice,
     ) -> None:
         self.__dict__.update(vars(copy.copy(inner)))
         for kept in ("_entries", "_once_a_step"):
             vars(self).pop(kept, None)
-        self.inner, self.codecs, self.choice = inner, codecs, choice
         rule = Stored(inner.on_tensor, codecs)
+        self.inner, self.codecs, self.choice = inner, codecs, choice
         self.on_tensor, self.reads = rule, rule.reads
-        scales: dict[str, Any] = {n + SCALE: _scales(c) for n, c in rule.blocked.items()}
-        self.slots = {**inner.slots, **scales}
-        self.blocks = {n + SCALE: (1, c.block) for n, c in rule.blocked.items()}
+        self.slots, self.blocks = dict(inner.slots), {}
+        for name, codec in rule.blocked.items():
+            self.slots[name + SCALE] = codec.first_scales
+            self.blocks[name + SCALE] = (1, codec.block)
         self.stored = tuple(codecs.items())
 
-    def tables(
-        self,
-        device: torch.device,
-    ) -> dict[str, Table]:
+    def tables(self, device: torch.device) -> dict[str, Table]:
         return self.on_tensor.tables(device)  # type: ignore[attr-defined]
 
-    def _init(
-        self,
-        params: PyTree,
-    ) -> StageState:
+    def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)
 
-    def encode(
-        self,
-        state: StageState,
-        params: PyTree,
-    ) -> StageState:
+    def encode(self, state: StageState, params: PyTree) -> StageState:
         """The state of the transformation inside, stored."""
         paths, (ps, spec) = tree.paths(params), tree.flatten(params)
         slots = dict(state.slots)
         for name, codec in self.codecs.items():
             column = tree.flatten(state.slots[name])[0]
-            rows = zip(
-                paths,
-                ps,
-                column,
-                strict=True,
-            )
-            stored = [
-                (None, None)
-                if p is None
-                else self._stored(
-                    codec,
-                    path,
-                    p,
-                    x,
-                )
-                for path, p, x in rows
-            ]
+            rows = zip(paths, ps, column, strict=True)
+            stored = [self._stored(codec, *row) for row in rows]
             slots[name] = tree.unflatten(spec, [x for x, _ in stored])
             if codec.block:
                 slots[name + SCALE] = tree.unflatten(spec, [s for _, s in stored])
@@ -221,68 +173,20 @@ class Coded(Leafwise):
         self,
         codec: Codec,
         path: Path,
-        p: Tensor,
+        p: Tensor | None,
         x: Tensor,
     ) -> Any:
+        """A slot as it is stored, and its scales; None where a codec has no scales."""
+        if p is None:
+            return None, None
         chosen = takes(x) and self.choice(path, p)
         if chosen:
             refuse_sharded("stored", [x])
         if not codec.block:
-            return (x.to(codec.dtype) if chosen else x), None
-        n = -(-x.numel() // codec.block) if chosen else 0
-        scales = torch.zeros(
-            n,
-            dtype=torch.float32,
-            device=x.device,
-        )
-        if not chosen:
-            return x, scales
-        tables = {name: of.tensor for name, of in codec.tables(x.device).items()}
-        flat, scales = codec.write(
-            x.reshape(-1),
-            n,
-            tables,
-        )
-        return flat.reshape(x.shape), scales
-
-    def decode(
-        self,
-        state: StageState,
-    ) -> StageState:
-        """The state of the transformation inside."""
-        self.check_state(state)
-        slots = {name: state.slots[name] for name in self.inner.slots}
-        rule: Any = self.on_tensor
-        for name, codec in self.codecs.items():
-            like = tree.flatten(slots[name])
-
-            def read(x: Any, s: Any, name: str = name) -> Any:
-                return rule.decoded({name: x, name + SCALE: s})[name]
-
-            if codec.block:
-                scales = tree.flatten(state.slots[name + SCALE])[0]
-                column = [
-                    read(x, s)
-                    for x, s in zip(
-                        like[0],
-                        scales,
-                        strict=True,
-                    )
-                ]
-            else:
-                column = [
-                    None if x is None else x.to(tree.at_least_float32(x.dtype))
-                    for x in like[0]
-                ]
-            slots[name] = tree.unflatten(like[1], column)
-        return StageState(state.shared, slots)
-
-
-def _scales(codec: Codec) -> Callable[[Tensor], Tensor]:
-    def first(p: Tensor) -> Tensor:
-        return p.new_zeros(-(-p.numel() // codec.block), dtype=torch.float32)
-
-    return first
+            return x.to(codec.dtype) if chosen else x, None
+        if chosen:
+            return codec.write_whole(x)
+        return x, torch.zeros(0, dtype=torch.float32, device=x.device)
 
 
 def takes(x: Tensor) -> bool:

@@ -46,50 +46,35 @@ def recoded(saved: Mapping[Path, Tensor], state: PyTree) -> dict[Path, Tensor]:
     return converted(saved, state_dict(state))
 
 
-def converted(
-    saved: Mapping[Any, Any],
-    wanted: Mapping[Any, Tensor],
-) -> dict[Any, Any]:
+def converted(saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor]) -> dict[Any, Any]:
     """The values of `saved`, stored as those of the same name in `wanted` are."""
+    names = {**saved, **wanted}
     new = dict(saved)
-    for name in [*saved]:
-        scales = scales_of(name, {**saved, **wanted})
-        x = saved[name]
+    for name, x in saved.items():
+        scales = scales_of(name, names)
         if scales is None or not isinstance(x, Tensor):
             continue
-        stored_here = name in wanted and wanted[name].dtype is DYNAMIC.dtype
-        if x.dtype is DYNAMIC.dtype and scales in saved and not stored_here:
-            new[name] = _read(x, saved[scales])
-        elif x.is_floating_point() and stored_here:
-            new[name], new[scales] = _written(x)
+        in_code = name in wanted and wanted[name].dtype is DYNAMIC.dtype
+        is_in_code = x.dtype is DYNAMIC.dtype and scales in saved
+        if is_in_code and not in_code:
+            new[name] = DYNAMIC.read_whole(x, saved[scales])
+        elif in_code and x.is_floating_point():
+            new[name], new[scales] = DYNAMIC.write_whole(x)
         if scales not in wanted:
             new.pop(scales, None)
-        elif scales not in new or not stored_here:
+        elif scales not in new or not in_code:
             new[scales] = torch.zeros(0)
     return new
 
 
 def scales_of(name: Any, names: Mapping[Any, Any]) -> Any:
     """The name of the scales of a slot, if it has any: ``a/mu_scale/w`` for ``a/mu/w``."""
-    parts = name.split("/") if isinstance(name, str) else []
-    for i, part in enumerate(parts):
-        other = "/".join([*parts[:i], part + SCALE, *parts[i + 1 :]])
-        if other in names:
-            return other
+    if not isinstance(name, str):
+        return None
+    parts = name.split("/")
+    for i in range(len(parts)):
+        other = [*parts]
+        other[i] += SCALE
+        if "/".join(other) in names:
+            return "/".join(other)
     return None
-
-
-def _tables(x: Tensor) -> dict[str, Tensor]:
-    tables = DYNAMIC.tables(x.device)
-    return {name: table.tensor for name, table in tables.items()}
-
-
-def _read(codes: Tensor, scales: Tensor) -> Tensor:
-    x = DYNAMIC.read(codes.reshape(-1), scales, _tables(codes))
-    return x.reshape(codes.shape)
-
-
-def _written(x: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = -(-x.numel() // DYNAMIC.block)
-    codes, scales = DYNAMIC.write(x.reshape(-1), blocks, _tables(x))
-    return codes.reshape(x.shape), scales

@@ -25,10 +25,7 @@ __all__ = ["large_matrices", "stored"]
 Codes = str | Mapping[str, str]
 
 
-def large_matrices(
-    path: Path,
-    p: Tensor,
-) -> bool:
+def large_matrices(path: Path, p: Tensor) -> bool:
     """Which parameters `stored` stores the slots of by default: those of 4,096 elements and more.
 
     Of these it leaves out vectors, which are biases and weights of norms, and every parameter with
@@ -119,24 +116,17 @@ def stored(
         )
     wanted = _codecs(codes)
     found: dict[str, bool] = {}
-    tx = _rebuilt(
-        inner,
-        lambda rule: _coded(
-            rule,
-            wanted,
-            where,
-            found,
-        ),
-    )
-    missing = (
-        [name for name in wanted if name not in found] if wanted.keys() - {""} else []
-    )
-    if missing or not any(found.values()):
+    tx = _rebuilt(inner, lambda rule: _coded(rule, wanted, where, found))
+    named = wanted if wanted.keys() - {""} else {}
+    for name in named:
+        if name not in found:
+            raise ValueError(
+                f"no slot of {inner!r} is stored in a code: its rules have the slots "
+                f"{sorted(found)}, of which none is called {name!r}."
+            )
+    if not any(found.values()):
         raise ValueError(
-            f"no slot of {inner!r} is stored in a code: its rules have the slots "
-            f"{sorted(found)}, of which none is called {missing[0]!r}."
-            if missing
-            else f"no slot of {inner!r} starts at zero; its rules have the slots {sorted(found)}. "
+            f"no slot of {inner!r} starts at zero; its rules have the slots {sorted(found)}. "
             "Name those that you mean: codes={slot: code}."
         )
     return tx
@@ -152,7 +142,10 @@ def _codecs(codes: Codes) -> dict[str, Codec]:
 
 
 def _coded(
-    rule: Leafwise, wanted: Mapping[str, Codec], where: Choice, found: dict[str, bool]
+    rule: Leafwise,
+    wanted: Mapping[str, Codec],
+    where: Choice,
+    found: dict[str, bool],
 ) -> Leafwise:
     """A rule with the slots that are `wanted` in a code; in `found`, whether each one is."""
     if isinstance(rule, Coded):
@@ -160,19 +153,14 @@ def _coded(
         return rule
     codecs = {}
     for slot, first in rule.slots.items():
-        codec = wanted.get(slot) or (wanted.get("") if starts_at_zero(first) else None)
-        found[slot] = found.get(slot, False) or codec is not None
+        codec = wanted.get(slot)
+        if codec is None and starts_at_zero(first):
+            codec = wanted.get("")
+        found.setdefault(slot, False)
         if codec is not None:
+            found[slot] = True
             codecs[slot] = codec
-    return (
-        Coded(
-            rule,
-            codecs,
-            where,
-        )
-        if codecs
-        else rule
-    )
+    return Coded(rule, codecs, where) if codecs else rule
 
 
 def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
@@ -188,10 +176,7 @@ def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
     return x.shape == p.shape and x.is_floating_point() and not x.any()
 
 
-def _rebuilt(
-    tx: Any,
-    f: Callable[[Leafwise], Leafwise],
-) -> Any:
+def _rebuilt(tx: Any, f: Callable[[Leafwise], Leafwise]) -> Any:
     """`tx`, with `f` applied to all rules in it."""
     if isinstance(tx, Leafwise):
         return f(tx)
@@ -206,13 +191,6 @@ def _rebuilt(
         _rebuilt(tx.factory(**tx.fixed, **tx.numbers), f)  # to say what is wrong at once
         vars(new).pop("_made", None)
         new.factory = lambda **given: _rebuilt(tx.factory(**given), f)
-    elif isinstance(
-        getattr(
-            tx,
-            "inner",
-            None,
-        ),
-        GradientTransformation,
-    ):
+    elif isinstance(getattr(tx, "inner", None), GradientTransformation):
         new.inner = _rebuilt(tx.inner, f)
     return new

@@ -83,10 +83,11 @@ def scale_by_lbfgs(
         def memory(p: Tensor) -> Tensor:
             return tree.zeros_like(p).new_zeros((memory_size, *p.shape))
 
-        makes: tuple[Any, ...] = (tree.zeros_like, tree.zeros_like, memory, memory)
-        slots = {
-            name: tree.map(make, params) for name, make in zip(_SLOTS, makes, strict=True)
-        }
+        slots: dict[str, Any] = {}
+        for name in _LAST:
+            slots[name] = tree.map(tree.zeros_like, params)
+        for name in _MEMORIES:
+            slots[name] = tree.map(memory, params)
         return StageState({"count": tree.zero_count(params)}, slots)
 
     def update(
@@ -110,8 +111,11 @@ def scale_by_lbfgs(
     return GradientTransformation(init, update)
 
 
-_SLOTS = ("params", "updates", "diff_params_memory", "diff_updates_memory")
-"""The last parameters and gradients, and the rows of S and Y for each leaf."""
+_LAST = ("params", "updates")
+"""The last parameters and gradients."""
+_MEMORIES = ("diff_params_memory", "diff_updates_memory")
+"""The rows of S and Y for each leaf."""
+_SLOTS = (*_LAST, *_MEMORIES)
 
 Columns = dict[str, list[Any]]
 """The leaves of every slot."""

@@ -84,14 +84,17 @@ def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
             ) from error
     expected = _expected(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    of_params = [expected.get(p, {}) for p in params]
     mine, others = _parted(given)
-    mine = _recoded(mine, [expected.get(p, {}) for p in params])
-    entries, found = fitted(
-        mine, params, [expected.get(p, {}) for p in params], optimizer._uncounted
-    )
-    with_owners(entries, [expected.get(p, {}) for p in params], params)
-    filled = {p: entry for p, entry in zip(params, entries, strict=True) if entry}
-    optimizer.state = defaultdict(dict, filled | others)
+    mine = _recoded(mine, of_params)
+    entries, found = fitted(mine, params, of_params, optimizer._uncounted)
+    with_owners(entries, of_params, params)
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for p, entry in zip(params, entries, strict=True):
+        if entry:
+            state[p] = entry
+    state.update(others)
+    optimizer.state = state
     optimizer._plans = {}
     return found
 

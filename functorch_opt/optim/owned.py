@@ -7,18 +7,15 @@ loaded goes back to the owners that this optimizer has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_opt._core import sharding
-from functorch_opt._core.exchange import Layout, Ranks
-from functorch_opt._core.owned import (
-    kept_as,
-    kept_by,
-    owner_of,
-)
+from functorch_opt._core.exchange import Layout, Parcel, Ranks, grouped, parcel_to
+from functorch_opt._core.owned import Kind, joined, kept_as, owner_of
 from functorch_opt.optim.numbers import Groups
 
 
@@ -27,79 +24,76 @@ def is_owned(x: Any) -> bool:
     return sharding.is_sharded(x) and owner_of(x) is not None
 
 
+class _Place(NamedTuple):
+    """A tensor with an owner, and where it is in a state dict."""
+
+    number: int
+    key: str
+    x: Any
+    p: Any
+
+    def sent_to(self) -> tuple[Any, torch.dtype]:
+        """The ranks among which it is divided, and its dtype: there is a message for each pair."""
+        return self.p.device_mesh, self.x.dtype
+
+
 def divided(state: Mapping[Any, Any], groups: Groups) -> dict[Any, Any]:
     """The ``state`` of a state dict, with what lies with owners divided among the ranks.
 
     All ranks call it: there is one message for each mesh and dtype.
     """
-    params = [p for group in groups for p in group["params"]]
-    wanted: dict[Any, list[tuple[int, str, Any]]] = {}
-    for number, p in enumerate(params):
-        entry = state.get(number)
-        for key, x in entry.items() if isinstance(entry, Mapping) else ():
-            if is_owned(x):
-                wanted.setdefault((p.device_mesh, x.dtype), []).append((number, key, x))
-    if not wanted:
+    places = grouped(_places(state, groups), _Place.sent_to)
+    if not places:
         return dict(state)
-    found = {
-        number: dict(entry) if isinstance(entry, Mapping) else entry
-        for number, entry in state.items()
-    }
-    for (mesh, _), places in wanted.items():
-        xs = [x for _, _, x in places]
-        parts = _parts(
-            Ranks(mesh),
-            xs,
-            [params[number] for number, _, _ in places],
-        )
-        for (number, key, _), part in zip(places, parts, strict=True):
-            found[number][key] = part
+    found = {number: _copied(entry) for number, entry in state.items()}
+    for mesh, dtype in places:
+        for place, part in _parts(Ranks(mesh), places[mesh, dtype]):
+            found[place.number][place.key] = part
     return found
 
 
-def _parts(ranks: Ranks, xs: list[Any], ps: list[Any]) -> list[Tensor]:
-    from torch.distributed.tensor import DTensor
+def _copied(entry: Any) -> Any:
+    return dict(entry) if isinstance(entry, Mapping) else entry
 
-    owners = [ranks.members.index(owner_of(x)) for x in xs]
-    locals_ = [x.detach().to_local() for x in xs]
-    pairs = zip(locals_, owners, strict=True)
-    wholes = [x if owner == ranks.me else None for x, owner in pairs]
-    layouts = [_layout(x, p) for x, p in zip(xs, ps, strict=True)]
-    parts, _ = ranks.from_owners(wholes, owners, layouts, locals_[0].new_empty(0))
-    return [
-        DTensor.from_local(
-            part,
-            ranks.mesh,
-            layout.placements,
-            run_check=False,
-            shape=x.shape,
-            stride=x.stride(),
-        )
-        for x, part, layout in zip(xs, parts, layouts, strict=True)
-    ]
+
+def _places(state: Mapping[Any, Any], groups: Groups) -> Iterator[_Place]:
+    params = [p for group in groups for p in group["params"]]
+    for number, p in enumerate(params):
+        entry = state.get(number)
+        if not isinstance(entry, Mapping):
+            continue
+        for key, x in entry.items():
+            if is_owned(x):
+                yield _Place(number, key, x, p)
+
+
+def _parts(ranks: Ranks, places: list[_Place]) -> Iterator[tuple[_Place, Tensor]]:
+    """Tensors of one dtype, divided among these ranks."""
+    parcels = [_parcel(ranks, place) for place in places]
+    like = places[0].x.detach().to_local().new_empty(0)
+    ranks.from_owners(parcels, like)
+    for place, parcel in zip(places, parcels, strict=True):
+        placements = parcel.layout.placements
+        yield place, joined(parcel.part, ranks.mesh, placements, place.x)
+
+
+def _parcel(ranks: Ranks, place: _Place) -> Parcel:
+    owner = ranks.members.index(owner_of(place.x))
+    parcel = Parcel(_layout(place.x, place.p), owner)
+    if owner == ranks.me:
+        parcel.whole = place.x.detach().to_local()
+    return parcel
 
 
 def _layout(x: Any, p: Any) -> Layout:
     """How `x` is divided: as its parameter, or by rows among the same ranks."""
-    from torch.distributed.tensor import (
-        Replicate,
-        Shard,
-    )
+    from torch.distributed.tensor import Replicate, Shard
 
     placements = sharding.settled(p).placements
-    if x.shape == p.shape:
-        return Layout(
-            tuple(x.shape),
-            tuple(p.device_mesh.shape),
-            tuple(placements),
-        )
-    rows = Shard(0) if x.dim() else Replicate()
-    by_rows = [Replicate() if at.is_replicate() else rows for at in placements]
-    return Layout(
-        tuple(x.shape),
-        tuple(p.device_mesh.shape),
-        tuple(by_rows),
-    )
+    if x.shape != p.shape:
+        rows = Shard(0) if x.dim() else Replicate()
+        placements = [Replicate() if at.is_replicate() else rows for at in placements]
+    return Layout(tuple(x.shape), tuple(p.device_mesh.shape), tuple(placements))
 
 
 def with_owners(
@@ -115,23 +109,16 @@ def with_owners(
                 entry[key] = _with_owner(x, like, p)
 
 
-def _with_owner(x: Any, like: Any, p: Any) -> Tensor:
+def _with_owner(
+    x: Any,
+    like: Any,
+    p: Any,
+) -> Tensor:
     if not sharding.is_sharded(x):
         return kept_as(like, x)
-    ranks, owner = (
-        Ranks(x.device_mesh),
-        int(like.device_mesh.mesh.item()),
-    )
-    (whole,) = ranks.to_owners(
-        [sharding.settled(x)],
-        [ranks.members.index(owner)],
-    )
-    device = x.to_local().device
-    return kept_by(
-        owner,
-        x.device_mesh,
-        whole,
-        x.shape,
-        x.dtype,
-        device,
-    )
+    ranks = Ranks(x.device_mesh)
+    owner = ranks.members.index(owner_of(like))
+    parcel = parcel_to(owner, sharding.settled(x))
+    ranks.to_owners([parcel])
+    kind = Kind(x.shape, x.dtype, x.to_local().device)
+    return ranks.keep(owner, parcel.whole, kind)

@@ -52,7 +52,8 @@ def factored_dims(shape, smallest):
     """The two largest dims, with the larger one last; None if they are not both large enough."""
     if len(shape) < 2:
         return None
-    *_, second, largest = sorted(range(len(shape)), key=lambda i: (shape[i], i))
+    by_size = sorted([(n, i) for i, n in enumerate(shape)])
+    second, largest = [i for _, i in by_size[-2:]]
     return (second, largest) if shape[second] >= smallest else None
 
 

@@ -87,10 +87,12 @@ def _statistics(x, h, q, factors, scales, b3, w3):
 def _first_factors(cutting, g, factors, w3):
     """The factors after the first update."""
     found = []
-    for block, x in zip(cutting.taken(factors, g.shape), cutting.cut(g), strict=True):
-        first = []
+    old = cutting.taken(factors, g.shape)
+    for block, x in zip(old, cutting.cut(g), strict=True):
+        first = list(block)
         for k, f in enumerate(block):
-            first.append(f if f is None else w3 * outer(x, k) * len(f) / x.numel())
+            if f is not None:
+                first[k] = w3 * outer(x, k) * len(f) / x.numel()
         found.append(first)
     return found
 

@@ -10,6 +10,7 @@ and ``failed`` counts it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,21 +61,15 @@ class Cutting(NamedTuple):
         """For each dim the sizes of its blocks."""
         dims = self.dims(shape)
         largest = self.largest if self.blocks else max([1, *dims])
-        return [
-            [min(largest, n - start) for start in range(0, n, largest)] or [0]
-            for n in dims
-        ]
+        return [_cut_evenly(n, largest) for n in dims]
 
     def factors(self, shape: Any) -> list[list[int]]:
         """For each block the size of the factor of each dim; 0 where it has none."""
         pieces = self.pieces(shape)
         enough = len(pieces) >= self.least_dims and math.prod(shape)
-        found: list[list[int]] = [[]]
-        for sizes in pieces:
-            found = [[*before, n] for before in found for n in sizes]
-        return [
-            [n if enough and n <= self.largest else 0 for n in block] for block in found
-        ]
+        largest = self.largest if enough else 0
+        factors = [[n if n <= largest else 0 for n in sizes] for sizes in pieces]
+        return [[*block] for block in itertools.product(*factors)]
 
     def cut(self, x: Tensor) -> list[Tensor]:
         """The blocks of a tensor."""
@@ -109,8 +104,8 @@ class Cutting(NamedTuple):
         """The unit matrices."""
         like = self.zeros()(p)
         sizes = [n for block in self.factors(p.shape) for n in block if n]
-        eyes = [torch.eye(n, dtype=like.dtype, device=p.device).flatten() for n in sizes]
-        return torch.cat(eyes) if eyes else like
+        ones = [torch.eye(n, dtype=like.dtype, device=p.device) for n in sizes]
+        return torch.cat([one.flatten() for one in ones]) if ones else like
 
     def taken(self, flat: Tensor, shape: Any, power: int = 2) -> list[Matrices]:
         """The matrices, or vectors, that a slot holds: for each block a list."""
@@ -126,6 +121,12 @@ class Cutting(NamedTuple):
         """The slot that holds these."""
         parts = [x.reshape(-1) for block in matrices for x in block if x is not None]
         return torch.cat(parts) if parts else old.clone()
+
+
+def _cut_evenly(n: int, largest: int) -> list[int]:
+    """The sizes of the blocks of a dim, of which only the last may be smaller."""
+    sizes = [min(largest, n - start) for start in range(0, n, largest)]
+    return sizes or [0]
 
 
 def _square(part: Tensor, n: int, power: int) -> Tensor | None:
@@ -162,7 +163,8 @@ def turned(x: Tensor, bases: Matrices, skip: int | None = None) -> Tensor:
     """`x` in the coordinates of `bases`: along each dim multiplied by ``Q'``."""
     for dim, q in enumerate(bases):
         if q is not None and dim != skip:
-            x = torch.tensordot(x, q.conj(), ([dim], [0])).movedim(-1, dim)
+            x = torch.tensordot(x, q.conj(), ([dim], [0]))
+            x = x.movedim(-1, dim)
     return x
 
 
@@ -170,7 +172,8 @@ def turned_back(x: Tensor, bases: Matrices) -> Tensor:
     """The inverse of `turned`; of other matrices the product along each dim."""
     for dim, q in enumerate(bases):
         if q is not None:
-            x = torch.tensordot(x, q, ([dim], [1])).movedim(-1, dim)
+            x = torch.tensordot(x, q, ([dim], [1]))
+            x = x.movedim(-1, dim)
     return x
 
 
@@ -179,7 +182,8 @@ def next_factors(
 ) -> list[Matrices]:
     """The next factors of all blocks: ``keep`` times the old ones, plus ``add X X'``."""
     found = []
-    for block, x in zip(cutting.taken(factors, g.shape), cutting.cut(g), strict=True):
+    old = cutting.taken(factors, g.shape)
+    for block, x in zip(old, cutting.cut(g), strict=True):
         new: Matrices = []
         for dim, f in enumerate(block):
             new.append(None if f is None else keep * f + add * outer(x, dim))

@@ -53,7 +53,8 @@ class LowRank(NamedTuple):
 
     def projected(self, x: Tensor, basis: Tensor) -> Tensor:
         """The rows of the matrices in the coordinates of `basis`, in the dtype of `x`."""
-        return (self.tall(x).to(basis.dtype) @ basis.mH).to(x.dtype)
+        tall = self.tall(x).to(basis.dtype)
+        return (tall @ basis.mH).to(x.dtype)
 
     def back(self, y: Tensor, like: Tensor) -> Tensor:
         """The inverse of `tall`."""
@@ -64,15 +65,22 @@ class LowRank(NamedTuple):
     # ---- slots -------------------------------------------------------------------------------
 
     def slots(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        def small(p: Tensor) -> Tensor:
+        def zeros(p: Tensor, *shape: int) -> Tensor:
+            dtype = tree.at_least_float32(p.dtype)
+            return p.new_zeros(shape, dtype=dtype)
+
+        def mu(p: Tensor) -> Tensor:
             batch, n, _, r = self.sides(p.shape)
-            return p.new_zeros((*batch, n, r), dtype=tree.at_least_float32(p.dtype))
+            return zeros(p, *batch, n, r)
+
+        def nu(p: Tensor) -> Tensor:
+            return mu(p.real)
 
         def basis(p: Tensor) -> Tensor:
             batch, _, m, r = self.sides(p.shape)
-            return p.new_zeros((*batch, r, m), dtype=tree.at_least_float32(p.dtype))
+            return zeros(p, *batch, r, m)
 
-        return {"mu": small, "nu": lambda p: small(p.real), "basis": basis}
+        return {"mu": mu, "nu": nu, "basis": basis}
 
     # ---- bases -------------------------------------------------------------------------------
 

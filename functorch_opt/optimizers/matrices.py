@@ -89,17 +89,24 @@ def as_matrix(x: Tensor, dims: MatrixDims) -> Tensor:
         return x
     batch, rows, columns = dims.order(x.dim())
     lengths = [x.shape[i] for i in batch]
-    n, m = [math.prod([x.shape[i] for i in part]) for part in (rows, columns)]
-    return x.permute(batch + rows + columns).reshape([*lengths, n, m])
+    sides = _product(x.shape, rows), _product(x.shape, columns)
+    return x.permute(batch + rows + columns).reshape([*lengths, *sides])
+
+
+def _product(shape: Shape, dims: list[int]) -> int:
+    """The size of some dims that are taken as one."""
+    return math.prod([shape[i] for i in dims])
 
 
 def as_tensor(y: Tensor, like: Tensor, dims: MatrixDims) -> Tensor:
     """The inverse of `as_matrix`, in the shape of `like`."""
     if y.shape == like.shape and dims[:2] == (0, None):
         return y
-    order = [i for part in dims.order(like.dim()) for i in part]
+    batch, rows, columns = dims.order(like.dim())
+    order = batch + rows + columns
+    back = sorted(range(like.dim()), key=order.__getitem__)
     y = y.reshape([like.shape[i] for i in order])
-    return y.permute(sorted(range(like.dim()), key=order.__getitem__)).contiguous()
+    return y.permute(back).contiguous()
 
 
 def shapes_of(shape: Shape, dims: MatrixDims) -> list[list[int]]:
@@ -109,8 +116,9 @@ def shapes_of(shape: Shape, dims: MatrixDims) -> list[list[int]]:
         ValueError: the tensor is no matrix with these dims, or cannot be split.
     """
     batch, rows, columns = dims.order(len(shape))
-    lengths, split = [shape[i] for i in batch], dims.split
-    n, m = [math.prod([shape[i] for i in part]) for part in (rows, columns)]
+    lengths = [shape[i] for i in batch]
+    n, m = _product(shape, rows), _product(shape, columns)
+    split = dims.split
     sizes = (n // split,) * split if isinstance(split, int) else split or (n,)
     if sum(sizes) != n:
         raise ValueError(f"{n} rows cannot be split into {split!r}.")
@@ -132,7 +140,9 @@ def joined(blocks: list[Tensor], split: int | tuple[int, ...] | None) -> Tensor:
     """The inverse of `blocks_of`."""
     if split is None:
         return blocks[0]
-    return blocks[0].flatten(-3, -2) if isinstance(split, int) else torch.cat(blocks, -2)
+    if isinstance(split, int):
+        return blocks[0].flatten(-3, -2)
+    return torch.cat(blocks, -2)
 
 
 def on_matrices(
@@ -204,7 +214,8 @@ def matrices_and_rest(
     above_zero = {name: mine.pop(name) for name in ("adam_learning_rate", "adam_eps")}
     check_range(0, float("inf"), **above_zero)
     check_range(0, 1, **mine)
-    decay, step = add_decayed_weights(weight_decay), scale_by_learning_rate(learning_rate)
+    decay = add_decayed_weights(weight_decay)
+    step = scale_by_learning_rate(learning_rate)
     of_matrices = chain(direction, last) if last else chain(direction, decay, step)
     rate = adam["learning_rate"]
     rate = learning_rate if rate is None else rate

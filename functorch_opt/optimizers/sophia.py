@@ -81,7 +81,9 @@ def hutchinson_estimator_diag_hessian(
         """The tree of the params, of real tensors in which complex numbers are pairs."""
         filled = list(ps)
         for i, x in zip(there, xs, strict=True):
-            filled[i] = torch.complex(*x.unbind(-1)) if ps[i].is_complex() else x
+            if ps[i].is_complex():
+                x = torch.complex(*x.unbind(-1))
+            filled[i] = x
         return tree.unflatten(spec, filled)
 
     def objective(xs: list[Tensor]) -> Tensor:

@@ -85,12 +85,18 @@ def _lines(of: Sweep, shown: _Shown) -> dict[str, list[int]]:
     """The settings that differ in the first hyperparameter only, under a label with the others."""
     lines: dict[str, list[int]] = {}
     for i in range(len(of.means)):
-        run = i * of.seeds
-        others = ", ".join(
-            f"{name}={of.settings[name][run]:.3g}" for name in shown.names[1:]
-        )
+        others = _label(of, shown.names[1:], i * of.seeds)
         lines.setdefault(others, []).append(i)
     return lines
+
+
+def _label(of: Sweep, names: list[str], run: int) -> str:
+    """What some hyperparameters of a run are."""
+    parts = []
+    for name in names:
+        value = of.settings[name][run]
+        parts.append(f"{name}={value:.3g}")
+    return ", ".join(parts)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -115,8 +121,8 @@ def _curves(axes: Any, of: Sweep, shown: _Shown) -> Any:
         color = colors.to_rgba(float(shown.x[run]))
         axes.plot(steps, curves[run], color=color, lw=1)
     if (best := shown.best) is not None:
-        label = ", ".join(f"{name}={of.settings[name][best]:.3g}" for name in shown.names)
-        label = f"best: {label or best}"
+        label = _label(of, shown.names, best) or best
+        label = f"best: {label}"
         axes.plot(steps, curves[best], color=RED, lw=2.5, label=label)
         axes.legend(fontsize=8, frameon=False)
     kept = curves[~of.diverged]
