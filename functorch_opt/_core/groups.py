@@ -188,7 +188,12 @@ def joined_arguments(
     return declared
 
 
-def labels_of(labels: PyTree, updates: PyTree, paths: list[Path], what: str) -> list[Any]:
+def labels_of(
+    labels: PyTree,
+    updates: PyTree,
+    paths: list[Path],
+    what: str,
+) -> list[Any]:
     """For every leaf of `updates`, the label at or above it.
 
     Inside of another group, `updates` is a flat dict from path to leaf, but the tree of labels may

@@ -281,7 +281,10 @@ class _Stage:
 
 
 def _quickly(
-    stages: list[_Stage], arguments: list[list[tuple[Any, ...]]], i: int, g: Tensor
+    stages: list[_Stage],
+    arguments: list[list[tuple[Any, ...]]],
+    i: int,
+    g: Tensor,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """The update that the rules make of `g`, and the new slots; None if anything is unusual.
 

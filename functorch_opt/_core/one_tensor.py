@@ -170,7 +170,14 @@ class OneTensor:
                 f"{self.name}: rule must return {wanted}; it returned {given}."
             )
 
-    def _leave(self, x: Any, like: Tensor, what: str, g: Tensor, pairs: bool) -> Tensor:
+    def _leave(
+        self,
+        x: Any,
+        like: Tensor,
+        what: str,
+        g: Tensor,
+        pairs: bool,
+    ) -> Tensor:
         """What the rule returned for `like`, checked.
 
         If the rule has broadcast, it has met a state of other params, or it is wrong.

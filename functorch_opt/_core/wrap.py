@@ -93,7 +93,11 @@ class Wrap(GradientTransformation):
     # ---- one leaf -------------------------------------------------------------------------------
 
     def seen(
-        self, g: Any, p: Any, slots: Mapping[str, Tensor], now: Mapping[str, Any]
+        self,
+        g: Any,
+        p: Any,
+        slots: Mapping[str, Tensor],
+        now: Mapping[str, Any],
     ) -> tuple[Any, Any]:
         """The update and the parameter of one leaf, as the inner transformation sees them."""
         if self.before is None or (g is None and self.changes_g):

@@ -25,7 +25,13 @@ class Declared(Protocol):
     def on_parts(self, f: Callable[..., Any], like: Any, *given: Any) -> Any:
         """``f`` of tensors. It gets this rank's parts of sharded ones."""
 
-    def seen(self, g: Any, p: Any, slots: Any, now: Any) -> tuple[Any, Any]:
+    def seen(
+        self,
+        g: Any,
+        p: Any,
+        slots: Any,
+        now: Any,
+    ) -> tuple[Any, Any]:
         """The update and the parameter of one leaf, as the inner transformation sees them."""
 
     def left(

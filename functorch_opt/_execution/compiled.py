@@ -179,7 +179,12 @@ class CompiledStep:
         ]
 
     def _walk(
-        self, view: View, ps: list[Any], us: list[Any], extra: dict[str, Any], known: bool
+        self,
+        view: View,
+        ps: list[Any],
+        us: list[Any],
+        extra: dict[str, Any],
+        known: bool,
     ) -> Walk:
         us = apart_from_params(us, ps)
         flush, aside = partial(self._apply, add=False), self._aside

@@ -51,7 +51,12 @@ def rules_at(
     return rules
 
 
-def go_flat(walk: Walk, rules: list[RuleAt], state: list[Any], view: View) -> list[Any]:
+def go_flat(
+    walk: Walk,
+    rules: list[RuleAt],
+    state: list[Any],
+    view: View,
+) -> list[Any]:
     """Let `rules` wait, with their tensors from the list `state`; their next shared values."""
     new = []
     for tx, shared, slots in rules:

@@ -70,7 +70,13 @@ class Program:
         with LOCK:
             self._make(f, examples, threads, backend)
 
-    def _make(self, f: Pure, examples: list[Tensor], threads: int, backend: Any) -> None:
+    def _make(
+        self,
+        f: Pure,
+        examples: list[Tensor],
+        threads: int,
+        backend: Any,
+    ) -> None:
         examples = told_apart(examples)
         on_cpu = examples[0].device.type == "cpu"
         help_cpu = on_cpu and backend == "inductor"

@@ -91,7 +91,13 @@ class Recorder(TorchDispatchMode):
         self.place[id(x)] = place
         return place
 
-    def _operation(self, f: Any, args: Any, kwargs: Any, result: Any) -> Operation | None:
+    def _operation(
+        self,
+        f: Any,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+    ) -> Operation | None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         known = all(id(x) in self.place for x in tensors)
         if kwargs or not known or not isinstance(result, Tensor):

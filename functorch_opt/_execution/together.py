@@ -75,7 +75,11 @@ class Share:
     """What one stage works out. `now` and `shared` are filled when all shares are worked out."""
 
     def __init__(
-        self, tx: Leafwise, shared: dict[str, Tensor], extra: Mapping[str, Any], n: int
+        self,
+        tx: Leafwise,
+        shared: dict[str, Tensor],
+        extra: Mapping[str, Any],
+        n: int,
     ) -> None:
         self.tx, self.n = tx, n
         self.old = shared
@@ -134,7 +138,11 @@ class Together:
         self.shares: list[Share] = []
 
     def takes(
-        self, tx: Leafwise, shared: dict[str, Tensor], extra: Mapping[str, Any], n: int
+        self,
+        tx: Leafwise,
+        shared: dict[str, Tensor],
+        extra: Mapping[str, Any],
+        n: int,
     ) -> Share | None:
         """The share of a stage; None if it has to be worked out by itself."""
         looks = tx.looks_around or "params" in tx.once.reads or tx.due is not None

@@ -94,7 +94,11 @@ class View:
 
 
 def check_shapes(
-    tx: Any, name: str, column: list[Any], ps: list[Any], paths: list[str]
+    tx: Any,
+    name: str,
+    column: list[Any],
+    ps: list[Any],
+    paths: list[str],
 ) -> None:
     """Raise ValueError for a slot that has not the shape which its first value has."""
     for x, p, path in zip(column, ps, paths, strict=True):

@@ -140,7 +140,12 @@ def _columns(
     return gs, ps, old
 
 
-def _check_shapes(updates: PyTree, gs: list[Any], ps: list[Any], old: Columns) -> None:
+def _check_shapes(
+    updates: PyTree,
+    gs: list[Any],
+    ps: list[Any],
+    old: Columns,
+) -> None:
     """Raise ValueError where a gradient, its parameter and the state have different shapes."""
     for path, g, p, before in zip(
         tree.paths(updates), gs, ps, old["updates"], strict=True
@@ -159,7 +164,12 @@ def _check_shapes(updates: PyTree, gs: list[Any], ps: list[Any], old: Columns) -
 # ---- the memory ----------------------------------------------------------------------------------
 
 
-def _remembered(gs: list[Any], ps: list[Any], old: Columns, begun: Tensor) -> Columns:
+def _remembered(
+    gs: list[Any],
+    ps: list[Any],
+    old: Columns,
+    begun: Tensor,
+) -> Columns:
     """The slots after this step. The new pair is kept if there is one, and if it is curved."""
     keep = _is_curved(gs, ps, old) & begun
 

@@ -208,7 +208,10 @@ def _entry(given: Mapping[str, Any], number: Any) -> dict[str, Any]:
 
 
 def _missing(
-    name: str, numbers: list[Any], begun: int, expected: list[dict[str, Expected]]
+    name: str,
+    numbers: list[Any],
+    begun: int,
+    expected: list[dict[str, Expected]],
 ) -> str:
     """A missing name, and of which parameters, if it is not missing of all."""
     joint = any(name in keys and keys[name].kind == "joint" for keys in expected)

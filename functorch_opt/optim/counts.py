@@ -29,7 +29,13 @@ class Counts:
         self.alike: dict[str, tuple[Tensor, Tensor]] = {}
         """What a tally is expected to hold, and the number that all its elements then are."""
 
-    def own(self, key: str, counts: list[Tensor], moved: list[int], n: int) -> Tensor:
+    def own(
+        self,
+        key: str,
+        counts: list[Tensor],
+        moved: list[int],
+        n: int,
+    ) -> Tensor:
         """One for each of `n` leaves; one number, where those that `moved` have the same."""
         together = self._together(key, counts)
         traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()

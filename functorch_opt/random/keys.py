@@ -195,7 +195,10 @@ def normal(
 
 
 def _tensor(
-    make: philox.Make, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None
+    make: philox.Make,
+    key: Tensor,
+    shape: tuple[int, ...],
+    part: tuple[slice, ...] | None,
 ) -> Tensor:
     if not isinstance(shape, (tuple, list)):
         raise TypeError(
