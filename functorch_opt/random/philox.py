@@ -190,11 +190,7 @@ FEW = 37
 def _try_out(
     kernel: Make, make: Make, key: Tensor, blocks: Tensor, n: int | None
 ) -> None:
-    few: tuple[Tensor, Tensor, int | None]
-    if n is None:
-        few = key, blocks[:FEW], None
-    else:
-        few = key, blocks, min(n, FEW)
+    few = (key, blocks[:FEW], None) if n is None else (key, blocks, min(n, FEW))
     expected = make(*few)
     try:
         drawn = kernel(*few)
