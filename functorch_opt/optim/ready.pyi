@@ -1254,6 +1254,7 @@ class ScheduleFreeProdigy(Ready):
         *,
         growth_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeRAdam(Ready):
@@ -1279,6 +1280,7 @@ class ScheduleFreeRAdam(Ready):
         r: ScalarOrSchedule = 0.0,
         mask: MaskOrFn | None = None,
         compile: bool = False,
+        state: str | None = None,
     ) -> None: ...
 
 class ScheduleFreeSGD(Ready):

@@ -32,6 +32,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_opt import tree
+
 Triple = tuple[float, float, float]
 Triples = tuple[Triple, ...]
 Coefficients = str | Triple | Triples
@@ -164,9 +166,9 @@ def size_of(x: Tensor, preconditioning: Preconditioning) -> Tensor:
         gram = x @ x.mH
         dim = -1
     if preconditioning == "schatten":
-        return norm(gram).sqrt()
+        return (norm(gram) + tree.TINY).sqrt()  # which has a slope at zero
     sums = gram.abs().sum(dim, keepdim=True)
-    return sums.sqrt()
+    return (sums + tree.TINY).sqrt()
 
 
 def dtype_of_iteration(x: Tensor, given: torch.dtype | None) -> torch.dtype:

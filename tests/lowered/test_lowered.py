@@ -45,12 +45,13 @@ def stages_in(tx: Any) -> list[Any]:
     return [tx.inner] if isinstance(tx, (Wrap, Gate)) else []
 
 
-EAGER = {"sam", "asam"}
-"""Rows whose steps run eagerly on a device: their gate looks at the updates between two passes."""
+OTHERWISE = {"sam", "asam", "stored"}
+"""Rows whose steps run in another way on a device. The gate of the first two looks at the updates
+between two passes, eagerly; codes are looked up in tables on the device, piece by piece."""
 NAMES = [
     row.name
     for row in ROWS
-    if not (row.apart or row.unrolls or row.keyed or row.name in EAGER)
+    if not (row.apart or row.unrolls or row.keyed or row.name in OTHERWISE)
     and is_elementwise(row.build())
 ]
 
