@@ -23,10 +23,12 @@ from benchmarks.timing import in_turns, summary
 ROWS = {"64": 64, "512": 512}
 TARGET = 10.0
 PIXELS, HIDDEN, CLASSES, BATCH = 64, 32, 10, 64
-OURS, EAGER, LOOP = (
+OURS, COMPILED, EAGER, LOOP, GRADIENTS = (
+    "functorch_opt, compiled_step of models",
     "functorch_opt vmapped, compiled",
     "functorch_opt vmapped",
     "loop, torch fused Adam",
+    "the gradients alone, compiled",
 )
 
 Params = dict[str, Tensor]
@@ -39,30 +41,48 @@ def make_model() -> nn.Module:
 
 
 class Vmapped:
-    """All models in one step, each with its learning rate."""
+    """All models in one step, each with its learning rate; `how` it is run is one of the names."""
 
-    def __init__(self, lrs: Tensor, x: Tensor, y: Tensor, compiled: bool) -> None:
+    def __init__(self, lrs: Tensor, x: Tensor, y: Tensor, how: str) -> None:
         model = make_model()
 
         def loss_fn(params: Params) -> Tensor:
             return cross_entropy(functional_call(model, params, (x,)), y)
 
-        def one(params: Params, state: Any, lr: Tensor) -> tuple[Params, Any]:
+        make = fo.inject_hyperparams(fo.adam)
+        tx = make(learning_rate=0.0)
+
+        def one(params: Params, state: Any) -> tuple[Params, Any]:
             grads, _ = grad_and_value(loss_fn)(params)
-            updates, state = fo.adam(lr).update(grads, state, params)
+            updates, state = tx.update(grads, state, params)
             return fo.apply_updates(params, updates), state
 
-        every = vmap(one)
-        self.lrs = lrs
         self.params = {
             name: p.detach().expand(len(lrs), *p.shape).clone()
             for name, p in model.named_parameters()
         }
-        self.state = vmap(fo.adam(0.0).init)(self.params)
-        self.update = torch.compile(every, fullgraph=True) if compiled else every
 
-    def step(self) -> None:
-        self.params, self.state = self.update(self.params, self.state, self.lrs)
+        def init(params: Params, lr: Tensor) -> Any:
+            return make(learning_rate=lr).init(params)
+
+        self.state = vmap(init)(self.params, lrs)
+        self.gradients = vmap(grad_and_value(loss_fn))
+        if how in (OURS, GRADIENTS):
+            self.gradients = torch.compile(self.gradients, fullgraph=True)
+        self.in_place = fo.compiled_step(tx, models=True)
+        every = vmap(one)
+        self.update = torch.compile(every, fullgraph=True) if how == COMPILED else every
+        self.step = {OURS: self.apart, GRADIENTS: self.differentiate}.get(how, self.whole)
+
+    def whole(self) -> None:
+        self.params, self.state = self.update(self.params, self.state)
+
+    def apart(self) -> None:
+        grads, _ = self.gradients(self.params)
+        self.params, self.state = self.in_place(self.params, grads, self.state)
+
+    def differentiate(self) -> None:
+        self.gradients(self.params)
 
 
 class Loop:
@@ -120,21 +140,27 @@ def case(n: int, rounds: int) -> dict[str, Any]:
         torch.randint(CLASSES, (BATCH,), generator=generator),
     )
     lrs = torch.logspace(-5, -2, n, dtype=torch.float64)
-    vmapped, eager, loop = (
-        Vmapped(lrs, x, y, True),
-        Vmapped(lrs, x, y, False),
-        Loop(lrs, x, y),
-    )
+    loop = Loop(lrs, x, y)
+    contenders = {
+        name: Vmapped(lrs, x, y, name) for name in (OURS, COMPILED, EAGER, GRADIENTS)
+    }
     begin = time.perf_counter()
-    vmapped.step()
+    contenders[OURS].step()
     first = time.perf_counter() - begin
-    for step in (vmapped.step, vmapped.step, *[eager.step] * 3, *[loop.step] * 3):
-        step()
+    for _ in range(2):
+        contenders[OURS].step()
+    others = [loop, *[contenders[name] for name in (COMPILED, EAGER, GRADIENTS)]]
+    for contender in others:
+        for _ in range(3):
+            contender.step()
     of_loop = loop.params
     run, operations = arithmetic(n, x)
-    work = {OURS: vmapped.step, EAGER: eager.step, LOOP: loop.step, "floor": run}
-    results: dict[str, dict[str, Any]] = {OURS: {}, EAGER: {}}
-    for name, contender in ((OURS, vmapped), (EAGER, eager)):
+    work = {name: contender.step for name, contender in contenders.items()}
+    work |= {LOOP: loop.step, "floor": run}
+    results: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders.items():
+        if name == GRADIENTS:
+            continue
         difference = max(
             (contender.params[key] - p).abs().max().item() for key, p in of_loop.items()
         )
@@ -144,7 +170,7 @@ def case(n: int, rounds: int) -> dict[str, Any]:
         }
     for name, entry in summary(in_turns(work, rounds, f"{n} models"), LOOP).items():
         results.setdefault(name, {}).update(entry)
-    title = f"{n} models of {sum(p[0].numel() for p in vmapped.params.values()):,} parameters, {BATCH} examples, Adam"
+    title = f"{n} models of {sum(p[0].numel() for p in contenders[OURS].params.values()):,} parameters, {BATCH} examples, Adam"
     return {
         "row": str(n),
         "title": title,

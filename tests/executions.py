@@ -26,6 +26,7 @@ import functorch_opt as fo
 from functorch_opt import tree
 from functorch_opt._execution import together
 from functorch_opt._execution.compiled import CompiledStep
+from functorch_opt._execution.models import ModelsStep, stages_of
 from functorch_opt._execution.writes import memory_of
 
 Seen = list[dict[str, Tensor]]
@@ -347,40 +348,61 @@ def users_compiled_optimizer(compile: bool, backend: str) -> Execution:
     return execute
 
 
-def in_vmap(program: Program, plan: Plan) -> Seen:
-    """Two models at once. The second is compared with its own loop here, the first is returned."""
+def of_two_models(make: Callable[[Any], Callable[..., Any]]) -> Execution:
+    """Two models at once, by the step that is made of the transformation. The second is compared
+    with its own loop here, the first is returned.
+    """
     models = 2
-    of_model = [plan.params(m) for m in range(models)]
-    leaves, spec = zip(*[tree.flatten(p) for p in of_model], strict=True)
-    tx = plan.tx()
-    params = [torch.stack(xs) for xs in zip(*leaves, strict=True)]
-    state = torch.vmap(lambda ps: tx.init(tree.unflatten(spec[0], ps)))(params)
-    seen: list[Seen] = [[] for _ in range(models)]
-    for i in plan.steps:
-        gs = []
-        for m in range(models):
-            mine = tree.unflatten(spec[0], [p[m] for p in params])
-            gs.append(tree.flatten(plan.grads(i, mine, m))[0])
-        there = [k for k, g in enumerate(gs[0]) if g is not None]
-        stacked = [torch.stack([g[k] for g in gs]) for k in there]
 
-        def step(ps: list[Tensor], given: list[Tensor], state: Any, there=there) -> Any:
-            grads: list[Any] = [None] * len(ps)
+    def execute(program: Program, plan: Plan) -> Seen:
+        of_model = [plan.params(m) for m in range(models)]
+        tx = plan.tx()
+        step = make(tx)
+        params = tree.map(lambda *xs: torch.stack(xs), *of_model)
+        state = torch.vmap(tx.init)(params)
+        seen: list[Seen] = [[] for _ in range(models)]
+
+        def of(m: int, what: Any) -> Any:
+            return tree.map(lambda x: x[m].clone(), what)
+
+        for i in plan.steps:
+            grads = [plan.grads(i, of(m, params), m) for m in range(models)]
+            stacked = tree.map(lambda *xs: torch.stack(xs), *grads)
+            params, state = step(params, stacked, state)
+            for m in range(models):
+                seen[m].append(look(of(m, params), of(m, state)))
+        loop = run(plan, pure_step(tx), tx, model=1)
+        difference = first_difference(
+            loop, seen[1], slack(program, plan, loop, model=1)
+        )
+        if difference is not None:
+            raise OfSecondModel(difference)
+        return seen[0]
+
+    return execute
+
+
+def vmapped(tx: Any) -> Callable[..., Any]:
+    """A step of all models, by `vmap`."""
+
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        leaves, spec = tree.flatten(grads)
+        there = [k for k, g in enumerate(leaves) if g is not None]
+
+        def one(ps: Any, given: list[Tensor], state: Any) -> Any:
+            mine: list[Any] = [None] * len(leaves)
             for k, g in zip(there, given, strict=True):
-                grads[k] = g
-            trees = [tree.unflatten(spec[0], xs) for xs in (grads, ps)]
-            new, state = pure_step(tx)(trees[1], trees[0], state)
-            return tree.flatten(new)[0], state
+                mine[k] = g
+            return pure_step(tx)(ps, tree.unflatten(spec, mine), state)
 
-        params, state = torch.vmap(step)(params, stacked, state)
-        for m in range(models):
-            mine = tree.unflatten(spec[0], [p[m] for p in params])
-            seen[m].append(look(mine, tree.map(lambda x, m=m: x[m], state)))
-    loop = run(plan, pure_step(tx), tx, model=1)
-    difference = first_difference(loop, seen[1], slack(program, plan, loop, model=1))
-    if difference is not None:
-        raise OfSecondModel(difference)
-    return seen[0]
+        return torch.vmap(one)(params, [leaves[k] for k in there], state)
+
+    return step
+
+
+def of_models(backend: str, donate: bool = True) -> Execution:
+    """A compiled step of many models."""
+    return of_two_models(lambda tx: ModelsStep(tx, donate, backend))
 
 
 class OfSecondModel(AssertionError):
@@ -401,7 +423,8 @@ EAGER: dict[str, Execution] = {
     "Optimizer, compile=True, traced, gradients written over": stateful_traced(
         written_over=True
     ),
-    "vmap of update": in_vmap,
+    "vmap of update": of_two_models(vmapped),
+    "compiled_step of models, traced": of_models("eager"),
 }
 """What can be checked of a program without compiling anything."""
 
@@ -415,6 +438,7 @@ LIVES: dict[str, Execution] = {
 INDUCTOR: dict[str, Execution] = {
     "compiled_step, donate": compiled(True, "inductor"),
     "compiled_step, donate=False": compiled(False, "inductor"),
+    "compiled_step of models": of_models("inductor"),
     "Optimizer, compile=True": stateful(True),
     "torch.compile of update": users_compile(None, "inductor"),
     "torch.compile of compiled_step, donate": users_compile(True, "inductor"),
@@ -441,12 +465,22 @@ DYNAMO: dict[str, Execution] = {
 ALL = EAGER | LIVES | INDUCTOR | DYNAMO
 
 
+def has_tensors(tx: fo.GradientTransformation) -> bool:
+    """Whether a hyperparameter of a stage is a tensor."""
+    onces = [getattr(stage, "once", None) for stage in stages_of(tx)]
+    varying = [x for once in onces if once for x in once.varying.values()]
+    return any(isinstance(x, Tensor) for x in varying)
+
+
 def applies(name: str, program: Program) -> bool:
     """Whether an execution is to give the same numbers: a count that a rule reads lags in the
     stateful ones, as in torch. In a graph it is one for each parameter, and so no value that all
-    share can be made of it, which is an error that says so.
+    share can be made of it, which is an error that says so. A step of many models refuses
+    hyperparameters that are tensors.
     """
     if "torch.compile of Optimizer" in name and program.part.shares_counts():
+        return False
+    if "of models" in name and has_tensors(Plan(program).tx()):
         return False
     return not ("Optimizer" in name and program.lags)
 

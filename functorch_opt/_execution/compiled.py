@@ -31,6 +31,7 @@ from functorch_opt._execution.memory import (
     check_memory,
     with_memory_of_its_own,
 )
+from functorch_opt._execution.models import ModelsStep
 from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
@@ -40,7 +41,7 @@ from functorch_opt._execution.segments import (
 )
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
-from functorch_opt._execution.writes import apart_from, memory_of
+from functorch_opt._execution.writes import apart_from, computed, memory_of
 from functorch_opt.random import philox
 from functorch_opt.tree import PyTree
 
@@ -50,7 +51,9 @@ MODELS = 8
 """How many models a step remembers, for which it is used in turn."""
 
 
-def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> CompiledStep:
+def compiled_step(
+    tx: GradientTransformation, *, donate: bool = True, models: bool = False
+) -> CompiledStep | ModelsStep:
     """The step ``params, state = step(params, grads, state)`` of `tx`, compiled.
 
     It does what ``update`` and ``apply_updates`` do, in one pass over memory.
@@ -63,6 +66,10 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
             does with donated arguments. False: they stay as they are, at the price of a copy.
             In a function that you compile yourself only the params are overwritten; the state that
             comes back is new.
+        models: whether this is a step of many models. Then every tensor of params, grads, state and
+            extra arguments has a first dimension with an entry for each model, and the step does
+            what ``vmap`` of one model's step does. The state is that of ``vmap(tx.init)(params)``.
+            Hyperparameters of each model's own are in it with `inject_hyperparams`.
 
     Returns:
         ``step(params, grads, state, **extra)``, which returns the new params and state. It must not
@@ -70,7 +77,9 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
 
     Raises:
         ValueError: (by the step) two parameters share memory, so that an update in place would move
-            both; what ``update`` raises.
+            both; with `models`, first dimensions differ; what ``update`` raises.
+        TypeError: with `models`, a hyperparameter is a tensor and not in the state, or tensors are
+            sharded.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -78,7 +87,7 @@ def compiled_step(tx: GradientTransformation, *, donate: bool = True) -> Compile
         >>> step, state = fo.compiled_step(tx), tx.init(params)
         >>> params, state = step(params, {"w": torch.ones(3)}, state)
     """
-    return CompiledStep(tx, donate)
+    return ModelsStep(tx, donate) if models else CompiledStep(tx, donate)
 
 
 class Route(NamedTuple):
@@ -398,12 +407,3 @@ def traced(
     # A slot may be the memory of a parameter, which a graph cannot see. So the state is new.
     new = tree.map(computed, new)
     return tree.map(Tensor.copy_, params, moved), new
-
-
-def computed(x: Tensor) -> Tensor:
-    """`x`, as a value of its own in a graph.
-
-    The compiler takes copies and clones of an argument out, and would read it after it was written.
-    What is multiplied by 1 it computes.
-    """
-    return x & x if x.dtype is torch.bool else x * 1

@@ -24,7 +24,7 @@ from functorch_opt._execution.launches import (
     in_lanes,
     in_one_launch,
 )
-from functorch_opt._execution.table import MOST, address_of, loop
+from functorch_opt._execution.table import MOST, Scratch, address_of, loop
 from functorch_opt._execution.trials import LOCK, Untraceable, tolerances_of, try_out
 from functorch_opt._execution.writes import Pure, write_in_place
 
@@ -67,6 +67,7 @@ class Program:
         self.order: list[int] = []
         self.dims: list[tuple[int, int]] = []
         self.buffers: list[tuple[list[int], torch.dtype]] = []
+        self.last: tuple[Any, Scratch] = None, Scratch([])
         with LOCK:
             self._make(f, examples, threads, backend)
 
@@ -140,8 +141,12 @@ class Program:
             self._run(args)
             return
         sizes = self.sizes(args)
-        scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch([sizes])]
-        self.call(1, 1, [*args, *scratch, *sizes])
+        known, scratch = self.last
+        if known != sizes:
+            scratch = Scratch(self.scratch([sizes]))
+            self.last = sizes, scratch
+        _memory, places = scratch.taken()
+        self.call(1, 1, [*args, *places, *sizes])
 
     def call(self, rows: int, threads: int, given: list[Any]) -> None:
         """Call the kernel for several rows of arguments, which `threads` share out.

@@ -14,6 +14,7 @@ from functools import cache, partial
 from operator import is_not
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _IS_THERE = partial(is_not, None)
@@ -126,6 +127,28 @@ def loop() -> Callable[[int, int, int, tuple[Any, ...]], Any]:
         )
 
     return Loop.load_pybinding(["void*"] * 4, "// a loop over a table of pointers")
+
+
+ALIGNED = 64
+"""Bytes to a multiple of which tensors begin."""
+
+
+class Scratch:
+    """What a kernel writes and reads again: tensors of these lengths and dtypes, in one piece."""
+
+    def __init__(self, tensors: list[tuple[int, torch.dtype]]) -> None:
+        self.offsets: list[int] = []
+        self.length = 0
+        for n, dtype in tensors:
+            self.offsets.append(self.length)
+            blocks = -(-n * dtype.itemsize // ALIGNED)
+            self.length += blocks * ALIGNED
+
+    def taken(self) -> tuple[Tensor, list[int]]:
+        """New memory, to be kept for as long as it is used, and where in it each tensor begins."""
+        memory = torch.empty(self.length, dtype=torch.uint8)
+        start = memory.data_ptr()
+        return memory, [start + offset for offset in self.offsets]
 
 
 def address_of(kernel: Any) -> int:

@@ -86,6 +86,16 @@ def apart_from(written: set[int], x: Any) -> Any:
 
 # ---- in a graph ----------------------------------------------------------------------------------
 
+
+def computed(x: Tensor) -> Tensor:
+    """`x`, as a value of its own in a graph.
+
+    The compiler takes copies and clones of an argument out, and would read it after it was written.
+    What is multiplied by 1 it computes.
+    """
+    return x & x if x.dtype is torch.bool else x * 1
+
+
 _KEEP_ORDER = {
     "_to_copy",
     "_unsafe_view",

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.state import StageState, parts, with_parts
-from functorch_opt._execution.compiled import computed
-from functorch_opt._execution.writes import memories
+from functorch_opt._execution.writes import computed, memories
 from functorch_opt.tree import PyTree
 
 Kind = Literal["slot", "count", "clock", "joint"]

@@ -29,8 +29,9 @@ class Runs:
         self.optimizer, self.fixed, self.seeds = optimizer, fixed, seeds
         combinations = itertools.product(*axes.values())
         settings = [dict(zip(axes, values, strict=True)) for values in combinations]
-        for setting in settings:
-            self._check(setting)
+        made = [self._made_of_numbers(setting) for setting in settings]
+        self.evaluates = "value_fn" in made[0].extra_args
+        """Whether an update evaluates the loss itself."""
         self.settings = len(settings)
         self.number = len(settings) * len(seeds)
         self.of_seed = torch.arange(self.number, device=device) % len(seeds)
@@ -46,14 +47,15 @@ class Runs:
             name: value for name, value in fixed.items() if name not in self.hyper
         }
 
-    def _check(self, setting: dict[str, float]) -> None:
-        """Make the transformation of plain numbers, so that one out of range is an error now."""
+    def _made_of_numbers(self, setting: dict[str, float]) -> GradientTransformation:
+        """The transformation of plain numbers. One that is out of range is an error now."""
         made = self.optimizer(**self.fixed, **setting)
         if not isinstance(made, GradientTransformation):
             raise TypeError(
                 "optimizer must return a transformation, e.g. adam(...); "
                 f"it returned {type(made).__name__} {made!r}."
             )
+        return made
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(

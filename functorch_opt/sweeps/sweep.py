@@ -23,6 +23,8 @@ from torch.func import grad_and_value, vmap
 from functorch_opt import tree
 from functorch_opt._core.extra import viz
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
+from functorch_opt._execution.memory import with_memory_of_its_own
+from functorch_opt._execution.models import OverModels
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt.sweeps.batches import Batch, Batches, as_batch, read_batches
 from functorch_opt.sweeps.problem import Loss, Problem, read_problem, seeded
@@ -119,9 +121,9 @@ def sweep(
     device = tree.leaves(problem.starts[0])[0].device
     runs = Runs(optimizer, axes, fixed, seeds, device)
     batches = read_batches(data, batch_size, steps, epochs, seeds, runs.of_seed)
-    step: Any = _step_of_all(problem.loss, runs, bound, batches.of_runs)
-    if compile or (compile is None and batches.steps >= COMPILE_FROM):
-        step = _Compiled(step)
+    compiled = compile or (compile is None and batches.steps >= COMPILE_FROM)
+    make = _compiled if compiled else _step_of_all
+    step = make(problem.loss, runs, bound, batches.of_runs)
     if progress:
         track = viz("rich.progress", "progress=True").track
         shown = track(batches.each, f"{runs.number} runs", total=batches.steps)
@@ -174,6 +176,44 @@ def _step_of_all(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) ->
     return vmap(one, in_dims=in_dims, randomness="different")
 
 
+def _compiled(loss: Loss, runs: Runs, bound: float, batches_of_runs: bool) -> Any:
+    """The same step, compiled: the gradients of all runs first, then their updates in place.
+
+    Updates that evaluate the loss are compiled together with the gradients.
+    """
+    if runs.evaluates:
+        return _Compiled(_step_of_all(loss, runs, bound, batches_of_runs))
+
+    def one(
+        ps: PyTree, state: PyTree, grads: PyTree, given: dict[str, Any]
+    ) -> tuple[PyTree, PyTree]:
+        """The update of one run. It does not see the examples."""
+        tx, alive = runs.make(given["hyper"]), given["alive"]
+        known = {"value": given["value"], "grad": grads}
+        extra = {name: known[name] for name in tx.extra_args if name in known}
+        updates, state = tx.update(grads, state, ps, **extra)
+        moved = apply_updates(ps, updates)
+        return tree.map(lambda new, old: torch.where(alive, new, old), moved, ps), state
+
+    def gradient(ps: PyTree, batch: Batch) -> tuple[PyTree, Tensor]:
+        return grad_and_value(loss)(ps, *batch)
+
+    in_dims = (0, 0 if batches_of_runs else None)
+    gradients = _Compiled(vmap(gradient, in_dims=in_dims, randomness="different"))
+    move = OverModels(one, [])
+
+    def step(
+        ps: PyTree, state: PyTree, alive: Tensor, hyper: dict[str, Tensor], batch: Batch
+    ) -> tuple[PyTree, PyTree, Tensor, Tensor]:
+        grads, value = gradients(ps, batch)
+        curve = torch.where(alive, value, math.nan)
+        alive = alive & torch.isfinite(value) & (value <= bound)
+        move(ps, state, grads, {"hyper": hyper, "alive": alive, "value": value})
+        return ps, state, alive, curve
+
+    return step
+
+
 def _begin(problem: Problem, runs: Runs) -> tuple[PyTree, PyTree]:
     """The first parameters and states of all runs."""
     first, *others = problem.starts
@@ -186,9 +226,9 @@ def _begin(problem: Problem, runs: Runs) -> tuple[PyTree, PyTree]:
 
     ps = tree.map(stacked, first, *others)
     state = vmap(init, randomness="different")(ps, runs.hyper)
-    # Constants come out of vmap with stride 0, and a compiled step would be compiled again at the
-    # second step, when they no longer have it.
-    return ps, tree.map(lambda x: x.contiguous(), state)
+    # Constants come out of vmap with stride 0. A compiled step would be compiled again at the second
+    # step, when they no longer have it, or write into them.
+    return ps, with_memory_of_its_own(state, tree.leaves(ps))
 
 
 def _train(step: Any, problem: Problem, runs: Runs, batches: Batches) -> _Trained:
