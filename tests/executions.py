@@ -372,9 +372,7 @@ def of_two_models(make: Callable[[Any], Callable[..., Any]]) -> Execution:
             for m in range(models):
                 seen[m].append(look(of(m, params), of(m, state)))
         loop = run(plan, pure_step(tx), tx, model=1)
-        difference = first_difference(
-            loop, seen[1], slack(program, plan, loop, model=1)
-        )
+        difference = first_difference(loop, seen[1], slack(program, plan, loop, model=1))
         if difference is not None:
             raise OfSecondModel(difference)
         return seen[0]

@@ -33,6 +33,7 @@ from functorch_opt.optim.codes import check_code, in_code, with_scales
 from functorch_opt.optim.evaluation import held, points_of
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.look import look
+from functorch_opt.optim.numbers import decays, is_zero
 from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
@@ -540,9 +541,10 @@ class Optimizer(torch.optim.Optimizer):
     def _varies(self, of: Any, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a
         zero leaves out a stage."""
-        return self._is_number(of, name, value) and (
-            name not in self._structural or isinstance(value, Tensor) or value != 0
-        )
+        if not self._is_number(of, name, value):
+            return False
+        leaves_out = name in self._structural and is_zero(value)
+        return not leaves_out or (self._compile and decays(name, self.param_groups))
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)

@@ -114,6 +114,20 @@ class Numbers:
         return numbers
 
 
+def is_zero(value: Any) -> bool:
+    """Whether an option is the number zero. A tensor may become another number."""
+    return not isinstance(value, Tensor) and bool(value == 0)
+
+
+def decays(name: str, groups: Groups) -> bool:
+    """Whether `name` is a weight decay that some group has.
+
+    Then a zero in another group is a number as well, and both groups go through the same rules. A
+    weight decay has no state, so that a group without one keeps the state that it has.
+    """
+    return name == "weight_decay" and not all(is_zero(of.get(name, 0)) for of in groups)
+
+
 def _are_alike(name: str, groups: Groups) -> bool:
     """Whether all groups have one number there, as far as can be seen: nobody looks into
     tensors."""
