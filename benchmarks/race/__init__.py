@@ -5,13 +5,16 @@ The protocol is in docs/race.md. This file reads the arguments and puts the part
 
 from __future__ import annotations
 
-import time
+import json
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import record, report
-from benchmarks.race import judge
-from benchmarks.race.entries import LEFT_OUT, OTHER, entries
+from benchmarks.race import check, judge, page, tables
+from benchmarks.race.entries import LEFT_OUT, OTHER, competitors
 from benchmarks.race.pair import FULL, QUICK, Budget
 from benchmarks.race.runner import Pair, pairs, run_all
 from benchmarks.race.tasks import TASKS
@@ -34,14 +37,37 @@ def arguments(command: ArgumentParser) -> None:
         help="only these, and adamw (default: all)",
     )
     command.add_argument(
+        "--check",
+        action="store_true",
+        help="compare a dozen optimizers with torch's classes, and do nothing else",
+    )
+    command.add_argument(
+        "--page",
+        type=Path,
+        metavar="FOLDER",
+        help="write docs/race.json, docs/race.md and its pictures from a race, and nothing else",
+    )
+    command.add_argument(
         "--processes", type=int, default=2, help="of one thread each (default: 2)"
     )
 
 
 def run(args: Namespace) -> dict[str, Any]:
+    """Do what the arguments say."""
+    torch.set_num_threads(1)
+    if args.check:
+        result = record.header("race") | check.run()
+        failed = [{"task": "check", "optimizer": x, "error": x} for x in result["wrong"]]
+        return result | {"rows": failures({"failed": failed})}
+    if args.page:
+        page.write(json.loads((args.page / "race.json").read_text()))
+        return record.header("race") | {"rows": []}
+    return raced(args)
+
+
+def raced(args: Namespace) -> dict[str, Any]:
     """Run what is not there yet, judge all of it, and write tables and JSON."""
-    began = time.perf_counter()
-    known = entries(args.add)
+    known = competitors(args.add)
     names = args.optimizers or list(known)
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(
@@ -51,9 +77,20 @@ def run(args: Namespace) -> dict[str, Any]:
     todo = pairs(list(args.rows or ROWS), names)
     found = run_all(todo, args.out, budget, args.add, args.processes)
     result = judged(found, budget, quick=args.quick)
-    result["seconds"] = round(time.perf_counter() - began, 1)
     record.write(args.out / "race.json", result)
+    show(result)
     return result | {"rows": failures(result)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables."""
+    for task, about in result["tasks"].items():
+        said = f"{about['title']}, {about['steps']} steps. {tables.verdict(result, task)}"
+        rows = tables.of_task(result, task, None)
+        report.table(said, tables.TASK, rows, quiet=True)
+        report.table(f"{said} The first 12", tables.TASK, rows[:12])
+    head, rows = tables.overall(result)
+    report.table(f"places on all tasks; {tables.MARK}: among the best", head, rows)
 
 
 def protocol(budget: Budget, quick: bool) -> dict[str, Any]:
@@ -70,7 +107,8 @@ def judged(
     result = record.header("race")
     result |= {"protocol": protocol(budget, quick), "tasks": {}, "results": []}
     result["failed"] = []
-    for task in dict.fromkeys(pair.task for pair in found):
+    raced = {pair.task for pair in found}
+    for task in [name for name in TASKS if name in raced]:
         of = {pair.optimizer: it for pair, it in found.items() if pair.task == task}
         failed = {name: it["error"] for name, it in of.items() if "error" in it}
         rows = [{"task": task, "optimizer": k, "error": v} for k, v in failed.items()]
@@ -80,6 +118,7 @@ def judged(
         lines = [judge.result(task, name, ended[name], target) for name in sorted(ended)]
         result["results"] += lines
         result["tasks"][task] = described(task, budget, lines) | {"target": target}
+    result["cpu_seconds"] = sum(it.get("cpu", 0.0) for it in found.values())
     result["overall"] = judge.overall(result["results"], result["tasks"])
     return result | {"left_out": LEFT_OUT}
 

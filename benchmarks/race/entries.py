@@ -76,7 +76,7 @@ LEFT_OUT = {
 """Optimizers that do not take part, and why."""
 
 
-def entries(added: list[str] | None = None) -> dict[str, Entry]:
+def competitors(added: list[str] | None = None) -> dict[str, Entry]:
     """All that take part, by name."""
     found = {}
     for factory in sorted(_factories(), key=lambda factory: factory.__name__):

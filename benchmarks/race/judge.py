@@ -24,7 +24,12 @@ def result(task: str, optimizer: str, found: Found, target: float | None) -> Fou
     if best is None:
         empty = ("learning_rate", "steps_to_target", "seconds_to_target", "held_out_mean")
         line |= {**dict.fromkeys(empty), "held_out_sd": None, "other": {}, "seeds": 0}
-        line |= {"good_range": None, "bytes_per_parameter": None, "at_an_end": False}
+        line |= {
+            "held_out": [],
+            "good_range": None,
+            "bytes_per_parameter": None,
+            "at_an_end": False,
+        }
         return line | {"step_seconds": None, "curve": []}
     rates = sorted({setting["learning_rate"] for setting in found["settings"]})
     mean, sd = moments(found["held_out"])
@@ -35,7 +40,7 @@ def result(task: str, optimizer: str, found: Found, target: float | None) -> Fou
     line["steps_to_target"] = steps
     line["seconds_to_target"] = None if steps is None else steps * found["step_seconds"]
     line |= {"held_out_mean": mean, "held_out_sd": sd, "seeds": len(found["held_out"])}
-    line["good_range"] = good_range(found)
+    line |= {"held_out": found["held_out"], "good_range": good_range(found)}
     line["bytes_per_parameter"] = found["bytes_per_parameter"]
     line["step_seconds"] = found["step_seconds"]
     return line | {"curve": thinned(found["curve"])}
@@ -99,7 +104,13 @@ def thinned(curve: list[float | None]) -> list[list[float | None]]:
 
 
 def differ(a: Found, b: Found) -> bool:
-    """Whether the means of two lines are further apart than chance makes them."""
+    """Whether the means of two lines are further apart than chance makes them.
+
+    They also differ if every seed of one is better than every seed of the other: otherwise a run
+    that nearly diverged, and its large spread, would make an optimizer as good as any.
+    """
+    if max(a["held_out"]) < min(b["held_out"]) or max(b["held_out"]) < min(a["held_out"]):
+        return True
     gap = abs(a["held_out_mean"] - b["held_out_mean"])
     squared = [line["held_out_sd"] ** 2 / line["seeds"] for line in (a, b)]
     return gap > ERRORS * math.sqrt(sum(squared))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.race.entries import entries
+from benchmarks.race.entries import competitors
 from benchmarks.race.judge import REFERENCE
 from benchmarks.race.pair import Budget, race
 from benchmarks.race.tasks import TASKS
@@ -48,15 +48,13 @@ def run_one(pair: Pair, added: list[str], budget: Budget) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    began = time.perf_counter()
     try:
-        entry = entries(added)[pair.optimizer]
+        entry = competitors(added)[pair.optimizer]
         return race(TASKS[pair.task](), entry, budget)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         where = traceback.format_exc(limit=-3)
-        wall = time.perf_counter() - began
-        return {"error": text[:500], "traceback": where, "wall": wall}
+        return {"error": text[:500], "traceback": where}
 
 
 def read(file: Path, budget: Budget) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def noisy_labels() -> Task:
     is_wrong = torch.rand(len(y), generator=generator) < 0.4
     drawn = torch.randint(10, (len(y),), generator=generator)
     train = x, torch.where(is_wrong, drawn, y)
-    title = "digits with 40% random labels, MLP"
+    title = "digits, 40% random labels"
     data = train, *held_out
     return Task("noisy-labels", title, mlp, cross_entropy, *data, batch=64, steps=300)
 
@@ -127,7 +127,7 @@ def text_gpt() -> Task:
     x, y = tokens[:-1].view(-1, CONTEXT), tokens[1:].view(-1, CONTEXT)
     model = partial(GPT, len(kinds))
     of = parts(x, y, 7680, 256)
-    title = "characters of Python's help, GPT"
+    title = "characters, small GPT"
     return Task("text-gpt", title, model, of_characters, *of, batch=16, steps=150)
 
 
@@ -165,7 +165,7 @@ def regression() -> Task:
 class Factors(nn.Module):
     """The entries of a product of two thin matrices."""
 
-    def __init__(self, rows: int, columns: int, rank: int = 8) -> None:
+    def __init__(self, rows: int, columns: int, rank: int = 3) -> None:
         super().__init__()
         self.left = nn.Parameter(0.3 * torch.randn(rows, rank))
         self.right = nn.Parameter(0.3 * torch.randn(columns, rank))
@@ -175,13 +175,13 @@ class Factors(nn.Module):
 
 
 def factorization() -> Task:
-    """Missing pixels of 64 images: the matrix of images and pixels as a product of rank 8."""
+    """Missing pixels of 64 images: the matrix of images and pixels as a product of rank 3."""
     x, _ = _digits()
     x = x[:64]
     places = torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1]))
-    of = parts(places, (x - x.mean()).flatten(), 2496, 800)
+    of = parts(places, (x - x.mean()).flatten(), 3296, 400)
     title, model = "matrix factorization", partial(Factors, *x.shape)
-    return Task("factorization", title, model, mse_loss, *of, batch=312, steps=300)
+    return Task("factorization", title, model, mse_loss, *of, batch=412, steps=300)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
