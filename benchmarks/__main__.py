@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     report.tables.clear()
     result = command.run(args)
+    if "machine" not in result:  # nothing was measured
+        return result
     machine, versions = (
         result["machine"],
         {name: version for name, version in result["versions"].items() if version},

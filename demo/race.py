@@ -129,7 +129,7 @@ def run(out: Path) -> Path:
             lines.append(enter(name, STEPS))
             live.update(standings(lines))
     seconds = time.perf_counter() - begin
-    say("All optimizers, on six tasks, with a protocol: python -m benchmarks race.")
+    say("\nAll optimizers, on six tasks, with a protocol: python -m benchmarks race.")
     return save(_draw(lines, number, seconds), out / "1_race.png")
 
 

@@ -61,7 +61,7 @@ def row(line: dict[str, Any], leads: bool) -> list[str]:
         return [name, "diverged", *[""] * (len(TASK) - 2)]
     loss = "diverged"
     if line["held_out_mean"] is not None:
-        loss = f"{line['held_out_mean']:.3g} ± {line['held_out_sd']:.1g}"
+        loss = f"{line['held_out_mean']:#.3g} ± {line['held_out_sd']:.2g}"
     other = [f"{key} {value:g}" for key, value in line["other"].items()]
     end = " (the last tried)" if line["at_an_end"] else ""
     rate = ", ".join([f"{line['learning_rate']:.2g}{end}", *other])
@@ -74,6 +74,8 @@ def row(line: dict[str, Any], leads: bool) -> list[str]:
 def good(of: list[float]) -> str:
     """The width in factors of ten, and both ends."""
     low, high = of
+    if low == high:
+        return f"only {low:.2g}"
     return f"{math.log10(high / low):.1f} ({low:.2g} to {high:.2g})"
 
 
