@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.race import pictures, tables
+from benchmarks.race import tables
 
 DOCS = Path(__file__).parents[2] / "docs"
 POINTS = 25
@@ -132,6 +132,8 @@ def updated(page: str, result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], docs: Path = DOCS) -> None:
     """The copy, the page and the pictures."""
+    from benchmarks.race import pictures  # needs matplotlib
+
     copy = compact(result)
     (docs / "race.json").write_text(written(copy))
     page = docs / "race.md"
