@@ -170,6 +170,10 @@ def test_an_interrupted_race_goes_on_where_it_was(
     monkeypatch.setattr(command, "QUICK", TINY.__class__((1e-2,), 1, 2, 1, 4))
     raced(tmp_path)
     assert len(calls) == 2  # another budget
+    calls.clear()
+    monkeypatch.setitem(entries.OTHER, "sgd", {"momentum": (0.5, 0.8)})
+    raced(tmp_path)
+    assert calls == [runner.Pair("regression", "sgd")]  # other values to try
 
 
 def test_a_failing_pair_is_reported_and_the_others_go_on(
@@ -183,8 +187,11 @@ def test_a_failing_pair_is_reported_and_the_others_go_on(
     assert "broken on purpose" in failed["error"]
     assert "FAILED failing on regression" in capsys.readouterr().out
     assert "broken on purpose" in __main__.wrong(result)[0]
-    file = tmp_path / "race" / "pairs" / "regression.failing.json"
-    assert runner.read(file, TINY) is None  # it is tried again
+    pair_of = runner.Pair("regression", "failing")
+    under = runner.conditions(pair_of, TINY)
+    assert (
+        runner.read(pair_of.file(tmp_path / "race"), under) is None
+    )  # it is tried again
 
 
 @pytest.mark.slow

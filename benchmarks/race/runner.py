@@ -1,11 +1,12 @@
 """All pairs in a few processes with one thread each. What is done stays done.
 
 Each pair has a file of its own in ``FOLDER/pairs``. A race that is started again with the same
-budget goes on where it was.
+budget goes on where it was. A changed task, or other values to try, are run anew.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import random
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.race.entries import competitors
+from benchmarks.race.entries import FIXED, OTHER, competitors
 from benchmarks.race.judge import REFERENCE
 from benchmarks.race.pair import Budget, race
 from benchmarks.race.tasks import TASKS
@@ -57,20 +58,33 @@ def run_one(pair: Pair, added: list[str], budget: Budget) -> dict[str, Any]:
         return {"error": text[:500], "traceback": where}
 
 
-def read(file: Path, budget: Budget) -> dict[str, Any] | None:
-    """What is known of a pair, if it was run with this budget and did not fail."""
+@functools.cache
+def _sizes(task: str) -> dict[str, int]:
+    of = TASKS[task]()
+    parameters = sum(p.numel() for p in of.model().parameters())
+    return {"steps": of.steps, "batch": of.batch, "parameters": parameters}
+
+
+def conditions(pair: Pair, budget: Budget) -> Any:
+    """What a stored result must have been found with to be used again."""
+    other = {"other": OTHER.get(pair.optimizer), "fixed": FIXED.get(pair.optimizer)}
+    return json.loads(json.dumps(budget.described() | _sizes(pair.task) | other))
+
+
+def read(file: Path, under: Any) -> dict[str, Any] | None:
+    """What is known of a pair, if it was run under these conditions and did not fail."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    same = found.pop("budget", None) == json.loads(json.dumps(budget.described()))
+    same = found.pop("under", None) == under
     return found if same and "error" not in found else None
 
 
-def write(file: Path, found: dict[str, Any], budget: Budget) -> None:
+def write(file: Path, found: dict[str, Any], under: Any) -> None:
     """Whole or not at all."""
     half = file.with_suffix(".part")
-    half.write_text(json.dumps(found | {"budget": budget.described()}))
+    half.write_text(json.dumps(found | {"under": under}))
     half.replace(file)
 
 
@@ -79,7 +93,8 @@ def run_all(
 ) -> dict[Pair, dict[str, Any]]:
     """What is known of each pair, old or new."""
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
-    known = {pair: read(pair.file(folder), budget) for pair in todo}
+    under = {pair: conditions(pair, budget) for pair in todo}
+    known = {pair: read(pair.file(folder), under[pair]) for pair in todo}
     found = {pair: old for pair, old in known.items() if old is not None}
     left = [pair for pair in todo if pair not in found]
     if found:
@@ -87,7 +102,7 @@ def run_all(
             f"{len(found)} of {len(todo)} pairs are there already, in {folder}/pairs."
         )
     for pair, new in _computed(left, budget, added, processes):
-        write(pair.file(folder), new, budget)
+        write(pair.file(folder), new, under[pair])
         found[pair] = new
         if "error" in new:
             report.say(f"FAILED {pair.optimizer} on {pair.task}: {new['error']}")

@@ -128,7 +128,7 @@ def text_gpt() -> Task:
     model = partial(GPT, len(kinds))
     of = parts(x, y, 7680, 256)
     title = "characters, small GPT"
-    return Task("text-gpt", title, model, of_characters, *of, batch=16, steps=150)
+    return Task("text-gpt", title, model, of_characters, *of, batch=16, steps=120)
 
 
 # ---- regression ----------------------------------------------------------------------------------
