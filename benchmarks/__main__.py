@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import race, report
 
 COMMANDS: dict[str, tuple[str, str, int | None]] = {
     "cpu": ("cpu", "step times on the CPU", 21),
@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, int | None]] = {
     ),
     "monitor": ("monitored", "what a monitor of layers costs of a training step", 21),
     "codecs": ("codecs", "bytes, time and loss with slots in fewer bytes", None),
+    "race": ("race", "every optimizer at its own best settings, on six tasks", None),
     "gpu": ("gpu", "correctness and step times on a GPU", 21),
 }
 """The module, what it measures, and in how many rounds."""
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
         default="cuda",
         help="cpu for a rehearsal without events (default: cuda)",
     )
+    race.arguments(of["race"])
     return top
 
 
@@ -120,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     report.tables.clear()
     result = command.run(args)
+    if "machine" not in result:  # nothing was measured
+        return result
     machine, versions = (
         result["machine"],
         {name: version for name, version in result["versions"].items() if version},

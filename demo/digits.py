@@ -31,7 +31,7 @@ from demo.common import (
     track,
 )
 
-EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 15, 64, 1e-2, 1e-2
+EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 12, 64, 1e-2, 1e-2
 
 Params = dict[str, Tensor]
 Steps = Iterator[tuple[Tensor, Params]]  # after every step: the loss, and the params

@@ -13,7 +13,7 @@ import functorch_opt as fo
 from demo.common import console, save, say, table, title
 from demo.digits import BATCH, Params, load, minibatches, predict
 
-MODELS, EPOCHS = 64, 15
+MODELS, EPOCHS = 64, 12
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -1,6 +1,6 @@
 """What the demo claims, on a small scale.
 
-Descent by hand equals `sgd`, functional equals stateful, and vmapped equals trained separately.
+A run of the race is the run alone, functional equals stateful, and vmapped equals trained separately.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 for extra in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(extra)
 
-import functorch_opt as fo  # noqa: E402
-from demo import __main__, digits, regression, sweep  # noqa: E402
+from demo import __main__, digits, race, sweep  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +29,42 @@ def in_float64(data: digits.Data) -> digits.Data:
     )
 
 
-# ---- 1. regression -------------------------------------------------------------------------------
+# ---- 1. the race ---------------------------------------------------------------------------------
 
 
-def test_gradient_descent_by_hand_equals_sgd_bit_for_bit() -> None:
-    (by_hand, losses), (params, sgd_losses) = (
-        regression.train_by_hand(0.1, 50),
-        regression.train(fo.sgd(0.1), 50),
-    )
-    assert losses == sgd_losses
-    assert by_hand == params
+def test_an_optimizer_of_the_race_is_what_it_is_alone() -> None:
+    """The curve at the best learning rate is that of plain loops from the same seeds."""
+    steps = 5
+    line = race.enter("Adam", steps)
+    x, y = (part[race.VALIDATION :] for part in digits.load()[:2])
+    curves = []
+    for seed in range(race.SEEDS):
+        torch.manual_seed(seed)
+        net, losses = race.make_model(), []
+        order = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(x), generator=order).split(digits.BATCH)[:steps]
+        opt = torch.optim.Adam(net.parameters(), lr=line.rate)
+        for batch in rows:
+            opt.zero_grad()
+            loss = torch.nn.functional.cross_entropy(net(x[batch]), y[batch])
+            loss.backward()
+            opt.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(line.curve, torch.stack(curves).mean(0))
+    assert line.held_out.shape == (race.SEEDS,)
+    assert line.by_rate.argmin() == (line.rate == race.RATES).nonzero().item()
 
 
-@pytest.mark.parametrize("policy", regression.POLICIES)
-@pytest.mark.parametrize("optimizer", regression.OPTIMIZERS)
-def test_every_optimizer_comes_near_y_equals_2x(optimizer: str, policy: str) -> None:
-    params, losses = regression.train(
-        regression.OPTIMIZERS[optimizer](regression.POLICIES[policy]), 150
-    )
-    assert losses[-1] < 0.05 < losses[0]
-    assert params["w"].item() == pytest.approx(2, abs=0.3)
+def test_the_standings_are_in_the_order_of_the_held_out_loss() -> None:
+    def made(name: str, loss: float) -> race.Line:
+        losses = torch.tensor([loss, loss])
+        return race.Line(name, 0.1, losses, losses, losses, 1.0)
+
+    grid = race.standings([made("worse", 2.0), made("better", 1.0)])
+    assert [*grid.columns[0].cells] == ["better", "worse"]
+    bars = [len(cell) for cell in grid.columns[3].cells]
+    assert bars == [race.WIDTH // 2, race.WIDTH]
 
 
 # ---- 2. digits -----------------------------------------------------------------------------------
@@ -137,11 +152,11 @@ def test_a_sweep_equals_training_one_after_another(data: digits.Data) -> None:
 def test_sections_draw_their_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(regression, "ITERATIONS", 3)
+    monkeypatch.setattr(race, "STEPS", 8)
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(sweep, "EPOCHS", 1)
     monkeypatch.setattr(sweep, "MODELS", 6)
-    for section in (regression, digits, sweep):
+    for section in (race, digits, sweep):
         picture = section.run(tmp_path)
         assert picture.stat().st_size > 10_000
     assert "times as long" in capsys.readouterr().out

@@ -194,6 +194,38 @@ def test_a_loss_function_without_data_and_an_optimizer_that_reads_the_loss() -> 
     assert result.best == {"scale": 1.5}
 
 
+def test_averages_are_what_is_evaluated() -> None:
+    """Schedule-Free trains at one point and is evaluated at another."""
+    rates = [0.1, 1.0]
+    result = fo.sweep(
+        lambda p, x: ((p - x) ** 2).sum(),
+        (torch.tensor([[1.0, 2.0], [3.0, 0.0]]),),
+        fo.schedule_free_sgd,
+        params=torch.zeros(2),
+        steps=4,
+        batch_size=1,
+        bound=1e3,
+        validation=(torch.tensor([2.0, 1.0]),),
+        learning_rate=[*rates, 1e3],
+    )
+    order = torch.Generator().manual_seed(0)
+    x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    batches = [x[i] for _ in range(2) for i in torch.randperm(2, generator=order)]
+    for i, rate in enumerate(rates):
+        tx, p = fo.schedule_free_sgd(rate), torch.zeros(2)
+        state = tx.init(p)
+        for batch in batches:
+            updates, state = tx.update(2 * (p - batch), state, p)
+            p = fo.apply_updates(p, updates)
+        averages = fo.eval_params(tx, state, p)
+        assert not torch.allclose(averages, p)
+        torch.testing.assert_close(result.params_of(i), averages)
+        loss = ((averages - torch.tensor([2.0, 1.0])) ** 2).sum()
+        torch.testing.assert_close(result.losses[i], loss)
+    assert result.diverged.tolist() == [False, False, True]
+    assert result.params_of(2).isfinite().all()
+
+
 # ---- diverging runs ------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ class Sweep:
         losses: the numbers by which runs are ranked, [runs]: the validation loss, or the mean of
             the last tenth of the curve. They are infinite for runs that diverged.
         diverged: whether the loss was not finite, or greater than the bound, [runs].
-        params: the parameters of all runs at the end, each tensor [runs, ...].
+        params: the parameters of all runs at the end, each tensor [runs, ...]. If the optimizer
+            keeps an average to evaluate with, such as Schedule-Free, it is here; see `eval_params`.
         fixed: the keywords of the optimizer that all runs have in common.
     """
 

@@ -22,6 +22,7 @@ from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
 from functorch_opt._core.extra import viz
+from functorch_opt._core.points import eval_params, has_point
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.models import OverModels
@@ -84,7 +85,7 @@ def sweep(
         seed: a whole number, or several. Then each setting is trained with each seed, and settings
             are ranked by their mean.
         validation: data of the same kind as `data`. The best setting is the one with the lowest
-            loss on them after training. Without them it is the one with the lowest training loss,
+            loss on them after training, at the parameters of `eval_params`. Without them it is the one with the lowest training loss,
             which is the mean over the last tenth of the steps.
         bound: a run whose loss is not finite, or greater than this, counts as diverged. From then
             on its parameters stay as they are, and its curve is NaN.
@@ -241,7 +242,23 @@ def _train(step: Any, problem: Problem, runs: Runs, batches: Batches) -> _Traine
         for batch in batches.each:
             ps, state, alive, curve = step(ps, state, alive, runs.hyper, batch)
             curves.append(curve)
+    ps = _to_evaluate(runs, state, ps, alive)
     return _Trained(ps, alive, torch.stack(curves, 1))
+
+
+def _to_evaluate(runs: Runs, state: PyTree, params: PyTree, alive: Tensor) -> PyTree:
+    """The averages, if the optimizer keeps some, of runs that have not diverged."""
+
+    def read(
+        state: PyTree, ps: PyTree, hyper: dict[str, Tensor], alive: Tensor
+    ) -> PyTree:
+        tx = runs.make(hyper)
+        if not has_point(tx):
+            return ps
+        found = eval_params(tx, state, ps)
+        return tree.map(lambda x, p: torch.where(alive, x, p), found, ps)
+
+    return vmap(read)(state, params, runs.hyper, alive)
 
 
 def _evaluate_module(
