@@ -1,0 +1,119 @@
+"""The gallery: every ready-made optimizer is in it once, its rules are true, its pages up to date."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import functorch_opt as fo
+from benchmarks.gallery.entries import ENTRIES, FAMILIES, Entry
+from benchmarks.gallery.loops import LOOPS, ORTHOGONAL
+
+STEPS = 12
+
+
+def is_ready_made(name: str) -> bool:
+    """Whether a public name is an optimizer: its first argument is the learning rate. `hyperball` is
+    a last stage."""
+    function = getattr(fo, name)
+    if not inspect.isfunction(function) or name.startswith("scale_by_"):
+        return False
+    first = next(iter(inspect.signature(function).parameters), None)
+    return first in ("learning_rate", "max_learning_rate") and name != "hyperball"
+
+
+def test_every_ready_made_optimizer_is_in_the_gallery_once() -> None:
+    names = [entry.name for entry in ENTRIES]
+    assert sorted(names) == sorted(filter(is_ready_made, fo.__all__))
+    pages = [family.page for family in FAMILIES]
+    assert {entry.family for entry in ENTRIES} == set(pages)
+    assert len(set(pages)) == len(pages)
+    assert LOOPS.keys() <= set(names)
+
+
+def norm(x: Tensor, dim: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None)
+
+
+def rms(x: Tensor) -> Tensor:
+    return (x**2).mean().sqrt()
+
+
+NAMES = ("sqrt", "sign", "abs", "maximum", "minimum", "clip", "mean", "where", "amax")
+KNOWN = {name: getattr(torch, name) for name in NAMES}
+KNOWN |= {"norm": norm, "rms": rms, "qr": torch.linalg.qr, "eigh": torch.linalg.eigh}
+KNOWN |= {"svd": lambda x: torch.linalg.svd(x, full_matrices=False)}
+
+
+class Problem:
+    """A bowl with noise in its gradients, the same for whoever steps through it."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        draw = {"generator": generator, "dtype": torch.float64}
+        self.first = torch.randn(4, 3, **draw)
+        self.curvature = torch.rand(4, 3, **draw) * 3 + 0.2
+        self.noise = torch.randn(STEPS, 4, 3, **draw)
+        self.step = 0
+
+    def loss(self, p: Tensor) -> Tensor:
+        return 3 + (self.curvature * p**2).sum() / 2
+
+    def grad(self, p: Tensor) -> Tensor:
+        noise = self.noise[self.step]
+        self.step += 1
+        return self.curvature * p + noise
+
+
+def changed(name: str, value: float) -> float:
+    """Another value of a hyperparameter, so that one which a loop forgets is found out."""
+    if "eps" in name:
+        return 1e-3
+    if value == 0:
+        return 0.05
+    return value * 0.9 if value <= 1 else value * 1.1
+
+
+def hyperparameters(entry: Entry, other: bool) -> dict[str, object]:
+    parameters = inspect.signature(getattr(fo, entry.name)).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if not entry.free:
+        given["learning_rate"] = 0.1
+    given |= entry.settings
+    if not other:
+        return given
+    words = set(entry.loop.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    return {
+        name: changed(name, value) if isinstance(value, float) and name in words else value
+        for name, value in given.items()
+    }
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["defaults", "others"])
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.loop], ids=lambda e: e.name)
+def test_the_loop_of_the_page_makes_the_steps_of_the_library(entry, other) -> None:
+    hyper = hyperparameters(entry, other)
+    own = Problem()
+    names = KNOWN | hyper | {"p": own.first, "grad": own.grad, "loss": own.loss}
+    names["steps"] = range(1, STEPS + 1)
+    exec(ORTHOGONAL if "orthogonal" in entry.loop else "", names)
+    exec(entry.loop, names)
+
+    problem, tx = Problem(), getattr(fo, entry.name)(**hyper)
+    params = {"w": problem.first}
+    state, path = tx.init(params), [problem.first]
+    for _ in range(STEPS):
+        extra = {"value": problem.loss(params["w"])} if "value" in tx.extra_args else {}
+        grads = {"w": problem.grad(params["w"])}
+        updates, state = tx.update(grads, state, params, **extra)
+        params = fo.apply_updates(params, updates)
+        path.append(params["w"])
+    moved = sum(float(norm(b - a)) for a, b in pairwise(path))
+    assert moved > 0
+    assert math.isfinite(moved)
+    assert float(norm(names["p"] - params["w"])) < 1e-9 * moved
