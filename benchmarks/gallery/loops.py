@@ -215,7 +215,19 @@ for t in steps:
     u = m_hat / (sqrt(nu_hat) + eps) + weight_decay * p
     p = p - learning_rate * u / max(1, rms)
 """,
-    "optimistic_adam_v2": "",
+    "optimistic_adam_v2": """
+mu = nu = 0 * p
+last = None
+for t in steps:
+    g = grad(p)
+    mu = b1 * mu + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * g**2
+    u = b1 * mu / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    u = u / (sqrt(nu / (1 - b2**t) + eps_root) + eps)
+    change = 0 if last is None else u - last
+    last = u
+    p = p - learning_rate * (alpha * u + beta * change)
+""",
     "sgd": """
 m = 0 * p
 for t in steps:
@@ -232,10 +244,11 @@ for t in steps:
     mu = 1 / max(1, t - t0)
 """,
     "optimistic_gradient_descent": """
-last = 0 * p
+last = None
 for t in steps:
     g = grad(p)
-    p = p - learning_rate * (alpha * g + beta * (g - last))
+    change = 0 if last is None else g - last
+    p = p - learning_rate * (alpha * g + beta * change)
     last = g
 """,
     "sign_sgd": """
@@ -271,9 +284,10 @@ size, last = 0 * p + learning_rate, 0 * p
 for t in steps:
     g = grad(p)
     agree = g * last
-    size = size * where(agree > 0, eta_plus, where(agree < 0, eta_minus, 1.0))
+    shorter = where(agree < 0, size * eta_minus, size)
+    size = where(agree > 0, size * eta_plus, shorter)
     size = clip(size, min_step_size, max_step_size)
-    last = where(agree < 0, 0.0, g)
+    last = (agree >= 0) * g
     p = p - size * sign(last)
 """,
     "adagrad": """
@@ -351,7 +365,16 @@ for t in steps:
     u = max(1, n / k) ** 0.5 * orthogonal(m, eps)
     p = p - learning_rate * (u + weight_decay * p)
 """,
-    "muon_with_adamw": "",
+    "muon_with_adamw": """
+mu = 0 * p
+for t in steps:  # of a hidden matrix; all else goes to AdamW
+    g = grad(p)
+    mu = beta * mu + (1 - beta) * g
+    m = beta * mu / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+    n, k = p.shape
+    u = max(1, n / k) ** 0.5 * orthogonal(m, 1e-8)
+    p = p - learning_rate * (u + weight_decay * p)
+""",
     "normuon": """
 mu = v = 0 * p
 for t in steps:
@@ -421,8 +444,10 @@ for t in steps:  # with weights at rest
     R = b2 * R + (1 - b2) * G.T @ G
     p = p - learning_rate * u
     p = p - learning_rate * weight_decay * p
-    if (t - 1) % frequency == 0:  # and the columns in the order of their eigenvalues
-        Q, S = qr(L @ Q).Q, qr(R @ S).Q
+    if (t - 1) % frequency == 0:  # with the columns in the order of their eigenvalues
+        i, j = (Q.T @ L @ Q).diagonal(), (S.T @ R @ S).diagonal()
+        i, j = argsort(i, descending=True), argsort(j, descending=True)
+        Q, S, nu = qr(L @ Q[:, i]).Q, qr(R @ S[:, j]).Q, nu[i][:, j]
 """,
     "adafactor": """
 row = col = 0
@@ -541,7 +566,7 @@ for t in steps:
 """,
     "dowg": """
 p0, G = p, 0
-s = (1e-6 * (1 + norm(p))) ** 2
+s = eps
 for t in steps:
     g = grad(p) + weight_decay * p
     s = max(s, norm(p - p0) ** 2)
@@ -591,20 +616,22 @@ for t in steps:
     p = p - min(max_learning_rate, size) * g
 """,
     "schedule_free_adamw": """
-x, z, nu = p, p, 0 * p
+x, z, nu, total = p, p, 0 * p, 0
 for t in steps:  # p is y, where the gradient is taken; evaluate x
     g = grad(p)
     nu = b2 * nu + (1 - b2) * g**2
     u = g / (sqrt(nu / (1 - b2**t)) + eps) + weight_decay * p
     z = z - learning_rate * u
-    x = (1 - 1 / t) * x + 1 / t * z
+    total = total + t**r
+    x = x + t**r / total * (z - x)
     p = (1 - b1) * z + b1 * x
 """,
     "schedule_free_sgd": """
-x, z = p, p
+x, z, total = p, p, 0
 for t in steps:  # p is y, where the gradient is taken; evaluate x
     z = z - learning_rate * (grad(p) + weight_decay * p)
-    x = (1 - 1 / t) * x + 1 / t * z
+    total = total + t**r
+    x = x + t**r / total * (z - x)
     p = (1 - b1) * z + b1 * x
 """,
     "schedule_free_radam": """
@@ -616,13 +643,13 @@ for t in steps:  # p is y, where the gradient is taken; evaluate x
     nu = b2 * nu + (1 - b2) * g**2
     rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
     if rho > 4:
-        r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        a, d = r**0.5 * learning_rate, g / (sqrt(nu / (1 - b2**t)) + eps)
+        q = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        a, d = q**0.5 * learning_rate, g / (sqrt(nu / (1 - b2**t)) + eps)
     else:
         a, d = 0.0, g
     z = z - a * (d + weight_decay * p)
     largest = max(largest, a)
-    w = largest**weight_lr_power
+    w = t**r * largest**weight_lr_power
     total = total + w
     c = w / total if total else 0
     x = (1 - c) * x + c * z
