@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 import functorch_opt as fo
+from benchmarks.gallery.__main__ import DOCS, PICTURES
 from benchmarks.gallery.entries import ENTRIES, FAMILIES, Entry
 from benchmarks.gallery.loops import LOOPS, ORTHOGONAL
+from benchmarks.gallery.pages import pages
+from benchmarks.gallery.race import Race
+from benchmarks.gallery.rules import WIDTH, docstring
 
 STEPS = 12
 
@@ -44,7 +48,18 @@ def rms(x: Tensor) -> Tensor:
     return (x**2).mean().sqrt()
 
 
-NAMES = ("sqrt", "sign", "abs", "maximum", "minimum", "clip", "mean", "where", "amax", "argsort")
+NAMES = (
+    "sqrt",
+    "sign",
+    "abs",
+    "maximum",
+    "minimum",
+    "clip",
+    "mean",
+    "where",
+    "amax",
+    "argsort",
+)
 KNOWN = {name: getattr(torch, name) for name in NAMES}
 KNOWN |= {"norm": norm, "rms": rms, "qr": torch.linalg.qr, "eigh": torch.linalg.eigh}
 KNOWN |= {"svd": lambda x: torch.linalg.svd(x, full_matrices=False)}
@@ -89,7 +104,9 @@ def hyperparameters(entry: Entry, other: bool) -> dict[str, object]:
         return given
     words = set(entry.loop.replace("(", " ").replace(")", " ").replace(",", " ").split())
     return {
-        name: changed(name, value) if isinstance(value, float) and name in words else value
+        name: changed(name, value)
+        if isinstance(value, float) and name in words
+        else value
         for name, value in given.items()
     }
 
@@ -117,3 +134,40 @@ def test_the_loop_of_the_page_makes_the_steps_of_the_library(entry, other) -> No
     assert moved > 0
     assert math.isfinite(moved)
     assert float(norm(names["p"] - params["w"])) < 1e-8 * moved
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, str]:
+    return pages(Race(), PICTURES)
+
+
+def test_the_pages_are_what_make_gallery_writes(written) -> None:
+    """Their names, numbers of bytes and rules are those of the code, and of docs/race.json."""
+    old = [name for name, text in written.items() if (DOCS / name).read_text() != text]
+    assert not old, f"{old}: python -m benchmarks.gallery --pages writes them anew"
+    kept = {f"gallery/{path.name}" for path in (DOCS / "gallery").glob("*.md")}
+    assert kept == {name for name in written if name.startswith("gallery/")}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_the_page_shows_each_formula_of_the_docstring(entry, written) -> None:
+    """To the letter, but for spaces."""
+    shown = " ".join(written[f"gallery/{entry.family}.md"].split())
+    lines = [line for name in entry.rule for line in docstring(name).body.split("\n")]
+    formulas = [" ".join(line.split()) for line in lines if line.startswith("    ")]
+    assert not [formula for formula in formulas if formula not in shown]
+    assert formulas or any("`" in line for line in lines)
+
+
+def test_a_formula_is_not_cut_off_by_the_page(written) -> None:
+    text = "\n".join(written.values())
+    blocks = text.split("```")[1::2]
+    lines = "\n".join(blocks + list(LOOPS.values())).split("\n")
+    assert len(blocks) > 40
+    assert not [line for line in lines if len(line) > WIDTH]
+
+
+def test_every_optimizer_has_a_picture_and_all_are_light() -> None:
+    drawn = {path.stem for path in PICTURES.glob("*.png")}
+    assert {entry.name for entry in ENTRIES} | {"all"} <= drawn
+    assert sum(path.stat().st_size for path in PICTURES.iterdir()) < 3.2e6

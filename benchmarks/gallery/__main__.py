@@ -1,6 +1,6 @@
 """The gallery of the docs: ``python -m benchmarks.gallery [--pages] [NAME ...]``.
 
-Draws the pictures of all optimizers, or of those named, into docs/gallery/pages, and writes the pages.
+Draws the pictures of all optimizers, or of those named, into docs/gallery/pictures, and writes the pages.
 With --pages it draws nothing. Needs the extra ``demo``.
 """
 

@@ -135,8 +135,7 @@ ENTRIES = (
         "Adam",
         "adam",
         ("adam.py",),
-        "The one to begin with, where no weight decay is wanted. It forgives a learning rate that is "
-        "wrong by a factor of three.",
+        "The one to begin with, where no weight decay is wanted.",
         "`learning_rate`: 1e-3 for small networks, 1e-4 to 6e-4 for transformers, and a schedule.",
         peers="torch.optim.Adam, optax.adam, timm `adam`, pytorch_optimizer Adam",
     ),
@@ -342,8 +341,8 @@ ENTRIES = (
         ("sgd.py", "trace"),
         "Convolutional networks with normalization, and everything convex. With momentum it is the "
         "cheapest optimizer that many trainings need.",
-        "`learning_rate`: 0.1 with `momentum=0.9` for networks with normalization. `nesterov=True` "
-        "seldom harms.",
+        "`learning_rate`: 0.1 with `momentum=0.9` for networks with normalization. A momentum takes 4 "
+        "bytes a parameter.",
         settings={"momentum": 0.9},
         work="one or two operations on each number",
         peers="torch.optim.SGD, optax.sgd, timm `sgd`, pytorch_optimizer SGD",
@@ -923,7 +922,12 @@ ENTRIES = (
         "It takes the gradients of single examples.",
         "`l2_norm_clip`, `noise_multiplier`, and a large batch, drawn by `fo.poisson_sample`.",
         work="a norm for each example, and one normal number for each number",
-        settings={"key": 0, "l2_norm_clip": 1.0, "noise_multiplier": 0.5, "momentum": 0.9},
+        settings={
+            "key": 0,
+            "l2_norm_clip": 1.0,
+            "noise_multiplier": 0.5,
+            "momentum": 0.9,
+        },
         peers="optax.contrib.dpsgd, opacus",
     ),
     Entry(

@@ -605,7 +605,8 @@ for t in steps:
     c = b1 * c + (1 - b1) * (g * p).sum()
     bias = 1 - b1**t
     D = sqrt(nu / (1 - b2**t)) + eps
-    h = (1 + learning_rate * weight_decay) * (f - c - bias * lower_bound) + (m * p).sum()
+    room = f - c - bias * lower_bound
+    h = (1 + learning_rate * weight_decay) * room + (m * p).sum()
     tau = min(learning_rate / bias, max(h, 0) / (m * m / D).sum())
     p = p / (1 + learning_rate * weight_decay) - tau * m / D
 """,

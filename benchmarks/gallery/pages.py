@@ -117,7 +117,9 @@ def entry_lines(entry: Entry, race: Race, pictures: Path) -> list[str]:
     lines += [loop_details(entry)] if entry.loop else []
     lines += [f"![{entry.title}: its paths on two functions](pictures/{entry.name}.png)"]
     if race.has(entry.name) and (pictures / f"{entry.name}-race.png").exists():
-        lines += [f"![{entry.title}: its curves in the race](pictures/{entry.name}-race.png)"]
+        lines += [
+            f"![{entry.title}: its curves in the race](pictures/{entry.name}-race.png)"
+        ]
     lines += [facts(entry, race), *notes(entry)]
     return lines
 
@@ -184,7 +186,7 @@ def table_page(race: Race) -> str:
         versions, date = race.found["versions"], race.found["date"][:10]
         lines += [
             f"**Steps** are those to the target loss of {tasks}, and **Place** is the mean place over all tasks "
-            f"of the race: `{race.found['command']}`, torch {versions['torch']}, {date}. A dash: it did not "
+            f"of the race: `{race.found['command']}`, torch {versions['torch']}, {date}. A hyphen: it did not "
             "reach the target, or does not take part.",
         ]
     return "\n\n".join(lines)
@@ -196,13 +198,18 @@ def table(race: Race) -> str:
     heads += ["Place"] if race else []
     heads += ["When"]
     number = {"Bytes", "Place"}
-    under = ["--:" if head in number or head.startswith("Steps") else ":--" for head in heads]
+    under = [
+        "--:" if head in number or head.startswith("Steps") else ":--" for head in heads
+    ]
     lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(under)}|"]
     for family in FAMILIES:
         for entry in members(family):
             cells = [link(entry, f"gallery/{family.page}.md"), family.title]
             cells += [f"{bytes_per_parameter(entry):.1f}"]
-            cells += ["yes" if entry.matrices else "", "none" if entry.free else "to choose"]
+            cells += [
+                "yes" if entry.matrices else "",
+                "none" if entry.free else "to choose",
+            ]
             cells += [number_or_dash(race.steps(task, entry.name)) for task in race.tasks]
             cells += [number_or_dash(race.place(entry.name))] if race else []
             cells += [first_sentence(entry.when)]
@@ -211,7 +218,7 @@ def table(race: Race) -> str:
 
 
 def number_or_dash(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def first_sentence(text: str) -> str:

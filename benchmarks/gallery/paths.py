@@ -77,7 +77,7 @@ LANDS = (
         start=(-2.0, 1.2),
         goal=(0.0, 0.0),
         window=(-2.6, 1.6, -1.7, 1.7),
-        noise=0.6,
+        noise=0.3,
     ),
 )
 
@@ -118,7 +118,9 @@ def all_paths(entry: Entry, land: Land) -> Tensor:
         apart = w[0, 1] ** 2 + w[1, 0] ** 2
         return land.function(w.diagonal(), example) + apart
 
-    def step(rate: Tensor, params: dict, state: Any, examples: Tensor) -> tuple[dict, Any]:
+    def step(
+        rate: Tensor, params: dict, state: Any, examples: Tensor
+    ) -> tuple[dict, Any]:
         def loss(params: dict[str, Tensor]) -> Tensor:
             return vmap(one, (None, 0))(params, examples).mean()
 
@@ -152,5 +154,3 @@ def all_paths(entry: Entry, land: Land) -> Tensor:
         shown.append(vmap(evaluated)(rates, state, params)["w"])
     points = torch.stack(shown)
     return points.diagonal(dim1=-2, dim2=-1) if entry.matrices else points
-
-

@@ -16,7 +16,9 @@ from PIL import Image
 GREY = "#868e9c"
 ACCENT = "#f08c2e"
 WHITE = "#ffffff"
-LAND = LinearSegmentedColormap.from_list("land", ["#141d33", "#2b4570", "#6f93b8", "#c9d8e6"])
+LAND = LinearSegmentedColormap.from_list(
+    "land", ["#141d33", "#2b4570", "#6f93b8", "#c9d8e6"]
+)
 DOTS_PER_INCH = 150
 
 mpl.rcParams.update(
@@ -32,8 +34,6 @@ mpl.rcParams.update(
         "xtick.color": GREY,
         "ytick.color": GREY,
         "text.color": GREY,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "functorch_opt",
         "figure.constrained_layout.use": True,
     }
 )
@@ -46,12 +46,17 @@ def figure(panels: int, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     return made, list(axes)
 
 
+def tiles(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """Many small panels."""
+    made = Figure(figsize=(columns * 0.92, rows * 0.98))
+    made.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    axes = made.subplots(rows, columns, squeeze=False)
+    return made, list(axes.flat)
+
+
 def save(made: Figure, path: Path) -> None:
-    """A drawing of lines as SVG; one of areas as PNG with 64 colours, which are enough and light."""
+    """As PNG with 64 colours, which are enough, and take few bytes."""
     path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".svg":
-        made.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-        return
     drawn = io.BytesIO()
     made.savefig(drawn, format="png", dpi=DOTS_PER_INCH, transparent=True)
     image = Image.open(drawn).convert("RGBA")

@@ -6,7 +6,7 @@ function makeSortable(table) {
   const body = table.querySelector("tbody");
   const valueOf = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    if (text === "–") return Infinity;
+    if (text === "-") return Infinity;
     return text !== "" && isFinite(text) ? Number(text) : text.toLowerCase();
   };
   const sortBy = (column) => {
