@@ -63,7 +63,7 @@ def draw_all(paths: dict[str, Path], to: File) -> None:
         ax.set_visible(False)
     for ax, (title, path) in zip(axes, paths.items(), strict=False):
         draw_path(ax, LANDS[0], path, size=0.5)
-        ax.set_title(title, fontsize=5.2, pad=2)
+        ax.set_title(title, fontsize=min(5.2, 105 / len(title)), pad=2)
     style.save(figure, to)
 
 
