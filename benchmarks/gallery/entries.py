@@ -21,6 +21,8 @@ class Family:
     page: str
     """Name of its page in docs/gallery/, without .md."""
     title: str
+    short: str
+    """For a narrow column."""
     text: str
 
 
@@ -54,52 +56,61 @@ FAMILIES = (
     Family(
         "adam",
         "Adam and its kin",
+        "Adam",
         "A mean of the gradient, divided by the root of a mean of its square. Each number moves by "
         "about the learning rate, however large its gradient is.",
     ),
     Family(
         "momentum",
         "Momentum and signs",
+        "momentum",
         "The gradient, its mean, or only the signs of them. They keep one number a parameter or none.",
     ),
     Family(
         "sums",
         "Sums and means of squares",
+        "squares",
         "What came before Adam, and what grew out of Adagrad: the gradient is divided by the root of "
         "the sum, or of a mean, of its squares.",
     ),
     Family(
         "layers",
         "By the size of each layer",
+        "layers",
         "Each tensor moves in proportion to its own norm, or its gradient is divided by its own norm. "
         "They were made for large batches.",
     ),
     Family(
         "matrices",
         "Muon and its kin",
+        "Muon",
         "The momentum of a weight matrix is replaced by a matrix with all singular values near 1, or "
         "by one that is normalized in another way. Tensors with fewer than two dims go to AdamW.",
     ),
     Family(
         "curvature",
         "Preconditioners and curvature",
+        "curvature",
         "They keep a matrix for each dim of a tensor, the diagonal of the Hessian, or the last "
         "gradients, and so see how numbers of a tensor belong together.",
     ),
     Family(
         "memory",
         "Less memory",
+        "memory",
         "Adam with fewer numbers in its state: rows and columns, blocks, or a few dimensions. "
         "`fo.stored` keeps the state of any optimizer of this gallery in 1 byte a number, or less.",
     ),
     Family(
         "free",
         "Without a learning rate",
+        "rate-free",
         "The step size follows from how far the parameters have come, or from the value of the loss. "
         "The learning rate that is left is a factor, and 1 is its usual value.",
     ),
     Family(
         "schedule-free",
+        "Schedule-Free",
         "Schedule-Free",
         "An average of the parameters takes the place of a schedule that falls to 0. "
         "Evaluate with `fo.eval_params`. `fo.schedule_free` makes any optimizer one of them.",
@@ -107,6 +118,7 @@ FAMILIES = (
     Family(
         "noise",
         "Noise and privacy",
+        "noise",
         "Noise is part of the rule. All draws come from a `key`, so that a run can be repeated.",
     ),
 )

@@ -17,6 +17,8 @@ from benchmarks.gallery.race import Race
 from benchmarks.gallery.rules import notes, rule, source, sources
 
 WRITTEN = "<!-- `make gallery` writes this page; its text is in benchmarks/gallery/entries.py. -->\n\n"
+WIDE = "---\nhide: [toc]\n---\n\n"
+"""Without a table of contents beside it, a table has more room."""
 SIDE = 1024
 """Of the layer whose state is measured."""
 
@@ -26,7 +28,9 @@ def pages(race: Race, pictures: Path) -> dict[str, str]:
     found = {"gallery/index.md": overview(), "which-optimizer.md": table_page(race)}
     for family in FAMILIES:
         found[f"gallery/{family.page}.md"] = family_page(family, race, pictures)
-    return {name: WRITTEN + text.strip() + "\n" for name, text in found.items()}
+    texts = {name: WRITTEN + text.strip() + "\n" for name, text in found.items()}
+    texts["which-optimizer.md"] = WIDE + texts["which-optimizer.md"]
+    return texts
 
 
 def members(family: Family) -> list[Entry]:
@@ -55,7 +59,7 @@ def overview() -> str:
         "# The gallery",
         f"All {len(ENTRIES)} ready-made optimizers, by family. "
         "[Which optimizer, when](../which-optimizer.md) has them in one table that can be sorted.",
-        "![The path of every optimizer on Rosenbrock's function](pictures/all.png)",
+        "[![The path of every optimizer on Rosenbrock's function](pictures/all.png)](pictures/all.png)",
     ]
     for family in FAMILIES:
         names = " · ".join(link(entry, f"{family.page}.md") for entry in members(family))
@@ -178,8 +182,8 @@ def table_page(race: Race) -> str:
         '<p class="sort-hint" hidden>Click on a head to sort by it.</p>',
         table(race),
         "**Bytes** are those of the state for each parameter, by the defaults, for a layer of 1024 x 1024 "
-        "weights and 1024 biases in float32. **Matrices**: it treats weights as matrices. **Rate**: whether a "
-        "learning rate has to be chosen.",
+        "weights and 1024 biases in float32. **Matrices**: it treats weights as matrices. "
+        "**Rate-free**: its learning rate is only a factor, and the default is usual.",
     ]
     if race:
         tasks = ", ".join(f"*{race.title(task)}*" for task in race.tasks)
@@ -193,10 +197,9 @@ def table_page(race: Race) -> str:
 
 
 def table(race: Race) -> str:
-    heads = ["Optimizer", "Family", "Bytes", "Matrices", "Rate"]
+    heads = ["Optimizer", "When", "Family", "Bytes", "Matrices", "Rate-free"]
     heads += [f"Steps, {task.split('-')[0]}" for task in race.tasks]
     heads += ["Place"] if race else []
-    heads += ["When"]
     number = {"Bytes", "Place"}
     under = [
         "--:" if head in number or head.startswith("Steps") else ":--" for head in heads
@@ -204,15 +207,11 @@ def table(race: Race) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(under)}|"]
     for family in FAMILIES:
         for entry in members(family):
-            cells = [link(entry, f"gallery/{family.page}.md"), family.title]
-            cells += [f"{bytes_per_parameter(entry):.1f}"]
-            cells += [
-                "yes" if entry.matrices else "",
-                "none" if entry.free else "to choose",
-            ]
+            cells = [link(entry, f"gallery/{family.page}.md"), first_sentence(entry.when)]
+            cells += [family.short, f"{bytes_per_parameter(entry):.1f}"]
+            cells += ["yes" if entry.matrices else "", "yes" if entry.free else ""]
             cells += [number_or_dash(race.steps(task, entry.name)) for task in race.tasks]
             cells += [number_or_dash(race.place(entry.name))] if race else []
-            cells += [first_sentence(entry.when)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

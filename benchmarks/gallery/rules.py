@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import functorch_opt as fo
 from benchmarks.gallery.entries import Entry
 
-WIDTH = 86
+WIDTH = 80
 MARGIN = 20
 """What is indented by so much continues the line above."""
 PACKAGES = ("functorch_opt.optimizers", "functorch_opt.line_search")
