@@ -64,6 +64,7 @@ NAMES = (
 )
 KNOWN = {name: getattr(torch, name) for name in NAMES}
 KNOWN |= {"norm": norm, "rms": rms, "qr": torch.linalg.qr, "eigh": torch.linalg.eigh}
+KNOWN |= {"eye": lambda n: torch.eye(n, dtype=torch.float64)}
 KNOWN |= {"svd": lambda x: torch.linalg.svd(x, full_matrices=False)}
 
 

@@ -656,4 +656,104 @@ for t in steps:  # p is y, where the gradient is taken; evaluate x
     x = (1 - c) * x + c * z
     p = (1 - b1) * z + b1 * x
 """,
+    "splus": """
+mu, Q, S = 0 * p, eye(p.shape[0]), eye(p.shape[1])
+L, R = 0 * Q, 0 * S
+n, k = p.shape
+for t in steps:
+    G = grad(p)
+    mu = b1 * mu + (1 - b1) * G
+    u = 2 / (n + k) * Q @ sign(Q.T @ mu @ S) @ S.T
+    L = b2 * L + (1 - b2) * G @ G.T
+    R = b2 * R + (1 - b2) * G.T @ G
+    if t == 1 or t % frequency == 0:
+        Q, S = eigh(L).eigenvectors, eigh(R).eigenvectors
+    p = p - learning_rate * u
+    p = p - learning_rate * weight_decay * 2 / (n + k) * p
+""",
+    "kl_soap": """
+mu = nu = 0 * p
+n, k = p.shape
+b3 = b2
+for t in steps:
+    G = grad(p)
+    if t == 1:
+        L, R = (1 - b3) * G @ G.T / k, (1 - b3) * G.T @ G / n
+        Q, S = eigh(L).eigenvectors.flip(1), eigh(R).eigenvectors.flip(1)
+        A, B = 0 * p[:, :1] + init**-0.5, 0 * p[:1] + init**-0.5
+        continue
+    h = Q.T @ G @ S
+    mu = b1 * mu + (1 - b1) * G
+    nu = b2 * nu + (1 - b2) * h**2
+    u = Q @ (Q.T @ mu @ S / (sqrt(nu) + eps)) @ S.T
+    X, Y = G @ S * B, A * (Q.T @ G)
+    L, R = b3 * L + (1 - b3) * X @ X.T / k, b3 * R + (1 - b3) * Y.T @ Y / n
+    x, y = mean((h * B) ** 2, 1, keepdim=True), mean((h * A) ** 2, 0, keepdim=True)
+    A = clip(1 / sqrt(b3 / A**2 + (1 - b3) * x), max=max(10, n))
+    B = clip(1 / sqrt(b3 / B**2 + (1 - b3) * y), max=max(10, k))
+    p = p - learning_rate * u
+    p = p - learning_rate * weight_decay * p
+    if (t - 1) % frequency == 0:
+        Q, S = qr(L @ Q).Q, qr(R @ S).Q
+""",
+    "kl_shampoo": """
+mu = 0 * p
+n, k = p.shape
+b3 = b2
+for t in steps:
+    G = grad(p)
+    if t == 1:
+        L, R = (1 - b3) * G @ G.T / k, (1 - b3) * G.T @ G / n
+        Q, S = eigh(L).eigenvectors.flip(1), eigh(R).eigenvectors.flip(1)
+        A, B = 0 * p[:, :1] + init**-0.5, 0 * p[:1] + init**-0.5
+        continue
+    h = Q.T @ G @ S
+    mu = b1 * mu + (1 - b1) * G
+    w = A * B
+    u = Q @ (Q.T @ mu @ S * w / (1 + eps * w)) @ S.T
+    X, Y = G @ S * B, A * (Q.T @ G)
+    L, R = b3 * L + (1 - b3) * X @ X.T / k, b3 * R + (1 - b3) * Y.T @ Y / n
+    x, y = mean((h * B) ** 2, 1, keepdim=True), mean((h * A) ** 2, 0, keepdim=True)
+    A = clip(1 / sqrt(b3 / A**2 + (1 - b3) * x), max=max(10, n))
+    B = clip(1 / sqrt(b3 / B**2 + (1 - b3) * y), max=max(10, k))
+    p = p - learning_rate * u
+    p = p - learning_rate * weight_decay * p
+    if (t - 1) % frequency == 0:
+        Q, S = qr(L @ Q).Q, qr(R @ S).Q
+""",
+    "shampoo": """
+def root(x):
+    values, vectors = eigh(x)
+    return vectors * (clip(values, min=0) + eps) ** (-1 / 4) @ vectors.T
+
+mu = nu = L = R = 0
+for t in steps:  # L and R are sums, by the defaults
+    G = grad(p)
+    mu = b1 * mu + (1 - b1) * G
+    nu = graft_b2 * nu + (1 - graft_b2) * G**2
+    L, R = L + G @ G.T, R + G.T @ G
+    m = mu / (1 - b1**t)
+    s = root(L) @ m @ root(R)
+    d = m / (sqrt(nu / (1 - graft_b2**t)) + graft_eps)
+    p = p - learning_rate * (s * norm(d) / norm(s) + weight_decay * p)
+""",
+    "schedule_free_prodigy": """
+b1, b2 = betas
+b3 = b2**0.5
+x, x0, z, v, s, r, d, d0 = p, p, p, 0 * p, 0 * p, 0, estim_lr0, estim_lr0
+largest = total = 0
+for t in steps:  # p is y, where the gradient is taken; evaluate x
+    g = grad(p)
+    a = d * learning_rate
+    v = b2 * v + (1 - b2) * (d * g) ** 2
+    s = b3 * s + d / d0 * a * g
+    r = b3 * r + d / d0 * a * (g * (x0 - z)).sum()
+    d = max(d, estim_lr_coef * r / abs(s).sum())
+    z = z - a * weight_decay * z - a * d * g / (sqrt(v) + d * eps)  # a has the old d
+    largest = max(largest, learning_rate * d)
+    w = largest**weight_lr_power
+    total = total + w
+    x = x + w / total * (z - x)
+    p = (1 - b1) * z + b1 * x
+""",
 }
