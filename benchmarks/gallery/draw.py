@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch.func import vmap
 
 from benchmarks.gallery import style
@@ -104,7 +104,8 @@ def draw_race(entry: Entry, race: Race, to: File) -> None:
         ax.set_yscale("log")
         lowest = np.nanmin([*low, *loss])
         ax.set_ylim(lowest * 0.9, high[0] * 1.1)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        wide = high[0] > 4 * lowest
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(4))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_title(race.title(task))

@@ -17,8 +17,8 @@ from benchmarks.gallery.race import Race
 from benchmarks.gallery.rules import notes, rule, source, sources
 
 WRITTEN = "<!-- `make gallery` writes this page; its text is in benchmarks/gallery/entries.py. -->\n\n"
-WIDE = "---\nhide: [toc]\n---\n\n"
-"""Without a table of contents beside it, a table has more room."""
+WIDE = "---\nhide: [navigation, toc]\n---\n\n"
+"""With nothing beside it, a table has more room."""
 SIDE = 1024
 """Of the layer whose state is measured."""
 
@@ -182,8 +182,8 @@ def table_page(race: Race) -> str:
         '<p class="sort-hint" hidden>Click on a head to sort by it.</p>',
         table(race),
         "**Bytes** are those of the state for each parameter, by the defaults, for a layer of 1024 x 1024 "
-        "weights and 1024 biases in float32. **Matrices**: it treats weights as matrices. "
-        "**Rate-free**: its learning rate is only a factor, and the default is usual.",
+        "weights and 1024 biases in float32. **Kind**: whether it treats "
+        "weights as matrices, or is rate-free, so that its learning rate is only a factor with a usual value.",
     ]
     if race:
         tasks = ", ".join(f"*{race.title(task)}*" for task in race.tasks)
@@ -197,7 +197,7 @@ def table_page(race: Race) -> str:
 
 
 def table(race: Race) -> str:
-    heads = ["Optimizer", "When", "Family", "Bytes", "Matrices", "Rate-free"]
+    heads = ["Optimizer", "When", "Family", "Bytes", "Kind"]
     heads += [f"Steps, {task.split('-')[0]}" for task in race.tasks]
     heads += ["Place"] if race else []
     number = {"Bytes", "Place"}
@@ -209,7 +209,7 @@ def table(race: Race) -> str:
         for entry in members(family):
             cells = [link(entry, f"gallery/{family.page}.md"), first_sentence(entry.when)]
             cells += [family.short, f"{bytes_per_parameter(entry):.1f}"]
-            cells += ["yes" if entry.matrices else "", "yes" if entry.free else ""]
+            cells += ["matrices" * entry.matrices + "rate-free" * entry.free]
             cells += [number_or_dash(race.steps(task, entry.name)) for task in race.tasks]
             cells += [number_or_dash(race.place(entry.name))] if race else []
             lines.append(f"| {' | '.join(cells)} |")

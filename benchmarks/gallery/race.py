@@ -40,7 +40,8 @@ class Race:
         return bool(lines) and all(line and line["curve"] for line in lines)
 
     def title(self, task: str) -> str:
-        return str(self.found["tasks"][task]["title"])
+        title = str(self.found["tasks"][task]["title"])
+        return title[:1].upper() + title[1:]
 
     def curves(self, task: str) -> dict[str, Curve]:
         """Steps and training losses of every optimizer; a loss that is none is NaN."""
