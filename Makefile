@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 ALONE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test test-fast test-slow quick next parity fuzz owners clients lint types docs ci clean
+.PHONY: help demo test test-fast test-slow quick next parity fuzz owners clients lint types gallery docs ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -69,6 +69,10 @@ lint: $(VENV)/.dev ## style
 
 types: $(VENV)/.dev ## static types
 	$(BIN)/mypy functorch_opt
+
+# Ten minutes: 77 optimizers on two functions. Only the pages: python -m benchmarks.gallery --pages
+gallery: $(VENV)/.demo ## draw the pictures of the gallery, and write its pages
+	$(ALONE) $(BIN)/python -m benchmarks.gallery
 
 docs: $(VENV)/.docs ## build the site into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
