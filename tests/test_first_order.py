@@ -232,6 +232,15 @@ def test_focus_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     assert_same(train(fo.focus(*options)), train_plainly(plain_focus(*options)))
 
 
+def test_focus_pulls_nothing_at_its_first_step() -> None:
+    """With any decay of the mean: its first weight is 1, and no quotient that is nearly 1."""
+    p = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for b2 in torch.linspace(0.01, 0.9999, 50).tolist():
+        tx = fo.scale_by_focus(b2=b2)
+        updates, _ = tx.update(torch.ones_like(p), tx.init(p), p)
+        assert (updates == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_focus_pulls_nothing_that_has_not_moved(dtype: torch.dtype) -> None:
     """The mean of values that are all the same is this value, to the bit."""

@@ -49,7 +49,7 @@ from functorch_opt.optim.options import (
     scalar,
 )
 from functorch_opt.optim.owned import divided
-from functorch_opt.optim.params import can_be_trained
+from functorch_opt.optim.params import some_can_be_trained
 from functorch_opt.optim.plan import Make, Plan
 from functorch_opt.optim.recipe import Recipe, made, shown
 from functorch_opt.transforms.report import noise_in
@@ -523,11 +523,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _trained_buckets(self) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """Those with a parameter that can be trained: of the others there is no tree."""
-        return [
-            (fixed, groups)
-            for fixed, groups in self._buckets()
-            if any(can_be_trained(p) for group in groups for p in group["params"])
-        ]
+        buckets = self._buckets()
+        return [(fixed, of) for fixed, of in buckets if some_can_be_trained(of)]
 
     def _options(self) -> list[str]:
         return [*self._own]
@@ -541,10 +538,10 @@ class Optimizer(torch.optim.Optimizer):
     def _varies(self, of: Any, name: str, value: Any) -> bool:
         """Whether a change of this option leaves the chain as it is: hyperparameters do, unless a
         zero leaves out a stage."""
-        if not self._is_number(of, name, value):
-            return False
         leaves_out = name in self._structural and is_zero(value)
-        return not leaves_out or (self._compile and decays(name, self.param_groups))
+        if leaves_out and self._compile:
+            leaves_out = not decays(name, self.param_groups)
+        return self._is_number(of, name, value) and not leaves_out
 
     def _plan(self, fixed: tuple[Any, ...], groups: list[dict[str, Any]]) -> Plan:
         plan = self._plans.get(fixed)

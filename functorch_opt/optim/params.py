@@ -21,6 +21,11 @@ def can_be_trained(p: Tensor) -> bool:
     return p.is_floating_point() or p.is_complex()
 
 
+def some_can_be_trained(groups: list[dict[str, Any]]) -> bool:
+    """Whether there can be a gradient of any parameter of these groups."""
+    return any(can_be_trained(p) for group in groups for p in group["params"])
+
+
 def refuse_gradient(name: str, path: str, p: Tensor, g: Tensor) -> None:
     """Raise an error for a gradient that cannot be used: of integers, or sparse.
 

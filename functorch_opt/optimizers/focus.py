@@ -70,7 +70,9 @@ def scale_by_focus(
 
     def prepare(count, b1, b2):
         t = tree.as_real(count + 1)
-        return {"w1": 1 - b1, "w2": (1 - b2) / (1 - b2**t)}
+        # At the first step it is 1, of which a quotient may be off by a rounding.
+        w2 = torch.where(t == 1, 1.0, (1 - b2) / (1 - b2**t))
+        return {"w1": 1 - b1, "w2": w2}
 
     def rule(g, p, mu, averaged, w1, w2, gamma, weight_decay):
         mu = torch.lerp(mu, g, w1)
