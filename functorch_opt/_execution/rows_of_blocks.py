@@ -53,10 +53,14 @@ class Rows(Whole):
         rules: Rules,
         given: list[Tensor],
     ) -> None:
+        fits: dict[int, bool] = {}  # all pieces but the last have the same sizes
         for piece in _pieces(main):
             # Compiled code keeps values between its loops, and so it gets pieces too.
             args = [*piece, *given]
-            if self.program and self.program.fits(args):
+            size = len(piece[1])
+            if self.program and size not in fits:
+                fits[size] = self.program.fits(args)
+            if self.program and fits[size]:
                 self.program(args)
             else:
                 rules.apply(piece)
