@@ -373,6 +373,15 @@ ROWS = [
         ({}, {"learning_rate": decay_schedule}),
     ),
     Row(
+        "keep_error_bits",
+        lambda learning_rate, bits=16: fo.keep_error_bits(
+            fo.adamw(learning_rate, weight_decay=0.1), bits
+        ),
+        LR,
+        ({}, {"bits": 8}),
+        written=False,
+    ),
+    Row(
         "keep_master_weights",
         lambda learning_rate: fo.keep_master_weights(
             fo.adamw(learning_rate, weight_decay=0.1)

@@ -220,6 +220,32 @@ def test_keep_master_weights(inner: fo.GradientTransformation, theirs: Callable)
         assert torch.equal(ps[name], copy.bfloat16())
 
 
+@compares(
+    "keep_error_bits", reference="the same on float32 parameters", remark="bit for bit"
+)
+@pytest.mark.parametrize(
+    "inner",
+    [fo.sgd(0.1), fo.sgd(0.01, 0.9), fo.adam(0.01), fo.adamw(0.01, weight_decay=0.5)],
+    ids=["sgd", "momentum", "adam", "adamw"],
+)
+def test_keep_error_bits(inner: fo.GradientTransformation) -> None:
+    tx = fo.keep_error_bits(inner)
+    ps = {name: p.bfloat16() for name, p in draw(0).items()}
+    twins = {name: p.float() for name, p in ps.items()}
+    state, theirs = tx.init(ps), inner.init(twins)
+    for t in range(1, STEPS + 1):
+        gs = {name: g.bfloat16() for name, g in draw(t).items()}
+        updates, state = tx.update(gs, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        wide = {name: g.float() for name, g in gs.items()}
+        updates, theirs = inner.update(wide, theirs, twins)
+        twins = fo.apply_updates(twins, updates)
+    for name, error in fo.get(state, "error").items():
+        bits = ps[name].float().view(torch.int32) + error.to(torch.int32)
+        assert_near(bits.view(torch.float32), twins[name])
+        assert torch.equal(bits.view(torch.float32), twins[name])
+
+
 # ---- torch's options of functions ----------------------------------------------------------------------
 
 

@@ -630,3 +630,102 @@ def test_grad_scaler_loops_follow_torchs(pair: tuple[Callable, Callable]) -> Non
         return scales
 
     same_trajectory(pair, loop)
+
+
+# ---- error bits ----------------------------------------------------------------------------------
+
+
+def with_errors(p: Tensor, error: Tensor) -> Tensor:
+    """The copy that a parameter and its error bits stand for."""
+    unit = 0 if error.dtype is torch.int16 else 8
+    bits = p.detach().float().view(torch.int32) + (error.to(torch.int32) << unit)
+    return bits.view(torch.float32)
+
+
+def trained_with_errors(opt_of: Callable, steps: range, dtype: torch.dtype) -> tuple:
+    """Parameters, and their optimizer, after some steps with the same bfloat16 gradients."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(300, 70, generator=generator).bfloat16()
+    p = nn.Parameter(drawn.to(dtype))
+    opt = opt_of([p])
+    for _ in steps:
+        g = torch.randn(300, 70, generator=generator).bfloat16()
+        p.grad = g.to(dtype)
+        opt.step()
+    return p, opt
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_16_error_bits_make_float32_training(compile: bool) -> None:
+    inner = fo.adamw(0.003, weight_decay=0.1)
+    with_bits = fo.keep_error_bits(inner)
+    p, opt = trained_with_errors(
+        lambda ps: fo.optim.Optimizer(ps, with_bits, compile=compile),
+        range(30),
+        torch.bfloat16,
+    )
+    wide, _ = trained_with_errors(
+        lambda ps: fo.optim.Optimizer(ps, inner, compile=compile),
+        range(30),
+        torch.float32,
+    )
+    copy_of_p = with_errors(p, opt.state[p]["keep_error_bits/kept/error"])
+    if compile:  # two kernels, which may differ in the last bit
+        torch.testing.assert_close(copy_of_p, wide.detach(), rtol=1e-6, atol=1e-7)
+    else:
+        assert torch.equal(copy_of_p, wide)
+    assert torch.equal(p, copy_of_p.bfloat16()) or (p != copy_of_p.bfloat16()).sum() < 9
+
+
+@pytest.mark.parametrize(("bits", "most"), [(16, 2.0**-24), (8, 2.0**-15)])
+def test_error_bits_are_what_rounding_has_lost(bits: int, most: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(10_000, generator=generator).bfloat16()
+    step = 0.001 * torch.randn(10_000, generator=generator)
+    tx = fo.keep_error_bits(fo.identity(), bits)
+    u, state = tx.update(step, tx.init(p), p)
+    found = with_errors(fo.apply_updates(p, u), fo.get(state, "error"))
+    exact = p.double() + step.double()
+    assert ((found - exact).abs() <= most * exact.abs()).all()
+    assert fo.get(state, "error").abs().max() > 2 ** (bits - 2)
+
+
+def test_halves_and_what_is_not_finite() -> None:
+    p = torch.tensor([1.0, 1.0078125, -1.0, 1.0, 1.0]).bfloat16()
+    step = torch.tensor([2.0**-8, 2.0**-8, -(2.0**-8), torch.inf, torch.nan])
+    tx = fo.keep_error_bits(fo.identity())
+    u, state = tx.update(step, tx.init(p), p)
+    new = fo.apply_updates(p, u)
+    found = with_errors(new, fo.get(state, "error"))
+    assert torch.equal(found[:3], p.float()[:3] + step[:3])
+    assert new[3] == torch.inf and new[4].isnan()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_error_bits_are_resumed(bits: int) -> None:
+    tx = fo.keep_error_bits(fo.adamw(0.01), bits)
+    opt_of = lambda ps: fo.optim.Optimizer(ps, tx)  # noqa: E731
+    p, opt = trained_with_errors(opt_of, range(5), torch.bfloat16)
+    saved = io.BytesIO()
+    torch.save((p.detach(), opt.state_dict()), saved)
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    q = nn.Parameter(weights)
+    resumed = opt_of([q])
+    resumed.load_state_dict(state, strict=True)
+    for _ in range(3):
+        g = torch.randn_like(p)
+        p.grad, q.grad = g, g.clone()
+        opt.step()
+        resumed.step()
+    assert torch.equal(p, q)
+    name = "keep_error_bits/kept/error"
+    assert torch.equal(opt.state[p][name], resumed.state[q][name])
+    assert resumed.state[q][name].dtype is {8: torch.int8, 16: torch.int16}[bits]
+
+
+def test_error_bits_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="bits must be 8 or 16; got 4"):
+        fo.keep_error_bits(fo.sgd(0.1), 4)
+    with pytest.raises(TypeError, match="keep_error_bits takes a transformation"):
+        fo.keep_error_bits(0.1)

@@ -36,12 +36,6 @@ class Each(NamedTuple):
     own: bool = False
 
 
-class Table(NamedTuple):
-    """Wraps a tensor that every element of every leaf may look things up in."""
-
-    tensor: Tensor
-
-
 # ---- one entry per leaf ------------------------------------------------------------------------
 
 
@@ -160,7 +154,7 @@ def outline(value: Any) -> str:
 
 def check_value(name: str, value: Any) -> None:
     """Raise TypeError for what a rule cannot read."""
-    if isinstance(value, Each | Table):
+    if isinstance(value, Each):
         return
     large = isinstance(value, Tensor) and value.dim() > 1
     if large or not isinstance(value, (int, float, Tensor)):

@@ -219,10 +219,6 @@ class Leafwise(GradientTransformation):
             name: Each(tree.unflatten(spec, column)) for name, column in columns.items()
         }
 
-    def tables(self, device: torch.device) -> dict[str, Any]:
-        """What is looked up where slots are read and written, beside what the rule reads."""
-        return {}
-
     def check_state(self, state: Any) -> None:
         expected = set(self.once.keys)
         fits = isinstance(state, StageState) and state.shared.keys() == expected

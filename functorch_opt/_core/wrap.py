@@ -42,7 +42,7 @@ class Wrap(GradientTransformation):
         before: Callable[..., Any] | None,
         after: Callable[..., Any] | None,
         point: Callable[..., Tensor] | None,
-        init_with: str | None,
+        init_with: str | Callable[[Tensor], Tensor] | None,
         last: bool,
     ) -> None:
         self.inner, self.once, self.slots, self.point = inner, once, slots, point
@@ -177,7 +177,11 @@ class Wrap(GradientTransformation):
 
     def _init(self, params: PyTree) -> dict[str, PyTree]:
         slots = {name: tree.map(make, params) for name, make in self.slots.items()}
-        inner = params if self.init_with is None else slots[self.init_with]
+        inner = params
+        if callable(self.init_with):
+            inner = tree.map(self.init_with, params)
+        elif self.init_with is not None:
+            inner = slots[self.init_with]
         kept = StageState(self.once.first(params), slots)
         return {"inner": self.inner.init(inner), "kept": kept}
 
@@ -244,7 +248,7 @@ def wrap(
     before: Callable[..., Any] | None = None,
     after: Callable[..., Any] | None = None,
     point: Callable[..., Tensor] | None = None,
-    init_with: str | None = None,
+    init_with: str | Callable[[Tensor], Tensor] | None = None,
     last: bool = False,
 ) -> Wrap:
     """A transformation around another one.
@@ -267,7 +271,8 @@ def wrap(
         after: what becomes of the update. It returns ``u``, or ``(u, {slot: new value})`` if there
             are slots.
         point: the parameter to evaluate with, a function of ``p``, slots and hyperparameters.
-        init_with: the slot whose first values `inner` is initialized with, in place of the params.
+        init_with: what `inner` is initialized with, in place of the params: the slot whose first
+            values these are, or a function of a parameter.
         last: whether it looks at the new parameters ``p + u``, so that no stage may change the
             updates after it.
 

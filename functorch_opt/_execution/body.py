@@ -17,7 +17,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
-from functorch_opt._core.leaf import Each, Table, check_value, working_dtype
+from functorch_opt._core.leaf import Each, check_value, working_dtype
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.guards import Meaning
@@ -179,7 +179,7 @@ class Body:
         vars(new).pop("narrowed", None)
         new.now = now
         new.shared = [
-            {name: _tensor(of[name]) for name in mine}
+            {name: of[name] for name in mine}
             for mine, of in zip(self.shared, now, strict=True)
         ]
         pairs = zip(new.shared, self.exact, strict=True)
@@ -226,8 +226,8 @@ class Body:
             check_value(name, x)
             if isinstance(x, Each) or (isinstance(x, Tensor) and x.dim()):
                 rows.append(name)
-            elif isinstance(x, Tensor | Table):
-                shared[name] = _tensor(x)
+            elif isinstance(x, Tensor):
+                shared[name] = x
             elif as_inputs and not isinstance(x, bool):
                 dtype = torch.float64 if isinstance(x, float) else torch.int64
                 exact[name] = torch.tensor(x, dtype=dtype)
@@ -362,18 +362,12 @@ class _Leaf:
             self.new.append((place, x))  # type: ignore[arg-type]
 
 
-def _tensor(x: Tensor | Table) -> Tensor:
-    return x.tensor if isinstance(x, Table) else x
-
-
 def _is_of_kind(before: Any, x: Any) -> bool:
     """Whether code that was made for one value takes another as it is."""
     if x is before:
         return True
     if type(x) is not type(before):
         return False
-    if isinstance(x, Table):
-        return x.tensor is before.tensor
     if isinstance(x, Tensor):
         same = x.dtype is before.dtype and x.dim() == before.dim()
         return same and x.device == before.device

@@ -53,10 +53,14 @@ class Rows(Whole):
         rules: Rules,
         given: list[Tensor],
     ) -> None:
+        fits: dict[int, bool] = {}  # all pieces but the last have the same sizes
         for piece in _pieces(main):
             # Compiled code keeps values between its loops, and so it gets pieces too.
             args = [*piece, *given]
-            if self.program and self.program.fits(args):
+            size = len(piece[1])
+            if self.program and size not in fits:
+                fits[size] = self.program.fits(args)
+            if self.program and fits[size]:
                 self.program(args)
             else:
                 rules.apply(piece)
@@ -97,13 +101,9 @@ def has_size(
 
 
 def with_sizes_settled(body: Body) -> Pure:
-    """The body, for which the length of a row and the sizes of tables are numbers in a trace."""
-    tables = [x.shape[0] if x.dim() else None for x in body.scalars]
+    """The body, for which the length of a row is a number in a trace."""
 
     def settled(args: list[Any]) -> Writes:
-        scalars = args[len(args) - len(tables) :]
-        for x, size in zip(scalars, tables, strict=True):
-            assert size is None or x.shape[0] == size
         if body.row and args[1].dim() == 2:
             for x, block in _columns(args[: body.width], body):
                 assert x.dim() < 2 or x.shape[1] == _entries(body.row, block)

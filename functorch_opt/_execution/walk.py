@@ -181,8 +181,6 @@ class Walk:
             if tx.has_sums and self.sharded:
                 trees = view.tree(self.us), view.spec
                 now.update(tx.sums_before(*trees, us, ps, columns, now))
-            if tx.blocks:
-                now.update(tx.tables(next(filter(_IS_THERE, ps)).device))
             self._wait(entry_of("rule", tx), view, columns, now)
 
         if not known[0] and self._is_certain() and (first or not tx.looks_around):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_opt.codecs.maps import BOTH_SIGNS, UNSIGNED, dynamic_tables, key_of
-
-NO_TABLES: Mapping[str, Any] = {}
-"""What a codec looks up that looks nothing up."""
+from functorch_opt.codecs import maps
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +25,9 @@ class Codec:
     """Of what is kept in the slot's place."""
     block: int = 0
     encode: Callable[..., tuple[Tensor, Tensor]] | None = None
-    """``(x in blocks, tables) -> codes, scales``, of a float32 tensor with a block in each row."""
+    """``x in blocks -> codes, scales``, of a float32 tensor with a block in each row."""
     decode: Callable[..., Tensor] | None = None
-    """``(codes in blocks, scales, tables) -> x``."""
-    tables: Callable[[torch.device], Mapping[str, Any]] = lambda device: NO_TABLES
+    """``(codes in blocks, scales) -> x``."""
 
     def n_blocks(self, n: int) -> int:
         """How many blocks `n` elements make up, of which the last may not be full."""
@@ -44,48 +39,30 @@ class Codec:
 
     # ---- in rows --------------------------------------------------------------------------------
 
-    def write(
-        self,
-        x: Tensor,
-        columns: int,
-        tables: Mapping[str, Any],
-    ) -> Any:
+    def write(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of a slot, of which each row has `columns` blocks."""
         assert self.encode is not None
         blocks = in_blocks(x.float(), columns, self.block)
-        codes, scales = self.encode(blocks, tables)
+        codes, scales = self.encode(blocks)
         return out_of_blocks(codes, x.shape[-1]), scales.squeeze(-1)
 
-    def read(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        tables: Mapping[str, Any],
-    ) -> Tensor:
+    def read(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The slot, float32."""
         assert self.decode is not None
         blocks = in_blocks(codes, scales.shape[-1], self.block)
-        x = self.decode(blocks, scales.unsqueeze(-1), tables)
+        x = self.decode(blocks, scales.unsqueeze(-1))
         return out_of_blocks(x, codes.shape[-1])
 
     # ---- of any shape ---------------------------------------------------------------------------
 
-    def _tensors(self, device: torch.device) -> dict[str, Tensor]:
-        tables = self.tables(device)
-        return {name: table.tensor for name, table in tables.items()}
-
     def write_whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of the shape of `x`, and its scales as a vector."""
-        tables = self._tensors(x.device)
-        columns = self.n_blocks(x.numel())
-        codes, scales = self.write(x.reshape(-1), columns, tables)
+        codes, scales = self.write(x.reshape(-1), self.n_blocks(x.numel()))
         return codes.reshape(x.shape), scales
 
     def read_whole(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The inverse of `write_whole`, but for rounding."""
-        tables = self._tensors(codes.device)
-        x = self.read(codes.reshape(-1), scales, tables)
-        return x.reshape(codes.shape)
+        return self.read(codes.reshape(-1), scales).reshape(codes.shape)
 
 
 def in_blocks(
@@ -114,47 +91,23 @@ _LEAST = 2.75e-7
 """A negative number of this size, in units of the largest, still rounds to 0 in the signed map."""
 
 
-def _encode_dynamic(x: Tensor, tables: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    largest = x.abs().amax(-1, keepdim=True)
+def _encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     least = x.amin(-1, keepdim=True)
+    largest = torch.maximum(x.amax(-1, keepdim=True), -least)
     has_numbers = largest > 0
     # If no number would round to a negative level, the block has the unsigned map.
-    unsigned = (least >= -_LEAST * largest) & has_numbers
+    is_unsigned = (least >= -_LEAST * largest) & has_numbers
     y = x / torch.where(has_numbers, largest, 1.0)
-    code = _nearest(y, unsigned.to(torch.int32), tables)
-    return code.to(torch.uint8), torch.where(unsigned, -largest, largest)
+    nearest = maps.nearest if maps.is_traced() else maps.nearest_looked_up
+    code = nearest(y, is_unsigned.to(torch.float32))
+    return code, torch.where(is_unsigned, -largest, largest)
 
 
-def _nearest(
-    y: Tensor,
-    unsigned: Tensor,
-    tables: Mapping[str, Any],
-) -> Tensor:
-    """The codes of the levels nearest to numbers between -1 and 1, in one of the two maps."""
-    key = key_of(y) + unsigned * BOTH_SIGNS
-    place = tables["dynamic_codes"][key].to(torch.int32)
-    is_above = y > tables["dynamic_bounds"][place]
-    place = place + is_above.to(torch.int32)
-    return place - unsigned * UNSIGNED
+def _decode_dynamic(codes: Tensor, scale: Tensor) -> Tensor:
+    levels = maps.levels if maps.is_traced() else maps.levels_looked_up
+    return levels(codes, (scale < 0).to(torch.float32)) * scale.abs()
 
 
-def _decode_dynamic(
-    codes: Tensor,
-    scale: Tensor,
-    tables: Mapping[str, Any],
-) -> Tensor:
-    unsigned = (scale < 0).to(torch.int32)
-    place = codes.to(torch.int32) + unsigned * UNSIGNED
-    return tables["dynamic_levels"][place] * scale.abs()
-
-
-DYNAMIC = Codec(
-    name="8bit",
-    dtype=torch.uint8,
-    block=256,
-    encode=_encode_dynamic,
-    decode=_decode_dynamic,
-    tables=dynamic_tables,
-)
+DYNAMIC = Codec("8bit", torch.uint8, 256, _encode_dynamic, _decode_dynamic)
 BFLOAT16 = Codec("bfloat16", torch.bfloat16)
 CODECS = {codec.name: codec for codec in (DYNAMIC, BFLOAT16)}

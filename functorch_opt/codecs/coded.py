@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.leaf import Table
 from functorch_opt._core.one_tensor import OneTensor
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.sharding import refuse_sharded
@@ -40,18 +39,6 @@ class Stored(OneTensor):
         self.reads = tuple(dict.fromkeys((*inner.reads, *self.blocked, *scales)))
         self.is_plain = False
 
-    def tables(self, device: torch.device) -> dict[str, Any]:
-        """What the codecs look up."""
-        found: dict[str, Any] = {}
-        for codec in self.blocked.values():
-            found.update(codec.tables(device))
-        return found
-
-    def _tables_of(self, x: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tables, which an execution may have among the values of the rule."""
-        tables = self.tables(x.device)
-        return {name: values.get(name, of.tensor) for name, of in tables.items()}
-
     def decoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What the rule reads, with its slots as it knows them."""
         found = dict(values)
@@ -66,8 +53,7 @@ class Stored(OneTensor):
         if codes is None or codes.dtype is not codec.dtype:
             return codes
         scales = _real(values[name + SCALE])
-        tables = self._tables_of(codes, values)
-        x = codec.read(_laid_out(codes, scales), scales.float(), tables)
+        x = codec.read(_laid_out(codes, scales), scales.float())
         return x.reshape(codes.shape).to(scales.dtype)
 
     def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +65,7 @@ class Stored(OneTensor):
             if codes.dtype is codec.dtype and _fits(new[name], codes):
                 x = new[name]
                 rows = _laid_out(x, scales)
-                tables = self._tables_of(codes, values)
-                rows, scales = codec.write(rows, scales.shape[-1], tables)
+                rows, scales = codec.write(rows, scales.shape[-1])
                 found[name] = rows.reshape(x.shape)
             found[name + SCALE] = scales
         return found
@@ -149,9 +134,6 @@ class Coded(Leafwise):
             self.slots[name + SCALE] = codec.first_scales
             self.blocks[name + SCALE] = (1, codec.block)
         self.stored = tuple(codecs.items())
-
-    def tables(self, device: torch.device) -> dict[str, Table]:
-        return self.on_tensor.tables(device)  # type: ignore[attr-defined]
 
     def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)

@@ -47,7 +47,7 @@ def stages_in(tx: Any) -> list[Any]:
 
 OTHERWISE = {"sam", "asam", "stored"}
 """Rows whose steps run in another way on a device. The gate of the first two looks at the updates
-between two passes, eagerly; codes are looked up in tables on the device, piece by piece."""
+between two passes, eagerly; slots in a code go through rules row by row, some rows at a time."""
 NAMES = [
     row.name
     for row in ROWS

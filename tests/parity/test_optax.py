@@ -1309,7 +1309,10 @@ DIVERGENCES = {
         ("differentially_private_aggregate", "dp_adam", "dp_sgd"),
         "optax has none outside of contrib: see test_private.py",
     ),
-    **dict.fromkeys(("keep_master_weights", "params_ema", "stored"), "optax has none"),
+    **dict.fromkeys(
+        ("keep_error_bits", "keep_master_weights", "params_ema", "stored"),
+        "optax has none",
+    ),
     **dict.fromkeys(
         ("every", "gate", "largest", "wrap"),
         "optax has none: they declare a transformation",
