@@ -176,6 +176,7 @@ FLOORS = {
     "_execution/cpu_passes.py": 0,
     "_execution/table.py": 0,
     "_execution/launches.py": 0,
+    "_execution/c_function.py": 1,
     "_execution/trials.py": 2,
     "_execution/kernel.py": 3,
     "_core/owned.py": 0,

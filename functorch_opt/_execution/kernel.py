@@ -12,11 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_opt._execution.c_function import (
+    Buffer,
+    WithSizes,
+    find_kernel,
+    samples_of,
+    symbols_in,
+)
 from functorch_opt._execution.cpu_passes import store_what_many_read, take_sums
 from functorch_opt._execution.launches import (
     Launches,
@@ -24,7 +31,7 @@ from functorch_opt._execution.launches import (
     in_lanes,
     in_one_launch,
 )
-from functorch_opt._execution.table import MOST, Scratch, address_of, loop
+from functorch_opt._execution.table import Scratch, loop
 from functorch_opt._execution.trials import LOCK, Untraceable, tolerances_of, try_out
 from functorch_opt._execution.writes import Pure, write_in_place
 
@@ -66,7 +73,7 @@ class Program:
         self.threads = threads
         self.order: list[int] = []
         self.dims: list[tuple[int, int]] = []
-        self.buffers: list[tuple[list[int], torch.dtype]] = []
+        self.buffers: list[Buffer] = []
         self.last: tuple[Any, Scratch] = None, Scratch([])
         with LOCK:
             self._make(f, examples, threads, backend)
@@ -101,7 +108,7 @@ class Program:
             compiled, with_sizes = _inductor(graph, inputs, threads, on_cpu)
             self._run = lambda args: compiled(with_sizes(args))
             call = getattr(compiled, "current_callable", None)
-            if on_cpu and (found := _find_kernel(call, with_sizes, inputs)):
+            if on_cpu and (found := find_kernel(call, with_sizes, inputs)):
                 self.kernel, self.order, self.dims, self.buffers = found
             if examples[0].device.type == "cuda":
                 self.launches = _find_launches(call, with_sizes, inputs)
@@ -122,8 +129,8 @@ class Program:
         How much is enough for tensors of any of these `sizes`.
         """
         return [
-            (max(prod([of[i] for i in which]) for of in sizes), dtype)
-            for which, dtype in self.buffers
+            (of.number * max(prod([n[i] for i in of.sizes]) for n in sizes), of.dtype)
+            for of in self.buffers
         ]
 
     def fits(self, args: list[Tensor]) -> bool:
@@ -231,10 +238,6 @@ def _writes(graph: Any) -> bool:
 # ---- Inductor ------------------------------------------------------------------------------------
 
 
-WithSizes = Callable[[list[Tensor]], list[Any]]
-"""Puts behind tensors the sizes that code is given beside them, in a list of its own."""
-
-
 def _inductor(
     graph: Any, inputs: list[Any], threads: int, on_cpu: bool
 ) -> tuple[Callable[..., Any], WithSizes]:
@@ -252,7 +255,7 @@ def _inductor(
         "emulate_precision_casts": True,
     }
     graph.shape_env = None  # Inductor keeps code on disk, and could not write this there
-    symbols = _symbols(inputs)
+    symbols = symbols_in(inputs)
     if all(of.is_symbol for of in symbols):
         places = [*symbols.values()]
         sizes = [inputs[i].shape[d] for i, d in places]
@@ -297,136 +300,10 @@ def _find_launches(
     call: Any, with_sizes: WithSizes, inputs: list[Any]
 ) -> Launches | None:
     """The launches, if all that the generated function `call` does is to make them."""
-    symbols = dict.fromkeys(_symbols(inputs))
+    symbols = dict.fromkeys(symbols_in(inputs))
     if not all(of.is_symbol for of in symbols):
         return None
     # Odd numbers: no multiple of `LANES` is among them.
     telling = {of: 17 + 2 * k for k, of in enumerate(symbols)}
     samples = samples_of(inputs, telling)
     return find_launches(call, samples, with_sizes)
-
-
-# ---- the kernel in the code ----------------------------------------------------------------------
-
-_NAMES = {
-    "assert_size_stride",
-    "assert_size_stride_grouped",
-    "clear",
-    "size",
-    "empty_strided_cpu",
-    "torch",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "uint8",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "bool",
-}
-"""What generated code that does nothing but call a kernel may name beside it."""
-_PRIMES = (11, 13, 17, 19, 23, 29, 31)
-
-
-class _Kernel(NamedTuple):
-    """Where a C function is, and which of tensors, scratch and sizes are its arguments."""
-
-    address: int
-    order: list[int]
-    dims: list[tuple[int, int]]
-    buffers: list[tuple[list[int], torch.dtype]]
-
-
-def _find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel | None:
-    """The kernel, if all that `call` does is to call one; and what of its arguments is which.
-
-    It is called once with tensors of sizes that tell which is which.
-    """
-    dims = _symbols(inputs)
-    name = _only_kernel(call)
-    if name is None or len(dims) > len(_PRIMES) or not all(of.is_symbol for of in dims):
-        return None
-    telling = dict(zip(dims, _PRIMES, strict=False))
-    samples = samples_of(inputs, telling)
-    given = _given(call, name, with_sizes(samples))
-    if given is None:
-        return None
-    own = {id(x) for x in samples}
-    tensors = {id(x): x for x in given if isinstance(x, Tensor)}
-    buffers = [x for number, x in tensors.items() if number not in own]
-    place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
-    of_size = {n: i for i, n in enumerate(telling.values())}
-
-    def place_of(x: Any) -> int | None:
-        is_size = type(x) is int and x in of_size
-        return of_size[x] + len(place) if is_size else place.get(id(x))
-
-    order = [place_of(x) for x in given]
-    if None in order or len(order) > MOST:
-        return None
-    sizes = []
-    for x in buffers:
-        lengths = [n for n in x.shape if n != 1]
-        if not of_size.keys() >= {*lengths}:
-            return None
-        sizes.append(([of_size[n] for n in lengths], x.dtype))
-    try:
-        loop()
-    except Exception as error:
-        warnings.warn(
-            f"kernels are called one by one, which is slower, for the loop that calls them cannot "
-            f"be compiled: {error}",
-            stacklevel=2,
-        )
-        return None
-    address = address_of(_function(call).__globals__[name])
-    return _Kernel(address, order, list(dims.values()), sizes)  # type: ignore[arg-type]
-
-
-def _symbols(inputs: list[Any]) -> dict[Any, tuple[int, int]]:
-    """The symbols in the sizes of `inputs`; of each, an input and a dimension that it is of."""
-    return {
-        size.node.expr: (i, d)
-        for i, x in enumerate(inputs)
-        for d, size in enumerate(x.shape)
-        if isinstance(size, torch.SymInt)
-    }
-
-
-def samples_of(inputs: list[Any], sizes: dict[Any, int]) -> list[Tensor]:
-    """Tensors like `inputs`, the symbols in their shapes replaced."""
-    shapes = [
-        [sizes[n.node.expr] if isinstance(n, torch.SymInt) else n for n in x.shape]
-        for x in inputs
-    ]
-    return [
-        torch.empty(shape, dtype=x.dtype, device=x.device)
-        for shape, x in zip(shapes, inputs, strict=True)
-    ]
-
-
-def _function(call: Any) -> Any:
-    return getattr(call, "__func__", call)
-
-
-def _only_kernel(call: Any) -> str | None:
-    """The name of the kernel that the generated function `call` calls, if it does nothing else."""
-    names = getattr(_function(call), "__globals__", {})
-    kernels = [name for name in names if name.startswith("cpp_fused")]
-    if len(kernels) != 1 or set(_function(call).__code__.co_names) - {*kernels, *_NAMES}:
-        return None
-    return kernels[0]
-
-
-def _given(call: Any, name: str, samples: list[Any]) -> tuple[Any, ...] | None:
-    """What the kernel is given if `call` is given `samples`: what stands in for it looks."""
-    names, calls = _function(call).__globals__, []
-    kernel = names[name]
-    names[name] = lambda *args: calls.append(args)
-    try:
-        call(samples)
-    finally:
-        names[name] = kernel
-    return calls[0] if len(calls) == 1 else None
