@@ -239,11 +239,11 @@ WRAPPERS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
     "flatten": fo.flatten,
     "keep_master_weights": fo.keep_master_weights,
     "lookahead": lambda tx: fo.lookahead(tx, 5, 0.5),
+    "mechanize": fo.mechanize,
     "schedule_free": lambda tx: fo.schedule_free(tx, 0.1),
     "split_real_and_imaginary": fo.split_real_and_imaginary,
 }
-"""Around Adam. `sam` and `asam` take steps of their own size and do not reach the bottom; `mechanize`
-learns its rate, and `outer_loop` is for many workers: they have tests of their own."""
+"""Around Adam. `sam`, `asam` and `outer_loop` work by turns, and have tests of their own."""
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
