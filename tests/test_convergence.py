@@ -225,3 +225,41 @@ def test_it_comes_down(
         if falls(tx, problem, start(dtype, name), by):
             return
     pytest.fail(f"{name} comes down at none of the usual learning rates")
+
+
+# ---- wrappers -------------------------------------------------------------------------------------------
+
+WRAPPERS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
+    "MultiSteps": lambda tx: fo.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: fo.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: fo.conditionally_transform(
+        tx, lambda n: n >= 0
+    ),
+    "ema_nesterov": lambda tx: fo.ema_nesterov(tx),
+    "flatten": fo.flatten,
+    "keep_master_weights": fo.keep_master_weights,
+    "lookahead": lambda tx: fo.lookahead(tx, 5, 0.5),
+    "mechanize": fo.mechanize,
+    "schedule_free": lambda tx: fo.schedule_free(tx, 0.1),
+    "split_real_and_imaginary": fo.split_real_and_imaginary,
+}
+"""Around Adam. `sam`, `asam` and `outer_loop` work by turns, and have tests of their own."""
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    ("dtype", "by"),
+    [(torch.float32, 1000), (torch.bfloat16, 100)],
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.parametrize("problem", [parabola, rosenbrock])
+def test_it_comes_down_wrapped(
+    problem: Callable, dtype: torch.dtype, by: float, name: str
+) -> None:
+    for rate in (0.1, 0.3, 0.01):
+        tx = WRAPPERS[name](fo.adam(rate))
+        if dtype is torch.bfloat16 and problem is rosenbrock:
+            tx = fo.keep_master_weights(tx)
+        if falls(tx, problem, start(dtype), by):
+            return
+    pytest.fail(f"{name} comes down at none of the rates")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -144,6 +145,43 @@ def test_a_report_at_a_step_that_is_asked() -> None:
     assert found["state/monitor/norm"] == tree.norm(draw(1))
 
 
+def rows(updates):
+    return {"of w": updates["w"].abs().sum(1), "largest": [updates["b"].abs().amax()]}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    "others", [{}, {"measures": {"norm": tree.norm}, "layers": LAYERS}]
+)
+def test_trees_of_any_form(every: int, others: dict) -> None:
+    tx = fo.chain(fo.monitor(trees={"rows": rows}, every=every, **others), fo.sgd(0.1))
+    params = {"w": draw(0)["conv"]["w"], "b": draw(0)["conv"]["b"]}
+    mine = {name: nn.Parameter(p.clone()) for name, p in params.items()}
+    optimizer = fo.optim.Optimizer([*mine.items()], tx)
+    step, held, state = fo.compiled_step(tx), tx.init(params), tx.init(params)
+    theirs = tree.map(torch.clone, params)
+    assert all(x.isnan().all() for x in tree.leaves(fo.get(state, "rows")))
+    for t in range(5):
+        grads = {name: draw(1 + t)["conv"][name] for name in params}
+        updates, state = tx.update(grads, state, params)
+        params = fo.apply_updates(params, updates)
+        if t % every == 0:
+            wanted = rows(grads)
+        torch.testing.assert_close(fo.get(state, "rows"), wanted, rtol=0, atol=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is eager: tests/test_wrappers.py
+            theirs, held = step(theirs, grads, held)
+        torch.testing.assert_close(fo.get(held, "rows"), wanted, rtol=1e-12, atol=0)
+        for name, p in mine.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        torch.testing.assert_close({**mine}, params, rtol=1e-12, atol=1e-12)
+    again = fo.load_state_dict(tx.init(params), fo.state_dict(state))
+    torch.testing.assert_close(fo.get(again, "rows"), wanted, rtol=0, atol=0)
+    if others:
+        assert fo.get(state, "norm").isfinite()
+
+
 def test_each_model_has_its_own() -> None:
     tx = watched(2)
     params = torch.stack([draw(i)["conv"]["w"] for i in range(3)])
@@ -183,6 +221,8 @@ def test_it_is_saved_and_loaded() -> None:
         ({"every": -1}, ValueError, "every must be a whole number"),
         ({"every": 1.5}, ValueError, "every must be a whole number"),
         ({"measures": {"a": largest}, "layers": {"a": largest}}, TypeError, "different"),
+        ({"trees": {"a": largest}, "layers": {"a": largest}}, TypeError, "different"),
+        ({"trees": {"a": 3}}, TypeError, "'?a'? must be a function of the updates"),
     ],
 )
 def test_what_it_refuses(options, error, message) -> None:

@@ -18,6 +18,7 @@ from test_matrices import AUTHORS, Plain, assert_same, draw, train, train_plainl
 from torch import Tensor
 
 import functorch_opt as fo
+from functorch_opt._core.points import has_point
 from functorch_opt.optimizers.kronecker import Cutting
 
 SHAPES = {"tall": (6, 4), "wide": (3, 5), "square": (4, 4), "kernel": (3, 2, 4)}
@@ -660,3 +661,58 @@ def test_a_failed_decomposition_keeps_the_last_basis_and_is_counted(
         updates, state = tx.update({"w": draw(t)["tall"]}, state, params)
     assert not torch.equal(fo.get(state, slot)["w"], before)
     assert fo.get(state, "failed")["w"] == due[steps[0]][1]
+
+
+# ---- factors without full rank -------------------------------------------------------------------
+
+DEFICIENT = {
+    "shampoo": lambda: fo.shampoo(0.01),
+    "soap": lambda: fo.soap(0.01, frequency=2),
+    "kl_shampoo": lambda: fo.kl_shampoo(0.01, frequency=2),
+    "kl_soap": lambda: fo.kl_soap(0.01, frequency=2),
+    "splus": lambda: fo.splus(0.1, frequency=2),
+    "psgd_kron": lambda: fo.psgd_kron(0.01, key=0),
+}
+
+
+def of_rank_one(seed: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """With a row and a column of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, generator=generator, dtype=dtype) for n in shape)
+    left[0], right[-1] = 0, 0
+    return torch.outer(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5), (4, 4)], ids=str)
+@pytest.mark.parametrize("name", DEFICIENT)
+def test_factors_of_rank_one(name: str, shape: tuple, dtype: torch.dtype) -> None:
+    """What their null space does is finite, no decomposition fails, and the steps go downhill."""
+    tx, g = DEFICIENT[name](), of_rank_one(0, shape, dtype)
+    params = {"w": torch.zeros(shape, dtype=dtype)}
+    state, first = tx.init(params), params
+    for _ in range(12):
+        updates, state = tx.update({"w": g}, state, params)
+        assert updates["w"].isfinite().all()
+        params = fo.apply_updates(params, updates)
+    moved = params["w"] - first["w"]
+    assert (moved * g).sum() < -0.1 * moved.norm() * g.norm()
+    assert all(x.isfinite().all() for x in fo.tree.leaves(state))
+    if name != "psgd_kron":
+        assert fo.get(state, "failed")["w"] == 0
+
+
+@pytest.mark.parametrize("name", DEFICIENT)
+def test_a_first_factor_without_full_rank_is_grown_out_of(name: str) -> None:
+    """After a first gradient of rank one, others come: the loss of a matrix falls all the same."""
+    tx = DEFICIENT[name]()
+    target = draw(1)["tall"]
+    params = {"w": torch.zeros_like(target)}
+    state = tx.init(params)
+    grads = {"w": of_rank_one(3, (6, 4), target.dtype)}
+    for _ in range(600):
+        updates, state = tx.update(grads, state, params)
+        params = fo.apply_updates(params, updates)
+        grads = {"w": params["w"] - target}
+    params = fo.eval_params(tx, state, params) if has_point(tx) else params
+    assert (params["w"] - target).norm() < 0.2 * target.norm()

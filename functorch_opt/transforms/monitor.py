@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
+from functorch_opt._core.chain import chain
 from functorch_opt._core.gate import gate
 from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
@@ -80,7 +81,7 @@ def snapshot(
     """
     if is_tree:
         check_measure(measure_name, measure)
-        return keeping(measure_name, measure)
+        return keeping({measure_name: measure})
     return measuring({measure_name: measure})
 
 
@@ -89,6 +90,7 @@ def monitor(
     measures: Mapping[str, Measure | MeasureWithEma] = NOTHING,
     *,
     layers: Mapping[str, OfLayer] = NOTHING,
+    trees: Mapping[str, Measure] = NOTHING,
     every: int | Callable[[Any], Any] = 1,
 ) -> GradientTransformation:
     """Keep several numbers about the updates in the state, each under its name: of all updates
@@ -104,6 +106,9 @@ def monitor(
         layers: ``{name: measure}``. A measure is a function of one update, or of one update and its
             parameter, which returns a 0-dim tensor. The state has a tree of these numbers, in the
             dtype of the parameter, but at least float32.
+        trees: ``{name: measure}``. A measure is a function of the tree of updates, which returns a
+            tree of tensors of any shapes, as in ``snapshot(..., is_tree=True)``. With one, a
+            compiled step runs the stage eagerly, and says so.
         every: k, for the first step and each k-th after it; or a function of the number of updates
             before this one, which returns a 0-dim bool tensor or a bool; 0 for no step at all.
 
@@ -112,7 +117,8 @@ def monitor(
         ValueError: `every` is a number that is not whole, or negative.
 
     Source: optax.monitor, whose measures may be transformations, and whose state changes its form
-    at the first update. It has no `layers` and no `every`.
+    at the first update. What a measure returns may be a tree there; here such measures are `trees`.
+    It has no `layers` and no `every`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -131,11 +137,17 @@ def monitor(
         >>> fo.get(state, "ratio")
         {'w': tensor(0.1000), 'b': tensor(0.1000)}
     """
-    for name, measure in layers.items():
+    for name, measure in (*layers.items(), *trees.items()):
         check_measure(name, measure)
+    if twice := trees.keys() & {*measures, *layers}:
+        raise TypeError(
+            f"give different names to what is kept: {min(twice)!r} is there twice."
+        )
     if not callable(every):
         check_whole(0, every=every)
-    stage = measuring(measures, layers)
+    stage: GradientTransformation = measuring(measures, layers)
+    if trees:
+        stage = chain(stage, keeping(trees)) if measures or layers else keeping(trees)
     if every == 0:
         return identity()
     if every == 1:

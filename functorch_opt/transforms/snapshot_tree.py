@@ -1,8 +1,8 @@
-"""A stage that lets the updates pass, and keeps a tree of tensors that was made of them."""
+"""A stage that lets the updates pass, and keeps trees of tensors that were made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,21 +13,26 @@ from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.tree import PyTree
 
 
-def keeping(name: str, measure: Callable[[PyTree], Any]) -> GradientTransformation:
-    """Its form is that of the measure of the params, so that it does not change at the first step."""
+def keeping(measures: Mapping[str, Callable[[PyTree], Any]]) -> GradientTransformation:
+    """Their form is that of the measures of the params, so that it does not change at the first
+    step.
+    """
 
     def init(params):
-        return {name: tree.map(_blank, _checked(name, measure(params)))}
+        measured = {name: _checked(name, f(params)) for name, f in measures.items()}
+        return tree.map(_blank, measured)
 
     def update(updates, state, params):
-        old, new = state[name], _checked(name, measure(updates))
-        if _form(old) != _form(new):
-            raise TypeError(
-                f"the measure {name!r} must return the same tree for the updates as for the params: "
-                f"it has {_form(old)} there, and now {_form(new)}."
-            )
+        measured = {name: _checked(name, f(updates)) for name, f in measures.items()}
+        for name, new in measured.items():
+            old = state[name]
+            if _form(old) != _form(new):
+                raise TypeError(
+                    f"the measure {name!r} must return the same tree for the updates as for the "
+                    f"params: it has {_form(old)} there, and now {_form(new)}."
+                )
         # A copy, for what is kept may be no part of the updates.
-        return updates, {name: tree.map(lambda x: x.clone(), new)}
+        return updates, tree.map(lambda x: x.clone(), measured)
 
     return GradientTransformation(init, update)
 

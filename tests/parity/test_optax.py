@@ -1401,7 +1401,7 @@ DIVERGENCES = {
 """Rows of the registry that are not in `CASES`, and why."""
 
 SIGNATURES = {
-    "monitor": "measures= has a default, layers= and every= are ours",
+    "monitor": "measures= has a default, layers=, trees= and every= are ours",
     "snapshot": "is_tree= is ours: the form of a state is known before the first update",
     "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
     "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
