@@ -147,7 +147,7 @@ def turns_of(
     return turns if any(in_pieces) else []
 
 
-def _may_be(body: Body, p: Tensor, kinds: list[Any]) -> bool:
+def _may_be(body: Body, p: Tensor, kinds: list[str | None]) -> bool:
     """Whether there are rules of both kinds, and nothing else."""
     on_host = p.device.type == "cpu"
     return on_host and body.into is None and {*kinds} == {"elementwise", "tensorwise"}
