@@ -114,7 +114,10 @@ def turns_of(
 ) -> list[Turn]:
     """The turns of a body for leaves like `leaf`, each `way`; none if that is of no use."""
     kinds = [entry.rule_kind for entry in body.entries]
-    if not _may_be(body, leaf[1], kinds):
+    on_host = leaf[1].device.type == "cpu"
+    if not on_host or body.into is not None:
+        return []
+    if None in kinds or len({*kinds}) == 1:
         return []
     lengths = [len(entry.slots) for entry in body.entries]
     slots = [*accumulate(lengths, initial=2)]
@@ -145,12 +148,6 @@ def turns_of(
         first = end
     in_pieces = [isinstance(turn.program, Pieces) for turn in turns]
     return turns if any(in_pieces) else []
-
-
-def _may_be(body: Body, p: Tensor, kinds: list[str | None]) -> bool:
-    """Whether there are rules of both kinds, and nothing else."""
-    on_host = p.device.type == "cpu"
-    return on_host and body.into is None and {*kinds} == {"elementwise", "tensorwise"}
 
 
 def _update(body: Body, leaf: list[Tensor], narrow: bool) -> Tensor:
