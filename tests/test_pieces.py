@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import pieces, stacked, turns
+from functorch_opt._execution import pieces, stacked
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.segments import IN_PIECES
 
@@ -40,20 +40,16 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE", 16)
-    monkeypatch.setattr(turns, "PIECE", 16)
 
 
 def ways(step: CompiledStep) -> set[str]:
     """How tensors went through the rules."""
-    programs = [
-        part.program
+    return {
+        type(part.program).__name__
         for segments in step.segments.values()
         for segment in segments
         for part in segment.parts
-    ]
-    by_turns = [x for x in programs if isinstance(x, turns.ByTurns)]
-    programs += [turn.program for x in by_turns for turn in x.turns]
-    return {type(x).__name__ for x in programs}
+    }
 
 
 def after(
@@ -339,39 +335,6 @@ def test_some_rows_go_through_lists(always_lists: list[int]) -> None:
     after(fo.sgd(0.1, momentum=0.9))
     after(fo.lion(0.1))
     assert len(always_lists) >= 3
-
-
-# ---- by turns ----------------------------------------------------------------------------------
-
-NORMS = fo.monitor(layers={"norm": torch.norm})
-BY_TURNS = {
-    "a monitor first": lambda: fo.chain(NORMS, fo.adamw(0.1)),
-    "last": lambda: fo.chain(fo.adamw(0.1), NORMS),
-    "between": lambda: fo.chain(
-        fo.scale_by_adam(), NORMS, fo.scale_by_learning_rate(0.1)
-    ),
-    "an update that is an old slot": lambda: fo.chain(
-        fo.leafwise(lambda g, old: (old, {"old": g}), slots={"old": torch.zeros_like}),
-        fo.leafwise(
-            lambda g, m: (m, {"m": g + m}),
-            slots={"m": torch.zeros_like},
-            kind="tensorwise",
-        ),
-        fo.scale(-0.1),
-    ),
-    "a whole rule in the middle": lambda: fo.chain(
-        fo.trace(0.9), fo.centralize(), fo.sgd(0.1)
-    ),
-    "schedules": lambda: fo.chain(NORMS, fo.adamw(fo.linear_schedule(0.1, 0.01, 3))),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BY_TURNS)
-def test_elementwise_rules_beside_whole_ones_go_in_pieces(
-    name: str, dtype: torch.dtype
-) -> None:
-    assert {"ByTurns", "Pieces"} <= after(BY_TURNS[name](), dtype)
 
 
 # ---- stacks --------------------------------------------------------------------------------------

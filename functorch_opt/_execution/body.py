@@ -174,10 +174,6 @@ class Body:
                 map(_is_of_kind, before.values(), of.values())
             ):
                 return None
-        return self.with_values(now)
-
-    def with_values(self, now: list[dict[str, Any]]) -> Body:
-        """The same entries with other tensors of the same kinds, unchecked."""
         new = copy.copy(self)
         vars(new).pop("with_constants", None)
         vars(new).pop("narrowed", None)

@@ -86,7 +86,7 @@ class Pieces(Whole):
     ) -> None:
         rules = self._rules(body, narrow)
         most = most_of(columns[1][0], rules.lists is not None)
-        for first, end in groups([n for (n,) in sizes], most):
+        for first, end in _groups([n for (n,) in sizes], most):
             group = [column[first:end] for column in columns]
             if end - first == 1:
                 _split([x for (x,) in group], rules, most)
@@ -145,7 +145,7 @@ def most_of(x: Tensor, as_lists: bool = False) -> int:
     return LISTS if as_lists else ELSEWHERE
 
 
-def groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
+def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive leaves that make up a piece together. A large leaf is alone."""
     first, total = 0, 0
     for i, n in enumerate(sizes):

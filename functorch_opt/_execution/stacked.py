@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.pieces import PIECE, Rules, Whole, in_pieces, plain, same
 from functorch_opt._execution.trials import drawn
-from functorch_opt._execution.turns import ByTurns, turns_of
 
 SHORT = 32
 """The short side up to which a stack is faster on a CPU: measured, in docs/decisions.md."""
@@ -42,19 +41,9 @@ class Stacked(Whole):
 
 def eagerly(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     """How leaves like `leaf` go through the rules where nothing is compiled."""
-    if not body.whole:
-        return in_pieces(body, leaf, narrow)
-    program = _if_stackable(body, leaf, narrow)
-    try:
-        turns = turns_of(body, leaf, narrow, eagerly)
-    except Exception:
-        return Whole()  # the tensors themselves say what is wrong
-    is_stacked = _is_small if isinstance(program, Stacked) else _never
-    return ByTurns(turns, program, is_stacked) if turns else program
-
-
-def _never(p: Tensor) -> bool:
-    return False
+    if body.whole:
+        return _if_stackable(body, leaf, narrow)
+    return in_pieces(body, leaf, narrow)
 
 
 def _if_stackable(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
