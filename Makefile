@@ -71,7 +71,7 @@ types: $(VENV)/.dev ## static types
 	$(BIN)/mypy functorch_opt
 
 docs: $(VENV)/.docs ## build the site into site/, strictly
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict --clean
 
 ci: lint types docs test ## everything
 
