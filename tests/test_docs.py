@@ -70,6 +70,22 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_links_to_the_site_lead_to_a_page() -> None:
+    """The README is shown on package indexes too, so its links are absolute."""
+    text = (ROOT / "README.md").read_text()
+    site = re.search(
+        r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+    )
+    assert site is not None
+    linked = re.findall(rf"\]\({re.escape(site[1])}([^)#]*)", text)
+    assert linked and not re.findall(r"\]\((?!https://)", text)
+    for target in linked:
+        page = (
+            f"{target.rstrip('/')}.md" if target.endswith("/") else target or "index.md"
+        )
+        assert (ROOT / "docs" / page).exists(), target
+
+
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
