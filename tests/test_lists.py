@@ -282,7 +282,7 @@ def test_imports_point_downwards(file: Path) -> None:
             )
 
 
-OPTIONAL = {"privacy/private.py": "dp_accounting"}
+OPTIONAL = {"privacy/accounting.py": "dp_accounting"}
 """What a file imports where it is used, and says how to install where it is missing."""
 
 

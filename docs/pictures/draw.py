@@ -1,6 +1,6 @@
 """The pictures of the pages: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself.
 
-Needs the extra ``demo``.
+Needs the group ``demo``.
 """
 
 import sys
