@@ -36,7 +36,7 @@ def loss(params):
 assert vmap(final_loss)(torch.tensor([0.01, 0.1])).diff() < 0
 
 w = torch.nn.Parameter(start["w"].clone())
-optimizer = fo.optim.Lion([w], lr=0.1)
+optimizer = fo.optim.Lion([w], lr=0.1, weight_decay=0.0)
 (w**2).sum().backward()
 optimizer.step()
 torch.testing.assert_close(w.detach(), torch.tensor([2.9, -1.9]))
