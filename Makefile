@@ -6,19 +6,20 @@ CONSTRAINTS := constraints.txt
 ALONE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test test-fast test-slow quick next parity fuzz owners clients lint types gallery docs ci clean
+.PHONY: help demo test test-fast test-slow quick next parity fuzz owners clients lint types gallery docs dist ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
-# torch goes in first, so that nothing else pulls another build of it.
+# torch goes in first, so that nothing else pulls another build of it. pip knows groups since 25.1.
 $(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	@touch $@
 
 $(VENV)/.%: pyproject.toml $(VENV)/.torch
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable . --group $*
 	@touch $@
 
 demo: $(VENV)/.demo ## train on real data; tables here, pictures in demo_output/
@@ -75,9 +76,12 @@ gallery: $(VENV)/.demo ## draw the pictures of the gallery, and write its pages
 	$(ALONE) $(BIN)/python -m benchmarks.gallery
 
 docs: $(VENV)/.docs ## build the site into site/, strictly
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict --clean
+
+dist: $(VENV)/.dist ## build a wheel and an sdist, and try both in a clean environment
+	BIN=$(abspath $(BIN)) CONSTRAINTS=$(abspath $(CONSTRAINTS)) .ci/dist
 
 ci: lint types docs test ## everything
 
 clean:
-	rm -rf $(VENV) .venv-next .venv-clients site demo_output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-next .venv-clients site dist demo_output .pytest_cache .ruff_cache .mypy_cache

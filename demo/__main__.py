@@ -30,7 +30,7 @@ def main() -> None:
     ]
     if missing:
         sys.exit(
-            f"The demo also needs {', '.join(missing)}. Install the extra: pip install functorch_opt[demo]"
+            f"The demo also needs {', '.join(missing)}. In a checkout: pip install -e . --group demo"
         )
 
     import torch

@@ -90,6 +90,7 @@ from functorch_opt.optimizers.splus import *
 from functorch_opt.optimizers.stable_adamw import *
 from functorch_opt.optimizers.stable_spam import *
 from functorch_opt.optimizers.yogi import *
+from functorch_opt.privacy.accounting import *
 from functorch_opt.privacy.aggregate import *
 from functorch_opt.privacy.clips import *
 from functorch_opt.privacy.per_example import *

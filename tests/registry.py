@@ -1576,6 +1576,7 @@ NOT_TRANSFORMATIONS = {
     "load_state_dict",
     "matrix_labels",
     "measure_with_ema",
+    "noise_for",
     "noise_scale_of_norms",
     "per_example_global_norm_clip",
     "per_example_grads",

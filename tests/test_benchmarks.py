@@ -379,7 +379,7 @@ def test_a_target_of_the_text_is_the_next_character() -> None:
 
 @pytest.mark.slow
 def test_rehearsal_of_fewer_steps(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="the digits need it: the extra demo")
+    pytest.importorskip("sklearn", reason="the digits need it: the group demo")
     found = run(tmp_path, "fewer-steps", "--rows", "digits")["rows"][0]["results"]
     assert [*found] == [*fewer_steps.OPTIMIZERS]
     assert (
@@ -412,7 +412,7 @@ def test_what_is_measured_as_on_is_on() -> None:
 
 @pytest.mark.slow
 def test_rehearsal_of_codecs(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="the digits need it: the extra demo")
+    pytest.importorskip("sklearn", reason="the digits need it: the group demo")
     rows = run(tmp_path, "codecs", "--rows", "AdamW")["rows"]
     assert [row["state"] for row in rows] == ["float32", "bfloat16", "8bit"]
     assert [round(row["bytes"]) for row in rows] == [8, 4, 2]

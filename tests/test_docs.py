@@ -70,6 +70,22 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_links_to_the_site_lead_to_a_page() -> None:
+    """The README is shown on package indexes too, so its links are absolute."""
+    text = (ROOT / "README.md").read_text()
+    site = re.search(
+        r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+    )
+    assert site is not None
+    linked = re.findall(rf"\]\({re.escape(site[1])}([^)#]*)", text)
+    assert linked and not re.findall(r"\]\((?!https://)", text)
+    for target in linked:
+        page = (
+            f"{target.rstrip('/')}.md" if target.endswith("/") else target or "index.md"
+        )
+        assert (ROOT / "docs" / page).exists(), target
+
+
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
@@ -102,3 +118,22 @@ def test_modules_that_pages_name_exist(page: Path) -> None:
 def test_the_design_page_is_short() -> None:
     """New text belongs on the page of decisions."""
     assert len((ROOT / "docs" / "design.md").read_text().split()) <= 1500
+
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_code_fits_the_page(page: Path) -> None:
+    """A line of the site shows 86 columns; what is longer is cut off."""
+    shown = re.findall(r"^```\w+\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+    lines = [line for block in shown for line in block.splitlines()]
+    assert not [line for line in lines if len(line) > 86]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r"^ *-.* ([\w./-]+\.md)$", text, flags=re.MULTILINE)
+    docs = ROOT / "docs"
+    assert sorted(listed) == sorted(
+        p.relative_to(docs).as_posix() for p in docs.rglob("*.md")
+    )

@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import api_tables
 import pytest
 import registry
 
@@ -71,8 +72,6 @@ PUBLIC = {
     },
     "functorch_opt.optim": _exports(PACKAGE / "optim" / "__init__.py"),
 }
-WHOLE = {"functorch_opt.optim.ready"}
-"""Files that the API page shows by one directive, with all their names."""
 SCHEDULES = set(fo.schedules.__all__) - PUBLIC["functorch_opt.schedules"].keys()
 
 
@@ -94,28 +93,38 @@ def test_every_export_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_every_export_is_on_the_api_page(module: str) -> None:
-    directives = re.findall(
-        r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE
-    )
-    assert len(directives) == len(set(directives)), "a name is on the API page twice"
+def test_every_export_is_on_one_api_page(module: str) -> None:
+    directives = api_tables.directives()
+    assert len(directives) == len(set(directives)), "a name is in docs/api/ twice"
+    whole = api_tables.WHOLE
     shown = {
         name.rpartition(".")[2]
         for name in directives
-        if name.rpartition(".")[0] == module and name not in WHOLE
+        if name.rpartition(".")[0] == module and name not in whole
     }
-    shown |= {name for name, home in PUBLIC[module].items() if home in WHOLE}
-    assert set(directives) >= WHOLE
+    shown |= {name for name, home in PUBLIC[module].items() if home in whole}
+    assert set(directives) >= whole
     assert shown == set(PUBLIC[module]), (
-        f"docs/api.md and the exports of {module} differ: {_difference(shown, set(PUBLIC[module]))}"
+        f"docs/api/ and the exports of {module} differ: {_difference(shown, set(PUBLIC[module]))}"
     )
 
 
 def test_every_directive_is_of_a_known_module() -> None:
-    directives = re.findall(
-        r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE
-    )
-    assert {name.rpartition(".")[0] for name in directives} == set(PUBLIC)
+    assert {name.rpartition(".")[0] for name in api_tables.directives()} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("page", api_tables.PAGES, ids=lambda page: page.stem)
+def test_the_table_of_an_api_page_is_current(page: Path) -> None:
+    text = page.read_text()
+    assert text == api_tables.with_table(text), "run `python -m tests.api_tables`"
+    assert api_tables.MARK in text
+    rows = re.findall(r"^\| \[.*\]\[.*\] \| (.*) \|$", text, flags=re.MULTILINE)
+    assert rows and all(rows), "a name without a docstring"
+
+
+def test_the_api_page_leads_to_every_page() -> None:
+    linked = re.findall(r"\(api/([\w-]+)\.md\)", (ROOT / "docs" / "api.md").read_text())
+    assert sorted(linked) == [page.stem for page in api_tables.PAGES]
 
 
 def test_dir_is_the_api() -> None:
@@ -274,7 +283,7 @@ def test_imports_point_downwards(file: Path) -> None:
             )
 
 
-OPTIONAL = {"privacy/private.py": "dp_accounting"}
+OPTIONAL = {"privacy/accounting.py": "dp_accounting"}
 """What a file imports where it is used, and says how to install where it is missing."""
 
 

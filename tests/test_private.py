@@ -223,6 +223,9 @@ def one_update(updates: Any, bound: Any = C, ps: Any = P, **given: Any) -> Any:
         (lambda: fo.privacy_spent(0.0, 0.1, 10, 1e-5), ValueError, r"noise_multiplier must be in \(0, inf\)"),
         (lambda: fo.privacy_spent(1.0, 1.1, 10, 1e-5), ValueError, r"sampling_rate must be in \(0, 1\].*got sampling_rate=1\.1"),
         (lambda: fo.privacy_spent(1.0, 0.1, 2.5, 1e-5), ValueError, "steps a whole number.*steps=2.5"),
+        (lambda: fo.noise_for(0.0, 0.1, 10, 1e-5), ValueError, r"epsilon must be in \(0, inf\)"),
+        (lambda: fo.noise_for(1.0, 0.1, 0, 1e-5), ValueError, "steps must be 1 or more"),
+        (lambda: fo.noise_for(1.0, 1.1, 10, 1e-5), ValueError, r"sampling_rate must be in \(0, 1\]"),
         (lambda: fo.privacy_spent(1.0, 0.1, 10, 0.0), ValueError, r"delta in \(0, 1\).*delta=0\.0"),
     ],
 )  # fmt: skip
@@ -289,6 +292,20 @@ def test_without_dp_accounting_the_error_says_what_to_install(
         ModuleNotFoundError, match=r'pip install "functorch_opt\[privacy\]"'
     ):
         fo.privacy_spent(1.0, 0.1, 10, 1e-5)
+    with pytest.raises(ModuleNotFoundError, match="noise_for needs dp-accounting"):
+        fo.noise_for(1.0, 0.1, 10, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"),
+    [(0.5, 0.01, 100), (2.0, 1.0, 1), (0.05, 1.0, 3)],
+)
+def test_noise_for_is_the_inverse_of_privacy_spent(
+    epsilon: float, rate: float, steps: int
+) -> None:
+    sigma = fo.noise_for(epsilon, rate, steps, 1e-5)
+    assert fo.privacy_spent(sigma, rate, steps, 1e-5) <= epsilon
+    assert fo.privacy_spent(sigma / 1.002, rate, steps, 1e-5) > epsilon
 
 
 # ---- optax ---------------------------------------------------------------------------------------

@@ -85,7 +85,9 @@ def batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
     return windows[:, :-1], windows[:, 1:]
 
 
-def save(model: nn.Module, opt: torch.optim.Optimizer, folder: Path, step: int) -> None:
+def save(
+    model: nn.Module, opt: torch.optim.Optimizer, folder: Path, step: int
+) -> None:
     model_state, opt_state = get_state_dict(model, opt)
     dcp.save(
         {"model": model_state, "optimizer": opt_state},
@@ -100,9 +102,12 @@ def resume(model: nn.Module, opt: torch.optim.Optimizer, folder: Path) -> int:
         return 0
     model_state, opt_state = get_state_dict(model, opt)
     dcp.load(
-        {"model": model_state, "optimizer": opt_state}, checkpoint_id=finished[-1].parent
+        {"model": model_state, "optimizer": opt_state},
+        checkpoint_id=finished[-1].parent,
     )
-    set_state_dict(model, opt, model_state_dict=model_state, optim_state_dict=opt_state)
+    set_state_dict(
+        model, opt, model_state_dict=model_state, optim_state_dict=opt_state
+    )
     return int(finished[-1].parent.name)
 
 
@@ -124,7 +129,9 @@ def main() -> None:
     args = parser.parse_args()
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else 0)
+    device = torch.device(
+        kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else 0
+    )
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -172,7 +179,9 @@ def main() -> None:
                 save(model, opt, args.folder, step + 1)
 
     held = sum(
-        fo.tree.part_of(x).nbytes for state in opt.state.values() for x in state.values()
+        fo.tree.part_of(x).nbytes
+        for state in opt.state.values()
+        for x in state.values()
     )
     everybodys: list[int] = [0] * world
     dist.all_gather_object(everybodys, held)

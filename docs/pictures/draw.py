@@ -1,6 +1,6 @@
 """The pictures of the pages: ``python docs/pictures/draw.py [NAME ...]`` writes them beside itself.
 
-Needs the extra ``demo``.
+Needs the group ``demo``.
 """
 
 import sys
@@ -66,7 +66,8 @@ def model_per_image() -> Figure:
     ) -> tuple[dict[str, Tensor], dict, Tensor]:
         def loss(params: dict[str, Tensor]) -> Tensor:
             return (
-                (functional_call(net, params, pixels).squeeze(-1) - image.flatten()) ** 2
+                (functional_call(net, params, pixels).squeeze(-1) - image.flatten())
+                ** 2
             ).mean()
 
         grads, value = grad_and_value(loss)(params)
@@ -87,9 +88,14 @@ def model_per_image() -> Figure:
     figure = Figure(figsize=(9, 4.9), layout="constrained")
     rows = {
         "the image, 8 x 8": images,
-        **{f"{k} steps" if k else "the start": picture for k, picture in drawn.items()},
+        **{
+            f"{k} steps" if k else "the start": picture
+            for k, picture in drawn.items()
+        },
     }
-    for axes, (title, pictures) in zip(figure.subplots(5, 10), rows.items(), strict=True):
+    for axes, (title, pictures) in zip(
+        figure.subplots(5, 10), rows.items(), strict=True
+    ):
         for ax, picture in zip(axes, pictures, strict=True):
             ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
@@ -196,8 +202,54 @@ def ensemble() -> Figure:
         ax.semilogy(curve, color=color, linewidth=0.8)
     ax.set(xlabel="step", ylabel="loss of each model", ylim=(1e-6, 10))
     figure.colorbar(
-        ScalarMappable(LogNorm(1e-4, 1.0), "viridis"), ax=ax, label="its learning rate"
+        ScalarMappable(LogNorm(1e-4, 1.0), "viridis"),
+        ax=ax,
+        label="its learning rate",
     )
+    return figure
+
+
+def sixty_four() -> Figure:
+    """64 networks on the digits, each with its own learning rate, trained in one run."""
+    digits = load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32).flatten(1)
+    y = torch.tensor(digits.target)
+    rates = torch.logspace(-5, 0.5, 64)
+    result = fo.sweep(
+        lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+        (x[:1437], y[:1437]),
+        fo.adam,
+        loss=cross_entropy,
+        validation=(x[1437:], y[1437:]),
+        epochs=15,
+        batch_size=64,
+        learning_rate=rates,
+    )
+    print(result)
+    colors = colormaps["plasma"](torch.linspace(0, 0.93, 64))
+    figure = Figure(figsize=(10, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    for curve, color in zip(result.curves, colors, strict=True):
+        smooth = curve.unfold(0, 15, 1).mean(-1)
+        left.semilogy(smooth, color=color, linewidth=0.9)
+    left.set(xlabel="step", ylabel="training loss", ylim=(2e-3, 20))
+    left.set_title("64 networks, 64 learning rates, one run", loc="left", fontsize=10)
+    right.scatter(rates, result.losses, c=colors, s=22, zorder=2)
+    right.plot(rates, result.losses, color="0.8", linewidth=1, zorder=1)
+    best = int(result.losses.argmin())
+    right.annotate(
+        f"best: {rates[best]:.2g}",
+        (float(rates[best]), float(result.losses[best])),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9,
+    )
+    low = float(result.losses[best])
+    right.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.6 * low, 6))
+    right.set_title("loss on held-out digits", loc="left", fontsize=10)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -254,7 +306,9 @@ def executions() -> Figure:
         corner = (x - width / 2, y - height / 2)
         style = "round,pad=0,rounding_size=0.6"
         ax.add_patch(
-            FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge)
+            FancyBboxPatch(
+                corner, width, height, style, facecolor=face, edgecolor=edge
+            )
         )
 
     def arrow(x: float, above: float, below: float) -> None:
@@ -269,9 +323,13 @@ def executions() -> Figure:
         "prepare, once a step;  rule, for one tensor;  the names of their arguments",
     )
     write(
-        45, 42.0, "combined by chain, masked, partition, inject_hyperparams, wraps, gates"
+        45,
+        42.0,
+        "combined by chain, masked, partition, inject_hyperparams, wraps, gates",
     )
-    for x, (name, (what, *steps)) in zip((16, 45, 74), EXECUTIONS.items(), strict=True):
+    for x, (name, (what, *steps)) in zip(
+        (16, 45, 74), EXECUTIONS.items(), strict=True
+    ):
         arrow(x, 40.5, 37.8)
         write(x, 36.4, name, family="monospace", fontsize=10.5)
         write(x, 34.2, what, color="#57606a")
@@ -281,7 +339,9 @@ def executions() -> Figure:
             write(x, y, step)
             arrow(x, y - 2.5, y - 4.5)
     box(45, 2.5, 84, 4, PLAIN)
-    write(45, 2.5, "the same numbers, for any pure rule, or an error", fontweight="bold")
+    write(
+        45, 2.5, "the same numbers, for any pure rule, or an error", fontweight="bold"
+    )
     return figure
 
 
@@ -292,10 +352,14 @@ PICTURES = {
     "line_search": rosenbrock_valley,
     "random": posterior,
     "many_models": ensemble,
+    "sixty_four": sixty_four,
 }
 
 AS_SVG = ("executions",)
 """Pictures without measurements; they are drawn as lines and letters."""
+
+DPI = {"sixty_four": 120}
+"""What is drawn finer than the others."""
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -306,5 +370,5 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:
         file = HERE / f"{name}.{'svg' if name in AS_SVG else 'png'}"
         metadata = {"Date": None} if name in AS_SVG else None
-        PICTURES[name]().savefig(file, dpi=80, metadata=metadata)
+        PICTURES[name]().savefig(file, dpi=DPI.get(name, 80), metadata=metadata)
         print(file.name)

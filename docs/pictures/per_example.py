@@ -16,14 +16,21 @@ from torch.nn import functional as F
 
 import functorch_opt as fo
 
-ORANGE, SKY, BLUE, GREEN = "#E69F00", "#56B4E9", "#0072B2", "#009E73"  # Okabe and Ito's
+ORANGE, SKY, BLUE, GREEN = (
+    "#E69F00",
+    "#56B4E9",
+    "#0072B2",
+    "#009E73",
+)  # Okabe and Ito's
 DELTA, BATCH, CLIP = 1e-4, 128, 0.5
 
 
 def digits() -> tuple[Tensor, Tensor]:
     """1,797 digits of 8x8, in an order that is always the same."""
     data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        len(data.target), generator=torch.Generator().manual_seed(0)
+    )
     return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(
         data.target
     )[order]
@@ -57,7 +64,9 @@ def norms_by_label(steps: int) -> tuple[Tensor, Tensor]:
     for _ in range(steps):
         updates, state = tx.update(torch.func.grad(loss)(params, x, y), state, params)
         params = fo.apply_updates(params, updates)
-    norms = fo.clipped_grad_sum(loss, float("inf"), chunk_size=256)(params, x, y).norms
+    norms = fo.clipped_grad_sum(loss, float("inf"), chunk_size=256)(
+        params, x, y
+    ).norms
     return norms[~wrong], norms[wrong]
 
 
@@ -95,9 +104,14 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.2), constrained_layout=True
+    )
     for norms, label, colour in zip(
-        norms_by_label(steps), ("right label", "wrong label"), (SKY, ORANGE), strict=True
+        norms_by_label(steps),
+        ("right label", "wrong label"),
+        (SKY, ORANGE),
+        strict=True,
     ):
         left.hist(
             norms.clamp(min=1e-3).log10(),
@@ -113,7 +127,12 @@ def draw(
     for sigma, colour in zip(sigmas, (BLUE, GREEN, ORANGE), strict=False):
         epsilons, accuracies = zip(*private_run(sigma, steps, every), strict=True)
         right.plot(
-            epsilons, accuracies, "o-", ms=4, color=colour, label=f"$\\sigma$ = {sigma:g}"
+            epsilons,
+            accuracies,
+            "o-",
+            ms=4,
+            color=colour,
+            label=f"$\\sigma$ = {sigma:g}",
         )
     right.set_xlabel(f"$\\epsilon$ spent, at $\\delta$ = {DELTA:g}")
     right.set_ylabel("accuracy on held-out digits")

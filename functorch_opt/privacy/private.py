@@ -37,7 +37,6 @@ __all__ = [
     "dp_adam",
     "dp_sgd",
     "poisson_sample",
-    "privacy_spent",
 ]
 
 
@@ -301,57 +300,3 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     # The numbers are in [0, 1), so with probability 0 none is below it, and with 1 all are.
     uniform = ((words >> 11) + 2**52).double() * 2.0**-53
     return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
-
-
-def privacy_spent(
-    noise_multiplier: float, sampling_rate: float, steps: int, delta: float
-) -> float:
-    """The epsilon of (epsilon, delta)-differential privacy after `steps` of private descent.
-
-    The batches must have been drawn by Poisson sampling.
-
-    Two data sets are neighbours if one of them has one more example. The bound is computed by
-    Google's dp-accounting, from the distribution of the privacy loss. It holds for `poisson_sample`
-    and for a constant `noise_multiplier`, not for shuffled batches.
-
-    Args:
-        noise_multiplier: sigma, greater than 0.
-        sampling_rate: ``expected_batch_size / len(data)``, in (0, 1].
-        steps: how many updates were made:
-            ``int(fo.get(state, "differentially_private_aggregate/count"))``.
-        delta: in (0, 1); usually well below ``1 / len(data)``.
-
-    Raises:
-        ValueError: a number out of its range.
-        ModuleNotFoundError: dp-accounting is not installed.
-
-    Source: Koskela, Jalko & Honkela, "Computing Tight Differential Privacy Guarantees Using FFT",
-    2020; Google's dp-accounting.
-
-    Example:
-        >>> import functorch_opt as fo
-        >>> epsilon = fo.privacy_spent(1.1, sampling_rate=256 / 50_000, steps=11_700, delta=1e-5)
-        >>> round(epsilon, 2)
-        2.64
-    """
-    check_range(0, math.inf, above=True, noise_multiplier=noise_multiplier)
-    if not (
-        0 < sampling_rate <= 1 and 0 < delta < 1 and steps >= 0 and steps == int(steps)
-    ):
-        raise ValueError(
-            "sampling_rate must be in (0, 1], delta in (0, 1) and steps a whole number, "
-            "0 or greater; "
-            f"got sampling_rate={sampling_rate}, delta={delta}, steps={steps}."
-        )
-    try:
-        import dp_accounting
-        from dp_accounting import pld
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'privacy_spent needs dp-accounting: pip install "functorch_opt[privacy]"',
-            name=error.name,
-        ) from error
-    step = dp_accounting.PoissonSampledDpEvent(
-        sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
-    )
-    return float(pld.PLDAccountant().compose(step, int(steps)).get_epsilon(delta))
