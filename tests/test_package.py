@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lazy_names
+import pytest
+
 import functorch_opt as fo
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +46,30 @@ def test_every_group_that_make_installs_exists() -> None:
         f.read_text() for f in [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
     )
     assert set(re.findall(r"--group\s+(\w+)", named)) <= groups
+
+
+def test_the_list_of_names_is_current() -> None:
+    written = lazy_names.FILE.read_text()
+    assert written == lazy_names.text(), "run `python -m tests.lazy_names`"
+
+
+def test_import_loads_no_name_before_it_is_used() -> None:
+    """So that it takes no time. A name that is used brings what it needs, and no more."""
+    program = (
+        "import sys, functorch_opt as fo;"
+        "mine = lambda: {m for m in sys.modules if m.startswith('functorch_opt.')};"
+        "print(*mine()); fo.adamw(0.1);"
+        "print(*[m for m in mine() if '.optim.' in m or '.sweeps' in m])"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", program]
+    found = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines() == ["functorch_opt._names", ""]
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'adan_w'"):
+        _ = fo.adan_w
+    assert fo.adan is fo.adan
 
 
 def test_import_brings_nothing_but_torch_and_optree() -> None:

@@ -199,17 +199,11 @@ def _bounds(of_codes: Tensor, unsigned: Tensor) -> Tensor:
     return torch.cat([below, last], -1)
 
 
-_HERE = _tables()
-
-
 @cache
-def _on(device: torch.device) -> Tables:
-    return Tables(*[table.to(device) for table in _HERE])
-
-
 def tables_on(device: torch.device) -> Tables:
     """The tables, on `device`."""
-    return _HERE if device.type == "cpu" else _on(device)
+    with torch.inference_mode(False):
+        return Tables(*[table.to(device) for table in _tables()])
 
 
 def is_traced() -> bool:
