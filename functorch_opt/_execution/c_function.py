@@ -68,7 +68,9 @@ def find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel 
     """
     dims = symbols_in(inputs)
     name = _only_kernel(call)
-    if name is None or len(dims) > len(_PRIMES) or not all(of.is_symbol for of in dims):
+    if name is None or len(dims) > len(_PRIMES):
+        return None
+    if not all(of.is_symbol for of in dims):
         return None
     telling = dict(zip(dims, _PRIMES, strict=False))
     samples = samples_of(inputs, telling)
@@ -78,7 +80,8 @@ def find_kernel(call: Any, with_sizes: WithSizes, inputs: list[Any]) -> _Kernel 
     if given is None or given_others is None:
         return None
     buffers = _buffers(given, samples)
-    place: dict[int, int] = {id(x): i for i, x in enumerate(samples + buffers)}
+    tensors = samples + buffers
+    place: dict[int, int] = {id(x): i for i, x in enumerate(tensors)}
     of_size = {n: i for i, n in enumerate(telling.values())}
 
     def place_of(x: Any) -> int | None:
@@ -155,14 +158,18 @@ def _only_kernel(call: Any) -> str | None:
     """The name of the kernel that the generated function `call` calls, if it does nothing else."""
     names = getattr(_function(call), "__globals__", {})
     kernels = [name for name in names if name.startswith("cpp_fused")]
-    if len(kernels) != 1 or set(_function(call).__code__.co_names) - {*kernels, *_NAMES}:
+    if len(kernels) != 1:
+        return None
+    used = set(_function(call).__code__.co_names)
+    if used - {*kernels, *_NAMES}:
         return None
     return kernels[0]
 
 
 def _given(call: Any, name: str, samples: list[Any]) -> tuple[Any, ...] | None:
     """What the kernel is given if `call` is given `samples`: what stands in for it looks."""
-    names, calls = _function(call).__globals__, []
+    names = _function(call).__globals__
+    calls = []
     kernel = names[name]
     names[name] = lambda *args: calls.append(args)
     try:

@@ -161,7 +161,8 @@ class Program:
         What is `given` in each place is a list with an entry for each row, or one value for all.
         """
         assert self.kernel is not None
-        loop()(self.kernel, rows, threads, tuple([given[i] for i in self.order]))
+        ordered = tuple([given[i] for i in self.order])
+        loop()(self.kernel, rows, threads, ordered)
 
 
 # ---- tracing -------------------------------------------------------------------------------------

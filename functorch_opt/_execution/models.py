@@ -67,7 +67,8 @@ class ModelsStep:
         if torch.compiler.is_compiling():
             return self._traced(params, grads, state, extra)
         if not self.donate:
-            params, state = tree.map(torch.clone, params), tree.map(torch.clone, state)
+            params = tree.map(torch.clone, params)
+            state = tree.map(torch.clone, state)
         elif not any(state is one for one in self.returned):
             _check_memory(params)
             others = [*tree.leaves(params), *tree.leaves(grads)]
@@ -83,11 +84,15 @@ class ModelsStep:
         leaves, spec = structure.flatten((params, state, grads, extra))
         present = tuple([x is not None for x in leaves])
         function = OnTensors(self.run.f, (params, state), spec, present)
-        writes = function([x for x in leaves if x is not None])
+        args = [x for x in leaves if x is not None]
+        writes = function(args)
         new = iter([computed(x) for _, x in writes])
-        filled = [next(new) if there else None for there in present[: function.places]]
+        places = present[: function.places]
+        filled = [next(new) if there else None for there in places]
         moved, state = structure.unflatten(function.moved, filled)
-        return (tree.map(Tensor.copy_, params, moved) if self.donate else moved), state
+        if self.donate:
+            moved = tree.map(Tensor.copy_, params, moved)
+        return moved, state
 
 
 class OverModels:
@@ -116,7 +121,8 @@ class OverModels:
         key = spec, present, meaning, surroundings()
         made = self.made.setdefault(key, [])
         self.made.move_to_end(key)
-        prepared = next((one for one in made if one.watched.are_like([args])), None)
+        fitting = (one for one in made if one.watched.are_like([args]))
+        prepared = next(fitting, None)
         if prepared is None:
             function = OnTensors(self.f, (params, state), spec, present)
             prepared = self._prepared(function, made, args)
@@ -128,10 +134,12 @@ class OverModels:
     ) -> Prepared:
         """What runs tensors like these, for which there is nothing yet."""
         check_models(args)
-        threads = torch.get_num_threads() if sum(map(Tensor.numel, args)) > LARGE else 1
+        is_large = sum(map(Tensor.numel, args)) > LARGE
+        threads = torch.get_num_threads() if is_large else 1
         lying = [x.contiguous() for x in args]
         known = [one.program for one in made if one.threads == threads and one.program]
-        program = next((one for one in known if one.fits(lying)), None)
+        fitting = (one for one in known if one.fits(lying))
+        program = next(fitting, None)
         if program is None:
             program = self._compiled(function, lying, threads)
         new = Prepared(function, program, threads, Watched([args]))
@@ -202,7 +210,8 @@ class Prepared:
             return
         lying = [x.contiguous() for x in args]
         self.program(lying)
-        for x, new in zip(args[: self.function.writes], lying, strict=False):
+        written = args[: self.function.writes]
+        for x, new in zip(written, lying, strict=False):
             if x is not new:
                 x.copy_(new)
 
@@ -212,7 +221,8 @@ class Prepared:
 
 def stages_of(tx: GradientTransformation) -> list[GradientTransformation]:
     """`tx` and the transformations in it."""
-    inner = [of for of in vars(tx).values() if isinstance(of, GradientTransformation)]
+    values = vars(tx).values()
+    inner = [of for of in values if isinstance(of, GradientTransformation)]
     if isinstance(tx, Chain):
         inner = [*tx.stages.values()]
     elif isinstance(tx, Groups):
@@ -230,11 +240,14 @@ def _functions_of_stage(tx: GradientTransformation) -> list[Any]:
         made = tx.factory(**tx.fixed, **tx.numbers)
         return [*tx.schedules.values(), *functions_of(made)]
     if not isinstance(tx, (Leafwise, Wrap, Gate)):
-        return [f for f in vars(tx).values() if isinstance(f, FunctionType)]
-    schedules = [x for x in tx.once.varying.values() if callable(x)]
+        values = vars(tx).values()
+        return [f for f in values if isinstance(f, FunctionType)]
+    varying = tx.once.varying.values()
+    schedules = [x for x in varying if callable(x)]
     found: list[Any] = [tx.once.prepare, *schedules]
     if isinstance(tx, Leafwise):
-        found += [*entry_of("rule", tx).functions, *tx.totals.functions.values(), tx.due]
+        found += entry_of("rule", tx).functions
+        found += [*tx.totals.functions.values(), tx.due]
     if isinstance(tx, Wrap):
         found += entry_of("enter", tx).functions
     return [f for f in found if f is not None]
@@ -250,7 +263,8 @@ def check_models(args: list[Any]) -> None:
             "many models are not stepped over sharded tensors; got a DTensor."
         )
     shapes = [tuple(x.shape) for x in args]
-    if len({shape[:1] for shape in shapes}) > 1 or not all(shapes):
+    numbers_of_models = {shape[:1] for shape in shapes}
+    if len(numbers_of_models) > 1 or not all(shapes):
         raise ValueError(
             "every tensor of params, grads, state and extra arguments needs a first dimension of "
             f"one size, with an entry for each model; got the shapes {sorted({*shapes})}. "
@@ -260,7 +274,8 @@ def check_models(args: list[Any]) -> None:
 
 def _check_memory(params: PyTree) -> None:
     """Raise ValueError where models, or parameters, share memory."""
-    leaves, seen = structure.flatten_tensors(params, "params")[0], set[int]()
+    leaves = structure.flatten_tensors(params, "params")[0]
+    seen: set[int] = set()
     for path, p in zip(structure.paths(params), leaves, strict=True):
         if p is None or not p.numel():
             continue

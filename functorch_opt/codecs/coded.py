@@ -36,7 +36,8 @@ class Stored(OneTensor):
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
         scales = tuple(name + SCALE for name in self.blocked)
         self.slot_names = (*inner.slot_names, *scales)
-        self.reads = tuple(dict.fromkeys((*inner.reads, *self.blocked, *scales)))
+        reads = (*inner.reads, *self.blocked, *scales)
+        self.reads = tuple(dict.fromkeys(reads))
         self.is_plain = False
 
     def decoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +94,8 @@ class Stored(OneTensor):
     def _decoded_column(self, name: str, slots: Any) -> list[Tensor | None]:
         """A slot of all leaves."""
         both = (name, name + SCALE)
-        rows = zip(*[slots[key] for key in both], strict=True)
+        columns = [slots[key] for key in both]
+        rows = zip(*columns, strict=True)
         leaves = [dict(zip(both, row, strict=True)) for row in rows]
         return [self._decoded_slot(name, leaf) for leaf in leaves]
 
@@ -140,15 +142,18 @@ class Coded(Leafwise):
 
     def encode(self, state: StageState, params: PyTree) -> StageState:
         """The state of the transformation inside, stored."""
-        paths, (ps, spec) = tree.paths(params), tree.flatten(params)
+        paths = tree.paths(params)
+        ps, spec = tree.flatten(params)
         slots = dict(state.slots)
         for name, codec in self.codecs.items():
             column = tree.flatten(state.slots[name])[0]
             rows = zip(paths, ps, column, strict=True)
             stored = [self._stored(codec, *row) for row in rows]
-            slots[name] = tree.unflatten(spec, [x for x, _ in stored])
+            codes = [x for x, _ in stored]
+            slots[name] = tree.unflatten(spec, codes)
             if codec.block:
-                slots[name + SCALE] = tree.unflatten(spec, [s for _, s in stored])
+                scales = [s for _, s in stored]
+                slots[name + SCALE] = tree.unflatten(spec, scales)
         return StageState(state.shared, slots)
 
     def _stored(

@@ -70,7 +70,8 @@ def levels(codes: Tensor, unsigned: Tensor) -> Tensor:
     # How many levels above 0; that of -1, which is in the place of -0.993, is the 128th.
     count = torch.maximum(signed_count.abs(), -2 * signed_count - 126)
     t = (count + 0.5) * (2 - unsigned)
-    level = (18 * t - 16 * _octave(t)) * _fives(t) * _UNIT[1]
+    steps = 18 * t - 16 * _octave(t)
+    level = steps * _fives(t) * _UNIT[1]
     level = torch.where(t < 2, 0.0, level.clamp(max=1))
     return torch.copysign(level, signed_count)
 
@@ -106,7 +107,8 @@ def _top() -> tuple[_Top, float]:
     one = float(signed[-2:].mean())
     minus_one = float(signed[:2].mean())
     middle = (one + minus_one) / 2
-    return _Top(middle, one - middle), float(unsigned[-2:].mean()) - middle
+    unsigned_one = float(unsigned[-2:].mean())
+    return _Top(middle, one - middle), unsigned_one - middle
 
 
 _TOP, _TOP_UNSIGNED = _top()
@@ -138,7 +140,8 @@ def nearest(y: Tensor, unsigned: Tensor) -> Tensor:
     top = _TOP.half + unsigned * (_TOP_UNSIGNED - _TOP.half)
     is_top = (y - _TOP.middle).abs() > top
     count = count + torch.where(is_top, y, 0.0)
-    return (count.trunc() + (127 - 128 * unsigned)).to(torch.uint8)
+    code_of_zero = 127 - 128 * unsigned
+    return (count.trunc() + code_of_zero).to(torch.uint8)
 
 
 def _rounded(t: Tensor) -> Tensor:
@@ -170,14 +173,17 @@ class Tables(NamedTuple):
 
 def _tables() -> Tables:
     unsigned = torch.tensor([[0.0], [1.0]], device="cpu")
-    codes = torch.arange(256, device="cpu").to(torch.uint8).expand(2, 256)
+    every_code = torch.arange(256, device="cpu").to(torch.uint8)
+    codes = every_code.expand(2, 256)
     keys = torch.arange(_KEYS, device="cpu")
     is_negative = keys >= _KEYS // 2
     # The least number of a key; of negative numbers, that is the one with the largest magnitude.
     bits = (keys << _SHIFT) + is_negative * ((1 << _SHIFT) - 1)
-    least = bits.to(torch.int32).view(torch.float32).nan_to_num().clamp(-1, 1)
+    floats = bits.to(torch.int32).view(torch.float32)
+    least = floats.nan_to_num().clamp(-1, 1)
     of_codes = levels(codes, unsigned)
-    first = nearest(least.expand(2, -1), unsigned) + unsigned.to(torch.int32) * 256
+    row = unsigned.to(torch.int32) * 256
+    first = nearest(least.expand(2, -1), unsigned) + row
     bounds = _bounds(of_codes, unsigned)
     return Tables(of_codes.flatten(), first.flatten(), bounds.flatten())
 

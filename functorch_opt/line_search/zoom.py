@@ -259,14 +259,16 @@ def _step(now: _Search, line: Line, guess: Tensor, rule: _Rule) -> _Search:
     )
     low, high, third = ends_and_third
 
-    enough = (decrease_error <= rule.tol) & (~now.found | (trial.value < now.safe.value))
+    is_lower = trial.value < now.safe.value
+    enough = (decrease_error <= rule.tol) & (~now.found | is_lower)
     safe: _Safe = where(enough, _Safe(trial.size, trial.value, gs), now.safe)
     width = (now.high.size - now.low.size).abs()
     tiny = now.found & (width <= rule.stepsize_precision) & (safe.size > 0)
     done = good | (~now.found & at_most & ~found)
     failed = ~done & (tiny | (now.steps + 1 >= rule.max_steps))
     falls_back = failed & ((safe.size > 0) | decrease_error.isinf())
-    size, value, gs = where(falls_back, tuple(safe), (trial.size, trial.value, gs))
+    tried = (trial.size, trial.value, gs)
+    size, value, gs = where(falls_back, tuple(safe), tried)
     return _Search(
         steps=now.steps + 1,
         found=now.found | found,

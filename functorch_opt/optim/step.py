@@ -137,7 +137,9 @@ class Step:
             return 0
         by = found[k] - self.flat[k]
         leaves = [self.plan.leaf[i] for i in self.moved]
-        return by[torch.tensor(leaves, device=by.device)] if by.dim() else by
+        if not by.dim():
+            return by
+        return by[torch.tensor(leaves, device=by.device)]
 
 
 def _forms(xs: list[Any]) -> list[Any]:

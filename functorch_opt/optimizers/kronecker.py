@@ -84,7 +84,8 @@ class Cutting(NamedTuple):
         for dim, sizes in reversed([*enumerate(self.pieces(like.shape))]):
             n = len(sizes)
             if n > 1:
-                rows = [blocks[i : i + n] for i in range(0, len(blocks), n)]
+                starts = range(0, len(blocks), n)
+                rows = [blocks[i : i + n] for i in starts]
                 blocks = [torch.cat(row, dim) for row in rows]
         return blocks[0].reshape(like.shape)
 
@@ -94,7 +95,8 @@ class Cutting(NamedTuple):
         """A function that makes of a parameter zeros for its factors, or with 1 for vectors."""
 
         def make(p: Tensor) -> Tensor:
-            n = sum(n**power for block in self.factors(p.shape) for n in block)
+            factors = self.factors(p.shape)
+            n = sum(n**power for block in factors for n in block)
             dtype = p.dtype if power == 2 else p.real.dtype
             return p.new_zeros(n, dtype=tree.at_least_float32(dtype))
 
@@ -103,7 +105,8 @@ class Cutting(NamedTuple):
     def ones(self, p: Tensor) -> Tensor:
         """The unit matrices."""
         like = self.zeros()(p)
-        sizes = [n for block in self.factors(p.shape) for n in block if n]
+        factors = self.factors(p.shape)
+        sizes = [n for block in factors for n in block if n]
         ones = [torch.eye(n, dtype=like.dtype, device=p.device) for n in sizes]
         return torch.cat([one.flatten() for one in ones]) if ones else like
 
@@ -119,7 +122,8 @@ class Cutting(NamedTuple):
 
     def kept(self, matrices: list[Matrices], old: Tensor) -> Tensor:
         """The slot that holds these."""
-        parts = [x.reshape(-1) for block in matrices for x in block if x is not None]
+        several = itertools.chain.from_iterable(matrices)
+        parts = [x.reshape(-1) for x in several if x is not None]
         return torch.cat(parts) if parts else old.clone()
 
 
@@ -219,7 +223,8 @@ def qr(x: Tensor) -> Tensor:
 def descending_basis(factor: Tensor, eps: float = 1e-30) -> Tensor:
     """Eigenvectors of a factor, that of the largest eigenvalue first."""
     one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return eigh(factor + eps * one)[1].flip(-1)
+    _values, ascending = eigh(factor + eps * one)
+    return ascending.flip(-1)
 
 
 def kept_if_not_found(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +252,9 @@ def next_bases(
     Where `fresh`, they are eigenvectors, of factors with `eps` added to their diagonals.
     """
     found = []
-    rows = zip(cutting.taken(factors, shape), cutting.taken(bases, shape), strict=True)
+    all_factors = cutting.taken(factors, shape)
+    all_bases = cutting.taken(bases, shape)
+    rows = zip(all_factors, all_bases, strict=True)
     for fs, qs in rows:
         block: Matrices = []
         for f, q in zip(fs, qs, strict=True):
@@ -289,7 +296,8 @@ def after_first(frequency: int) -> Callable[[Tensor], Tensor]:
     """Whether bases are due: after the first update, and after each `frequency` of the others."""
 
     def due(count):
-        return (count == 1) | ((count > 1) & ((count - 1) % frequency == 0))
+        is_multiple = (count - 1) % frequency == 0
+        return (count == 1) | ((count > 1) & is_multiple)
 
     return due
 

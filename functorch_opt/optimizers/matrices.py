@@ -61,8 +61,11 @@ class MatrixDims(NamedTuple):
         """
         rows = _dims_of(self.rows, ndim, self)
         others = [i for i in range(ndim) if i not in rows]
-        columns = others if self.columns is None else _dims_of(self.columns, ndim, self)
-        if not columns or set(rows) & set(columns) or len({*rows}) < len(rows):
+        columns = others
+        if self.columns is not None:
+            columns = _dims_of(self.columns, ndim, self)
+        shared = set(rows) & set(columns)
+        if not columns or shared or len({*rows}) < len(rows):
             raise ValueError(
                 f"a tensor with {ndim} dims is no matrix with {self}. "
                 "Choose the matrices with masked or partition."
@@ -90,7 +93,8 @@ def as_matrix(x: Tensor, dims: MatrixDims) -> Tensor:
     batch, rows, columns = dims.order(x.dim())
     lengths = [x.shape[i] for i in batch]
     sides = _product(x.shape, rows), _product(x.shape, columns)
-    return x.permute(batch + rows + columns).reshape([*lengths, *sides])
+    ordered = x.permute(batch + rows + columns)
+    return ordered.reshape([*lengths, *sides])
 
 
 def _product(shape: Shape, dims: list[int]) -> int:

@@ -61,7 +61,8 @@ def step_size(steps, kept, inner, came, norm, w1, bias, given, value, adapt):
         reset = (model / (2 * bias * shrink)).clamp(min=lowest)
         lower = torch.where(model < shrink * bias * lower, reset, lower)
     h = (model - shrink * bias * lower).clamp(min=0)
-    tau = torch.where(norm > 2.3e-16, h / (norm + (norm == 0)), 0.0).clamp(max=lr / bias)
+    divisor = norm + (norm == 0)
+    tau = torch.where(norm > 2.3e-16, h / divisor, 0.0).clamp(max=lr / bias)
     if adapt:
         raised = ((gap + inner - tau * norm / 2) / bias - lowest).clamp(min=0)
     now = {"tau": tau, "decayed": lr * decay / shrink}

@@ -73,7 +73,8 @@ def _means_slot(dims: MatrixDims, axis: Axis) -> Callable[[Tensor], Tensor]:
 def _normalized(o, v, w2, eps, axis):
     """The orthogonal matrix with rows of about one size, and the means."""
     dim = _averaged(o.shape, axis)
-    v = torch.lerp(v, (o * o.conj()).real.mean(dim).unsqueeze(dim), w2)
+    mean_square = (o * o.conj()).real.mean(dim).unsqueeze(dim)
+    v = torch.lerp(v, mean_square, w2)
     r = o / ((v + tree.TINY).sqrt() + eps)
     return r * (norm(o) / (norm(r) + eps)), v
 

@@ -135,7 +135,8 @@ class Shapes(NamedTuple):
 
     def taken(self, flat: Tensor, shape: Any) -> list[Tensor]:
         """The preconditioners that the slot holds."""
-        dims = zip(self.dims(shape), self.triangles(shape), strict=True)
+        triangles = self.triangles(shape)
+        dims = zip(self.dims(shape), triangles, strict=True)
         forms = [[n, n] if is_triangle else [n] for n, is_triangle in dims]
         sizes = [math.prod(form) for form in forms]
         parts = zip(flat.split(sizes), forms, strict=True)
@@ -160,7 +161,8 @@ def divided(x: Tensor, qs: list[Tensor]) -> Tensor:
         if q.dim() == 2:
             columns = unfolded(x, dim)
             solved = torch.linalg.solve_triangular(q.mH, columns, upper=False)
-            x = solved.reshape(x.movedim(dim, 0).shape).movedim(0, dim)
+            moved = x.movedim(dim, 0)
+            x = solved.reshape(moved.shape).movedim(0, dim)
         else:
             x = x / along(q.conj(), dim, x)
     return x
@@ -172,7 +174,8 @@ def lower_bound(a: Tensor, largest: Tensor) -> Tensor:
     `largest` is its largest element, in absolute value.
     """
     a = a / largest
-    column = (a * a.conj()).real.sum(0).argmax()
+    squares = (a * a.conj()).real
+    column = squares.sum(0).argmax()
     x = a.mH @ a.index_select(1, column.reshape(1))
     x = x / torch.linalg.vector_norm(x)
     return torch.linalg.vector_norm(a @ x) * largest
@@ -187,16 +190,19 @@ def fitted(q: Tensor, dim: int, a: Tensor, b: Tensor, step: Any) -> Tensor:
         bound = (aa + bb).amax().clamp(min=tiny)
         return q - step * (aa - bb) * q / bound
     aa, bb = outer(a, dim), outer(b, dim)
-    largest = (aa + bb).abs().amax().clamp(min=tiny)
-    bound = lower_bound(aa + bb, largest).clamp(min=tiny)
-    return q - ((step / bound) * (aa - bb).triu()) @ q
+    both = aa + bb
+    largest = both.abs().amax().clamp(min=tiny)
+    bound = lower_bound(both, largest).clamp(min=tiny)
+    slope = (aa - bb).triu()
+    return q - ((step / bound) * slope) @ q
 
 
 def balanced(qs: list[Tensor]) -> list[Tensor]:
     """The same product, of preconditioners that all have the same largest element."""
     sizes = torch.stack([q.abs().amax() for q in qs])
     mean = sizes.log().mean().exp()
-    return [q * (mean / size) for q, size in zip(qs, sizes.unbind(), strict=True)]
+    pairs = zip(qs, sizes.unbind(), strict=True)
+    return [q * (mean / size) for q, size in pairs]
 
 
 def _fit(shapes, h, q, noise, step, balance):
@@ -229,7 +235,8 @@ def _prepare(balance_probability: float) -> Callable[..., Any]:
         if now["is_due"] is not False:
             like = sized("scale_by_psgd_kron", updates, params)
             now["noise"] = Each(random.normal_like(key, like, count))
-            drawn = random.uniform(random.fold_in(key, count.amax()), ())
+            key_of_balance = random.fold_in(key, count.amax())
+            drawn = random.uniform(key_of_balance, ())
             now["balance"] = drawn < balance_probability
         return now, {"since": torch.where(due, 0, since + 1)}
 
@@ -251,8 +258,10 @@ def _rule(shapes: Shapes) -> Callable[..., Any]:
             h = torch.where(due, _perturbed(h, noise), h)
         qs = shapes.taken(q, g.shape)
         adjoint = [x.mH if x.dim() == 2 else x.conj() for x in qs]
-        u = multiplied(multiplied(h.reshape(shapes.dims(g.shape)), qs), adjoint)
-        rms = (u.abs().square().mean() + tree.TINY).sqrt()
+        h = h.reshape(shapes.dims(g.shape))
+        u = multiplied(multiplied(h, qs), adjoint)
+        mean_square = u.abs().square().mean()
+        rms = (mean_square + tree.TINY).sqrt()
         u = u * (1.1 / (rms + 1e-12)).clamp(max=1)
         return u.reshape(g.shape), {"mu": mu, "q": q.clone()}
 

@@ -47,7 +47,8 @@ EPS = 1e-8
 
 def _length(x: Tensor, dim: int) -> Tensor:
     """The norms along `dim`, of which the slope at 0 is finite."""
-    return ((x * x.conj()).real.sum(dim, keepdim=True) + tree.TINY).sqrt()
+    square = (x * x.conj()).real.sum(dim, keepdim=True)
+    return (square + tree.TINY).sqrt()
 
 
 def _sign(x: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def _next_basis(factor, q, v, dim, fresh):
         return descending_basis(factor), v
 
     def later():
-        order = (q.mH @ factor @ q).diagonal().real.argsort(descending=True)
+        estimates = (q.mH @ factor @ q).diagonal().real
+        order = estimates.argsort(descending=True)
         ordered = q.index_select(-1, order)
         return power_iteration(factor, ordered), v.index_select(dim, order)
 
@@ -84,10 +85,12 @@ def _in_basis(cutting, g, mu, nu, bases, w1, w2, eps):
     mu = torch.lerp(mu, g, w1)
     us, nus = [], []
     columns = [cutting.cut(x) for x in (g, mu, nu)]
-    for q, x, m, v in zip(cutting.taken(bases, g.shape), *columns, strict=True):
+    qs = cutting.taken(bases, g.shape)
+    for q, x, m, v in zip(qs, *columns, strict=True):
         h = turned(x, q)
         v = torch.lerp(v, (h * h.conj()).real, w2)
-        us.append(turned_back(turned(m, q) / (v.sqrt() + eps), q))
+        u = turned(m, q) / (v.sqrt() + eps)
+        us.append(turned_back(u, q))
         nus.append(v)
     return cutting.joined(us, g), mu, cutting.joined(nus, g)
 
@@ -170,11 +173,13 @@ def scale_by_soap(
 
         u, new_mu, new_nu = either(moves, moved, rested)
         new = {"mu": new_mu, "nu": new_nu, "bases": bases.clone()}
-        new["factors"] = cutting.kept(next_factors(cutting, g, factors, b3, w3), factors)
+        new_factors = next_factors(cutting, g, factors, b3, w3)
+        new["factors"] = cutting.kept(new_factors, factors)
         return u, {**new, "failed": failed.real.clone()}
 
     hyper = {"b1": b1, "b2": b2, "eps": eps, "b3": b2 if b3 is None else b3}
-    rare, prepare = every(after_first(frequency), work), _prepare(bias_correction)
+    rare = every(after_first(frequency), work)
+    prepare = _prepare(bias_correction)
     slots = _slots(cutting)
     return leafwise(
         rule, prepare, slots=slots, hyper=hyper, every=rare, kind="tensorwise"

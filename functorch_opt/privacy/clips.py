@@ -40,8 +40,9 @@ def per_example_global_norm_clip(
         ([tensor([0.6000, 0.8000])], tensor(1))
     """
     check_examples("per_example_global_norm_clip", grads)
-    squares = torch.stack([norms(g) ** 2 for g in tree.leaves(grads)])
-    by = factors(squares.sum(0).sqrt(), l2_norm_clip)
+    squares = [norms(g) ** 2 for g in tree.leaves(grads)]
+    norm = torch.stack(squares).sum(0).sqrt()
+    by = factors(norm, l2_norm_clip)
     total = tree.map(lambda g: weighted_sum(g, by), grads)
     return total, (by < 1).sum()
 
@@ -104,8 +105,9 @@ def check_examples(name: str, grads: PyTree) -> None:
 
 def norms(g: Tensor) -> Tensor:
     """The norm of each example's part of a leaf, at least float32."""
-    wide = g.to(tree.at_least_float32(g.dtype)).unsqueeze(1).flatten(1)
-    return torch.linalg.vector_norm(wide, dim=1)
+    wide = g.to(tree.at_least_float32(g.dtype))
+    rows = wide.unsqueeze(1).flatten(1)
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
 def factors(lengths: Tensor, bound: Scalar) -> Tensor:

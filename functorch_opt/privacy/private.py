@@ -139,7 +139,8 @@ def _square(
 
 def _differ(a: Norms, b: Norms) -> bool:
     """Whether they are different numbers. The value of a tensor is not checked."""
-    (xs, x_spec), (ys, y_spec) = tree.flatten(a), tree.flatten(b)
+    xs, x_spec = tree.flatten(a)
+    ys, y_spec = tree.flatten(b)
     return x_spec != y_spec or any(
         x != y
         for x, y in zip(xs, ys, strict=True)
@@ -299,4 +300,5 @@ def poisson_sample(key: Tensor, size: int, expected_batch_size: float) -> Tensor
     words = random.fold_in(key, torch.arange(size))[:, 0]
     # The numbers are in [0, 1), so with probability 0 none is below it, and with 1 all are.
     uniform = ((words >> 11) + 2**52).double() * 2.0**-53
-    return (uniform < expected_batch_size / max(size, 1)).nonzero().squeeze(1)
+    probability = expected_batch_size / max(size, 1)
+    return (uniform < probability).nonzero().squeeze(1)

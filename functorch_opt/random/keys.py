@@ -132,7 +132,8 @@ def split(key: Tensor, num: int = 2) -> Tensor:
     """
     if num < 0:
         raise ValueError(f"num must be 0 or greater; got {num}.")
-    return fold_in(key, torch.arange(num, device=_checked(key).device))
+    numbers = torch.arange(num, device=_checked(key).device)
+    return fold_in(key, numbers)
 
 
 # ---- one tensor ----------------------------------------------------------------------------------
@@ -212,7 +213,8 @@ def _tensor(
     if place.dims:
         numbers = place.numbers(0, device)
         return place.take(philox.draw(make, key, numbers))
-    begin = torch.full((), place.first // 4, dtype=torch.int64, device=device)
+    block = place.first // 4
+    begin = torch.full((), block, dtype=torch.int64, device=device)
     return place.take(philox.draw(make, key, begin, place.blocks))
 
 
@@ -290,7 +292,8 @@ def draw_leaves(
     device = _checked(key).device
     begin = _whole("count", count, device) << _STEP_BITS
     places = [NOWHERE if leaf is None else place_of(leaf) for leaf in leaves]
-    *begins, end = accumulate([blocks_of(leaf) for leaf in leaves], initial=0)
+    blocks = [blocks_of(leaf) for leaf in leaves]
+    *begins, end = accumulate(blocks, initial=0)
     if begin.dim() == 0 and not any(map(sharding.is_sharded, leaves)):
         drawn = philox.draw(make, key, begin, end)
     else:

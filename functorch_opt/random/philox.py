@@ -61,7 +61,8 @@ def words(key: Tensor, blocks: Tensor) -> Words:
     """The four words of each block."""
     seed, offset = key[0], key[1]
     low = (offset & _MASK) + (blocks & _MASK)
-    high = (_high(offset) + _high(blocks) + (low >> 32)) & _MASK
+    carry = low >> 32
+    high = (_high(offset) + _high(blocks) + carry) & _MASK
     zero = torch.zeros_like(low)
     return philox(seed & _MASK, _high(seed), low & _MASK, high, zero, zero)
 
@@ -85,13 +86,15 @@ def bits(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """The words themselves, as int32."""
     unsigned = words(key, _numbers(blocks, n))
     signed = [torch.where(w >= 2**31, w - 2**32, w) for w in unsigned]
-    return torch.stack([w.to(torch.int32) for w in signed], -1)
+    narrow = [w.to(torch.int32) for w in signed]
+    return torch.stack(narrow, -1)
 
 
 def uniform(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
     """Uniform numbers in [0, 1), which are multiples of 2**-24, as float32."""
     low = [w & 0xFFFFFF for w in words(key, _numbers(blocks, n))]
-    return torch.stack([w.to(torch.float32) * 2.0**-24 for w in low], -1)
+    fractions = [w.to(torch.float32) * 2.0**-24 for w in low]
+    return torch.stack(fractions, -1)
 
 
 def normal(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
@@ -101,7 +104,9 @@ def normal(key: Tensor, blocks: Tensor, n: int | None = None) -> Tensor:
 
 
 def _numbers(blocks: Tensor, n: int | None) -> Tensor:
-    return blocks if n is None else torch.arange(n, device=blocks.device) + blocks
+    if n is None:
+        return blocks
+    return torch.arange(n, device=blocks.device) + blocks
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,8 @@ def draw(make: Make, key: Tensor, blocks: Tensor, n: int | None = None) -> Tenso
     index = _numbers(blocks, n)
     if key.device.type != "cpu" or len(index) <= CHUNK:
         return make(key, index)
-    return torch.cat([make(key, some) for some in index.split(CHUNK)])
+    chunks = [make(key, some) for some in index.split(CHUNK)]
+    return torch.cat(chunks)
 
 
 @functools.cache

@@ -115,8 +115,9 @@ def place_in(shape: tuple[int, ...], region: Region | None = None) -> Place:
     inner = max(cut, default=0)
     pairs = zip(offsets, strides, strict=True)
     first = sum(offset * stride for offset, stride in pairs)
-    dims = tuple(zip(sizes[:inner], strides[:inner], strict=True))
-    return Place(sizes, first, dims, math.prod(sizes[inner:]))
+    outer = zip(sizes[:inner], strides[:inner], strict=True)
+    run = math.prod(sizes[inner:])
+    return Place(sizes, first, tuple(outer), run)
 
 
 def place_of(leaf: Tensor) -> Place:

@@ -60,7 +60,8 @@ def check_bounds(least: Scalar | None, greatest: Scalar | None) -> None:
     if least is None and greatest is None:
         raise ValueError("give min_value, max_value or both; got neither.")
     check_finite(min_value=least, max_value=greatest)
-    given = [bound for bound in (least, greatest) if isinstance(bound, (int, float))]
+    bounds = (least, greatest)
+    given = [bound for bound in bounds if isinstance(bound, (int, float))]
     if given != sorted(given):
         raise ValueError(
             "min_value must not be greater than max_value; "

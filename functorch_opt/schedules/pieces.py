@@ -65,7 +65,8 @@ def join_schedules(
         result = t
         for begin, end, schedule in pieces:
             # Beyond its end a piece might overflow, and then its gradient would be 0 * inf.
-            piece = schedule(since(t, begin).clamp(0, end and end - begin))
+            length = end and end - begin
+            piece = schedule(since(t, begin).clamp(0, length))
             result = torch.where(t < begin, result, piece) if begin else piece
         return result
 
@@ -150,10 +151,12 @@ def piecewise_interpolate_schedule(
         start, begin = result, 0
         for boundary, scale in scales.items():
             end = start * scale
-            fraction = (since(t, begin) / (boundary - begin)).clamp(0, 1)
+            fraction = since(t, begin) / (boundary - begin)
+            fraction = fraction.clamp(0, 1)
             if interpolate_type == "cosine":
                 fraction = 0.5 * (1 - torch.cos(math.pi * fraction))
-            result = torch.where(t < begin, result, start + (end - start) * fraction)
+            between = start + (end - start) * fraction
+            result = torch.where(t < begin, result, between)
             start, begin = end, boundary
         return result
 

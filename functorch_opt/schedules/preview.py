@@ -47,7 +47,8 @@ def preview(steps: int, *schedules: Callable[[Any], Any], log: bool = False) -> 
     )
     axes = figure.subplots()
     number = min(steps, MOST)
-    counts = torch.linspace(0, steps - 1, number).round().long()
+    spaced = torch.linspace(0, steps - 1, number)
+    counts = spaced.round().long()
     for schedule in schedules:
         values = [float(schedule(count)) for count in counts]
         label = getattr(schedule, "__name__", None) or repr(schedule)

@@ -83,7 +83,8 @@ def makes_schedule(
         own_args: Any = [_own(value) for value in args]
         own_kwargs: Any = {name: _own(value) for name, value in kwargs.items()}
         value = factory(*own_args, **own_kwargs)
-        if any(isinstance(x, Tensor) for x in [*own_args, *own_kwargs.values()]):
+        numbers = [*own_args, *own_kwargs.values()]
+        if any(isinstance(x, Tensor) for x in numbers):
             value = _of_tensors(factory, own_args, own_kwargs)
         schedule = Schedule(value)
         schedule.call = (wrapper, tuple(own_args), own_kwargs)
@@ -108,7 +109,8 @@ def _of_tensors(
 
     def value(t: Tensor) -> Any:
         wide = {name: widen(x, t) for name, x in kwargs.items()}
-        return factory(*[widen(x, t) for x in args], **wide)(t)
+        wide_args = [widen(x, t) for x in args]
+        return factory(*wide_args, **wide)(t)
 
     return value
 
@@ -231,7 +233,8 @@ def shift_schedule(
     """
     check_schedules(schedule)
     check_steps(None, steps=steps)
-    return lambda t: schedule(since(t, steps).clamp(min=max(-steps, 0)))
+    first = max(-steps, 0)
+    return lambda t: schedule(since(t, steps).clamp(min=first))
 
 
 @makes_schedule
@@ -281,5 +284,6 @@ def to_power(x: Tensor, exponent: Scalar) -> Tensor:
 
 def half_cosine(t: Tensor, steps: int, exponent: Scalar = 1) -> Tensor:
     """From 1 to 0: ``((1 + cos(pi t/T)) / 2)^exponent``."""
-    cosine = 0.5 * (1 + torch.cos(math.pi * t.clamp(0, steps) / steps))
+    angle = math.pi * t.clamp(0, steps) / steps
+    cosine = 0.5 * (1 + torch.cos(angle))
     return to_power(cosine, exponent)

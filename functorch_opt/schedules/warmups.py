@@ -241,6 +241,7 @@ def inverse_sqrt_schedule(
     check_positive(timescale=s)
 
     def falls(t: Tensor) -> Any:
-        return peak_value * (s / (t.clamp(min=0) + s)).sqrt()
+        ratio = s / (t.clamp(min=0) + s)
+        return peak_value * ratio.sqrt()
 
     return _after_warmup(init_value, peak_value, warmup_steps, Schedule(falls))

@@ -136,7 +136,8 @@ def sweep(
         final = _evaluate_module(problem, trained.params, validation, device)
     alive = trained.alive & torch.isfinite(final)
     losses = torch.where(alive, final, math.inf)
-    of_runs = runs.reported(), trained.curves.cpu(), losses.cpu(), ~alive.cpu()
+    curves, diverged = trained.curves.cpu(), ~alive.cpu()
+    of_runs = runs.reported(), curves, losses.cpu(), diverged
     return Sweep(*of_runs, trained.params, fixed, problem.module)
 
 

@@ -153,11 +153,13 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     def prepare(updates, max_norm):
         norm = tree.norm(updates)
         if not isinstance(max_norm, torch.Tensor):
-            return {"factor": torch.full_like(norm, max_norm) / norm.clamp(min=max_norm)}
+            target = torch.full_like(norm, max_norm)
+            return {"factor": target / norm.clamp(min=max_norm)}
         max_norm = max_norm.to(norm.dtype)
         larger = torch.maximum(norm, max_norm)
         # If `max_norm` is a tensor of 0 and all updates are 0, both are 0. The factor must be 0
         # then, and not the NaN of 0 / 0.
-        return {"factor": max_norm / torch.where(larger == 0, 1.0, larger)}
+        divisor = torch.where(larger == 0, 1.0, larger)
+        return {"factor": max_norm / divisor}
 
     return leafwise(lambda g, factor: g * factor, prepare, hyper={"max_norm": max_norm})

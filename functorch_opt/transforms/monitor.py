@@ -191,7 +191,8 @@ def measure_with_ema(
     check_measure("measure", measure)
     check_range(0, 1, decay=decay)
     made = MeasureWithEma(measure, decay, debias)
-    made.call = (measure_with_ema, (measure, decay), {} if debias else {"debias": False})
+    options = {} if debias else {"debias": False}
+    made.call = (measure_with_ema, (measure, decay), options)
     return made
 
 
@@ -219,8 +220,11 @@ def measuring(
 
     def measured(updates):
         """The numbers of this step, in order."""
-        functions = {n: m.measure if m in averaged else m for n, m in measures.items()}
-        return {name: number(name, f(updates), updates) for name, f in functions.items()}
+        found = {}
+        for name, measure in measures.items():
+            f = measure.measure if measure in averaged else measure
+            found[name] = number(name, f(updates), updates)
+        return found
 
     def prepare(updates):
         return {}, measured(updates)
@@ -230,9 +234,11 @@ def measuring(
         names = [name for name, m in measures.items() if m in averaged]
         new = []
         for mean, name, m in zip(means, names, averaged, strict=True):
-            new.append(m.decay * mean + (1 - m.decay) * now[name])
-            now[name] = new[-1] / (1 - m.decay**t) if m.debias else new[-1].clone()
-        return {}, {**now, "measurements": measurements + 1, "means": torch.stack(new)}
+            mean = m.decay * mean + (1 - m.decay) * now[name]
+            new.append(mean)
+            now[name] = mean / (1 - m.decay**t) if m.debias else mean.clone()
+        kept = {"measurements": measurements + 1, "means": torch.stack(new)}
+        return {}, {**now, **kept}
 
     nan = torch.full((), float("nan"), dtype=torch.float64)
     shared: dict[str, Tensor] = dict.fromkeys(measures, nan)
@@ -259,7 +265,8 @@ def options_of(layers: Mapping[str, OfLayer]) -> dict[str, Any]:
                     f"the measure {name!r} of layers must return a real 0-dim tensor; "
                     f"got {value!r}."
                 )
-            found[name] = value.to(numerics.at_least_float32(g.real.dtype), copy=True)
+            dtype = numerics.at_least_float32(g.real.dtype)
+            found[name] = value.to(dtype, copy=True)
         return g, found
 
     rule = measured if any(takes_p.values()) else lambda g: measured(g, None)
@@ -273,7 +280,8 @@ def takes_two(measure: OfLayer) -> bool:
         parameters = inspect.signature(measure).parameters.values()
     except (TypeError, ValueError):  # functions in C do not tell
         return False
-    needed = [x for x in parameters if x.default is x.empty and x.kind not in ANY_NUMBER]
+    single = [x for x in parameters if x.kind not in ANY_NUMBER]
+    needed = [x for x in single if x.default is x.empty]
     return len(needed) == 2
 
 

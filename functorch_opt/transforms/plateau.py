@@ -99,7 +99,8 @@ def judged(value, scale, best_value, plateau_count, cooldown_count, factor, **ke
     """The next scale, best value and counts, where there is a value to judge."""
     finite = torch.where(best_value.isinf(), 0.0, best_value)
     bar = finite - kept["rtol"] * finite.abs() - kept["atol"]
-    better = (value < bar) | (best_value.isinf() & (value < best_value))
+    is_first = best_value.isinf() & (value < best_value)
+    better = (value < bar) | is_first
     waiting = cooldown_count > 0
     bad = torch.where(better | waiting, 0, plateau_count + 1)
     falls = bad >= kept["patience"]

@@ -75,10 +75,13 @@ def shrinking(
     if rows % max(heads, 1):
         raise ValueError(f"the {rows} rows of {path!r} cannot be those of {heads} heads.")
     real = tree.at_least_float32(like.real.dtype)
-    size = logits.detach().reshape(-1, 1).to(like.device, real)
+    size = logits.detach().reshape(-1, 1)
+    size = size.to(like.device, real)
     too_large = (size > threshold) & size.isfinite()
-    gamma = torch.where(too_large, threshold / torch.where(too_large, size, 1.0), 1.0)
-    of_rows = (gamma**power).expand(heads, rows // max(heads, 1))
+    divisor = torch.where(too_large, size, 1.0)
+    gamma = torch.where(too_large, threshold / divisor, 1.0)
+    rows_of_head = rows // max(heads, 1)
+    of_rows = (gamma**power).expand(heads, rows_of_head)
     ones = [1] * like.dim()
     return of_rows.reshape([rows, *ones[1:]] if ones else [])
 

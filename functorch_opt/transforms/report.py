@@ -75,7 +75,8 @@ class Look:
         """`tx` with a probe at each of its stages, at any depth."""
 
         def below(inner: GradientTransformation, name: str) -> GradientTransformation:
-            return self.probed(inner, f"{path}/{name}" if path else name)
+            below_path = f"{path}/{name}" if path else name
+            return self.probed(inner, below_path)
 
         inside: GradientTransformation = tx
         if isinstance(tx, Chain):
@@ -119,7 +120,8 @@ class Look:
         """The slots of a stage that are one number for each parameter, as `monitor` keeps them."""
         found = {}
         for key, slot in slots.items():
-            rows = zip(tree.paths(slot), tree.flatten(slot)[0], strict=True)
+            leaves = tree.flatten(slot)[0]
+            rows = zip(tree.paths(slot), leaves, strict=True)
             present = {path: x for path, x in rows if x is not None}
             numbers = {path: x for path, x in present.items() if x.dim() == 0}
             if len(numbers) == len(present):
@@ -156,7 +158,8 @@ class Look:
         extra: Mapping[str, Any],
     ) -> None:
         """Look at what ``tx.update`` does."""
-        after, _ = self.probed(tx, "").update(updates, state, params, **extra)
+        probed = self.probed(tx, "")
+        after, _ = probed.update(updates, state, params, **extra)
         leaves = [tree.flatten(x)[0] for x in (updates, after, params)]
         rows = zip(tree.paths(updates), *leaves, strict=True)
         for path, *of_leaf in rows:
@@ -294,7 +297,8 @@ def noise_in(per_example: PyTree | None) -> Report:
         return {}
     whole = gradient_noise_scale(per_example)
     found = {"noise": whole.noise, "signal": whole.signal, "noise_scale": whole.scale}
-    rows = zip(tree.paths(per_example), tree.flatten(per_example)[0], strict=True)
+    leaves = tree.flatten(per_example)[0]
+    rows = zip(tree.paths(per_example), leaves, strict=True)
     for path, x in rows:
         if x is not None:
             found[f"noise_scale/{path}"] = gradient_noise_scale([x]).scale

@@ -52,7 +52,8 @@ def report_plot(
     for step, found in reports.items():
         check_single(found)
         for path in named_after(quantity, found):
-            rows.setdefault(path, {})[step] = found[f"{quantity}/{path}"].item()
+            row = rows.setdefault(path, {})
+            row[step] = found[f"{quantity}/{path}"].item()
     return _drawn(rows, [*reports], quantity)
 
 
@@ -86,7 +87,8 @@ def _drawn(
     axes.set_yticks(range(len(rows)), [*rows])
     every = max(1, len(steps) // 8)
     shown = range(0, len(steps), every)
-    axes.set_xticks([*shown], [str(steps[i]) for i in shown])
+    labels = [str(steps[i]) for i in shown]
+    axes.set_xticks([*shown], labels)
     axes.set_xlabel("step")
     figure.colorbar(image, label=quantity)
     return figure

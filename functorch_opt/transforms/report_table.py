@@ -57,7 +57,8 @@ def report_table(report: Mapping[str, Tensor]) -> str:
         cells = [shown(name, numbers[f"{name}/{path}"]) for name in OF_LAYERS]
         rows.append((path, *cells, ""))
     if paths:
-        rows.append(("all", *[shown(name, numbers[name]) for name in OF_LAYERS], ""))
+        cells = [shown(name, numbers[name]) for name in OF_LAYERS]
+        rows.append(("all", *cells, ""))
     stages: list[tuple[str, ...]] = [("stage", *OF_STAGES, "")]
     names = named_after("scale", numbers)
     for stage in names:

@@ -89,6 +89,7 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
         steps = exact / spacing
         below = torch.floor(steps)
         rounded = (below + (noise < steps - below)) * spacing
-        return torch.where(eps > 0, torch.where(exact.isfinite(), rounded, exact) - p, g)
+        new = torch.where(exact.isfinite(), rounded, exact)
+        return torch.where(eps > 0, new - p, g)
 
     return leafwise(rule, prepare, shared={"key": random.as_key(key)})

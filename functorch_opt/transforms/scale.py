@@ -320,6 +320,7 @@ def centralize() -> GradientTransformation:
     def rule(g):
         if g.dim() < 2:
             return g
-        return g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True)
+        columns = tuple(range(1, g.dim()))
+        return g - g.mean(dim=columns, keepdim=True)
 
     return leafwise(rule, kind="tensorwise")

@@ -46,7 +46,8 @@ def _checked(name: str, measured: Any) -> PyTree:
 
 
 def _form(measured: PyTree) -> list[tuple[str, torch.Size, torch.dtype]]:
-    rows = zip(tree.paths(measured), tree.flatten(measured)[0], strict=True)
+    leaves = tree.flatten(measured)[0]
+    rows = zip(tree.paths(measured), leaves, strict=True)
     return [(path, x.shape, x.dtype) for path, x in rows if x is not None]
 
 

@@ -63,7 +63,8 @@ def parts(given: PyTree, like: PyTree | None = None) -> PyTree:
     here, spec = tree.flatten(given)
     beside = here if like is None else tree.flatten(like)[0]
     sharding.refuse_sharded("split_real_and_imaginary", here)
-    return tree.unflatten(spec, [_pair(x, y) for x, y in zip(here, beside, strict=True)])
+    both = zip(here, beside, strict=True)
+    return tree.unflatten(spec, [_pair(x, y) for x, y in both])
 
 
 def _pair(x: Any, beside: Any) -> Any:

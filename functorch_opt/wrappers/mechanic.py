@@ -126,13 +126,15 @@ def tuned(hyper: dict[str, Any], n: int) -> GradientTransformation:
         b = 1 - 0.1 ** torch.arange(1, n + 1, dtype=s.dtype, device=s.device)
         # s is kept in units of s_init, which may be a tensor that is mapped over.
         s, total = s * s_init, factor * s_init * n
-        weight = decay * total * (gg + tree.TINY).sqrt() / ((pp + tree.TINY).sqrt() + eps)
+        norm_g, norm_p = (gg + tree.TINY).sqrt(), (pp + tree.TINY).sqrt()
+        weight = decay * total * norm_g / (norm_p + eps)
         h = (came + weight * drift) / (total + eps)
         bounded = torch.minimum(torch.maximum(h, -m), m)
         m = torch.maximum(b * m, h.abs() + eps)
         v = b**2 * v + h**2
         r = b * r + bounded * s
-        s = (s_init * m / n + r.clamp(min=0)) / ((v + tree.TINY).sqrt() + eps)
+        wealth = s_init * m / n + r.clamp(min=0)
+        s = wealth / ((v + tree.TINY).sqrt() + eps)
         now = {"u": Each(moves), "before": total + eps, "now": s.sum()}
         new = {"r": r, "m": m, "v": v, "s": s / s_init}
         return now, {**new, "factor": s.sum() / s_init / n}
