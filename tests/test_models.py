@@ -116,6 +116,17 @@ def test_parameters_that_lie_otherwise() -> None:
     same(traced(tx)(ps, grads, state), expected)
 
 
+@pytest.mark.slow
+def test_a_gradient_may_be_the_memory_of_a_parameter() -> None:
+    """What is read there is the parameter as it was, whatever has been written by then."""
+    tx, ps = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1)), params()
+    state = torch.vmap(tx.init)(ps)
+    grads = {"w": ps["w"], "b": ps["w"][:, 0], "scale": ps["scale"]}
+    expected = alone(tx, ps, [tree.map(torch.clone, grads)], state)
+    got = fo.compiled_step(tx, models=True)(ps, grads, state)
+    same(got, expected)
+
+
 def test_extra_arguments_are_of_each_model() -> None:
     tx = fo.chain(fo.scale(-1.0), fo.scale_by_polyak())
     ps, gs = params(), params(1)

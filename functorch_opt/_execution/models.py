@@ -29,7 +29,7 @@ from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.body import entry_of
 from functorch_opt._execution.guards import Meaning, surroundings
 from functorch_opt._execution.kernel import Program
-from functorch_opt._execution.memory import with_memory_of_its_own
+from functorch_opt._execution.memory import apart_from_params, with_memory_of_its_own
 from functorch_opt._execution.segments import LARGE, Unreadable, Watched
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import computed, run_eagerly
@@ -126,8 +126,10 @@ class OverModels:
         if prepared is None:
             function = OnTensors(self.f, (params, state), spec, present)
             prepared = self._prepared(function, made, args)
-        torch.autograd.graph.increment_version(args[: prepared.function.writes])
-        prepared(args)
+        written = args[: prepared.function.writes]
+        read = apart_from_params(args[prepared.function.writes :], written)
+        torch.autograd.graph.increment_version(written)
+        prepared([*written, *read])
 
     def _prepared(
         self, function: OnTensors, made: list[Prepared], args: list[Any]
