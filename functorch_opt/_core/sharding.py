@@ -58,7 +58,11 @@ def whole(x: Any) -> Any:
     """
     if not is_sharded(x):
         return x
-    return x.full_tensor() if owner_of(x) is None else everybodys_copy(x)
+    if owner_of(x) is not None:
+        return everybodys_copy(x)
+    if x.dtype is torch.int16:  # which ranks cannot send
+        return x.to(torch.int32).full_tensor().to(x.dtype)
+    return x.full_tensor()
 
 
 def part_of(x: Any, like: Any = None) -> Any:
