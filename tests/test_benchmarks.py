@@ -311,13 +311,15 @@ def test_many_models(tmp_path: Path) -> None:
     row = run(tmp_path, "many-models", "--rows", "64")["rows"][0]
     assert row["results"].keys() == {
         many_models.OURS,
+        many_models.COMPILED,
         many_models.EAGER,
+        many_models.GRADIENTS,
         many_models.LOOP,
         "floor",
     }
     assert all(
         0 < row["results"][name]["difference"] < 1e-5
-        for name in (many_models.OURS, many_models.EAGER)
+        for name in (many_models.OURS, many_models.COMPILED, many_models.EAGER)
     )
     assert row["operations"] == 3 * 2 * 64 * (64 * 32 * 2 + 32 * 10 * 3)
     assert (tmp_path / "many_models.png").exists()
