@@ -17,7 +17,7 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import kernel, part, segments
+from functorch_opt._execution import c_function, kernel, part, segments
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.segments import PROGRAMS
@@ -196,7 +196,7 @@ def test_where_the_loop_cannot_be_compiled_kernels_are_called_otherwise(
     def missing() -> None:
         raise RuntimeError("no such class")
 
-    monkeypatch.setattr(kernel, "loop", missing)
+    monkeypatch.setattr(c_function, "loop", missing)
     tx, ps = fo.adamw(0.1), draw(SMALL, 0)
     expected, _ = eagerly(tx, ps, tx.init(ps), draw(SMALL, 1))
     with pytest.warns(UserWarning, match="kernels are called one by one.*no such class"):

@@ -167,7 +167,5 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         __main__, "find_spec", lambda package: None if package == "rich" else object()
     )
-    with pytest.raises(
-        SystemExit, match=r"needs rich.*pip install functorch_opt\[demo\]"
-    ):
+    with pytest.raises(SystemExit, match=r"needs rich.*pip install .* --group demo"):
         __main__.main()
