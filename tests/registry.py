@@ -707,6 +707,13 @@ ROWS = [
         {"min_norm": 0.5, "trust_coefficient": 0.7, "eps": 1e-3},
         ({}, {"min_norm": 0.0, "eps": 0.0}),
     ),
+    Row(
+        "scale_by_norm_floor",
+        fo.scale_by_norm_floor,
+        {"floor": 0.8},
+        ({}, {"rows": True}),
+        reads_shape=True,
+    ),
     Row("scale_by_schedule", lambda: fo.scale_by_schedule(decay_schedule), written=False),
     Row(
         "scale_by_simplified_ademamix",

@@ -232,6 +232,27 @@ def test_focus_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     assert_same(train(fo.focus(*options)), train_plainly(plain_focus(*options)))
 
 
+# ---- norm floors --------------------------------------------------------------------------------------
+
+
+@compares("scale_by_norm_floor", reference="plain: the rule of the speedruns")
+@pytest.mark.parametrize("floor", [0.35, 0.05, 2.0, 0.0])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_norm_floor(floor: float, rows: bool) -> None:
+    """An update that is long enough passes, a short one gets the least length."""
+    tx, params, grads = fo.scale_by_norm_floor(floor, rows), draw(0), draw(1)
+    got, _ = tx.update(grads, tx.init(params), params)
+    expected = {}
+    for name, p in params.items():
+        of_rows = [*zip(grads[name], p, strict=True)] if rows and p.dim() > 1 else None
+        pairs = of_rows or [(grads[name], p)]
+        moved = [
+            u * max(1.0, floor * float(w.norm()) / float(u.norm())) for u, w in pairs
+        ]
+        expected[name] = torch.stack(moved) if of_rows else moved[0]
+    assert_same(got, expected)
+
+
 def test_focus_pulls_nothing_at_its_first_step() -> None:
     """With any decay of the mean: its first weight is 1, and no quotient that is nearly 1."""
     p = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

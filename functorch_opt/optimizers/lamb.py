@@ -28,7 +28,7 @@ from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["fromage", "lamb", "lars", "scale_by_trust_ratio"]
+__all__ = ["fromage", "lamb", "lars", "scale_by_norm_floor", "scale_by_trust_ratio"]
 
 
 @transformation
@@ -71,6 +71,54 @@ def scale_by_trust_ratio(
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
     sums = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
     return leafwise(rule, hyper=hyper, sums=sums)
+
+
+@transformation
+def scale_by_norm_floor(
+    floor: ScalarOrSchedule = 0.35, rows: bool = False
+) -> GradientTransformation:
+    """``u -> u max(1, floor |p| / |u|)``: no update is shorter than a share of its parameter.
+
+    In speedruns of small GPTs it takes the place of weight decay, behind an orthogonalized
+    momentum: ``chain(scale_by_muon(), scale_by_norm_floor(), scale_by_learning_rate(0.02))``. An
+    update of zeros stays zero.
+
+    Args:
+        floor: the least ``|u| / |p|``, 0 or greater, or a schedule.
+        rows: whether the norms are those of rows, which are everything but the first dim. A tensor
+            of fewer than two dims is one row. By default they are those of the whole tensor.
+
+    Raises:
+        ValueError: negative or NaN `floor`; ``update`` called without params.
+
+    Source: modded-nanogpt's optimizer track, 2026, "u/w floor" and "RowFloor".
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx, params = fo.scale_by_norm_floor(0.5), [torch.tensor([3.0, 4.0])]
+        >>> tx.update([torch.tensor([0.0, 0.1])], tx.init(params), params)[0]
+        [tensor([0.0000, 2.5000])]
+    """
+    check_range(0, float("inf"), floor=floor)
+
+    def factor(pp, gg, floor):
+        is_zero = gg == 0
+        divisor = torch.where(is_zero, 1.0, _root(gg))
+        return torch.where(is_zero, 1.0, (floor * _root(pp) / divisor).clamp(min=1))
+
+    def rule(g, pp, gg, floor):
+        return g * factor(pp, gg, floor)
+
+    def rule_of_rows(g, p, floor):
+        dims = [*range(1, g.dim())] or None
+        pp = p.abs().square().sum(dims, keepdim=True)
+        gg = g.abs().square().sum(dims, keepdim=True)
+        return g * factor(pp, gg, floor)
+
+    if rows:
+        return leafwise(rule_of_rows, hyper={"floor": floor}, kind="tensorwise")
+    sums = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
+    return leafwise(rule, hyper={"floor": floor}, sums=sums)
 
 
 def _root(square: Tensor) -> Tensor:
