@@ -60,7 +60,7 @@ def whole(x: Any) -> Any:
         return x
     if owner_of(x) is not None:
         return everybodys_copy(x)
-    if x.dtype is torch.int16:  # which ranks cannot send
+    if x.dtype is torch.int16:  # Neither gloo nor NCCL sends 16-bit integers.
         return x.to(torch.int32).full_tensor().to(x.dtype)
     return x.full_tensor()
 

@@ -157,7 +157,7 @@ class OverModels:
         unknown = [meaning.unknown for meaning in self.meanings if meaning.unknown]
         try:
             if unknown:
-                raise Unreadable(("it", unknown[0]))
+                raise Unreadable(("the transformation", unknown[0]))
             examples = [x.detach() for x in args]
             return Program(function, examples, threads, self.backend)
         except Exception as error:

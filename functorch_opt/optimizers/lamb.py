@@ -30,6 +30,9 @@ from functorch_opt.transforms.scale import scale_by_learning_rate
 
 __all__ = ["fromage", "lamb", "lars", "scale_by_norm_floor", "scale_by_trust_ratio"]
 
+SQUARES = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
+"""The squared norms of a parameter and its update."""
+
 
 @transformation
 def scale_by_trust_ratio(
@@ -69,8 +72,7 @@ def scale_by_trust_ratio(
         return g * torch.where(either_is_zero, 1.0, trust_coefficient * p_norm / divisor)
 
     hyper = {"min_norm": min_norm, "trust_coefficient": trust_coefficient, "eps": eps}
-    sums = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
-    return leafwise(rule, hyper=hyper, sums=sums)
+    return leafwise(rule, hyper=hyper, sums=SQUARES)
 
 
 @transformation
@@ -117,8 +119,7 @@ def scale_by_norm_floor(
 
     if rows:
         return leafwise(rule_of_rows, hyper={"floor": floor}, kind="tensorwise")
-    sums = {"pp": lambda p: p.square().sum(), "gg": lambda g: g.square().sum()}
-    return leafwise(rule, hyper={"floor": floor}, sums=sums)
+    return leafwise(rule, hyper={"floor": floor}, sums=SQUARES)
 
 
 def _root(square: Tensor) -> Tensor:

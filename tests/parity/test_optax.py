@@ -1354,7 +1354,14 @@ DIVERGENCES = {
     ),
     **dict.fromkeys(
         (
-            *("muon_with_adamw", "hyperball", "muonh", "normuon", "scale_by_normuon"),
+            *(
+                "muon_with_adamw",
+                "hyperball",
+                "muonh",
+                "scale_by_norm_floor",
+                "normuon",
+                "scale_by_normuon",
+            ),
             *("adamuon", "scale_by_adamuon", "dion", "scale_by_dion"),
             *("mano", "scale_by_mano", "scion", "scale_by_scion"),
         ),
