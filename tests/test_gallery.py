@@ -181,7 +181,7 @@ def test_every_optimizer_has_a_picture_and_all_are_light() -> None:
 def test_make_gallery_draws_a_vector_and_a_matrix(tmp_path) -> None:
     draw(["sgd", "muon"], tmp_path / "pictures", Race())
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "pictures").iterdir()}
-    assert drawn.keys() == {"sgd.png", "muon.png"}
+    assert drawn.keys() == {"sgd.png", "sgd-race.png", "muon.png", "muon-race.png"}
     assert all(8_000 < size < 60_000 for size in drawn.values())
 
 
