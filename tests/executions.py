@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import together
+from functorch_opt._execution import pieces, together
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.models import ModelsStep, stages_of
 from functorch_opt._execution.writes import memory_of
@@ -292,6 +292,15 @@ def stateful(compile: bool, written_over: bool = False) -> Execution:
     return execute
 
 
+def stateful_in_pieces(program: Program, plan: Plan) -> Seen:
+    """The optimizer, with pieces so small that most tensors have several."""
+    usual, pieces.PIECE = pieces.PIECE, 4
+    try:
+        return stateful(False)(program, plan)
+    finally:
+        pieces.PIECE = usual
+
+
 def stateful_traced(written_over: bool = False) -> Execution:
     """The optimizer with ``compile=True``, all of it but Inductor."""
 
@@ -417,6 +426,7 @@ EAGER: dict[str, Execution] = {
     "compiled_step, donate=False, traced": compiled(False, "eager", as_on_a_device=True),
     "Optimizer": stateful(False),
     "Optimizer, gradients written over": stateful(False, written_over=True),
+    "Optimizer, in pieces": stateful_in_pieces,
     "Optimizer, compile=True, traced": stateful_traced(),
     "Optimizer, compile=True, traced, gradients written over": stateful_traced(
         written_over=True

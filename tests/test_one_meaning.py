@@ -780,3 +780,24 @@ def test_a_wrapper_computes_with_one_number_in_its_dtype(execution: Any) -> None
     params = {"w": start}
     tx.update(params, tx.init(params), params)
     assert seen_dtypes == [torch.float32]
+
+
+def test_a_stage_that_changes_the_dtype_is_seen_by_the_next_as_by_itself() -> None:
+    """Also where a later stage changes it back. Rules compute in float32 at least."""
+    seen: list[torch.dtype] = []
+
+    def looked_at(g: Tensor) -> Tensor:
+        seen.append(g.dtype)
+        return g / 3
+
+    rounded = fo.leafwise(lambda g: g.bfloat16())
+    stages = rounded, fo.leafwise(looked_at), fo.leafwise(lambda g: g.float())
+    params = {"w": torch.zeros(4)}
+    g = {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    together = fo.chain(*stages)
+    expected = g
+    for stage in stages:
+        expected, _ = stage.update(expected, stage.init(params))
+    got, _ = together.update(g, together.init(params))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert seen[-1] is torch.float32

@@ -16,6 +16,7 @@ from functorch_opt import tree
 from functorch_opt._execution import pieces, stacked
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.segments import IN_PIECES
+from functorch_opt._execution.stretches import Stretches
 
 SHAPES = {
     "a": (9, 5),
@@ -43,13 +44,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ways(step: CompiledStep) -> set[str]:
-    """How tensors went through the rules."""
-    return {
-        type(part.program).__name__
-        for segments in step.segments.values()
-        for segment in segments
-        for part in segment.parts
-    }
+    """How tensors went through the rules, large and small ones."""
+    parts = [p for of in step.segments.values() for segment in of for p in segment.parts]
+    programs = [part.program for part in parts]
+    small = [p.small for p in programs if isinstance(p, Stretches)]
+    return {type(program).__name__ for program in (*programs, *small)}
 
 
 def after(
@@ -87,6 +86,71 @@ def test_pieces_give_the_numbers_of_whole_tensors(
     make: Callable[[], fo.GradientTransformation], dtype: torch.dtype
 ) -> None:
     assert "Pieces" in after(make(), dtype)
+
+
+def normalize() -> fo.GradientTransformation:
+    return fo.leafwise(lambda g: g / g.norm(), kind="tensorwise")
+
+
+def keep_and_turn() -> fo.GradientTransformation:
+    """The slot becomes the update as it came in, and the update what the slot was."""
+    return fo.leafwise(
+        lambda g, old: (old, {"old": g}),
+        slots={"old": torch.ones_like},
+        kind="tensorwise",
+    )
+
+
+def seen_by(layers: Any) -> fo.GradientTransformation:
+    return fo.monitor(layers=layers)
+
+
+STRETCHES = {
+    "at the front": lambda: [normalize(), fo.adamw(0.1)],
+    "at the end": lambda: [fo.adamw(0.1), normalize()],
+    "between": lambda: [fo.trace(0.9), normalize(), fo.scale(-0.1)],
+    "two of them": lambda: [fo.trace(0.9), normalize(), keep_and_turn(), fo.scale(-0.1)],
+    "at both ends": lambda: [
+        seen_by({"before": torch.norm}),
+        fo.adamw(0.1),
+        seen_by({"after": lambda u, p: u.norm() / p.norm()}),
+    ],
+    "in a wrapper": lambda: [
+        fo.trace(0.9),
+        fo.keep_master_weights(fo.chain(normalize(), fo.sgd(0.1, momentum=0.9))),
+    ],
+    "behind a gate": lambda: [
+        fo.trace(0.9),
+        fo.gate(normalize(), lambda count: count % 2 == 0, otherwise="pass"),
+        fo.scale(-0.1),
+    ],
+    "in a group": lambda: [
+        fo.trace(0.9),
+        fo.masked(normalize(), lambda path, p: p.dim() > 1),
+        fo.scale(-0.1),
+    ],
+    "before a look at all": lambda: [
+        fo.trace(0.9),
+        normalize(),
+        fo.scale(-0.1),
+        fo.clip_by_global_norm(0.1),
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", STRETCHES)
+def test_rules_of_both_kinds_give_the_numbers_of_whole_tensors(
+    name: str, dtype: torch.dtype
+) -> None:
+    """What is elementwise goes in pieces, before a rule that sees the whole and behind it."""
+    assert "Stretches" in after(fo.chain(*STRETCHES[name]()), dtype)
+
+
+def test_a_rule_may_choose_the_dtype_between_stretches() -> None:
+    rounded = fo.leafwise(lambda g: g.bfloat16())
+    tx = fo.chain(rounded, normalize(), fo.leafwise(lambda g: g.float() / 3))
+    assert "Stretches" in after(tx, torch.float32)
 
 
 NOT_ELEMENTWISE = {
@@ -132,11 +196,12 @@ def test_numbers_of_each_leaf_are_those_of_its_elements() -> None:
     torch.testing.assert_close(params, theirs)
 
 
-def test_a_step_needs_the_memory_of_some_pieces() -> None:
-    """Counted by torch's profiler: the most that is alive at a time during a step."""
+def most_alive(make: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> float:
+    """The most that is alive at a time during a step, counted by torch's profiler, as a share of the
+    parameter's bytes."""
     p = torch.nn.Parameter(torch.randn(400, 400))
     p.grad = torch.randn_like(p)
-    opt = fo.optim.AdamW([p])
+    opt = make(p)
     opt.step()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -149,7 +214,16 @@ def test_a_step_needs_the_memory_of_some_pieces() -> None:
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
         most = max(most, alive)
-    assert 0 < most < 0.05 * p.nbytes
+    return most / p.nbytes
+
+
+def test_a_step_needs_the_memory_of_some_pieces() -> None:
+    assert 0 < most_alive(lambda p: fo.optim.AdamW([p])) < 0.05
+
+
+def test_a_look_at_whole_updates_needs_the_memory_of_one() -> None:
+    tx = fo.chain(fo.adamw(0.1), fo.monitor(layers={"norm": torch.norm}))
+    assert 1 < most_alive(lambda p: fo.optim.Optimizer([p], tx)) < 1.05
 
 
 class Counted(TorchDispatchMode):
@@ -369,6 +443,7 @@ def in_stacks(tx: Any) -> tuple[set[str], int]:
 def test_small_matrices_of_one_shape_are_stacked(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 10_000)
     found, together = in_stacks(STACKABLE[name]())
     assert "Stacked" in found
     monkeypatch.setattr(stacked, "SHORT", 0)

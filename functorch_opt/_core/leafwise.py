@@ -313,12 +313,16 @@ def _quickly(
                     ):
                         return None
                     kept.append(x)
-            if type(result) is not Tensor:
+            if (
+                type(result) is not Tensor
+                or result.dtype is not g.dtype
+                or result.shape != g.shape
+            ):
                 return None
             u = result
     except RuntimeError:
         return None
-    return (u, kept) if u.dtype is g.dtype and u.shape == g.shape else None
+    return u, kept
 
 
 def _refuse(

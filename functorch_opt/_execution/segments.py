@@ -25,7 +25,7 @@ from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole
 from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
-from functorch_opt._execution.stacked import eagerly
+from functorch_opt._execution.stretches import eagerly
 from functorch_opt._execution.table import identity
 from functorch_opt._execution.trials import warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functorch_opt._execution.body import Body, Columns
-from functorch_opt._execution.pieces import PIECE, Rules, Whole, in_pieces, plain, same
+from functorch_opt._execution.pieces import PIECE, Rules, Whole, plain, same
 from functorch_opt._execution.trials import drawn
 
 SHORT = 32
@@ -39,14 +39,7 @@ class Stacked(Whole):
                 _apply(rules, leaves[k : k + most])
 
 
-def eagerly(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
-    """How leaves like `leaf` go through the rules where nothing is compiled."""
-    if body.whole:
-        return _if_stackable(body, leaf, narrow)
-    return in_pieces(body, leaf, narrow)
-
-
-def _if_stackable(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
+def if_stackable(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     """How leaves like `leaf` go through rules that need whole tensors.
 
     Two small ones must give the same numbers in a stack.
