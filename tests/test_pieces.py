@@ -115,6 +115,7 @@ STRETCHES = {
         fo.adamw(0.1),
         seen_by({"after": lambda u, p: u.norm() / p.norm()}),
     ],
+    "sums": lambda: [fo.scale_by_adam(), fo.scale_by_trust_ratio(), fo.scale(-0.1)],
     "in a wrapper": lambda: [
         fo.trace(0.9),
         fo.keep_master_weights(fo.chain(normalize(), fo.sgd(0.1, momentum=0.9))),

@@ -158,9 +158,10 @@ def part_of(body: Body, first: int, end: int) -> Body:
 
 def eagerly(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     """How leaves like `leaf` go through the rules where nothing is compiled."""
-    if not body.whole:
-        return in_pieces(body, leaf, narrow)
-    small = if_stackable(body, leaf, narrow)
+    otherwise = if_stackable if body.whole else in_pieces
+    small = otherwise(body, leaf, narrow)
+    if isinstance(small, Pieces) or not any(map(_sees_the_whole, body.entries)):
+        return small
     over_a_row = body.into is not None and body.into < body.n_rows
     if any(body.blocks) or over_a_row:
         return small
@@ -183,6 +184,10 @@ def _stretches(body: Body, tensors: list[Tensor], narrow: bool) -> Iterator[Stre
         yield Stretch(first, end, how)
 
 
+def _sees_the_whole(entry: Entry) -> bool:
+    return entry.rule_kind == "tensorwise" or entry.looks_beside
+
+
 def _ranges(entries: list[Entry]) -> Iterator[tuple[int, int, bool]]:
     """Where stretches begin and end, and whether one needs whole tensors.
 
@@ -191,7 +196,7 @@ def _ranges(entries: list[Entry]) -> Iterator[tuple[int, int, bool]]:
     units: list[tuple[int, bool]] = []
     depth = 0
     for k, entry in enumerate(entries):
-        is_whole = entry.rule_kind == "tensorwise"
+        is_whole = _sees_the_whole(entry)
         if depth == 0:
             units.append((k, is_whole))
         elif is_whole:
