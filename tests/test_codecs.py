@@ -442,7 +442,7 @@ def test_groups_see_the_same_leaves() -> None:
     assert all(x is not None for x in tree.leaves(state))
 
 
-SEEDS = [3, 6, 11, 14, 17, 19, 20, 23, 27, 29]
+SEEDS = [3, 6, 11, 17, 20, 27]
 """Programs with slots that start at zero."""
 
 

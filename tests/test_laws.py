@@ -428,6 +428,7 @@ class Counting:
         return graph.forward
 
 
+@pytest.mark.slow
 @cases
 def test_compiles_to_one_graph_for_every_count_and_hyperparameter(
     row: Row, variant: dict

@@ -29,26 +29,28 @@ STEPS_INTO = {"enter": 1, "open": 1, "leave": -1, "close": -1}
 
 
 class Stretch(NamedTuple):
-    """Entries of a body, of which `end` is the first behind it, and how a tensor goes through."""
+    """Entries of a body, of which `end` is the first behind it."""
 
     first: int
     end: int
-    how: Whole
+    is_whole: bool
+    """Whether one of them needs whole tensors."""
 
 
 class Stretches(Whole):
     """Leaves that are larger than a piece go through the rules in stretches.
 
     Args:
-        stretches: of all entries, in order.
+        stretches: all entries, in order.
         small: how the other leaves go.
     """
 
     def __init__(self, stretches: list[Stretch], small: Whole) -> None:
         self.stretches = stretches
         self.small = small
-        self.dtypes: dict[tuple[int, torch.dtype], torch.dtype] = {}
-        """Of the update behind a stretch, by the dtype of the one before it."""
+        self.known: dict[tuple[int, torch.dtype], tuple[Whole, torch.dtype]] = {}
+        """How leaves go through a stretch, and the dtype of the update behind it; by the dtype of
+        the one before it."""
 
     def run(
         self,
@@ -74,24 +76,31 @@ class Stretches(Whole):
     def _go(self, leaf: Leaf, parts: list[Body], narrow: bool) -> None:
         """Let one leaf go through all parts."""
         for k, part in enumerate(parts):
-            how = self.stretches[k].how
             args = leaf.arguments(part)
-            if part is not parts[-1] and not isinstance(how, Pieces):
+            is_last = part is parts[-1]
+            if self.stretches[k].is_whole and not is_last:
                 leaf.u = _whole(part, args, narrow)
                 continue
-            if part is not parts[-1]:
-                leaf.u = torch.empty_like(leaf.p, dtype=self._dtype(k, part, args))
-                args.append(leaf.u)
-            else:
-                args += leaf.target
+            how, dtype = self._how(k, part, args, narrow)
+            if not is_last:
+                leaf.u = torch.empty_like(leaf.p, dtype=dtype)
+            args += leaf.target if is_last else [leaf.u]
             columns = [[x] for x in args]
             how.run(columns, [(leaf.p.numel(),)], narrow, part)
 
-    def _dtype(self, k: int, part: Body, args: list[Tensor]) -> torch.dtype:
-        key = k, args[0].dtype
-        if key not in self.dtypes:
-            self.dtypes[key] = _dtype_behind(part, args)
-        return self.dtypes[key]
+    def _how(
+        self, k: int, part: Body, args: list[Tensor], narrow: bool
+    ) -> tuple[Whole, torch.dtype]:
+        u, p = args[:2]
+        if self.stretches[k].is_whole:
+            return Whole(), u.dtype
+        if (k, u.dtype) not in self.known:
+            new = [] if part.place is None else [u]
+            dtype = part.dtype_of_update([*args, *new])
+            behind = [torch.empty_like(p, dtype=dtype) for _ in new]
+            how = in_pieces(part, [*args, *behind], narrow)
+            self.known[k, u.dtype] = how, dtype
+        return self.known[k, u.dtype]
 
 
 class Leaf:
@@ -125,10 +134,6 @@ def _whole(part: Body, args: list[Tensor], narrow: bool) -> Tensor:
     return u.contiguous()
 
 
-def _dtype_behind(part: Body, args: list[Tensor]) -> torch.dtype:
-    return part.dtype_of_update([*args, args[0]])
-
-
 def part_of(body: Body, first: int, end: int) -> Body:
     """Some of the entries of `body`, as a body.
 
@@ -153,7 +158,7 @@ def part_of(body: Body, first: int, end: int) -> Body:
     return part
 
 
-# ---- a trial -------------------------------------------------------------------------------------
+# ---- which ---------------------------------------------------------------------------------------
 
 
 def eagerly(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
@@ -165,34 +170,16 @@ def eagerly(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     over_a_row = body.into is not None and body.into < body.n_rows
     if any(body.blocks) or over_a_row:
         return small
-    stretches = [*_stretches(body, leaf, narrow)]
-    if any(isinstance(stretch.how, Pieces) for stretch in stretches):
-        return Stretches(stretches, small)
-    return small
-
-
-def _stretches(body: Body, tensors: list[Tensor], narrow: bool) -> Iterator[Stretch]:
-    body, _ = plain(body, narrow)
-    leaf = Leaf(tuple(tensors), body)
-    for first, end, is_whole in _ranges(body.entries):
-        part = part_of(body, first, end)
-        args = leaf.arguments(part)
-        leaf.u = torch.empty_like(leaf.p, dtype=_dtype_behind(part, args))
-        if part.place is not None:
-            args.append(leaf.u)
-        how = Whole() if is_whole else in_pieces(part, args, narrow)
-        yield Stretch(first, end, how)
+    stretches = [*_stretches(body.entries)]
+    return Stretches(stretches, small) if len(stretches) > 1 else small
 
 
 def _sees_the_whole(entry: Entry) -> bool:
     return entry.rule_kind == "tensorwise" or entry.looks_beside
 
 
-def _ranges(entries: list[Entry]) -> Iterator[tuple[int, int, bool]]:
-    """Where stretches begin and end, and whether one needs whole tensors.
-
-    What a wrapper or a gate has inside stays together.
-    """
+def _stretches(entries: list[Entry]) -> Iterator[Stretch]:
+    """What a wrapper or a gate has inside stays together."""
     units: list[tuple[int, bool]] = []
     depth = 0
     for k, entry in enumerate(entries):
@@ -207,4 +194,4 @@ def _ranges(entries: list[Entry]) -> Iterator[tuple[int, int, bool]]:
     ends = [first for first, _ in starts[1:]]
     ends.append(len(entries))
     for (first, is_whole), end in zip(starts, ends, strict=True):
-        yield first, end, is_whole
+        yield Stretch(first, end, is_whole)
