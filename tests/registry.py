@@ -883,7 +883,7 @@ ROWS = [
         reads_shape=True,
     ),
     Row("set_to_zero", fo.set_to_zero),
-    Row("sign", fo.sign, smooth=False),
+    Row("scale_by_sign", fo.scale_by_sign, smooth=False),
     Row(
         "stateless",
         lambda: fo.stateless(

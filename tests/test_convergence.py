@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from registry import ROWS
 from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt._core.points import has_point
-from registry import ROWS
 
 STEPS, LOOK = 10_000, 20
 USUAL = (0.1, 0.01, 1.0, 0.3, 0.03, 0.003, 0.001)

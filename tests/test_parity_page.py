@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LEAST = 4
 """The defaults, and three other configurations."""
 
-WITHOUT_OPTIONS = {"centralize", "identity", "set_to_zero", "sign", "zero_nans"}
+WITHOUT_OPTIONS = {"centralize", "identity", "scale_by_sign", "set_to_zero", "zero_nans"}
 """There is one way to call them."""
 FEW = {"stateless": "it takes a function, and does what this says"}
 """Fewer configurations, and why."""

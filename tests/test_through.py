@@ -84,7 +84,7 @@ def test_adams_derivative_at_a_zero_gradient_is_the_true_one() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["sign", "scale_by_lion", "sign_sgd"])
+@pytest.mark.parametrize("name", ["scale_by_sign", "scale_by_lion", "sign_sgd"])
 def test_what_is_not_smooth_has_the_derivative_zero(name: str) -> None:
     row = next(row for row in ROWS if row.name == name)
     assert not row.smooth

@@ -1365,7 +1365,7 @@ class Shampoo(Ready):
 class SignSGD(Ready):
     """`functorch_opt.sign_sgd` as a class.
 
-    Descent by the sign of the gradient: `sign`, then the learning rate.
+    Descent by the sign of the gradient: `scale_by_sign`, then the learning rate.
 
     The source, and what each argument means, are there. Numbers are options of the groups.
     """
@@ -1382,7 +1382,7 @@ class SignSGD(Ready):
 class Signum(Ready):
     """`functorch_opt.signum` as a class.
 
-    Descent by the sign of the momentum: `ema`, `sign`, then the learning rate.
+    Descent by the sign of the momentum: `ema`, `scale_by_sign`, then the learning rate.
 
     The source, and what each argument means, are there. Numbers are options of the groups.
     """

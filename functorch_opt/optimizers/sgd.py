@@ -30,7 +30,7 @@ from functorch_opt._core.transformation import (
 )
 from functorch_opt.transforms.momentum import ema, trace
 from functorch_opt.transforms.noise import add_noise
-from functorch_opt.transforms.scale import scale_by_learning_rate, sign
+from functorch_opt.transforms.scale import scale_by_learning_rate, scale_by_sign
 
 __all__ = ["noisy_sgd", "polyak_sgd", "scale_by_polyak", "sgd", "sign_sgd", "signum"]
 
@@ -96,7 +96,7 @@ def noisy_sgd(
 
 @transformation
 def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
-    """Descent by the sign of the gradient: `sign`, then the learning rate.
+    """Descent by the sign of the gradient: `scale_by_sign`, then the learning rate.
 
     Source: Bernstein et al., 2018, alg. 1.
 
@@ -105,7 +105,7 @@ def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
         >>> fo.sign_sgd(0.1)
         sign_sgd(0.1)
     """
-    return chain(sign(), scale_by_learning_rate(learning_rate))
+    return chain(scale_by_sign(), scale_by_learning_rate(learning_rate))
 
 
 @transformation
@@ -114,7 +114,7 @@ def signum(
     beta: ScalarOrSchedule = 0.9,
     accumulator_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Descent by the sign of the momentum: `ema`, `sign`, then the learning rate.
+    """Descent by the sign of the momentum: `ema`, `scale_by_sign`, then the learning rate.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -136,7 +136,7 @@ def signum(
     check_range(0, 1, beta=beta)
     # The sign of a mean is that of the mean corrected for its start.
     mean = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
-    return chain(mean, sign(), scale_by_learning_rate(learning_rate))
+    return chain(mean, scale_by_sign(), scale_by_learning_rate(learning_rate))
 
 
 @transformation

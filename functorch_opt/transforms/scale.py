@@ -29,8 +29,8 @@ __all__ = [
     "scale_by_param_block_rms",
     "scale_by_param_size",
     "scale_by_schedule",
+    "scale_by_sign",
     "set_to_zero",
-    "sign",
     "zero_nans",
 ]
 
@@ -258,15 +258,16 @@ def normalize() -> GradientTransformation:
 
 
 @transformation
-def sign() -> GradientTransformation:
+def scale_by_sign() -> GradientTransformation:
     """``u -> sign(u)``; 0 stays 0.
 
     Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, alg.
-    1. optax: ``scale_by_sign``.
+    1.
 
     Example:
         >>> import torch, functorch_opt as fo
-        >>> fo.sign().update([torch.tensor([-3.0, 0.0])], fo.sign().init([torch.zeros(2)]))[0]
+        >>> tx = fo.scale_by_sign()
+        >>> tx.update([torch.tensor([-3.0, 0.0])], tx.init([torch.zeros(2)]))[0]
         [tensor([-1.,  0.])]
     """
     return leafwise(lambda g: torch.sign(g))

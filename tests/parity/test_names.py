@@ -43,7 +43,6 @@ OTHERS: dict[str, str] = {
     "power_iteration": "`torch.linalg.eigh`",
     "safe_norm": "`functorch_opt.tree.norm`, whose derivative is finite at zero",
     "safe_root_mean_squares": "`(x.square().mean() + functorch_opt.tree.TINY).sqrt()`",
-    "scale_by_sign": "`sign`",
     "schedule_free_eval_params": "`eval_params`",
     "stateless_with_tree_map": "`leafwise`",
     "tree_map_params": "`functorch_opt.tree.map_params`",

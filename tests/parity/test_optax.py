@@ -577,6 +577,7 @@ CASES: list[Case] = [
         grads=ZEROS,
         moves=False,
     ),
+    *same("scale_by_sign", lambda o: o.scale_by_sign()),
     *same(
         "scale_by_yogi",
         lambda o: o.scale_by_yogi(),
@@ -586,7 +587,6 @@ CASES: list[Case] = [
         **HUNDRED,
     ),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
-    *pair("sign", lambda o: o.sign(), lambda o: o.scale_by_sign()),
     *pair(
         "stateless",
         lambda o: o.stateless(
@@ -1490,7 +1490,6 @@ OTHER_NAMES = {
     "momo_adam": "contrib.momo_adam",
     "muon": "contrib.muon",
     "scale_by_muon": "contrib.scale_by_muon",
-    "sign": "scale_by_sign",
 }
 
 # Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without
