@@ -147,7 +147,8 @@ else:
         if name in _MODULES:
             return _importlib.import_module(f"functorch_opt.{name}")
         if name not in _HOMES:
-            raise AttributeError(f"module 'functorch_opt' has no attribute {name!r}")
+            elsewhere = _importlib.import_module("functorch_opt._elsewhere")
+            raise elsewhere.missing("functorch_opt", name)
         value = getattr(_importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value

@@ -5,6 +5,8 @@ that is registered with optree. ``None`` is a leaf, and it means *nothing here*:
 this parameter, or no parameter. Every function below leaves ``None`` as it is.
 """
 
+from typing import TYPE_CHECKING
+
 from functorch_opt._core.arithmetic import (
     add,
     add_scale,
@@ -44,6 +46,7 @@ from functorch_opt._core.numerics import (
 from functorch_opt._core.sharding import is_sharded, part_of, whole
 from functorch_opt._core.state import map_params, set
 from functorch_opt._core.structure import PyTree, flatten, leaves, map, paths, unflatten
+from functorch_opt._elsewhere import missing
 from functorch_opt.random.keys import random_like
 
 __all__ = [
@@ -96,3 +99,10 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """An error, which of a name of ``optax.tree`` says what there is in place of it."""
+        raise missing("functorch_opt.tree", name)

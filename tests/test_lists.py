@@ -178,6 +178,7 @@ def test_every_file_with_exports_is_exported() -> None:
 
 FLOORS = {
     "_names.py": 0,
+    "_elsewhere.py": 0,
     "_core/__init__.py": 0,
     "_core/extra.py": 0,
     "_core/in_graph.py": 0,

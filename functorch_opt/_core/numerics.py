@@ -111,13 +111,18 @@ def zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype: a floating dtype, or a complex one if `x` is complex.
 
     Raises:
-        TypeError: `dtype` cannot hold what is computed for `x`.
+        TypeError: `dtype` cannot hold what is computed for `x`; `x` is no tensor.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> fo.tree.zeros_like(torch.ones(2, dtype=torch.bfloat16))
         tensor([0., 0.])
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"zeros_like makes a slot of one tensor; got {type(x).__name__}. "
+            "For a tree of zeros write functorch_opt.tree.full_like(tree, 0)."
+        )
     if dtype is not None and (
         dtype.is_complex != x.is_complex()
         or not (dtype.is_floating_point or dtype.is_complex)

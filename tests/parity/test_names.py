@@ -5,111 +5,87 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import functorch_opt as fo
+from functorch_opt._elsewhere import FOLDERS, NAMES, OF_TREE, SAME, STATES, missing
 
 optax = pytest.importorskip("optax", reason="the names are those of optax")
 
 PAGE = Path(__file__).parents[2] / "docs" / "migrate.md"
 HEAD = "| optax | here |\n|---|---|\n"
-THE_SAME = "the same name, in `functorch_opt`"
+ARGUMENTS_HEAD = "| name | arguments |\n|---|---|\n"
+AS_NOISE = "the key has no default, and comes after `*`; no deprecated `seed=`"
+NONE_IS_ZERO = "`weight_decay=0.0` in place of None, so that a group can set it"
+NO_VERBOSE = "nothing is printed: no `verbose=`"
+OF_AUTHORS = "`growth_rate=` and `use_bias_correction=` are ours: they are the authors'"
+OF_GALORE = (
+    "the scale and eps are the authors'; Adam is part of the rule, and for any other "
+    "optimizer there is `project_gradients`; `dims=` stands for the dimension numbers"
+)
+OF_TORCH = "`variant=` is ours, for torch's numbers"
+POSITIONAL = "the stages are `*{}`, not `*args`: nobody names them"
 
-LOSSES = "a loss, which is left out: torch has none"
-STATES = "states are dicts by the name of the stage, and `StageState`: `get`, `describe`"
-OURS_ARE_TREES = "no name: trees of tensors are `functorch_opt.tree.PyTree`"
-OTHERS: dict[str, str] = {
-    "GradientTransformationExtraArgs": "`GradientTransformation`: extra arguments are declared by naming them",
-    "LookaheadParams": "`eval_params`: the slow weights are in the state",
-    "MaskOrFn": "no name: a tree of bools, or a function of path and leaf",
-    "MaskedNode": "no name: a part of a tree is a flat dict by path, without holes",
-    "Schedule": "no name: any function of the count",
-    "ShouldSkipUpdateFunction": "no name: see `MultiSteps`",
-    "WrappedSchedule": "not needed: `inject_hyperparams` takes functions of the count, and schedules with a state",
-    "dpsgd": "`dp_sgd`",
-    "init_empty_state": "`lambda params: ()`",
-    "inject_stateful_hyperparams": "`inject_hyperparams`",
-    "matrix_inverse_pth_root": "`torch.linalg.eigh`",
-    "microbatch": "`per_example_grads(loss, chunk_size)`, `clipped_grad_sum`, `MultiSteps`",
-    "multi_normal": "`torch.distributions.MultivariateNormal`",
-    "multi_transform": "`partition`",
-    "nnls": "`scipy.optimize.nnls`",
-    "optimistic_adam": "`optimistic_adam_v2`",
-    "power_iteration": "`torch.linalg.eigh`",
-    "safe_norm": "`functorch_opt.tree.norm`, whose derivative is finite at zero",
-    "safe_root_mean_squares": "`(x.square().mean() + functorch_opt.tree.TINY).sqrt()`",
-    "schedule_free_eval_params": "`eval_params`",
-    "stateless_with_tree_map": "`leafwise`",
-    "tree_map_params": "`functorch_opt.tree.map_params`",
-    "with_extra_args_support": "not needed: a stage gets the extra arguments that it names",
-    **dict.fromkeys(
-        ("safe_increment", "safe_int32_increment"), "`count + 1`: counts are int64"
-    ),
-    **dict.fromkeys(
-        (
-            "bias_correction",
-            "update_infinity_moment",
-            "update_moment",
-            "update_moment_per_elem_norm",
-        ),
-        "the same name, in `functorch_opt.tree`",
-    ),
-    **dict.fromkeys(("OptState", "Params", "Updates"), OURS_ARE_TREES),
-    **dict.fromkeys(
-        ("TransformInitFn", "TransformUpdateExtraArgsFn", "TransformUpdateFn"),
-        "no name: plain functions",
-    ),
-    **dict.fromkeys(("ApplyEvery", "ZoomLinesearchInfo"), STATES),
-    "MuonDimensionNumbers": "`MatrixDims`",
-    "GaLoreDimensionNumbers": "`MatrixDims`",
-    # losses
-    "cosine_distance": "`1 - torch.nn.functional.cosine_similarity`",
-    "cosine_similarity": "`torch.nn.functional.cosine_similarity`",
-    "ctc_loss": "`torch.nn.functional.ctc_loss`",
-    "huber_loss": "`torch.nn.functional.huber_loss`",
-    "kl_divergence": "`torch.nn.functional.kl_div`",
-    "l2_loss": "`torch.nn.functional.mse_loss`, of which it is half",
-    "sigmoid_binary_cross_entropy": "`torch.nn.functional.binary_cross_entropy_with_logits`",
-    "smooth_labels": "`torch.nn.functional.cross_entropy(..., label_smoothing=alpha)`",
-    **dict.fromkeys(
-        ("softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"),
-        "`torch.nn.functional.cross_entropy`",
-    ),
-    "squared_error": "`torch.nn.functional.mse_loss`",
-    **dict.fromkeys(
-        (
-            "convex_kl_divergence",
-            "ctc_loss_with_forward_probs",
-            "generalized_kl_divergence",
-            "hinge_loss",
-            "log_cosh",
-            "ntxent",
-            "safe_softmax_cross_entropy",
-            "sigmoid_focal_loss",
-        ),
-        LOSSES,
-    ),
+ARGUMENTS = {
+    "GradientTransformation": "`extra_args=` and `last=` are ours: what the stages declare",
+    "MultiSteps": "no `accumulator_dtype=`: at least float32; `weighted=` and `flushes=` are ours",
+    "adabelief": "`weight_decay=` and its mask are those of optax after 0.2.8",
+    "adafactor": "`eps=None` stands for 1e-30",
+    "add_noise": "the key has no default, for two stages would draw the same noise; no deprecated `seed=`",
+    "chain": POSITIONAL.format("stages"),
+    "differentially_private_aggregate": "as `add_noise`; `expected_batch_size=` is ours",
+    "dog": NONE_IS_ZERO,
+    "dowg": NONE_IS_ZERO,
+    "dpsgd": "as `differentially_private_aggregate`",
+    "galore": OF_GALORE,
+    "hutchinson_estimator_diag_hessian": "a function of the loss, the params and a key, and no transformation",
+    "inject_hyperparams": "no `hyperparam_dtype=`: numbers are float64",
+    "lbfgs": "the line search has the same arguments, but is another object",
+    "masked": "`otherwise=` is ours, `'zero'` freezes; no extra argument has the form of the params, so none is masked",
+    "measure_with_ema": "no `accumulator_dtype=`: at least float32",
+    "monitor": "`measures=` has a default; `layers=`, `trees=` and `every=` are ours",
+    "muon": "`consistent_rms=` comes earlier; `dims=` stands for the dimension numbers; "
+    "`scaling=`, `ns_dtype=` and `variant=` are ours",
+    "nadam": "`nesterov=True` cannot be switched off: that is `adam`; `momentum_decay=` is ours, for torch's numbers",
+    "nadamw": "as `nadam`",
+    "named_chain": POSITIONAL.format("transforms"),
+    "noisy_sgd": AS_NOISE,
+    "partition": "extra arguments as in `masked`",
+    "prodigy": OF_AUTHORS,
+    "radam": OF_TORCH,
+    "sam": "no `batch_axis_name=`: ranks average themselves",
+    "scale_by_adam": "`amsgrad=` and `nu_dtype=` are ours",
+    "scale_by_backtracking_linesearch": NO_VERBOSE,
+    "scale_by_distance_over_gradients": "no `param_dtype=`: at least float32",
+    "scale_by_factored_rms": "`epsilon=None` stands for 1e-30; no `decay_rate_fn=`; "
+    + OF_TORCH,
+    "scale_by_galore": OF_GALORE,
+    "scale_by_muon": "as `muon`; the factor of the shape is no stage of its own",
+    "scale_by_radam": OF_TORCH,
+    "scale_by_rss": "`eps_in_sqrt=` is ours, for torch's numbers",
+    "scale_by_zoom_linesearch": NO_VERBOSE,
+    "schedule_free": "`warmup_steps=` and `r=` are ours: they are the authors'",
+    "schedule_free_adamw": "`r=` is the authors', `mask=` is ours",
+    "schedule_free_sgd": "as `schedule_free_adamw`; " + NONE_IS_ZERO,
+    "snapshot": "`is_tree=` is ours: the form of a state is known before the first update",
+    "sophia": "`key=` is ours, `hessian_diagonal_fn=` is a plain function, and nothing is printed",
+    "trace": "`dampening=` is ours, for torch's numbers",
+    "tree.map_params": "no `is_leaf=`: what a leaf is does not change",
+    "tree.set": "values by name only, without `filtering=`",
+    "tree.sum": "no `associative_reduction=`, which is for another compiler",
+    "tree.zeros_like": "a function of one tensor",
 }
-"""Names that are not here under the same name."""
+"""Functions whose arguments are not optax's, and why; a default of `adopt` is a function of each."""
 
-FOLDERS = {
-    "assignment": "left out: `scipy.optimize.linear_sum_assignment`",
-    "experimental": "left out; of single examples: `per_example_grads`",
-    "losses": "left out, but for those above",
-    "microbatching": "`per_example_grads(loss, chunk_size)`, `clipped_grad_sum`, `MultiSteps`",
-    "perturbations": "left out: they are no optimizers",
-    "projections": "the same names, in `functorch_opt.projections`",
-    "second_order": "`torch.func.jvp`, `torch.func.hessian`",
-    "tree": "the same names, in `functorch_opt.tree`; `split_key_like`: `functorch_opt.random.split`; "
-    "`get`: `functorch_opt.get`; `zeros_like`: `tree.full_like(tree, 0)`",
-    "tree_utils": "as `optax.tree`",
-}
-"""Modules of optax whose names have their own tests, or are left out as a whole."""
+RENAMED = {"dpsgd": "dp_sgd"}
+"""What has optax's arguments under another name."""
 
 
 def public(module: Any) -> set[str]:
@@ -134,9 +110,9 @@ def became() -> dict[str, set[str]]:
     groups: dict[str, set[str]] = {}
     for name in names():
         if name in dir(fo):
-            what = THE_SAME
-        elif name in OTHERS:
-            what = OTHERS[name]
+            what = SAME
+        elif name in NAMES:
+            what = NAMES[name]
         elif name.endswith("State"):
             what = STATES
         else:
@@ -145,52 +121,59 @@ def became() -> dict[str, set[str]]:
     return groups
 
 
-def table() -> str:
+def rows_of_names() -> list[str]:
     rows = [
         f"| {', '.join(f'`{name}`' for name in sorted(of))} | {what} |\n"
         for what, of in sorted(became().items(), key=lambda row: (-len(row[1]), row[0]))
     ]
     rows += [f"| `optax.{name}` | {what} |\n" for name, what in FOLDERS.items()]
-    return HEAD + "".join(rows)
+    rows += [f"| `optax.tree.{name}` | {what} |\n" for name, what in OF_TREE.items()]
+    return rows
 
 
-def with_table(page: str) -> str:
-    """The page, with the table as it has to be."""
-    before, _, after = page.partition(HEAD)
+def rows_of_arguments() -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name, what in ARGUMENTS.items():
+        groups.setdefault(what, []).append(f"`{name}`")
+    return [f"| {', '.join(of)} | {what} |\n" for what, of in groups.items()]
+
+
+def with_table(page: str, head: str, rows: list[str]) -> str:
+    """The page, with a table as it has to be."""
+    before, _, after = page.partition(head)
     rest = re.sub(r"\A(\|.*\n)*", "", after)
-    return before + table() + rest
+    return before + head + "".join(rows) + rest
+
+
+def with_tables(page: str) -> str:
+    page = with_table(page, HEAD, rows_of_names())
+    return with_table(page, ARGUMENTS_HEAD, rows_of_arguments())
 
 
 def test_the_page_has_every_name() -> None:
     page = PAGE.read_text()
     assert HEAD in page
-    assert page == with_table(page), "run python tests/parity/test_names.py"
+    assert ARGUMENTS_HEAD in page
+    assert page == with_tables(page), "run python tests/parity/test_names.py"
 
 
 def test_nothing_is_forgotten() -> None:
     assert became().get("?") is None
     assert not deprecated() - names() - {"__getattr__"}
-    here = OTHERS.keys() & set(dir(fo))
-    assert not here, f"they are here: take them out of OTHERS, {here}"
-    gone = OTHERS.keys() - names()
+    here = NAMES.keys() & set(dir(fo))
+    assert not here, f"they are here: take them out of NAMES, {here}"
+    gone = NAMES.keys() - names()
     assert not gone, f"optax has no such name: {gone}"
 
 
 def test_what_the_table_names_exists() -> None:
-    said = " ".join([*OTHERS.values(), *FOLDERS.values()])
+    said = " ".join([*NAMES.values(), *FOLDERS.values(), *OF_TREE.values()])
     for path in re.findall(r"`(functorch_opt[\w.]*)", said):
         value: Any = fo
         for part in path.split(".")[1:]:
             value = getattr(value, part)
     for name in re.findall(r"`(\w+)[`(]", said):
-        assert name in dir(fo) or name in (
-            "count",
-            "zeros_like",
-            "get",
-            "split_key_like",
-        ), name
-    import torch
-
+        assert name in {"functorch_opt", "count", *dir(fo), *dir(fo.tree)}, name
     for path in re.findall(r"`(?:1 - )?torch\.([\w.]+)", said):
         value = torch
         for part in path.split("."):
@@ -203,9 +186,8 @@ def test_every_folder_of_optax_is_here() -> None:
         for name, value in vars(optax).items()
         if isinstance(value, types.ModuleType) and not name.startswith("_")
     }
-    elsewhere = {"contrib", "schedules", "transforms"}
-    assert folders == FOLDERS.keys() | elsewhere
-    for folder in elsewhere - {"contrib"}:
+    assert folders == FOLDERS.keys()
+    for folder in ("schedules", "transforms"):
         functions = {
             name
             for name in public(getattr(optax, folder))
@@ -214,5 +196,74 @@ def test_every_folder_of_optax_is_here() -> None:
         assert functions - names() <= {"unitwise_clip", "unitwise_norm"}, folder
 
 
+# ---- who ports a script meets the table as errors --------------------------------------------------
+
+
+def not_here(module: Any, table: dict[str, str]) -> list[str]:
+    """Without `transforms`, which is a folder here too."""
+    return sorted(table.keys() - {*dir(module), "transforms"})
+
+
+@pytest.mark.parametrize("name", ["AddNoiseState", *not_here(fo, {**NAMES, **FOLDERS})])
+def test_a_name_of_optax_says_what_there_is_here(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"Of optax's {name} docs/migrate.md says: "):
+        getattr(fo, name)
+
+
+@pytest.mark.parametrize("name", not_here(fo.tree, OF_TREE))
+def test_a_tree_function_of_optax_says_what_there_is_here(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"Of optax's {name} docs/migrate.md says: "):
+        getattr(fo.tree, name)
+
+
+def test_another_name_is_just_not_there() -> None:
+    assert str(missing("functorch_opt", "adan_w")).endswith("has no attribute 'adan_w'")
+    assert not hasattr(fo.tree, "adan_w")
+
+
+# ---- arguments -------------------------------------------------------------------------------------
+
+
+def pairs() -> dict[str, tuple[Any, Any]]:
+    """``{name: (ours, theirs)}`` of all functions and classes that both have."""
+    found = {}
+    for module in (optax, optax.contrib):
+        for name in public(module):
+            if RENAMED.get(name, name) in dir(fo):
+                found[name] = getattr(fo, RENAMED.get(name, name)), getattr(module, name)
+    for folder in ("projections", "tree"):
+        ours, theirs = getattr(fo, folder), getattr(optax, folder)
+        for name in public(theirs) & {*dir(ours)}:
+            found[f"{folder}.{name}"] = getattr(ours, name), getattr(theirs, name)
+    return {name: both for name, both in found.items() if all(map(callable, both))}
+
+
+def arguments(f: Any) -> list[tuple]:
+    """Names, kinds and defaults; dtypes by their names, and functions as such."""
+    return [
+        (p.name, p.kind, plain(p.default))
+        for p in inspect.signature(f).parameters.values()
+    ]
+
+
+def plain(default: Any) -> Any:
+    if isinstance(default, (type, torch.dtype)):
+        return getattr(default, "__name__", str(default)).removeprefix("torch.")
+    return "a function" if isinstance(default, types.FunctionType) else default
+
+
+PAIRS = pairs()
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_arguments_are_those_of_optax(name: str) -> None:
+    ours, theirs = map(arguments, PAIRS[name])
+    assert (ours == theirs) == (name not in ARGUMENTS), (ours, theirs)
+
+
+def test_arguments_that_differ_are_of_what_both_have() -> None:
+    assert not ARGUMENTS.keys() - PAIRS.keys()
+
+
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -1407,91 +1406,6 @@ DIVERGENCES = {
 }
 """Rows of the registry that are not in `CASES`, and why."""
 
-SIGNATURES = {
-    "monitor": "measures= has a default, layers=, trees= and every= are ours",
-    "snapshot": "is_tree= is ours: the form of a state is known before the first update",
-    "MultiSteps": "no accumulator_dtype: at least float32; weighted= and flushes= are ours",
-    "adabelief": "weight_decay= and its mask are those of optax after 0.2.8",
-    "adafactor": "eps=None stands for 1e-30",
-    "add_noise": "the key has no default (optax's default gives two stages the same stream), and there is no deprecated seed",
-    **dict.fromkeys(
-        ("adopt", "scale_by_adopt"),
-        "the default of clip_value_fn, a fourth root, is a function of each library",
-    ),
-    "chain": "the stages are *stages, not *args: nobody names them",
-    "named_chain": "as chain",
-    **dict.fromkeys(
-        ("galore", "scale_by_galore"),
-        "Adam is part of the rule, and the scale is the authors'; any other optimizer: "
-        "project_gradients",
-    ),
-    "inject_hyperparams": "numbers are float64, so there is no hyperparam_dtype; static_args is a tuple",
-    "lbfgs": "the default line search is an object of each library",
-    "masked": "otherwise= ('zero' freezes) is ours; no extra argument is params-shaped here, so none is masked",
-    "muon": "consistent_rms comes earlier; dims= stands for the dimension numbers; "
-    "variant= is ours, for torch.optim.Muon",
-    "nadam": "optax's is adam with nesterov=True for a default, which can be switched off again; "
-    "momentum_decay= is ours, for torch.optim.NAdam",
-    "nadamw": "as nadam",
-    "radam": "variant= is ours, for torch.optim.RAdam",
-    "noisy_sgd": "as add_noise; without a default, the key comes after * ",
-    "partition": "extra arguments as in masked",
-    "scale_by_adam": "amsgrad= stands for optax's scale_by_amsgrad, and has torch's variant too; nu_dtype= is ours",
-    "scale_by_backtracking_linesearch": "no verbose=",
-    "scale_by_distance_over_gradients": "no param_dtype=: at least float32",
-    "sam": "no batch_axis_name=: ranks average themselves",
-    **dict.fromkeys(
-        ("scale_by_sophia", "sophia"),
-        "key= is ours, hessian_diagonal_fn is a plain function, and nothing is printed",
-    ),
-    "scale_by_factored_rms": "epsilon=None stands for 1e-30; no decay_rate_fn; variant= is ours, for "
-    "torch.optim.Adafactor",
-    "scale_by_muon": "as muon; and the factor of the shape is no stage of its own",
-    "scale_by_radam": "as radam",
-    "scale_by_rss": "eps_in_sqrt= is ours, for torch.optim.Adagrad",
-    "scale_by_zoom_linesearch": "no verbose=",
-    "schedule_free": "warmup_steps= and r= are ours: they are the authors'",
-    "schedule_free_adamw": "r= is the authors', mask= is ours",
-    "schedule_free_sgd": "as schedule_free_adamw; weight_decay is a number, 0 by default",
-    **dict.fromkeys(("dog", "dowg"), "weight_decay is a number, 0 by default"),
-    "prodigy": "growth_rate= and use_bias_correction= are the authors'",
-    "trace": "dampening= is ours, for torch.optim.SGD",
-}
-"""Functions whose parameters are not optax's, and why.
-
-Names, order and defaults of all others are compared.
-"""
-
-OTHER_NAMES = {
-    **{
-        name: f"contrib.{name}"
-        for direction in ("ademamix", "simplified_ademamix", "adopt", "madgrad")
-        for name in (direction, f"scale_by_{direction}")
-    },
-    **{
-        f"schedule_free{base}": f"contrib.schedule_free{base}"
-        for base in ("", "_adamw", "_sgd")
-    },
-    **{
-        name: f"contrib.{name}"
-        for name in (
-            *("cocob", "scale_by_cocob", "dadapt_adamw", "mechanize", "sam", "normalize"),
-            *("reduce_on_plateau", "sophia", "split_real_and_imaginary"),
-            *("galore", "scale_by_galore"),
-        )
-    },
-    "scale_by_sophia": "contrib._sophia.scale_by_sophia",
-    "acprop": "contrib.acprop",
-    "scale_by_acprop": "contrib.scale_by_acprop",
-    "dog": "contrib.dog",
-    "dowg": "contrib.dowg",
-    "prodigy": "contrib.prodigy",
-    "momo": "contrib.momo",
-    "momo_adam": "contrib.momo_adam",
-    "muon": "contrib.muon",
-    "scale_by_muon": "contrib.scale_by_muon",
-}
-
 # Not to be seen in these numbers: masked and partition keep flat dicts from path to leaf, without
 # holes, where optax keeps the tree with MaskedNode in the gaps; a function mask takes (path, leaf)
 # and not the tree; zero_nans keeps no found_nan; a chain's state is a dict by stage name, not a
@@ -2307,23 +2221,3 @@ def test_every_public_name_is_compared_or_explained() -> None:
     assert compared | DIVERGENCES.keys() == registered
     shown = {"preview"}  # a picture
     assert {name for name, _ in SCHEDULES + OURS} == set(schedules.__all__) - shown
-
-
-HAVING = (
-    {
-        row.name
-        for row in ROWS
-        if not DIVERGENCES.get(row.name, "").startswith("optax has none")
-    }
-    | {name for name, _ in SCHEDULES}
-    | {"apply_updates"}
-)
-
-
-@pytest.mark.parametrize("name", sorted(HAVING))
-def test_arguments_are_those_of_optax(name: str) -> None:
-    ours, theirs = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-        for f in (getattr(fo, name), attrgetter(OTHER_NAMES.get(name, name))(optax))
-    )
-    assert (ours == theirs) == (name not in SIGNATURES), (ours, theirs)

@@ -12,6 +12,7 @@ import torch
 
 import functorch_opt as fo
 from functorch_opt import projections, tree
+from functorch_opt._elsewhere import OF_TREE
 
 jax = pytest.importorskip("jax", reason="comparison with optax needs jax and optax")
 optax = pytest.importorskip("optax", reason="comparison with optax needs jax and optax")
@@ -103,15 +104,10 @@ ARITHMETIC: dict[str, list[tuple]] = {
     "bias_correction": [(A, 0.9, 1), (A, 0.3, 5), (A, 0.999, 100)],
 }
 OTHERS = {
-    "dtype": "each leaf has its own: leaf.dtype",
-    "get": "functorch_opt.get",
-    "get_all_with_path": "functorch_opt.state_dict has all values by path",
+    **OF_TREE,
     "map_params": "compared in test_wrappers.py: the form of a state is another one",
     "random_like": "compared below: other draws, of the same form",
     "set": "compared in test_wrappers.py: as map_params",
-    "split_key_like": "functorch_opt.random.split",
-    "unwrap_random_key_data": "a key is a tensor",
-    "zeros_like": "full_like(tree, 0): zeros_like is a function of one tensor here",
 }
 """Names of optax.tree that are not in `ARITHMETIC`, and what there is instead."""
 
