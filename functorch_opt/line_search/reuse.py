@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ __all__ = ["value_and_grad_from_state"]
 
 
 def value_and_grad_from_state(
-    value_fn: Callable[[PyTree], Tensor],
+    value_fn: Callable[..., Tensor],
 ) -> Callable[..., tuple[Tensor, PyTree]]:
     """Take the value and the gradient at the params from the state of a line search.
 
@@ -26,10 +27,11 @@ def value_and_grad_from_state(
     computed at the first step, and if the last value was not finite.
 
     Args:
-        value_fn: ``params -> value``.
+        value_fn: ``params -> value``; it may have other arguments after the params.
 
     Returns:
-        ``(params, state) -> (value, grad)``.
+        ``(params, *arguments, state=state, **more) -> (value, grad)``. `value_fn` gets the arguments.
+        A search calls its ``value_fn`` with the params only: ``value_fn=lambda p: f(p, x)``.
 
     Raises:
         KeyError: the state holds no ``value`` or no ``grad`` (the backtracking search keeps
@@ -48,12 +50,14 @@ def value_and_grad_from_state(
         tensor([3., 3.])
     """
 
-    def value_and_grad(params: PyTree, state: PyTree) -> tuple[Tensor, PyTree]:
+    def value_and_grad(
+        params: PyTree, *arguments: Any, state: PyTree, **more: Any
+    ) -> tuple[Tensor, PyTree]:
         value, grad = get(state, "value"), get(state, "grad")
         unknown = ~value.isfinite()
         if not any_of(unknown):
             return value, grad
-        fresh_grad, fresh = grad_and_value(value_fn)(params)
+        fresh_grad, fresh = grad_and_value(value_fn)(params, *arguments, **more)
         grad = tree.map(lambda new, old: torch.where(unknown, new, old), fresh_grad, grad)
         return torch.where(unknown, fresh.to(value.dtype), value), grad
 

@@ -179,3 +179,34 @@ def test_the_same_steps(name: str) -> None:
                 info.num_linesearch_steps
             )
     assert not np.allclose(p.numpy(), START, atol=1e-2)
+
+
+def test_other_arguments_reach_the_loss_as_in_optax() -> None:
+    """At the first step, when there is no value yet, and later, when it comes from the state."""
+    there = np.array([1.5, -0.5, 2.0])
+
+    def apart(p, weight, *, goal):
+        return (weight * (p - goal) ** 2).sum()
+
+    results = []
+    for o, array in ((fo, torch.tensor), (optax, jax.numpy.asarray)):
+        p, weight, goal = array(START), array(there + 2), array(there)
+        tx, value_and_grad = o.lbfgs(), o.value_and_grad_from_state(apart)
+        state, values = tx.init(p), []
+        for _ in range(3):
+            value, g = value_and_grad(p, weight, state=state, goal=goal)
+            values.append(float(value))
+            updates, state = tx.update(
+                g,
+                state,
+                p,
+                value=value,
+                grad=g,
+                value_fn=lambda q, weight=weight, goal=goal: apart(q, weight, goal=goal),
+            )
+            p = o.apply_updates(p, updates)
+        results.append((values, np.asarray(p)))
+    (ours, p), (theirs, q) = results
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(p, q, rtol=1e-6)
+    assert ours[0] == pytest.approx(apart(START, there + 2, goal=there))
