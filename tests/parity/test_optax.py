@@ -1895,6 +1895,13 @@ def test_noise_is_standard_normal_at_unit_variance(name: str) -> None:
 
 CYCLE = {"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 5, "decay_steps": 30}
 
+
+def curves(
+    name: str, *expressions: Callable[[Any], Any]
+) -> list[tuple[str, Callable[[Any], Any]]]:
+    return [(name, expression) for expression in expressions]
+
+
 SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
     ("constant_schedule", lambda o: o.constant_schedule(0.3)),
     ("polynomial_schedule", lambda o: o.polynomial_schedule(0.1, 2.0, 2.5, 60)),
@@ -2003,6 +2010,78 @@ SCHEDULES: list[tuple[str, Callable[[Any], Any]]] = [
             ]
         ),
     ),
+    *curves(
+        "constant_schedule",
+        lambda o: o.constant_schedule(-2.0),
+        lambda o: o.constant_schedule(0.0),
+        lambda o: o.constant_schedule(value=1e-8),
+    ),
+    *curves(
+        "polynomial_schedule",
+        lambda o: o.polynomial_schedule(0.0, 3.0, 1.0, 1),
+        lambda o: o.polynomial_schedule(-1.0, 0.5, 4, 30, 60),
+    ),
+    *curves(
+        "linear_schedule",
+        lambda o: o.linear_schedule(-1.0, 2.0, transition_steps=50, transition_begin=49),
+        lambda o: o.linear_schedule(0.3, 0.3, 10),
+    ),
+    *curves(
+        "cosine_decay_schedule",
+        lambda o: o.cosine_decay_schedule(-0.4, 1),
+        lambda o: o.cosine_decay_schedule(1.0, 100, alpha=1.5, exponent=0.5),
+    ),
+    *curves(
+        "join_schedules",
+        lambda o: o.join_schedules([o.constant_schedule(0.1), lambda t: 0.01 * t], [1]),
+        lambda o: o.join_schedules(
+            [o.linear_schedule(float(i), 0.0, 9) for i in range(5)], [3, 4, 60, 90]
+        ),
+    ),
+    *curves(
+        "piecewise_constant_schedule",
+        lambda o: o.piecewise_constant_schedule(-1.0, {1: 2.0}),
+        lambda o: o.piecewise_constant_schedule(1.0, {30: 0.0, 60: 5.0}),
+    ),
+    *curves(
+        "piecewise_interpolate_schedule",
+        lambda o: o.piecewise_interpolate_schedule("linear", -1.0, {100: 0.5}),
+        lambda o: o.piecewise_interpolate_schedule("cosine", 1.0, {1: 2.0, 40: 0.0}),
+    ),
+    *curves(
+        "warmup_constant_schedule",
+        lambda o: o.warmup_constant_schedule(0.0, 1.0, 1),
+        lambda o: o.warmup_constant_schedule(1.0, 0.2, 60),
+        lambda o: o.warmup_constant_schedule(-1.0, 0.0, warmup_steps=100),
+    ),
+    *curves(
+        "warmup_exponential_decay_schedule",
+        lambda o: o.warmup_exponential_decay_schedule(
+            0.5, 0.1, 30, 1, 1.02, end_value=0.3
+        ),
+    ),
+    *curves(
+        "linear_onecycle_schedule",
+        lambda o: o.linear_onecycle_schedule(120, 2.0, pct_start=0.1, pct_final=0.2),
+        lambda o: o.linear_onecycle_schedule(
+            50, 0.1, div_factor=1.0, final_div_factor=2.0
+        ),
+    ),
+    *curves(
+        "cosine_onecycle_schedule",
+        lambda o: o.cosine_onecycle_schedule(120, 2.0, pct_start=0.1),
+        lambda o: o.cosine_onecycle_schedule(
+            50, 0.1, div_factor=1.0, final_div_factor=2.0
+        ),
+    ),
+    *curves(
+        "sgdr_schedule",
+        lambda o: o.sgdr_schedule([CYCLE]),
+        lambda o: o.sgdr_schedule([{**CYCLE, "init_value": 0.5, "exponent": 2.0}] * 5),
+        lambda o: o.sgdr_schedule(
+            [{**CYCLE, "peak_value": 1.0 / (i + 1)} for i in range(3)]
+        ),
+    ),
 ]
 
 
@@ -2023,82 +2102,131 @@ def composed(
     return make
 
 
+def warm_up_then(
+    init_value: float, peak_value: float, steps: int, decay: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """A warm-up, and then a function of the steps after it, with optax's schedules."""
+    return optax.join_schedules(
+        [optax.linear_schedule(init_value, peak_value, steps), decay], [steps]
+    )
+
+
+def stable_then(
+    kind: str, decay: Callable[[Any], Any], warmup: int = 20, stable: int = 50
+) -> Callable[[Any], Any]:
+    """`warmup_stable_decay_schedule`, whose end takes 30 steps from 0.9 to 0.3."""
+
+    def make(o: Any) -> Callable[[Any], Any]:
+        if o is fo:
+            return fo.warmup_stable_decay_schedule(
+                0.1, 0.9, warmup, stable, 30, 0.3, kind
+            )
+        rest = o.join_schedules([o.constant_schedule(0.9), decay], [stable])
+        return warm_up_then(0.1, 0.9, warmup, rest)
+
+    return make
+
+
+def falling_root(
+    init_value: float, peak_value: float, steps: int
+) -> Callable[[Any], Any]:
+    """`inverse_sqrt_schedule`."""
+    return lambda o: (
+        fo.inverse_sqrt_schedule(init_value, peak_value, steps)
+        if o is fo
+        else warm_up_then(
+            init_value,
+            peak_value,
+            steps,
+            lambda t: peak_value * jnp.sqrt(steps / (t + steps)),
+        )
+    )
+
+
+def up_and_down(low: float, high: float, up: int, down: int) -> Callable[[Any], Any]:
+    """`cyclic_schedule`."""
+
+    def make(o: Any) -> Callable[[Any], Any]:
+        if o is fo:
+            return fo.cyclic_schedule(low, high, up, down)
+        rise, fall = o.linear_schedule(low, high, up), o.linear_schedule(high, low, down)
+        cycle = o.join_schedules([rise, fall], [up])
+        return lambda t: cycle(t % (up + down))
+
+    return make
+
+
 OURS: list[tuple[str, Callable[[Any], Any]]] = [
-    (
+    *curves(
         "add_schedules",
         composed(lambda a, b: a + b + 0.5, lambda a, b, t: a(t) + b(t) + 0.5),
+        composed(lambda a, b: 1.0 + a, lambda a, b, t: 1.0 + a(t)),
+        composed(lambda a, b: a + -1.0 * b, lambda a, b, t: a(t) - b(t)),
+        composed(
+            lambda a, b: fo.add_schedules(b, lambda t: 0.01 * t),
+            lambda a, b, t: b(t) + 0.01 * t,
+        ),
     ),
-    (
+    *curves(
         "multiply_schedules",
         composed(lambda a, b: -2.0 * a * b, lambda a, b, t: -2.0 * a(t) * b(t)),
+        composed(lambda a, b: a * a, lambda a, b, t: a(t) ** 2),
+        composed(lambda a, b: b * (a + 0.5), lambda a, b, t: b(t) * (a(t) + 0.5)),
+        composed(
+            lambda a, b: fo.multiply_schedules(0.1, lambda t: 0.99**t, b),
+            lambda a, b, t: 0.1 * 0.99**t * b(t),
+        ),
     ),
-    (
+    *curves(
         "clip_schedule",
-        composed(
-            lambda a, b: fo.clip_schedule(a, 0.2, 0.7),
-            lambda a, b, t: jnp.clip(a(t), 0.2, 0.7),
+        *(
+            composed(
+                lambda a, b, low=low, high=high: fo.clip_schedule(a * b, low, high),
+                lambda a, b, t, low=low, high=high: jnp.clip(a(t) * b(t), low, high),
+            )
+            for low, high in ((0.2, 0.7), (0.3, None), (None, 0.5), (0.4, 0.4))
         ),
     ),
-    (
+    *curves(
         "shift_schedule",
-        composed(
-            lambda a, b: fo.shift_schedule(b, 13),
-            lambda a, b, t: b(jnp.maximum(t - 13, 0)),
+        *(
+            composed(
+                lambda a, b, by=by: fo.shift_schedule(b, by),
+                lambda a, b, t, by=by: b(jnp.maximum(t - by, 0)),
+            )
+            for by in (13, 1, 110, -20)
         ),
     ),
-    (
+    *curves(
         "repeat_schedule",
-        composed(lambda a, b: fo.repeat_schedule(b, 33), lambda a, b, t: b(t % 33)),
+        *(
+            composed(
+                lambda a, b, steps=steps: fo.repeat_schedule(b, steps),
+                lambda a, b, t, steps=steps: b(t % steps),
+            )
+            for steps in (33, 1, 70, 500)
+        ),
     ),
-    *(
-        (
-            "warmup_stable_decay_schedule",
-            lambda o, kind=kind, decay=decay: (
-                fo.warmup_stable_decay_schedule(0.1, 0.9, 20, 50, 30, 0.3, kind)
-                if o is fo
-                else o.join_schedules(
-                    [
-                        o.linear_schedule(0.1, 0.9, 20),
-                        o.constant_schedule(0.9),
-                        decay(o),
-                    ],
-                    [20, 70],
-                )
-            ),
-        )
-        for kind, decay in (
-            ("linear", lambda o: o.linear_schedule(0.9, 0.3, 30)),
-            ("cosine", lambda o: o.cosine_decay_schedule(0.9, 30, 0.3 / 0.9)),
-            (
-                "1-sqrt",
-                lambda o: lambda t: 0.9 - 0.6 * jnp.sqrt(jnp.clip(t, 0, 30) / 30),
-            ),
-        )
+    *curves(
+        "warmup_stable_decay_schedule",
+        stable_then("linear", optax.linear_schedule(0.9, 0.3, 30)),
+        stable_then("cosine", optax.cosine_decay_schedule(0.9, 30, 0.3 / 0.9)),
+        stable_then("1-sqrt", lambda t: 0.9 - 0.6 * jnp.sqrt(jnp.clip(t, 0, 30) / 30)),
+        stable_then("linear", optax.linear_schedule(0.9, 0.3, 30), 1, 7),
     ),
-    (
+    *curves(
         "inverse_sqrt_schedule",
-        lambda o: (
-            fo.inverse_sqrt_schedule(0.1, 0.9, 20)
-            if o is fo
-            else o.join_schedules(
-                [
-                    o.linear_schedule(0.1, 0.9, 20),
-                    lambda t: 0.9 * jnp.sqrt(20 / (t + 20)),
-                ],
-                [20],
-            )
-        ),
+        falling_root(0.1, 0.9, 20),
+        falling_root(0.0, 1.0, 1),
+        falling_root(2.0, 0.5, 60),
+        falling_root(0.0, -0.3, 10),
     ),
-    (
+    *curves(
         "cyclic_schedule",
-        lambda o: (
-            fo.cyclic_schedule(0.1, 0.9, 10, 20)
-            if o is fo
-            else o.join_schedules(
-                [o.linear_schedule(0.1, 0.9, 10), o.linear_schedule(0.9, 0.1, 20)] * 4,
-                [10, 30, 40, 60, 70, 90, 100],
-            )
-        ),
+        up_and_down(0.1, 0.9, 10, 20),
+        up_and_down(0.0, 1.0, 1, 1),
+        up_and_down(0.5, 0.2, 40, 5),
+        up_and_down(-1.0, 1.0, 200, 10),
     ),
 ]
 """What optax has no name for, and how it is written with optax."""
