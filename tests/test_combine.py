@@ -290,3 +290,26 @@ def test_tensorwise_rules_see_whole_complex_tensors() -> None:
     tx = fo.leafwise(lambda g: g / torch.linalg.vector_norm(g), kind="tensorwise")
     g = torch.tensor([3.0 + 4.0j])
     assert torch.allclose(tx.update([g], tx.init([g]))[0][0].abs(), torch.ones(1))
+
+
+# ---- what optax allows too -----------------------------------------------------------------------
+
+
+def test_a_transformation_can_be_taken_apart() -> None:
+    tx = fo.chain(fo.trace(0.9), fo.scale(-0.1))
+    init, update = tx
+    state = init(PARAMS)
+    first, state = update(GRADS, state, PARAMS)
+    second, _ = update(first, state, PARAMS)
+    expected, after = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, tx.update(expected, after, PARAMS)[0])
+
+
+@pytest.mark.parametrize("names", ["momentum", ["momentum"], {"momentum"}])
+def test_static_arguments_are_one_name_or_several(names: Any) -> None:
+    tx = fo.inject_hyperparams(fo.sgd, static_args=names)(0.1, momentum=0.9)
+    assert tx.init(PARAMS)["hyperparams"].keys() == {"learning_rate"}
+    assert (
+        "momentum" in fo.inject_hyperparams(fo.sgd)(0.1, 0.9).init(PARAMS)["hyperparams"]
+    )

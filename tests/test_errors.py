@@ -513,8 +513,8 @@ COMBINING = [
          TypeError, "<lambda>", r"float 0\.1", "must return a transformation"),
     Case("inject-static-unknown", lambda: partial(fo.inject_hyperparams, fo.sgd, ("lr",)),
          TypeError, "static_args", "'lr'", "names among .*'learning_rate'"),
-    Case("inject-static-string", lambda: partial(fo.inject_hyperparams, fo.sgd, "momentum"),
-         TypeError, "static_args", "'momentum'", "must be a tuple"),
+    Case("inject-static-string", lambda: partial(fo.inject_hyperparams, fo.sgd, "moment"),
+         TypeError, "static_args", "'moment'", "names among .*'momentum'"),
 ]
 # fmt: on
 

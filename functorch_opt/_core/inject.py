@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
 
 def inject_hyperparams(
     inner_factory: Callable[..., GradientTransformation],
-    static_args: tuple[str, ...] = (),
+    static_args: str | Iterable[str] = (),
 ) -> Callable[..., GradientTransformation]:
     """Keep the hyperparameters of a factory in the state.
 
@@ -183,7 +183,7 @@ def inject_hyperparams(
 
     Args:
         inner_factory: a function that returns a transformation.
-        static_args: the names of arguments that stay fixed, though they are numbers.
+        static_args: the name or names of arguments that stay fixed, though they are numbers.
 
     Returns:
         A function that takes the arguments of `inner_factory`, and returns such a transformation.
@@ -222,13 +222,13 @@ def inject_hyperparams(
             "Write inject_hyperparams(adamw)(learning_rate=0.1)."
         )
     known = list(inspect.signature(inner_factory).parameters)
-    unknown = [name for name in static_args if name not in known]
-    if isinstance(static_args, str) or unknown:
+    names = (static_args,) if isinstance(static_args, str) else tuple(static_args)
+    if any(name not in known for name in names):
         raise TypeError(
-            f"static_args must be a tuple of names among {known}, "
-            f"which are the arguments of {inner_factory.__name__}; got {static_args!r}."
+            f"static_args must be names among {known}, which are the arguments "
+            f"of {inner_factory.__name__}; got {static_args!r}."
         )
-    return Factory(inner_factory, static_args)
+    return Factory(inner_factory, names)
 
 
 _WITHOUT_NAMES = (

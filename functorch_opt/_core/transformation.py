@@ -11,7 +11,7 @@ Everything else is convenience. Most transformations are one rule for one tensor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
 
@@ -103,7 +103,8 @@ def transformation(factory: Callable[P, T]) -> Callable[P, T]:
 class GradientTransformation(Expression):
     """A pure function of gradients that has a state.
 
-    Its two halves are ``init(params)`` and ``update(updates, state, params=None, **extra)``.
+    Its two halves are ``init(params)`` and ``update(updates, state, params=None, **extra)``;
+    ``init, update = adam(0.1)`` takes them apart.
 
     Build one directly from two functions of whole trees. What you nearly always want is a rule for
     one tensor; for that see `leafwise`.
@@ -145,6 +146,11 @@ class GradientTransformation(Expression):
         self._init, self._update = init, update
         self.extra_args = dict(keyword_only(update) if extra_args is None else extra_args)
         self.name, self.last = enclosing_name(update), last
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """The two halves, as in optax, where a transformation is a pair."""
+        yield self.init
+        yield self.update
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first update.
