@@ -25,7 +25,10 @@ ARGUMENTS_HEAD = "| name | arguments |\n|---|---|\n"
 AS_NOISE = "the key has no default, and comes after `*`; no deprecated `seed=`"
 NONE_IS_ZERO = "`weight_decay=0.0` in place of None, so that a group can set it"
 NO_VERBOSE = "nothing is printed: no `verbose=`"
-OF_AUTHORS = "`growth_rate=` and `use_bias_correction=` are ours: they are the authors'"
+OF_AUTHORS = (
+    "`growth_rate=` and `use_bias_correction=` are ours: they are the authors'; no "
+    "`weight_decay_mask=`, which optax has after 0.2.8: groups of `optim.Prodigy` have their own decay"
+)
 OF_GALORE = (
     "the scale and eps are the authors'; Adam is part of the rule, and for any other "
     "optimizer there is `project_gradients`; `dims=` stands for the dimension numbers"
