@@ -6,6 +6,7 @@ Who ports a script by its import meets them one by one, as errors. docs/migrate.
 from __future__ import annotations
 
 SAME = "the same name, in `functorch_opt`"
+_SAME_NAMES = "the same names, in `functorch_opt`"
 STATES = "states are dicts by the name of the stage, and `StageState`: `get`, `describe`"
 _LOSS = "a loss, which is left out: torch has none"
 _PLAIN = "no name: plain functions"
@@ -78,15 +79,15 @@ NAMES = {
 
 FOLDERS = {
     "assignment": "left out: `scipy.optimize.linear_sum_assignment`",
-    "contrib": SAME,
+    "contrib": _SAME_NAMES,
     "experimental": "left out; of single examples: `per_example_grads`",
     "losses": "left out, but for those that the table names",
     "microbatching": NAMES["microbatch"],
     "perturbations": "left out: they are no optimizers",
     "projections": "the same names, in `functorch_opt.projections`",
-    "schedules": SAME,
+    "schedules": _SAME_NAMES,
     "second_order": "`torch.func.jvp`, `torch.func.hessian`",
-    "transforms": SAME,
+    "transforms": _SAME_NAMES,
     "tree": "the same names, in `functorch_opt.tree`, but for those below",
     "tree_utils": "the same names without their prefix, in `functorch_opt.tree`",
 }
