@@ -143,6 +143,18 @@ def test_the_dtype_of_the_iteration() -> None:
     assert 1e-5 < (exact - coarse).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("preconditioning", ["frobenius", "spectral", "aol", "schatten"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_start_may_be_in_16_bits(preconditioning: str, dtype: torch.dtype) -> None:
+    """As it is for float32 on a GPU. torch has no singular values in 16 bits."""
+    m = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    exact, coarse = (
+        orthogonalizer("you", 5, in_dtype, False, preconditioning)(m, 1e-7)
+        for in_dtype in (None, dtype)
+    )
+    assert (exact - coarse).abs().max() < 0.1 * exact.abs().max()
+
+
 # ---- Muon: dims, scales --------------------------------------------------------------------------
 
 
@@ -241,6 +253,11 @@ def test_fused_matrices_are_split() -> None:
         (fo.MatrixDims(0, 0), (3, 3)),
         (fo.MatrixDims(split=2), (3, 3)),
         (fo.MatrixDims(split=(1, 1)), (3, 3)),
+        (fo.MatrixDims(split=0), (3, 3)),
+        (fo.MatrixDims(split=True), (3, 3)),
+        (fo.MatrixDims(split=()), (3, 3)),
+        (fo.MatrixDims(split=(4, -1)), (3, 3)),
+        (fo.MatrixDims(split=[1, 2]), (3, 3)),  # type: ignore[arg-type]
     ],
 )
 @pytest.mark.parametrize(

@@ -318,21 +318,27 @@ def check_number(name: str, value: Any) -> None:
         )
 
 
-def check_range(low: float, high: float, *, above: bool = False, **hyper: Any) -> None:
-    """Raise ValueError for a number outside of ``[low, high)``, or of ``(low, high)`` if `above`.
+def check_range(
+    low: float, high: float, *, above: bool = False, closed: bool = False, **hyper: Any
+) -> None:
+    """Raise ValueError for a number outside of ``[low, high)``.
 
-    NaN is outside. The values of tensors and schedules are not checked. What is neither is a
-    TypeError.
+    With `above` it must not be `low`, and with `closed` it may be `high`. NaN is outside. The values
+    of tensors and schedules are not checked. What is neither is a TypeError.
     """
     for name, value in hyper.items():
         if value is None:
             continue  # left out; whoever needs it says so
         check_number(name, value)
-        if isinstance(value, (int, float)) and not (
-            low <= value < high and (value > low or not above)
-        ):
+        if not isinstance(value, (int, float)):
+            continue
+        is_inside = low <= value <= high
+        is_low = above and value == low
+        is_high = not closed and value == high
+        if not is_inside or is_low or is_high:
+            first, last = "(" if above else "[", "]" if closed else ")"
             raise ValueError(
-                f"{name} must be in {'(' if above else '['}{low}, {high}); got {value}."
+                f"{name} must be in {first}{low}, {high}{last}; got {value}."
             )
 
 

@@ -29,6 +29,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.adam import scale_by_adam
@@ -156,7 +157,7 @@ def scale_by_adam_mini(
     """
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps)
-    check_range(1, float("inf"), head_dim=head_dim)
+    check_whole(1, head_dim=head_dim)
     hyper = {"b1": b1, "b2": b2, "eps": eps}
     stages = {
         "element": scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),

@@ -24,6 +24,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.matrices import (
@@ -81,7 +82,7 @@ def scale_by_dion(
         tensor([[1., 0.],
                 [0., 0.]])
     """
-    check_range(1, float("inf"), rank=rank)
+    check_whole(1, rank=rank)
     check_range(0, 1, beta=beta)
     check_range(0, float("inf"), eps=eps)
     check_scaling(scaling)

@@ -32,6 +32,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import (
@@ -188,11 +189,12 @@ def _stage(cutting, direction_of, has_nu, init, frequency, hyper):
     )
 
 
-def _checked(b1, b2, b3, eps, frequency, init, max_size):
+def _checked(b1, b2, b3, eps, frequency, init, max_size, merged):
     """The hyperparameters, after their ranges are checked."""
     check_range(0, 1, b1=b1, b2=b2, b3=b3)
     check_range(0, float("inf"), eps=eps)
-    check_range(1, float("inf"), frequency=frequency, max_size=max_size)
+    check_whole(1, frequency=frequency, max_size=max_size)
+    check_whole(0, merged=merged)
     check_range(0, float("inf"), above=True, init=init)
     return {"b1": b1, "b2": b2, "b3": b2 if b3 is None else b3, "eps": eps}
 
@@ -238,7 +240,7 @@ def scale_by_kl_shampoo(
         tensor([[20.,  0.],
                 [ 0., 10.]])
     """
-    hyper = _checked(b1, b2, b3, eps, frequency, init, max_size)
+    hyper = _checked(b1, b2, b3, eps, frequency, init, max_size, merged)
     cutting = Cutting(max_size, blocks, merged)
     return _stage(cutting, _shampoos, False, init, frequency, hyper)
 
@@ -282,7 +284,7 @@ def scale_by_kl_soap(
         tensor([[2., 0.],
                 [0., 2.]])
     """
-    hyper = _checked(b1, b2, b3, eps, frequency, init, max_size)
+    hyper = _checked(b1, b2, b3, eps, frequency, init, max_size, merged)
     cutting = Cutting(max_size, blocks, merged)
     return _stage(cutting, _adams, True, init, frequency, hyper)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
-from functorch_opt._core.transformation import ScalarOrSchedule, check_range
+from functorch_opt._core.transformation import ScalarOrSchedule, check_range, check_whole
 from functorch_opt.optimizers.kronecker import attempted, kept_if_not_found
 from functorch_opt.optimizers.matrices import (
     MatrixDims,
@@ -149,6 +149,6 @@ def check_low_rank(
     """Raise ValueError for an argument outside its range."""
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps, scale=scale)
-    check_range(1, float("inf"), rank=rank, update_proj_gap=gap)
+    check_whole(1, rank=rank, update_proj_gap=gap)
     if dims.split is not None:
         raise ValueError(f"{name} takes no fused matrices; dims is {dims}.")

@@ -123,12 +123,31 @@ def shapes_of(shape: Shape, dims: MatrixDims) -> list[list[int]]:
     lengths = [shape[i] for i in batch]
     n, m = _product(shape, rows), _product(shape, columns)
     split = dims.split
-    sizes = (n // split,) * split if isinstance(split, int) else split or (n,)
-    if sum(sizes) != n:
-        raise ValueError(f"{n} rows cannot be split into {split!r}.")
+    sizes = sizes_of(n, split)
     if isinstance(split, int):
         return [[*lengths, split, n // split, m]]
     return [[*lengths, k, m] for k in sizes]
+
+
+def sizes_of(n: int, split: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The rows of each matrix, of `n` rows that are fused.
+
+    Raises:
+        ValueError: they cannot be split like this.
+    """
+    if split is None:
+        return (n,)
+    if isinstance(split, int):
+        several = split > 0 and not isinstance(split, bool)
+        sizes = (n // split,) * split if several else ()
+    else:
+        sizes = split if isinstance(split, tuple) else ()
+    if not sizes or min(sizes) < 0 or sum(sizes) != n:
+        raise ValueError(
+            f"{n} rows cannot be split into {split!r}. Write how many matrices of one size there "
+            f"are, or a tuple with the rows of each, which are {n} in all."
+        )
+    return sizes
 
 
 def blocks_of(y: Tensor, split: int | tuple[int, ...] | None) -> list[Tensor]:

@@ -27,12 +27,13 @@ gram-newton-schulz, 2026, with the coefficients of "polar_express".
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.transformation import check_range, check_whole
 
 Triple = tuple[float, float, float]
 Triples = tuple[Triple, ...]
@@ -98,21 +99,28 @@ def preset(ns_coeffs: Coefficients, ns_steps: int) -> Preset:
     Raises:
         ValueError: there is no such preset; there are not three coefficients, or too many steps.
     """
-    if not 0 <= ns_steps < 100:
-        raise ValueError(f"ns_steps must be in [0, 100); got {ns_steps}.")
+    check_whole(0, ns_steps=ns_steps)
+    check_range(0, 100, ns_steps=ns_steps)
     if isinstance(ns_coeffs, str):
         if ns_coeffs not in PRESETS:
             raise ValueError(f"ns_coeffs must be one of {[*PRESETS]}; got {ns_coeffs!r}.")
         found = PRESETS[ns_coeffs]
         more = found.triples[-1:] * (ns_steps - len(found.triples))
         return found._replace(triples=(*found.triples[:ns_steps], *more))
-    one_for_all = not isinstance(ns_coeffs[0], (tuple, list))
-    triples = (tuple(ns_coeffs),) * ns_steps if one_for_all else tuple(ns_coeffs)
-    if any(len(triple) != 3 for triple in triples):  # type: ignore[arg-type]
+    if is_triple(ns_coeffs):
+        return Preset((tuple(ns_coeffs),) * ns_steps)  # type: ignore[arg-type]
+    of_steps = isinstance(ns_coeffs, (tuple, list)) and len(ns_coeffs) > 0
+    if not of_steps or not all(map(is_triple, ns_coeffs)):
         raise ValueError(
             f"ns_coeffs must be three numbers, or three for each step; got {ns_coeffs!r}."
         )
-    return Preset(triples)  # type: ignore[arg-type]
+    return Preset(tuple(ns_coeffs))  # type: ignore[arg-type]
+
+
+def is_triple(given: Any) -> bool:
+    """Whether these are the coefficients of one step."""
+    several = isinstance(given, (tuple, list)) and len(given) == 3
+    return several and all(isinstance(x, (int, float, Tensor)) for x in given)
 
 
 def newton_schulz(x: Tensor, triples: Triples) -> Tensor:
@@ -157,7 +165,9 @@ def size_of(x: Tensor, preconditioning: Preconditioning) -> Tensor:
     if preconditioning == "frobenius":
         return norm(x)
     if preconditioning == "spectral":
-        return torch.linalg.matrix_norm(x, 2, keepdim=True)
+        # There are no singular values of numbers in 16 bits.
+        exact = x.to(tree.at_least_float32(x.dtype))
+        return torch.linalg.matrix_norm(exact, 2, keepdim=True)
     rows, columns = x.shape[-2:]
     if rows > columns:
         gram = x.mH @ x

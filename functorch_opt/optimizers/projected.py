@@ -17,6 +17,7 @@ from functorch_opt._core.decision import chosen
 from functorch_opt._core.transformation import (
     GradientTransformation,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import on_host
@@ -67,7 +68,7 @@ def project_gradients(
             "project_gradients takes a transformation, e.g. scale_by_adam(); "
             f"got {type(inner).__name__} {inner!r}."
         )
-    check_range(1, float("inf"), rank=rank, update_proj_gap=update_proj_gap)
+    check_whole(1, rank=rank, update_proj_gap=update_proj_gap)
     check_range(0, float("inf"), scale=scale)
     if dims.split is not None:
         raise ValueError(f"project_gradients takes no fused matrices; dims is {dims}.")

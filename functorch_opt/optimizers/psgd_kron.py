@@ -35,6 +35,7 @@ from functorch_opt._core.transformation import (
     ScalarOrSchedule,
     check_choice,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import (
@@ -314,7 +315,10 @@ def scale_by_psgd_kron(
     """
     check_range(0, 1, b1=b1)
     check_range(0, float("inf"), precond_lr=precond_lr)
-    check_range(0, 1, above=True, probability=probability if probability != 1 else None)
+    check_range(0, 1, above=True, closed=True, probability=probability)
+    check_range(0, 1, closed=True, balance_probability=balance_probability)
+    check_range(0, float("inf"), above=True, init_scale=init_scale)
+    check_whole(0, max_size=max_size)
     check_choice(*get_args(Diagonals), diagonals=diagonals)
     shapes = Shapes(max_size, diagonals)
 

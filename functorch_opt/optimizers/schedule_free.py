@@ -27,6 +27,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt._core.wrap import wrap
@@ -82,7 +83,7 @@ def schedule_free(
         [tensor(1.)] [tensor(1.)]
         [tensor(1.7500)] [tensor(1.5000)]
     """
-    check_range(0, float("inf"), warmup_steps=warmup_steps)
+    check_whole(0, warmup_steps=warmup_steps)
 
     def warmed(t):
         return (t / warmup_steps).clamp(max=1) if warmup_steps else 1.0

@@ -31,6 +31,7 @@ from functorch_opt._core.transformation import (
     ScalarOrSchedule,
     check_choice,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import (
@@ -198,10 +199,13 @@ def scale_by_shampoo(
                 [ 0., -1.]])
     """
     check_range(0, 1, b1=b1, graft_b2=graft_b2)
-    check_range(0, float("inf"), b2=b2, eps=eps, graft_eps=graft_eps)
-    check_range(1, float("inf"), frequency=frequency, max_size=max_size)
+    check_range(0, 1, closed=True, b2=b2)
+    check_range(0, float("inf"), eps=eps, graft_eps=graft_eps)
+    start = frequency if start is None else start
+    check_whole(1, frequency=frequency, start=start, max_size=max_size)
+    check_whole(0, merged=merged)
     check_choice(*get_args(Grafting), grafting=grafting)
-    cutting, start = Cutting(max_size, True, merged, 1), start or frequency
+    cutting = Cutting(max_size, True, merged, 1)
 
     def due(count):
         return ((count + 1) % frequency == 0) & (count + 1 >= start)

@@ -92,8 +92,7 @@ def scale_by_sm3(
     """
     check_range(0, 1, b1=b1)
     check_range(0, float("inf"), eps=eps)
-    if isinstance(b2, (int, float)) and not 0 <= b2 <= 1:
-        raise ValueError(f"b2 must be in [0, 1]; got {b2}.")
+    check_range(0, 1, closed=True, b2=b2)
 
     def prepare(b1, b2, eps):
         return {"w1": 1 - b1, "w2": 1 - b2 + (b2 == 1), "root": eps + tree.TINY}

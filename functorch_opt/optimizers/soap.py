@@ -25,6 +25,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import (
@@ -157,7 +158,8 @@ def scale_by_soap(
     """
     check_range(0, 1, b1=b1, b2=b2, b3=b3)
     check_range(0, float("inf"), eps=eps)
-    check_range(1, float("inf"), frequency=frequency, max_size=max_size)
+    check_whole(1, frequency=frequency, max_size=max_size)
+    check_whole(0, merged=merged)
     cutting = Cutting(max_size, blocks, merged, 1 if vectors else 2)
 
     def work(g, nu, factors, bases, failed, fresh):

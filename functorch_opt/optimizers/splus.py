@@ -26,6 +26,7 @@ from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     check_range,
+    check_whole,
     transformation,
 )
 from functorch_opt.optimizers.kronecker import (
@@ -96,7 +97,7 @@ def scale_by_splus(
     """
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps, scale=scale)
-    check_range(1, float("inf"), frequency=frequency, max_size=max_size)
+    check_whole(1, frequency=frequency, max_size=max_size)
     cutting = _Matrices(max_size)
 
     def due(count):

@@ -123,7 +123,7 @@ def number(x: float) -> Tensor:
 def check_arguments(factor, patience, rtol, atol, cooldown, size, min_scale):
     """Raise ValueError for an argument outside its range."""
     check_range(0, 1, above=True, factor=factor)
-    check_range(0, 1 + 1e-9, rtol=rtol)
+    check_range(0, 1, closed=True, rtol=rtol)
     check_range(0, float("inf"), atol=atol, min_scale=min_scale)
     if isinstance(rtol, (int, float)) and isinstance(atol, (int, float)):
         check_range(0, float("inf"), above=True, **{"rtol + atol": rtol + atol})

@@ -62,7 +62,7 @@ def lookahead(
     k = sync_period
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"sync_period must be a whole number from 1; got {k!r}.")
-    check_range(0, 1 + 1e-9, slow_step_size=slow_step_size)
+    check_range(0, 1, closed=True, slow_step_size=slow_step_size)
 
     def first(p):
         return p.to(tree.at_least_float32(p.dtype), copy=True)
