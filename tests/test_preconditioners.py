@@ -69,6 +69,10 @@ def transposed(qs: list[Tensor]) -> list[Tensor]:
         (Cutting(20, merged=12), (4, 3, 2, 2), [[12, 4]]),
         (Cutting(10), (5,), [[0]]),
         (Cutting(10, least_dims=1), (5,), [[5]]),
+        (Cutting(10), (1, 5), [[0]]),
+        (Cutting(10, count_ones=True), (1, 5), [[5]]),
+        (Cutting(20, merged=12, count_ones=True), (4, 3), [[12]]),
+        (Cutting(20, merged=12), (4, 3), [[12]]),
         (Cutting(10), (), [[]]),
         (Cutting(10), (0, 2), [[0, 0]]),
     ],
@@ -168,6 +172,34 @@ def test_soap_is_that_of_its_authors(options: tuple) -> None:
     *given, correct = options
     ours = train(fo.soap(*given, bias_correction=correct), SHAPES)
     assert_same(ours, train_plainly(plain_soap(*options), SHAPES))
+
+
+def test_a_row_and_a_column_have_a_factor() -> None:
+    """As the authors have it, whose rule for vectors asks for the number of dims."""
+    shapes = {"row": (1, 5), "column": (4, 1), "thin": (2, 1, 3)}
+    options = 0.01, 0.9, 0.8, 1e-3, 0.1, 7, True
+    ours = train(fo.soap(*options[:-1]), shapes)
+    assert_same(ours, train_plainly(plain_soap(*options), shapes))
+
+
+def test_dims_that_are_merged_into_one_have_its_factor() -> None:
+    merged = train(fo.soap(0.01, merged=12), {"w": (4, 3)})
+    grads = [draw(t, {"w": (4, 3)})["w"].flatten() for t in range(101)]
+    tx, p = fo.soap(0.01, vectors=True), grads[0]
+    state = tx.init(p)
+    for g in grads[1:]:
+        updates, state = tx.update(g, state, p)
+        p = fo.apply_updates(p, updates)
+    assert_same({"w": merged["w"].flatten()}, {"w": p})
+
+
+@pytest.mark.parametrize("make", [fo.kl_shampoo, fo.kl_soap])
+def test_kl_leaves_a_row_and_a_column_to_adamw(make: Callable) -> None:
+    """Without a factor KL-Shampoo would step by the momentum itself, however large it is."""
+    shapes = {"row": (1, 5), "column": (4, 1), "thin": (1, 4, 1)}
+    adamw = fo.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)
+    ours = train(make(0.1, 0.8, 0.9, 1e-3, weight_decay=0.5), shapes)
+    assert_same(ours, train(adamw, shapes))
 
 
 def test_soap_of_what_has_no_factor_is_adam() -> None:
@@ -363,6 +395,7 @@ def plain_splus(
     ema: float,
     scale: float,
     at_x: bool,
+    largest: int = 10000,
 ) -> Plain:
     """With `at_x` it returns where to evaluate, at the last step."""
 
@@ -378,11 +411,13 @@ def plain_splus(
             by = lr * scale
             u = torch.sign(m)
             if is_matrix:
-                by = lr * 2 / sum(p.shape)
+                by = by if max(p.shape) > largest else lr * 2 / sum(p.shape)
                 u = by_all(torch.sign(by_all(m, transposed(qs))), qs)
                 factors = [b2 * f + (1 - b2) * gram(g, k) for k, f in enumerate(factors)]
                 if t == 1 or t % frequency == 0:
-                    qs = [eigenvectors(f) for f in factors]
+                    small = [k for k, n in enumerate(p.shape) if n <= largest]
+                    for k in small:
+                        qs[k] = eigenvectors(factors[k])
             p = p - by * u
             x = ema * x + (1 - ema) * p
             p = p * (1 - by * wd)
@@ -418,12 +453,21 @@ def test_splus_is_that_of_its_authors(options: tuple) -> None:
     assert_same(fo.eval_params(tx, state, params), at_x)
 
 
-def test_splus_of_a_large_matrix_has_no_basis() -> None:
-    state = fo.scale_by_splus(max_size=3).init(
-        {"wide": torch.zeros(3, 4), "w": torch.zeros(3, 3)}
-    )
-    sizes = {name: x.numel() for name, x in fo.get(state, "factors").items()}
-    assert sizes == {"wide": 0, "w": 18}
+def test_splus_has_no_basis_for_a_large_dim() -> None:
+    """Where the other dim is not large, it has one all the same, and so has a row or a column."""
+    shapes = {"tall": (6, 3), "wide": (4, 7), "large": (6, 7), "row": (1, 4)}
+    options = 0.2, 0.5, 0.99, 0.1, 7, 0.9, 0.05
+    lr, b1, b2, wd, frequency, ema, scale = options
+    given = {"frequency": frequency, "ema": ema, "max_size": 5, "scale": scale}
+    tx = fo.splus(lr, b1, b2, 1e-30, wd, **given)
+    assert_same(train(tx, shapes), train_plainly(plain_splus(*options, False, 5), shapes))
+    sizes = fo.get(tx.init(draw(0, shapes)), "factors")
+    assert {name: x.numel() for name, x in sizes.items()} == {
+        "tall": 9,
+        "wide": 16,
+        "large": 0,
+        "row": 16,
+    }
 
 
 # ---- PSGD Kron -----------------------------------------------------------------------------------

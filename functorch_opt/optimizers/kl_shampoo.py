@@ -291,7 +291,7 @@ def scale_by_kl_soap(
 
 def _optimizer(direction, learning_rate, weight_decay, adam):
     step = step_then_decay(learning_rate, weight_decay)
-    return matrices_and_rest(direction, learning_rate, 0.0, adam, step)
+    return matrices_and_rest(direction, learning_rate, 0.0, adam, step, count_ones=False)
 
 
 @transformation
@@ -311,6 +311,8 @@ def kl_shampoo(
     adam_learning_rate: ScalarOrSchedule | None = None,
 ) -> GradientTransformation:
     """KL-Shampoo for the tensors with two dims or more, and `adamw` for the rest.
+
+    Dims of size 1 do not count: a matrix with one row or one column is for `adamw`.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -353,6 +355,8 @@ def kl_soap(
     adam_learning_rate: ScalarOrSchedule | None = None,
 ) -> GradientTransformation:
     """KL-SOAP for the tensors with two dims or more, and `adamw` for the rest.
+
+    Dims of size 1 do not count: a matrix with one row or one column is for `adamw`.
 
     Args:
         learning_rate: 0 or greater, or a schedule.

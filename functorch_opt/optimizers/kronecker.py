@@ -39,13 +39,15 @@ class Cutting(NamedTuple):
         largest: the largest dim that has a factor.
         blocks: whether larger dims are cut into blocks of this size. Otherwise they have no factor.
         merged: neighbouring dims are one as long as it has at most this size; 0: none are.
-        least_dims: tensors with fewer dims have no factors. Dims of size 1 do not count.
+        least_dims: tensors with fewer dims have no factors.
+        count_ones: whether dims of size 1 count there.
     """
 
     largest: int
     blocks: bool = False
     merged: int = 0
     least_dims: int = 2
+    count_ones: bool = False
 
     def dims(self, shape: Any) -> list[int]:
         """The dims of a tensor without those of size 1, and with small ones merged."""
@@ -66,7 +68,8 @@ class Cutting(NamedTuple):
     def factors(self, shape: Any) -> list[list[int]]:
         """For each block the size of the factor of each dim; 0 where it has none."""
         pieces = self.pieces(shape)
-        enough = len(pieces) >= self.least_dims and math.prod(shape)
+        counted = [n for n in shape if n != 1 or self.count_ones]
+        enough = len(counted) >= self.least_dims and math.prod(shape)
         largest = self.largest if enough else 0
         factors = [[n if n <= largest else 0 for n in sizes] for sizes in pieces]
         return [[*block] for block in itertools.product(*factors)]

@@ -224,6 +224,8 @@ def matrices_and_rest(
     weight_decay: ScalarOrSchedule,
     adam: Mapping[str, Any],
     last: GradientTransformation | None = None,
+    *,
+    count_ones: bool = True,
 ) -> GradientTransformation:
     """`direction` for the tensors with two dims or more, and `adamw` for the rest.
 
@@ -232,6 +234,7 @@ def matrices_and_rest(
         learning_rate, weight_decay: of the matrices.
         adam: of `adamw`. Its learning rate is that of the matrices, if it is None.
         last: what takes the place of decay and learning rate.
+        count_ones: whether dims of size 1 count.
     """
     mine = {f"adam_{name}": value for name, value in adam.items()}
     above_zero = {name: mine.pop(name) for name in ("adam_learning_rate", "adam_eps")}
@@ -244,4 +247,9 @@ def matrices_and_rest(
     rate = learning_rate if rate is None else rate
     rest = adamw(**{**adam, "learning_rate": rate, "weight_decay": 0.0})
     stages = {"matrices": of_matrices, "rest": rest}
-    return partition(stages, lambda path, p: "matrices" if p.ndim >= 2 else "rest")
+
+    def label(path: str, p: Tensor) -> str:
+        dims = [n for n in p.shape if n != 1 or count_ones]
+        return "matrices" if len(dims) >= 2 else "rest"
+
+    return partition(stages, label)

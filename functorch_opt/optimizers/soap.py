@@ -137,7 +137,8 @@ def scale_by_soap(
         blocks: cut larger dims into blocks of `max_size`. Without it they have no factor.
         merged: merge neighbouring dims while they have at most this size, such as the kernel of a
             convolution. 0: none.
-        vectors: whether tensors with one dim have a factor. Without it the rule is Adam for them.
+        vectors: whether tensors with one dim have a factor. Without it the rule is Adam for them. A
+            matrix with one row or one column has a factor in any case.
         bias_correction: correct the moments for their start at 0.
 
     Raises:
@@ -160,7 +161,7 @@ def scale_by_soap(
     check_range(0, float("inf"), eps=eps)
     check_whole(1, frequency=frequency, max_size=max_size)
     check_whole(0, merged=merged)
-    cutting = Cutting(max_size, blocks, merged, 1 if vectors else 2)
+    cutting = Cutting(max_size, blocks, merged, 1 if vectors else 2, count_ones=True)
 
     def work(g, nu, factors, bases, failed, fresh):
         return _refreshed(cutting, g, nu.real, factors, bases, failed.real, fresh)

@@ -2,14 +2,14 @@
 
     mu  = b1 mu + (1 - b1) G
     u   = 2 / (n + m) Q_l sign(Q_l' mu Q_r) Q_r'              for a matrix [n, m]
-    u   = scale sign(mu)                                      for the rest, and for large matrices
+    u   = scale sign(mu)                                      for the rest
     L   = b2 L + (1 - b2) G G',  R = b2 R + (1 - b2) G' G
     p   = p - lr u
     x   = ema x + (1 - ema) p                                 where to evaluate: x / (1 - ema^t)
     p   = (1 - lr weight_decay 2 / (n + m)) p                 and with scale for the rest
 
 After the first update, and after each `frequency`, Q_l and Q_r are the eigenvectors of L and R.
-Before, they are 1.
+Before, they are 1, and for large dims they stay 1. A matrix with a large dim has the scale of the rest.
 
 Source: Frans, Levine & Abbeel, "A Stable Whitening Optimizer for Efficient Neural Network Training",
 2025, alg. 1, and the authors' code.
@@ -41,20 +41,18 @@ from functorch_opt.optimizers.kronecker import (
 __all__ = ["scale_by_splus", "splus"]
 
 
-def _is_matrix(shape, max_size):
-    return len(shape) == 2 and min(shape) > 1 and max(shape) <= max_size
-
-
 def _scale(shape, max_size, scale):
-    return 2 / (shape[0] + shape[1]) if _is_matrix(shape, max_size) else scale
+    if len(shape) == 2 and max(shape) <= max_size:
+        return 2 / max(sum(shape), 1)
+    return scale
 
 
 class _Matrices(Cutting):
-    """Only matrices have factors, and only if both dims are small enough."""
+    """Only tensors with two dims have factors."""
 
     def factors(self, shape):
-        if _is_matrix(shape, self.largest):
-            return [list(shape)]
+        if len(shape) == 2:
+            return super().factors(shape)
         return [[0 for _ in self.dims(shape)]]
 
 
@@ -80,8 +78,8 @@ def scale_by_splus(
         eps: added to the diagonal of the factors, 0 or greater.
         frequency: after how many updates the bases are brought up to date, 1 or more.
         max_size: the largest dim of a matrix that has a basis.
-        scale: in place of ``2 / (n + m)`` for tensors that have no basis: those with other than two
-            dims, with a row or a column only, and large ones.
+        scale: in place of ``2 / (n + m)`` for tensors with other than two dims, and for those with a
+            dim above `max_size`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -98,7 +96,7 @@ def scale_by_splus(
     check_range(0, 1, b1=b1, b2=b2)
     check_range(0, float("inf"), eps=eps, scale=scale)
     check_whole(1, frequency=frequency, max_size=max_size)
-    cutting = _Matrices(max_size)
+    cutting = _Matrices(max_size, count_ones=True)
 
     def due(count):
         return (count == 1) | ((count > 0) & (count % frequency == 0))
