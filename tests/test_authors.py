@@ -720,7 +720,7 @@ def test_dowg_is_that_of_the_paper(options: tuple) -> None:
 
 
 def plain_prodigy(
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     beta3: float | None,
     d0: float,
@@ -738,10 +738,10 @@ def plain_prodigy(
         nonlocal d, d_max, r, m, v, s
         bias = math.sqrt(1 - b2**t) / (1 - b1**t) if corrected else 1.0
         dlr = d * lr * bias
-        r = b3 * r + d / d0 * dlr * torch.dot(g, first - p).item()
+        r = b3 * r + d / d0 * torch.dot(dlr * g, first - p).item()
         m = b1 * m + d * (1 - b1) * g
         v = b2 * v + d * d * (1 - b2) * g**2
-        s = b3 * s + d / d0 * (d if safeguard else dlr) * g
+        s = b3 * s + d / d0 * (d * (lr > 0) if safeguard else dlr) * g
         estimate = coef * r / s.abs().sum().item()
         if d == d0:
             d = max(d, estimate)
@@ -786,28 +786,78 @@ def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
 # ---- Prodigy of groups, and Schedule-Free around it, the authors' packages -----------------------------------------------------
 
 
-@pytest.mark.parametrize("decays", [(0.1, 0.0), (0.02, 0.5)])
-def test_prodigy_of_groups_has_one_distance_and_a_decay_for_each(decays: tuple) -> None:
-    """In the authors' package the d of all groups is one, and a rate is the same for all or 0."""
-    of_each = torch.cat(
+def of_elements(numbers: tuple[float, float]) -> Tensor:
+    """For each element of all parameters the number of its group."""
+    return torch.cat(
         [
-            torch.full((x.numel(),), decays[name in ("b", "scale")], dtype=x.dtype)
+            torch.full((x.numel(),), numbers[name in ("b", "scale")], dtype=x.dtype)
             for name, x in draw(0).items()
         ]
     )
-    given = (1.0, (0.9, 0.999), None, 1e-3, 1.0, of_each, False, math.inf, False)
+
+
+def train_in_groups(
+    make: Callable[[list], torch.optim.Optimizer], *options: dict[str, float]
+) -> dict[str, Tensor]:
+    """Two groups with these options."""
     params = {name: torch.nn.Parameter(p) for name, p in draw(0).items()}
+    names = ("kernel", "w"), ("b", "scale")
     groups = [
-        {"params": [params["kernel"], params["w"]], "weight_decay": decays[0]},
-        {"params": [params["b"], params["scale"]], "weight_decay": decays[1]},
+        {"params": [params[name] for name in some], **given}
+        for some, given in zip(names, options, strict=True)
     ]
-    opt = fo.optim.Prodigy(groups, estim_lr0=1e-3)
+    opt = make(groups)
     for t in range(1, STEPS + 1):
         for name, g in draw(t).items():
             params[name].grad = g
         opt.step()
-    ours = {name: p.detach() for name, p in params.items()}
+    return {name: p.detach() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("decays", [(0.1, 0.0), (0.02, 0.5)])
+def test_prodigy_of_groups_has_one_distance_and_a_decay_for_each(decays: tuple) -> None:
+    """In the authors' package the d of all groups is one."""
+    decay = of_elements(decays)
+    given = (1.0, (0.9, 0.999), None, 1e-3, 1.0, decay, False, math.inf, False)
+    options = [{"weight_decay": x} for x in decays]
+    ours = train_in_groups(lambda gs: fo.optim.Prodigy(gs, estim_lr0=1e-3), *options)
     assert_same(ours, train_whole(plain_prodigy(*given)))
+
+
+@pytest.mark.parametrize("safeguard", [False, True])
+@pytest.mark.parametrize("rates", [(1.0, 0.0), (0.5, 0.0), (1.0, 0.25)])
+def test_prodigy_of_groups_with_other_rates(rates: tuple, safeguard: bool) -> None:
+    """In the authors' package a rate is the same for all or 0; here it may be any."""
+    lr = of_elements(rates)
+    given = (lr, (0.9, 0.99), None, 1e-3, 1.0, 0.1, safeguard, 1.5, True)
+    more = {"growth_rate": 1.5, "use_bias_correction": True}
+    more |= {"safeguard_warmup": safeguard, "weight_decay": 0.1}
+    ours = train_in_groups(
+        lambda gs: fo.optim.Prodigy(gs, 1.0, (0.9, 0.99), estim_lr0=1e-3, **more),
+        *[{"lr": x} for x in rates],
+    )
+    assert_same(ours, train_whole(plain_prodigy(*given)))
+
+
+@pytest.mark.parametrize("make", [fo.prodigy, fo.schedule_free_prodigy])
+def test_the_lr_of_a_group_is_a_factor_of_the_rate(make: Callable) -> None:
+    """Also in the estimate of d."""
+    ours = train_in_groups(
+        lambda gs: fo.optim.Optimizer(gs, make(2.0, estim_lr0=1e-3), lr=0.25), {}, {}
+    )
+    assert_same(ours, train(make(0.5, estim_lr0=1e-3)))
+
+
+def test_a_group_with_a_rate_of_zero_says_nothing_of_d_adaptation() -> None:
+    def make(groups: list) -> torch.optim.Optimizer:
+        return fo.optim.DAdaptAdamW(groups, 1.0, estim_lr0=1e-3, weight_decay=0.1)
+
+    ours = train_in_groups(make, {"lr": 1.0}, {"lr": 0.0})
+    tx = fo.dadapt_adamw(1.0, estim_lr0=1e-3, weight_decay=0.1)
+    alone = train(
+        fo.masked(tx, lambda path, p: path in ("kernel", "w"), otherwise="zero")
+    )
+    assert_same(ours, alone)
 
 
 def test_prodigy_may_have_a_distance_for_each_group() -> None:

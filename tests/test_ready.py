@@ -209,6 +209,46 @@ def test_each_group_has_its_own_numbers() -> None:
     assert_equal([p.detach() for p in params], [p.detach() for p in twins], 1e-12)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_groups_may_have_other_rates(name: str) -> None:
+    params = make_params()
+    opt = make(name, [{"params": params[:2]}, {"params": params[2:], "lr": 0.01}])
+    first = [p.detach().clone() for p in params]
+    moved = run(opt, params, range(STEPS))
+    for p, old in zip(moved, first, strict=True):
+        assert p.isfinite().all()
+        assert p.numel() == 0 or not torch.equal(p, old)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ScheduleFreeAdamW", "ScheduleFreeSGD", "ScheduleFreeRAdam"]
+)
+def test_rates_in_proportion_are_averaged_as_those_of_each_alone(
+    name: str, compile: bool
+) -> None:
+    params, twins = make_params(), make_params()
+    rates, given = (0.3, 0.05, 0.0), hyper(name)
+    pieces = slice(0, 2), slice(2, 4), slice(4, None)
+    cls = getattr(fo.optim, name)
+    groups = [{"params": params[i], "lr": x} for i, x in zip(pieces, rates, strict=True)]
+    opt = cls(groups, **given, compile=compile)
+    parts = [
+        cls(twins[i], **{**given, "lr": x}) for i, x in zip(pieces, rates, strict=True)
+    ]
+    all_of_them = [opt, *parts]
+    schedulers = [
+        lr_scheduler.LambdaLR(each, lambda t: min(1, (t + 1) / 3)) for each in all_of_them
+    ]
+    for step in range(7):
+        set_grads(params, step)
+        set_grads(twins, step)
+        for each, scheduler in zip(all_of_them, schedulers, strict=True):
+            each.step()
+            scheduler.step()
+    assert_equal([p.detach() for p in params], [p.detach() for p in twins], 1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [("Mano", "eps"), ("SPlus", "scale"), ("Shampoo", "graft_eps"), ("Scion", "radius")],

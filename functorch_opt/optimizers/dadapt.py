@@ -85,8 +85,9 @@ def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
         t = tree.as_real(steps + 1)
         return d * d0 * learning_rate * (1 - b2**t) ** 0.5 / (1 - b1**t)
 
-    def came(g, s, nu, eps):
-        return (g * s / ((nu + tree.TINY).sqrt() + eps)).sum()
+    def came(g, s, nu, eps, steps, d, d0, learning_rate, b1, b2):
+        a = step_size(steps, d, d0, learning_rate, b1, b2)
+        return a * (g * s / ((nu + tree.TINY).sqrt() + eps)).sum()
 
     def size(g, s, steps, d, d0, learning_rate, b1, b2):
         b3 = b2**0.5
@@ -96,7 +97,7 @@ def with_estimate(hyper: dict[str, ScalarOrSchedule]) -> GradientTransformation:
     def prepare(came, size, steps, d, r, d0, learning_rate, b1, b2):
         b3 = b2**0.5
         a = step_size(steps, d, d0, learning_rate, b1, b2)
-        r = b3 * r + (1 - b3) * a * came
+        r = b3 * r + (1 - b3) * came
         estimate = r / ((1 - b3) * (size + (size == 0))) / d0
         d = torch.where(size > 0, torch.maximum(d, estimate), d)
         return {"a": a, "w1": (1 - b1) * a, "ws": (1 - b3) * a, "b3": b3}, {

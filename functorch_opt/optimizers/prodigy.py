@@ -4,7 +4,7 @@
     m  = b1 m + (1 - b1) d g
     v  = b2 v + (1 - b2) (d g)^2
     s  = b3 s + (d/d0) a g
-    r  = b3 r + (d/d0) a <g, first p - p>           over all parameters
+    r  = b3 r + (d/d0) sum of a <g, first p - p>    over all parameters
     d' = coef r / (sum of all |s|)                  d = d' if it is larger, with the bounds below
     p  = p - a weight_decay p - a m / (sqrt(v) + d eps)
 
@@ -17,7 +17,7 @@ authors' code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ def prodigy(
     The rule is at the top of `functorch_opt.optimizers.prodigy`. The numbers are the authors', and
     not those of optax 0.2.8. A d that is still ``estim_lr0`` may grow at once; a later one grows at
     most by `growth_rate`. For a d for each group, give each its own by `partition`.
+
+    In groups with other learning rates each has its own a. One with a rate of 0 rests, and says
+    nothing of d. The authors' code takes no other rates than one and 0.
 
     Args:
         learning_rate: 0 or greater; 1 is the authors'. A schedule that falls to 0 is usual.
@@ -100,13 +103,21 @@ def prodigy(
     return with_estimate(hyper, safeguard_warmup, use_bias_correction)
 
 
+class Estimate(NamedTuple):
+    """How d is found. All are functions; ``d`` is kept as a multiple of d0."""
+
+    a: Callable[..., Any]
+    """The step size of a parameter."""
+    size: Callable[..., Any]
+    """The sum of ``|s|``."""
+    prepare: Callable[..., Any]
+    """What is worked out once a step: d and the weights."""
+
+
 def estimated(
     bounded: bool, safeguard_warmup: bool, use_bias_correction: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The sum of all ``|s|``, and what is worked out of it once a step: d and the weights.
-
-    ``d`` is kept as a multiple of d0.
-    """
+) -> Estimate:
+    """The functions that Prodigy and Schedule-Free Prodigy have in common."""
 
     def step_size(steps, d, d0, learning_rate, b1, b2):
         t = tree.as_real(steps + 1)
@@ -114,8 +125,9 @@ def estimated(
         return d * d0 * learning_rate * bias
 
     def weight_of_s(steps, d, d0, learning_rate, b1, b2):
-        a = step_size(steps, d, d0, learning_rate, b1, b2)
-        return d * (d * d0 if safeguard_warmup else a)
+        if safeguard_warmup:
+            return d * d * d0 * (learning_rate != 0)
+        return d * step_size(steps, d, d0, learning_rate, b1, b2)
 
     def size(g, s, steps, d, d0, learning_rate, b1, b2, b3):
         return (b3 * s + weight_of_s(steps, d, d0, learning_rate, b1, b2) * g).abs().sum()
@@ -130,14 +142,14 @@ def estimated(
         given = (steps, d, d0, learning_rate, b1, b2)
         a, ws = step_size(*given), weight_of_s(*given)
         weights = {"w1": (1 - b1) * d * d0, "w2": (1 - b2) * (d * d0) ** 2, "ws": ws}
-        r = b3 * r + d * a * came
+        r = b3 * r + d * came
         estimate = torch.where(size > 0, coef * r / (size + (size == 0)) / d0, d)
         top = torch.maximum(top, estimate)
         d = with_bound(d, top, estimate, growth_rate) if bounded else top.clone()
         new = {"d": d, "top": top, "r": r, "steps": steps + 1}
         return {**weights, "a": a, "eps_d": d * d0}, new
 
-    return size, prepare
+    return Estimate(step_size, size, prepare)
 
 
 def with_estimate(
@@ -145,7 +157,11 @@ def with_estimate(
 ) -> GradientTransformation:
     """The rule."""
     bounded = "growth_rate" in hyper
-    size, prepare = estimated(bounded, safeguard_warmup, use_bias_correction)
+    of = estimated(bounded, safeguard_warmup, use_bias_correction)
+
+    def came(g, p, start, steps, d, d0, learning_rate, b1, b2):
+        a = of.a(steps, d, d0, learning_rate, b1, b2)
+        return a * (g * (start - p)).sum()
 
     def rule(g, p, mu, nu, s, start, w1, w2, ws, a, b1, b2, b3, eps, eps_d, weight_decay):
         mu, nu, s = b1 * mu + w1 * g, b2 * nu + w2 * g * g, b3 * s + ws * g
@@ -154,11 +170,11 @@ def with_estimate(
 
     return leafwise(
         rule,
-        prepare,
+        of.prepare,
         slots={**dict.fromkeys(("mu", "nu", "s"), tree.zeros_like), "start": copied},
         shared=first_estimate(),
         hyper={"growth_rate": 1.0, **hyper},
-        totals={"came": lambda g, p, start: (g * (start - p)).sum(), "size": size},
+        totals={"came": came, "size": of.size},
     )
 
 

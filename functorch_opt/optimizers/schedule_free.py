@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.chain import chain
@@ -56,7 +57,9 @@ def schedule_free(
 
     Args:
         base_optimizer: an optimizer without momentum. Its decay sees y.
-        learning_rate: that of `base_optimizer`, for the weights w.
+        learning_rate: that of `base_optimizer`, for the weights w. In groups with other rates it is
+            the largest one; as long as they are in proportion, each group has the weights that it
+            would have by itself.
         b1: how near to the average the gradient is taken, in (0, 1). It takes the place of a
             momentum.
         weight_lr_power: power of the largest learning rate in a weight.
@@ -109,7 +112,7 @@ def averaged(
         return p.to(state_dtype or tree.at_least_float32(p.dtype), copy=True)
 
     def weights(t, warm, learning_rate, weight_lr_power, r, largest, total):
-        largest = largest.clamp(min=learning_rate * warm)
+        largest = largest.clamp(min=largest_of(learning_rate * warm))
         w = t**r * largest**weight_lr_power
         total = total + w
         c = w / (total + (total == 0))
@@ -141,6 +144,11 @@ def averaged(
         point=lambda p, z, b1: z + (p - z) / b1,
         last=True,
     )
+
+
+def largest_of(x: Any) -> Any:
+    """The largest one, if groups have other learning rates: there is one average for all."""
+    return x.amax() if isinstance(x, Tensor) and x.dim() else x
 
 
 @transformation

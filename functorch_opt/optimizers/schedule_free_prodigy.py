@@ -34,6 +34,7 @@ from functorch_opt._core.transformation import (
     transformation,
 )
 from functorch_opt.optimizers.prodigy import estimated, first_estimate, number
+from functorch_opt.optimizers.schedule_free import largest_of
 
 __all__ = ["schedule_free_prodigy"]
 
@@ -121,7 +122,14 @@ def averaged(
     hyper: dict[str, Any], safeguard_warmup: bool, lr: ScalarOrSchedule = 1.0
 ) -> Leafwise:
     """The rule; `lr` is a factor of the learning rate."""
-    size, estimate = estimated("growth_rate" in hyper, safeguard_warmup, False)
+    of = estimated("growth_rate" in hyper, safeguard_warmup, False)
+
+    def came(g, z, start, steps, d, d0, learning_rate, lr, b1, b2):
+        a = of.a(steps, d, d0, learning_rate * lr, b1, b2)
+        return a * (g * (start - z)).sum()
+
+    def size(g, s, steps, d, d0, learning_rate, lr, b1, b2, b3):
+        return of.size(g, s, steps, d, d0, learning_rate * lr, b1, b2, b3)
 
     def prepare(
         came, size, steps, d, top, r, largest, total,
@@ -129,8 +137,8 @@ def averaged(
     ):  # fmt: skip
         learning_rate = learning_rate * lr
         given = (d0, learning_rate, 0.0, b2, b3, coef, growth_rate)
-        now, new = estimate(came, size, steps, d, top, r, *given)
-        largest = torch.maximum(largest, learning_rate * new["d"])
+        now, new = of.prepare(came, size, steps, d, top, r, *given)
+        largest = torch.maximum(largest, largest_of(learning_rate) * new["d"])
         w = largest**power
         total = total + w
         c = w / (total + (total == 0))
@@ -153,7 +161,7 @@ def averaged(
         slots=SLOTS,
         shared={**first_estimate(), "largest": number(0), "total": number(0)},
         hyper={"growth_rate": 1.0, **hyper, "lr": lr},
-        totals={"came": lambda g, z, start: (g * (start - z)).sum(), "size": size},
+        totals={"came": came, "size": size},
         point=lambda p, z, b1: z + (p - z) / b1,
         last=True,
     )
