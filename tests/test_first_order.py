@@ -232,6 +232,46 @@ def test_focus_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     assert_same(train(fo.focus(*options)), train_plainly(plain_focus(*options)))
 
 
+# ---- AdEMAMix with the warmups of its authors --------------------------------------------------------
+
+
+def plain_ademamix(b1: float, b2: float, b3: float, alpha: float, steps: int):
+    def half_life(b: float) -> float:
+        return math.log(0.5) / math.log(b) - 1
+
+    def make(p: Tensor) -> Callable:
+        m1, m2, nu = (torch.zeros_like(p) for _ in range(3))
+
+        def step(t: int, g: Tensor, p: Tensor) -> Tensor:
+            nonlocal m1, m2, nu
+            share = min(1.0, t / steps)
+            mixed = (1 - share) * half_life(b1) + share * half_life(b3)
+            slow = 0.5 ** (1 / (mixed + 1))
+            m1, m2 = b1 * m1 + (1 - b1) * g, slow * m2 + (1 - slow) * g
+            nu = b2 * nu + (1 - b2) * g**2
+            size = (nu / (1 - b2**t)).sqrt() + 1e-8
+            return p - 0.01 * (m1 / (1 - b1**t) + share * alpha * m2) / size
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options", [(0.9, 0.999, 0.9999, 5.0, 60), (0.5, 0.9, 0.99, 2.0, 7)]
+)
+def test_ademamix_takes_the_warmups_of_its_authors_as_schedules(options: tuple) -> None:
+    """As the docstring of `scale_by_ademamix` writes them."""
+    b1, b2, b3, alpha, steps = options
+    first, last = (math.log(0.5) / math.log(b) for b in (b1, b3))
+    half_life = fo.linear_schedule(first, last, steps)
+    growing = fo.linear_schedule(0.0, alpha, steps)
+    slow = lambda count: 0.5 ** (1 / half_life(count + 1))  # noqa: E731
+    more = {"b3": slow, "alpha": lambda count: growing(count + 1)}
+    ours = train(fo.ademamix(0.01, b1, b2, **more))
+    assert_same(ours, train_plainly(plain_ademamix(*options)))
+
+
 # ---- norm floors --------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ def scale_by_ademamix(
     """``u = (m1_hat + alpha m2) / (sqrt(nu_hat + eps_root) + eps)``.
 
     Here ``m1_hat = m1 / (1 - b1^t)`` and ``nu_hat = nu / (1 - b2^t)``. The authors' code lets alpha
-    and b3 grow during the first steps; give schedules for that.
+    and b3 grow during the first T steps, alpha linearly, and b3 so that the half-life of the mean
+    grows linearly from that of b1. Give schedules for that, as in the example.
 
     Args:
         b1: decay of the fast mean, in [0, 1).
@@ -77,6 +78,10 @@ def scale_by_ademamix(
         >>> tx = fo.scale_by_ademamix(b3=0.9, alpha=5.0)
         >>> tx.update([torch.tensor([0.1, -20.0])], tx.init([torch.zeros(2)]))[0]
         [tensor([ 1.5000, -1.5000])]
+        >>> half_life = fo.linear_schedule(6.58, 6931.1, 1000)     # log(0.5) / log(b1), and of b3
+        >>> slow = lambda count: 0.5 ** (1 / half_life(count + 1))
+        >>> growing = fo.linear_schedule(0.0, 5.0, 1000)
+        >>> tx = fo.scale_by_ademamix(b3=slow, alpha=lambda count: growing(count + 1))
     """
     check_range(0, 1, b1=b1, b2=b2, b3=b3)
     check_range(0, float("inf"), alpha=alpha, eps=eps, eps_root=eps_root)
