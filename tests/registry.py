@@ -1028,7 +1028,12 @@ ROWS = [
             )
         ),
         {"b1": 0.9, "scale": 0.5},
-        ({"rank": 1, "update_proj_gap": 2}, {"rank": 2, "dims": LAST_IS_ROWS}),
+        (
+            {"rank": 1, "update_proj_gap": 2},
+            {"rank": 2, "dims": LAST_IS_ROWS},
+            {"rank": 1, "update_proj_gap": 2, "kind": "fira"},
+            {"rank": 1, "update_proj_gap": 2, "kind": "apollo", "key": 3},
+        ),
         smooth=False,
         slope_at_zero=False,
         reads_shape=True,

@@ -159,13 +159,8 @@ def plain_apollo(scale: float, by_tensor: bool, draws: dict[int, Tensor]) -> Cal
     return direction
 
 
-@compares(
-    "apollo", "scale_by_apollo", reference=AUTHORS, remark="with draws of `fo.random`"
-)
-@pytest.mark.parametrize("scaling", ["channel", "tensor"])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_apollo_is_that_of_its_authors(options: tuple, scaling: str) -> None:
-    lr, rank, gap, scale, b1, b2, eps, wd = options
+def draws_of_bases(rank: int, gap: int) -> dict[str, dict[int, Tensor]]:
+    """For each matrix, and each step with a new projection, ``[r, shorter side]``."""
     shapes = {name: (min(rank, min(s)), min(s)) for name, s in SHAPES.items()}
     draws: dict[str, dict[int, Tensor]] = {name: {} for name in SHAPES}
     for t in range(1, 101, gap):
@@ -173,6 +168,17 @@ def test_apollo_is_that_of_its_authors(options: tuple, scaling: str) -> None:
         drawn = fo.random.normal_like(fo.random.key(5), like, t - 1)
         for name, x in drawn.items():
             draws[name][t] = x.double()
+    return draws
+
+
+@compares(
+    "apollo", "scale_by_apollo", reference=AUTHORS, remark="with draws of `fo.random`"
+)
+@pytest.mark.parametrize("scaling", ["channel", "tensor"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_apollo_is_that_of_its_authors(options: tuple, scaling: str) -> None:
+    lr, rank, gap, scale, b1, b2, eps, wd = options
+    draws = draws_of_bases(rank, gap)
 
     def make(p: Tensor) -> Callable:
         (name,) = [name for name, shape in SHAPES.items() if shape == p.shape]
@@ -213,6 +219,80 @@ def test_any_optimizer_can_be_projected(options: tuple) -> None:
     plain = plain_projected_momentum(scale, momentum)
     theirs = train_plainly(stepped(0.05, 0.0, 0.0, 0.0, 0.0, plain, rank, gap))
     assert_same(ours, theirs)
+
+
+def plain_full_momentum(scale: float, momentum: float, draws: dict | None) -> Callable:
+    """Fira of momentum; with `draws`, APOLLO of it."""
+
+    def direction(of: Plain) -> Callable:
+        velocity = torch.tensor(0.0)
+
+        def step(t: int, g: Tensor) -> Tensor:
+            nonlocal velocity
+            if draws is None:
+                of.find(t, g)
+            elif (t - 1) % of.gap == 0:
+                of.right = draws[t] / math.sqrt(len(draws[t]))
+                of.left = of.right.T
+            s = of.project(g)
+            velocity = s + momentum * velocity
+            factor = of.factor(velocity, s, g)
+            if draws is not None:
+                return math.sqrt(scale) * of.limit(g * factor)
+            w = of.limit((g - scale * of.back(s, g)) * factor)
+            return scale * of.back(velocity, g) + w
+
+        return step
+
+    return direction
+
+
+@compares("project_gradients", reference=AUTHORS, remark="Fira and APOLLO of momentum")
+@pytest.mark.parametrize("kind", ["fira", "apollo"])
+@pytest.mark.parametrize(
+    "options",
+    [(128, 200, 0.25, 0.9), (2, 7, 0.5, 0.5), (1, 1, 1.0, 0.0), (3, 30, 2.0, 0.9)],
+)
+def test_any_optimizer_has_steps_of_full_rank(options: tuple, kind: str) -> None:
+    rank, gap, scale, momentum = options
+    draws = draws_of_bases(rank, gap) if kind == "apollo" else dict.fromkeys(SHAPES)
+
+    def make(p: Tensor) -> Callable:
+        (name,) = [name for name, shape in SHAPES.items() if shape == p.shape]
+        plain = plain_full_momentum(scale, momentum, draws[name])
+        return stepped(0.05, 0.0, 0.0, 0.0, 0.0, plain, rank, gap)(p)
+
+    key = {"key": 5} if kind == "apollo" else {}
+    inner = fo.trace(momentum)
+    direction = fo.project_gradients(inner, rank, gap, scale, kind=kind, **key)
+    ours = train(fo.chain(direction, fo.scale(-0.05)))
+    assert_same(ours, train_plainly(make))
+
+
+@pytest.mark.parametrize(("kind", "key"), [("apollo", None), ("fira", 0), ("galore", 0)])
+def test_the_draws_of_apollo_need_a_key_and_nothing_else_has_one(
+    kind: str, key: int | None
+) -> None:
+    with pytest.raises(ValueError, match="key is for the draws of kind='apollo' alone"):
+        fo.project_gradients(fo.trace(0.9), kind=kind, key=key)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [(fo.scale_by_fira, {"kind": "fira"}), (fo.scale_by_apollo, {"kind": "apollo"})],
+)
+def test_the_first_step_around_adam_is_that_of_the_stage(
+    make: Callable, more: dict
+) -> None:
+    """Later the bound of w is another one, since w is."""
+    key = {"key": 5} if more["kind"] == "apollo" else {}
+    adam = fo.scale_by_adam(0.9, 0.99, 0.0)
+    around = fo.project_gradients(adam, 2, 10, 0.5, **more, **key)
+    direct = make(2, 10, 0.5, 0.9, 0.99, 0.0, **key)
+    params, g = draw(0), draw(1)
+    ours, _ = around.update(g, around.init(params), params)
+    theirs, _ = direct.update(g, direct.init(params), params)
+    assert_same(ours, theirs, 1e-6)
 
 
 def test_the_projection_of_adam_is_galore() -> None:
@@ -267,6 +347,27 @@ def test_what_begins_with_a_zero_gradient_is_not_stuck(make: Callable) -> None:
     _, state = tx.update(zero, tx.init(zero), zero)
     g = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert tx.update(g, state, zero)[0].norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.scale_by_galore(2),
+        fo.scale_by_fira(2),
+        fo.scale_by_apollo(2, key=0),
+        fo.project_gradients(fo.trace(0.9), 2),
+        fo.project_gradients(fo.trace(0.9), 2, kind="fira"),
+        fo.project_gradients(fo.trace(0.9), 2, kind="apollo", key=0),
+    ],
+    ids=str,
+)
+def test_a_gradient_that_comes_after_the_first_step_moves(
+    tx: fo.GradientTransformation,
+) -> None:
+    params = draw(0)
+    _, state = tx.update({**draw(1), "tall": None}, tx.init(params), params)
+    updates, _ = tx.update(draw(2), state, params)
+    assert updates["tall"].norm() > 1e-2
 
 
 def test_steps_of_galore_have_low_rank_and_those_of_fira_do_not() -> None:

@@ -143,7 +143,7 @@ def with_params(signature: inspect.Signature) -> inspect.Signature:
 
 def documented(factory: Factory, name: str) -> str:
     """The docstring of a class, from that of its factory."""
-    call = f"fo.optim.{name}(model.parameters(), {example(factory)})"
+    call = f"fo.optim.{name}(model.named_parameters(), {example(factory)})"
     summary, *_ = inspect.cleandoc(factory.__doc__ or "").split("\n\n")
     return f"""`functorch_opt.{factory.__name__}` as a class.
 
@@ -152,7 +152,8 @@ def documented(factory: Factory, name: str) -> str:
     The source, and what each argument means, are there. Numbers are options of the groups.
 
     Args:
-        params: parameters, named parameters or groups.
+        params: named parameters, parameters or groups. Masks and labels that look at names, the
+            default ones too, need named parameters.
         lr: the factory's ``learning_rate``; schedulers drive it.
         {others(factory)}: as in `functorch_opt.{factory.__name__}`.
         compile: run the step in place through `compiled_step`; see `Optimizer`.

@@ -137,7 +137,8 @@ def scale_by_adam_mini(
         head_dim: the rows of a head of queries or keys.
         blocks: a label for each parameter, as in `partition`: "element", "row", "head" (`head_dim`
             rows) or "tensor". None means the authors' rules: they look for words in the path, such
-            as "bias", "q_proj", "embed", "mlp". What has none of them is one block.
+            as "bias", "q_proj", "embed", "mlp". What has none of them is one block, and so is all
+            that has no name: give ``model.named_parameters()`` to a class.
 
     Raises:
         ValueError: an argument outside its range; a parameter that cannot be cut into such rows; a

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from functorch_opt import random, tree
@@ -30,7 +29,7 @@ from functorch_opt._core.transformation import (
     check_choice,
     transformation,
 )
-from functorch_opt.optimizers.kronecker import on_host, step_then_decay
+from functorch_opt.optimizers.kronecker import on_host
 from functorch_opt.optimizers.low_rank import (
     LowRank,
     check_low_rank,
@@ -39,24 +38,20 @@ from functorch_opt.optimizers.low_rank import (
     growth,
     limited,
     scaled_adam,
+    with_adamw,
 )
-from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims, matrices_and_rest
+from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims
 from functorch_opt.transforms.noise import sized
 
 __all__ = ["apollo", "scale_by_apollo"]
 
 
 def _prepare(space: LowRank, update_proj_gap: int) -> Callable[..., Any]:
-    def drawn(p):
-        batch, _, m, r = space.sides(p.shape)
-        dtype = torch.complex64 if p.is_complex() else torch.float32
-        return torch.empty((*batch, r, m), dtype=dtype, device=p.device)
-
     def prepare(count, key, b1, b2, scale, updates, params=None):
         due = on_host((count % update_proj_gap == 0).any())
         noise: Any = 0.0
         if due is not False:
-            like = tree.map(drawn, sized("scale_by_apollo", updates, params))
+            like = tree.map(space.like_basis, sized("scale_by_apollo", updates, params))
             noise = Each(random.normal_like(key, like, count))
         return {**corrections(count, b1, b2), "noise": noise, "root": scale**0.5}
 
@@ -118,7 +113,7 @@ def scale_by_apollo(
     space = LowRank(rank, dims)
 
     def work(g, basis, noise):
-        return {"basis": noise.to(basis.dtype) / max(basis.shape[-2], 1) ** 0.5}
+        return {"basis": space.of_noise(basis, noise)}
 
     def rule(g, mu, nu, basis, last, w1, w2, eps, root, correction):
         x = space.tall(g)
@@ -160,12 +155,9 @@ def apollo(
     embedding and the output layer to AdamW.
 
     Args:
-        learning_rate: 0 or greater, or a schedule; the authors have 0.01.
+        learning_rate, weight_decay, adam_learning_rate: see `galore`.
         rank, update_proj_gap, scale, key, scaling: see `scale_by_apollo`.
         b1, b2, eps: see `scale_by_apollo`, and those of `adamw`.
-        weight_decay: the decay of the matrices, multiplied by the learning rate. As in the authors'
-            code it shrinks the parameters after the step.
-        adam_learning_rate: of `adamw`, without decay. None means `learning_rate`.
 
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
@@ -181,7 +173,5 @@ def apollo(
     direction = scale_by_apollo(
         rank, update_proj_gap, scale, b1, b2, eps, key=key, scaling=scaling
     )
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
-    adam["learning_rate"] = adam_learning_rate
-    step = step_then_decay(learning_rate, weight_decay, False)
-    return matrices_and_rest(direction, learning_rate, weight_decay, adam, step)
+    adam = {"learning_rate": adam_learning_rate, "b1": b1, "b2": b2, "eps": eps}
+    return with_adamw(direction, learning_rate, weight_decay, adam)

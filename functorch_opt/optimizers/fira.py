@@ -13,15 +13,13 @@ Under Low-rank Constraint?", 2024, alg. 1, and the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
-
 from functorch_opt._core.rule import every, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     transformation,
 )
-from functorch_opt.optimizers.kronecker import failed_slot, step_then_decay
+from functorch_opt.optimizers.kronecker import failed_slot
 from functorch_opt.optimizers.low_rank import (
     LowRank,
     check_low_rank,
@@ -30,8 +28,9 @@ from functorch_opt.optimizers.low_rank import (
     growth,
     limited,
     scaled_adam,
+    with_adamw,
 )
-from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims, matrices_and_rest
+from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims
 
 __all__ = ["fira", "scale_by_fira"]
 
@@ -77,8 +76,7 @@ def scale_by_fira(
     space = LowRank(rank, dims)
 
     def work(g, basis, failed):
-        basis, found = space.leading(g, basis)
-        return {"basis": basis, "failed": failed.real + (~found).to(failed.real.dtype)}
+        return space.refreshed(g, basis, failed)
 
     def rule(g, mu, nu, basis, failed, last, w1, w2, eps, scale, correction):
         x = space.tall(g)
@@ -117,12 +115,9 @@ def fira(
     To choose by name and type too, take `matrix_labels` and `partition`.
 
     Args:
-        learning_rate: 0 or greater, or a schedule; the authors have 0.01.
+        learning_rate, weight_decay, adam_learning_rate: see `galore`.
         rank, update_proj_gap, scale: see `scale_by_fira`.
         b1, b2, eps: see `scale_by_fira`, and those of `adamw`.
-        weight_decay: the decay of the matrices, multiplied by the learning rate. As in the authors'
-            code it shrinks the parameters after the step.
-        adam_learning_rate: of `adamw`, without decay. None means `learning_rate`.
 
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.
@@ -135,7 +130,5 @@ def fira(
         fira(0.01, rank=64)
     """
     direction = scale_by_fira(rank, update_proj_gap, scale, b1, b2, eps)
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
-    adam["learning_rate"] = adam_learning_rate
-    step = step_then_decay(learning_rate, weight_decay, False)
-    return matrices_and_rest(direction, learning_rate, weight_decay, adam, step)
+    adam = {"learning_rate": adam_learning_rate, "b1": b1, "b2": b2, "eps": eps}
+    return with_adamw(direction, learning_rate, weight_decay, adam)

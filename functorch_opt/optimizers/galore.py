@@ -15,22 +15,21 @@ Gradient Low-Rank Projection", 2024, alg. 2, and the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
-
 from functorch_opt._core.rule import every, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     ScalarOrSchedule,
     transformation,
 )
-from functorch_opt.optimizers.kronecker import failed_slot, step_then_decay
+from functorch_opt.optimizers.kronecker import failed_slot
 from functorch_opt.optimizers.low_rank import (
     LowRank,
     check_low_rank,
     corrections,
     scaled_adam,
+    with_adamw,
 )
-from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims, matrices_and_rest
+from functorch_opt.optimizers.matrices import ORDINARY, MatrixDims
 
 __all__ = ["galore", "scale_by_galore"]
 
@@ -79,8 +78,7 @@ def scale_by_galore(
     space = LowRank(rank, dims)
 
     def work(g, basis, failed):
-        basis, found = space.leading(g, basis)
-        return {"basis": basis, "failed": failed.real + (~found).to(failed.real.dtype)}
+        return space.refreshed(g, basis, failed)
 
     def rule(g, mu, nu, basis, failed, w1, w2, eps, scale, correction):
         s = space.tall(g) @ basis.mH
@@ -136,7 +134,5 @@ def galore(
         galore(0.01, rank=64)
     """
     direction = scale_by_galore(rank, update_proj_gap, scale, b1, b2, eps)
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
-    adam["learning_rate"] = adam_learning_rate
-    step = step_then_decay(learning_rate, weight_decay, False)
-    return matrices_and_rest(direction, learning_rate, weight_decay, adam, step)
+    adam = {"learning_rate": adam_learning_rate, "b1": b1, "b2": b2, "eps": eps}
+    return with_adamw(direction, learning_rate, weight_decay, adam)

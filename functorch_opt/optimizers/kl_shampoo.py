@@ -263,12 +263,10 @@ def scale_by_kl_soap(
     The rule is at the top of `functorch_opt.optimizers.kl_shampoo`.
 
     Args:
-        b1: decay of the mean, in [0, 1).
+        b1, frequency, init, max_size, blocks, merged: see `scale_by_kl_shampoo`.
         b2: decay of the second moment, in [0, 1).
         eps: added outside the root, 0 or greater.
-        frequency, max_size, blocks, merged: see `scale_by_soap`.
         b3: decay of factors and eigenvalues, in [0, 1). None means `b2`.
-        init: the first eigenvalues, above 0.
 
     Raises:
         ValueError: an argument outside its range.
@@ -356,14 +354,12 @@ def kl_soap(
 ) -> GradientTransformation:
     """KL-SOAP for the tensors with two dims or more, and `adamw` for the rest.
 
-    Dims of size 1 do not count: a matrix with one row or one column is for `adamw`.
+    Dims of size 1 do not count, as in `kl_shampoo`.
 
     Args:
-        learning_rate: 0 or greater, or a schedule.
+        learning_rate, weight_decay, adam_learning_rate: see `kl_shampoo`.
         b1, b2, eps, frequency, b3, init, max_size, blocks, merged: see `scale_by_kl_soap`. The
             first three are those of `adamw` too.
-        weight_decay: multiplied by the learning rate; of the matrices, after the step.
-        adam_learning_rate: of `adamw`, without decay. None means `learning_rate`.
 
     Raises:
         ValueError: an argument outside its range; ``update`` called without params.

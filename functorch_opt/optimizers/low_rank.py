@@ -11,7 +11,7 @@ the moments are those of the projection:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,22 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
-from functorch_opt._core.transformation import ScalarOrSchedule, check_range, check_whole
-from functorch_opt.optimizers.kronecker import attempted, kept_if_not_found
+from functorch_opt._core.transformation import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    check_range,
+    check_whole,
+)
+from functorch_opt.optimizers.kronecker import (
+    attempted,
+    kept_if_not_found,
+    step_then_decay,
+)
 from functorch_opt.optimizers.matrices import (
     MatrixDims,
     as_matrix,
     as_tensor,
+    matrices_and_rest,
     real_part,
     shapes_of,
 )
@@ -77,12 +87,24 @@ class LowRank(NamedTuple):
             return mu(p.real)
 
         def basis(p: Tensor) -> Tensor:
+            # Of zeros nothing would move, where there is no gradient at the first step.
             batch, _, m, r = self.sides(p.shape)
-            return zeros(p, *batch, r, m)
+            one = torch.eye(r, m, dtype=zeros(p, 0).dtype, device=p.device)
+            return one.expand(*batch, r, m).clone()
 
         return {"mu": mu, "nu": nu, "basis": basis}
 
     # ---- bases -------------------------------------------------------------------------------
+
+    def like_basis(self, p: Tensor) -> Tensor:
+        """A tensor in the shape of a basis, whose draws are those of every dtype."""
+        batch, _, m, r = self.sides(p.shape)
+        dtype = torch.complex64 if p.is_complex() else torch.float32
+        return torch.empty((*batch, r, m), dtype=dtype, device=p.device)
+
+    def of_noise(self, basis: Tensor, noise: Tensor) -> Tensor:
+        """The basis that is made of standard normal numbers."""
+        return noise.to(basis.dtype) / max(basis.shape[-2], 1) ** 0.5
 
     def leading(self, g: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """The leading singular vectors of the matrices, and whether they could be found."""
@@ -91,6 +113,11 @@ class LowRank(NamedTuple):
         rows = u.mH if x.shape[-2] < x.shape[-1] else vh
         rows = rows[..., : old.shape[-2], :].resolve_conj()
         return kept_if_not_found(rows.contiguous(), old)
+
+    def refreshed(self, g: Tensor, basis: Tensor, failed: Tensor) -> dict[str, Tensor]:
+        """The next basis, and how often there was none: the rare work of a rule."""
+        basis, found = self.leading(g, basis)
+        return {"basis": basis, "failed": failed.real + (~found).to(failed.real.dtype)}
 
 
 def scaled_adam(
@@ -152,3 +179,14 @@ def check_low_rank(
     check_whole(1, rank=rank, update_proj_gap=gap)
     if dims.split is not None:
         raise ValueError(f"{name} takes no fused matrices; dims is {dims}.")
+
+
+def with_adamw(
+    direction: GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule,
+    adam: Mapping[str, Any],
+) -> GradientTransformation:
+    """`direction`, a step and then decay for matrices, and `adamw` for the rest."""
+    step = step_then_decay(learning_rate, weight_decay, False)
+    return matrices_and_rest(direction, learning_rate, weight_decay, adam, step)

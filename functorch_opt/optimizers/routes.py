@@ -208,7 +208,8 @@ def muon_with_adamw(
         adamw_learning_rate: of the rest.
         labels: what `matrix_labels` returned, or "muon" or "adamw" for each parameter, as in
             `partition`. None means the rules of `matrix_labels` for a tree of params, which knows
-            shapes and names but no types.
+            shapes and names but no types. In a list of parameters without names only shapes decide:
+            an embedding and a head go to Muon.
         weight_decay: of the matrices, multiplied by `learning_rate`.
         adamw_weight_decay: of the rest, multiplied by `adamw_learning_rate`. It is 0, as for Muon's
             authors: biases and norms are among the rest.

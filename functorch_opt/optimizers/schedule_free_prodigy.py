@@ -33,7 +33,7 @@ from functorch_opt._core.transformation import (
     check_range,
     transformation,
 )
-from functorch_opt.optimizers.prodigy import estimated, first_estimate, number
+from functorch_opt.optimizers.prodigy import Estimate, estimated, first_estimate, number
 from functorch_opt.optimizers.schedule_free import largest_of
 
 __all__ = ["schedule_free_prodigy"]
@@ -124,13 +124,6 @@ def averaged(
     """The rule; `lr` is a factor of the learning rate."""
     of = estimated("growth_rate" in hyper, safeguard_warmup, False)
 
-    def came(g, z, start, steps, d, d0, learning_rate, lr, b1, b2):
-        a = of.a(steps, d, d0, learning_rate * lr, b1, b2)
-        return a * (g * (start - z)).sum()
-
-    def size(g, s, steps, d, d0, learning_rate, lr, b1, b2, b3):
-        return of.size(g, s, steps, d, d0, learning_rate * lr, b1, b2, b3)
-
     def prepare(
         came, size, steps, d, top, r, largest, total,
         d0, learning_rate, b2, b3, coef, power, growth_rate, lr,
@@ -161,10 +154,23 @@ def averaged(
         slots=SLOTS,
         shared={**first_estimate(), "largest": number(0), "total": number(0)},
         hyper={"growth_rate": 1.0, **hyper, "lr": lr},
-        totals={"came": came, "size": size},
+        totals=totals_of(of),
         point=lambda p, z, b1: z + (p - z) / b1,
         last=True,
     )
     # The average is of steps that have been made, and so the factor belongs into the rule.
     tx.with_lr = partial(averaged, hyper, safeguard_warmup)
     return tx
+
+
+def totals_of(of: Estimate) -> dict[str, Callable[..., Tensor]]:
+    """The sums over all parameters, in which each has its own learning rate."""
+
+    def came(g, z, start, steps, d, d0, learning_rate, lr, b1, b2):
+        a = of.a(steps, d, d0, learning_rate * lr, b1, b2)
+        return a * (g * (start - z)).sum()
+
+    def size(g, s, steps, d, d0, learning_rate, lr, b1, b2, b3):
+        return of.size(g, s, steps, d, d0, learning_rate * lr, b1, b2, b3)
+
+    return {"came": came, "size": size}
