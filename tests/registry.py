@@ -469,7 +469,6 @@ ROWS = [
         ({}, {"codes": "bfloat16"}, {"codes": {"nu": "8bit"}}),
         smooth=False,
         reads_shape=True,
-        shards=False,
         written=False,
     ),
     Row(

@@ -51,7 +51,10 @@ class Declared(Protocol):
     """What this execution needs of a stage that is made of a rule."""
 
     name: str
-    has_sums: bool
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the ranks of sharded tensors exchange something before the rule."""
 
     @property
     def on_tensor(self) -> OnTensor:
@@ -79,7 +82,7 @@ class Declared(Protocol):
     def sums_before(
         self, updates: Any, spec: Any, gs: Any, ps: Any, slots: Any, now: Any
     ) -> Mapping[str, Any]:
-        """The sums over sharded tensors."""
+        """What the ranks have exchanged, such as the sums over sharded tensors."""
 
 
 def update_in_one_pass(
@@ -126,7 +129,7 @@ def _end_of_pass(stages: Sequence[Declared]) -> int | None:
     """The first stage that sharded tensors do not go through in the pass of those before it."""
     whole = [tx.on_tensor.kind == "tensorwise" for tx in stages]
     for k, tx in enumerate(stages):
-        if k and (tx.has_sums or whole[k] or whole[k - 1]):
+        if k and (tx.exchanges or whole[k] or whole[k - 1]):
             return k
     return None
 
@@ -228,9 +231,10 @@ class _Stage:
         tx, names = self.tx, self.tx.on_tensor.reads
         shared = self.state.shared
         now, self.shared = tx.scalars(updates, shared, params, extra, gs, ps, self.old)
-        if tx.has_sums and sharding.any_sharded(gs):
-            now |= tx.sums_before(updates, spec, gs, ps, self.old, now)
-            names += tuple(tx.on_tensor.sums.functions)
+        if tx.exchanges and sharding.any_sharded(gs):
+            before = tx.sums_before(updates, spec, gs, ps, self.old, now)
+            now |= before
+            names += tuple(before)
         self.per_leaf = PerLeaf(
             updates, spec, {name: now[name] for name in names if name in now}
         )

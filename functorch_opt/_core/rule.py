@@ -135,6 +135,11 @@ class Leafwise(GradientTransformation):
             check_reads(name, f"sum {key}", names, of_leaf)
 
     @property
+    def exchanges(self) -> bool:
+        """Whether the ranks of sharded tensors exchange something before the rule."""
+        return self.has_sums
+
+    @property
     def reads_params(self) -> bool:
         """Whether ``update`` needs params."""
         return "p" in (*self.reads, *self.totals.reads) or self.once.needs_params

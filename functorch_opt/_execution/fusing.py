@@ -45,7 +45,7 @@ def fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> 
             return False
         if rule.looks_around and (g or k or rule.has_totals):
             return False
-        if sharded and (rule.has_sums or rule.kind == "tensorwise"):
+        if sharded and (rule.exchanges or rule.kind == "tensorwise"):
             return False
     return True
 

@@ -27,7 +27,7 @@ from functorch_opt._execution.pieces import Whole
 from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
 from functorch_opt._execution.stretches import eagerly
 from functorch_opt._execution.table import identity
-from functorch_opt._execution.trials import warn_uncompiled
+from functorch_opt._execution.trials import say_if_in_parts, warn_uncompiled
 from functorch_opt._execution.writes import run_eagerly
 
 IN_PIECES = "in pieces"
@@ -113,6 +113,8 @@ class Segment:
         self.sharded = not body.whole and sharding.any_sharded(columns[1])
         sorts = self._sorts(columns, where)
         self.eager = sorts.pop(None, [])
+        if self.sharded and backend != IN_PIECES:
+            say_if_in_parts(body, columns, self.eager)
         self.where = where
         self.compiled = [i for indices in sorts.values() for i in indices]
         mine = self._mine(columns)
@@ -407,7 +409,7 @@ def _meets(x: Tensor, p: Tensor) -> bool:
 
 def _laid_out_alike(x: Any, p: Any) -> bool:
     if not tree.is_sharded(x):
-        return not x.dim()
+        return not x.dim() or not x.numel()
     return bool(x._spec.placements == p._spec.placements and x._spec.mesh == p._spec.mesh)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -43,6 +43,27 @@ def warn_uncompiled(what: str, error: Exception, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{what}, for compiling failed: {reason}. {cure}", stacklevel=stacklevel
     )
+
+
+class InParts(RuntimeError):
+    """Blocks may lie on several ranks, and an element has to know the bounds of its block."""
+
+    cure = "It is right, and takes longer. What must be compiled needs slots in float32."
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"{stage} has slots in a code, of sharded parameters")
+
+
+def say_if_in_parts(
+    body: Any,
+    columns: Sequence[Any],
+    indices: list[int],
+) -> None:
+    """Warn if any of these leaves, which are not compiled, has entries for blocks."""
+    blocked = [k for k, block in enumerate(body.blocks, 2) if block is not None]
+    if any(columns[k][i].numel() for k in blocked for i in indices):
+        names = [entry.name for entry in body.entries if entry.blocks]
+        warn_uncompiled("compiled_step runs eagerly", InParts(names[0]))
 
 
 # ---- a trial -------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class Walk:
             if not known[0]:
                 scalars()
             us, ps = view.leaves(self.us), view.leaves(self.ps)
-            if tx.has_sums and self.sharded:
+            if tx.exchanges and self.sharded:
                 trees = view.tree(self.us), view.spec
                 now.update(tx.sums_before(*trees, us, ps, columns, now))
             self._wait(entry_of("rule", tx), view, columns, now)
@@ -200,13 +200,14 @@ class Walk:
     def _ends_pass(self, tx: Leafwise, settled: bool) -> bool:
         """Whether what waits has to be applied before `tx` can be worked out.
 
-        It has to see updates that are not `settled`. Or tensors are sharded, and it has sums, or
-        sees whole tensors where a rule that waits sees parts, or the reverse.
+        It has to see updates that are not `settled`. Or tensors are sharded, and the ranks exchange
+        something before it, or it sees whole tensors where a rule that waits sees parts, or the
+        reverse.
         """
         kinds = {x.entry.kind for x in self.waiting} if tx.looks_around else set()
         if not settled and kinds - {"enter", "open"}:
             return True
-        return (tx.has_sums and self.sharded) or self._mixes(tx.kind)
+        return (tx.exchanges and self.sharded) or self._mixes(tx.kind)
 
     def _mixes(self, kind: str) -> bool:
         """Whether tensors are sharded, and a rule waits that is not of this kind."""

@@ -2,6 +2,9 @@
 
 It reads codes, decodes them, applies the rule, and encodes its new slots, and all that is one rule.
 So every execution of rules is an execution of it.
+
+Of sharded tensors the ranks have to know the bounds of all blocks before they encode. So the rule is
+worked out twice there: once for the bounds, as sums are, and once for the step.
 """
 
 from __future__ import annotations
@@ -14,16 +17,21 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core.one_tensor import OneTensor
+from functorch_opt._core.leaf import Each, working_dtype
+from functorch_opt._core.one_tensor import OneTensor, leaf_values
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._core.sharding import refuse_sharded
 from functorch_opt._core.state import StageState
 from functorch_opt._core.structure import Path
+from functorch_opt.codecs import sharded
 from functorch_opt.codecs.codec import Codec
 from functorch_opt.tree import PyTree
 
 SCALE = "_scale"
 """What the name of a slot is followed by in the name of its scales."""
+BOUNDS = "_bounds"
+"""What it is followed by in the name of the bounds of its blocks, where tensors are sharded."""
+PART = "_part"
+"""The name of what says where this rank's part of a sharded tensor is."""
 Choice = Callable[[Path, Tensor], bool]
 
 
@@ -53,7 +61,12 @@ class Stored(OneTensor):
         codes = values[name]
         if codes is None or codes.dtype is not codec.dtype:
             return codes
+        if tree.is_sharded(codes):
+            return sharded.read(codec, codes, values[name + SCALE])
         scales = _real(values[name + SCALE])
+        if part := values.get(PART):
+            x = sharded.decoded(codes, part, codec, scales.float())
+            return x.to(scales.dtype)
         x = codec.read(_laid_out(codes, scales), scales.float())
         return x.reshape(codes.shape).to(scales.dtype)
 
@@ -63,12 +76,55 @@ class Stored(OneTensor):
         for name, codec in self.blocked.items():
             codes = values[name]
             scales = _real(values[name + SCALE])
-            if codes.dtype is codec.dtype and _fits(new[name], codes):
-                x = new[name]
+            x = new[name]
+            is_coded = codes.dtype is codec.dtype and _fits(x, codes)
+            if is_coded and PART in values:
+                bounds = values[name + BOUNDS]
+                part = values[PART]
+                found[name], scales = sharded.encoded(x, part, codec, bounds)
+            elif is_coded:
                 rows = _laid_out(x, scales)
                 rows, scales = codec.write(rows, scales.shape[-1])
                 found[name] = rows.reshape(x.shape)
             found[name + SCALE] = scales
+        return found
+
+    def apply(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        slots: dict[str, Tensor],
+        now: dict[str, Any],
+        dtype: torch.dtype,
+        exact: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As for any rule. Of sharded tensors the rule is told which part it sees."""
+        if self.kind == "elementwise" and self.blocked and tree.is_sharded(g):
+            now = now | {PART: part_of(g)}
+        return super().apply(g, p, slots, now, dtype, exact)
+
+    def bounds(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        slots: dict[str, Tensor],
+        now: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """For each slot of a sharded tensor that is in a code, the bounds of what it becomes here."""
+        part = part_of(g)
+        found: dict[str, Tensor] = {}
+
+        def look(g: Tensor, p: Any, slots: dict[str, Tensor], now: Any) -> None:
+            values = {**now, **slots, "g": g, "p": p, PART: part}
+            values |= self._entered(values, dtype, dtype.is_complex)
+            result = self.inner.result(self.decoded(values))
+            self.inner.check_pair(result)
+            for name, codec in self.blocked.items():
+                if slots[name].dtype is codec.dtype:
+                    found[name] = sharded.bounds(result[1][name], part, codec)
+
+        sharded.seen(look, g, p, slots, now)
         return found
 
     def result(self, values: dict[str, Any]) -> Any:
@@ -98,6 +154,17 @@ class Stored(OneTensor):
         rows = zip(*columns, strict=True)
         leaves = [dict(zip(both, row, strict=True)) for row in rows]
         return [self._decoded_slot(name, leaf) for leaf in leaves]
+
+
+def part_of(g: Any) -> sharded.Part:
+    """Where this rank's part of `g` is in the whole."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "slots in a code of sharded parameters cannot be in a graph: their ranks exchange the "
+            "bounds of blocks. Leave this update out of torch.compile, or use fo.optim or "
+            "compiled_step."
+        )
+    return sharded.Part(g)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -130,7 +197,8 @@ class Coded(Leafwise):
             vars(self).pop(kept, None)
         rule = Stored(inner.on_tensor, codecs)
         self.inner, self.codecs, self.choice = inner, codecs, choice
-        self.on_tensor, self.reads = rule, rule.reads
+        self.on_tensor = self.on_codes = rule
+        self.reads = rule.reads
         self.slots, self.blocks = dict(inner.slots), {}
         for name, codec in rule.blocked.items():
             self.slots[name + SCALE] = codec.first_scales
@@ -140,6 +208,58 @@ class Coded(Leafwise):
     def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether the ranks exchange something before the rule: sums, or the bounds of blocks."""
+        is_elementwise = self.kind == "elementwise"
+        return self.has_sums or (is_elementwise and bool(self.blocks))
+
+    def sums_before(
+        self,
+        updates: PyTree,
+        spec: Any,
+        gs: list[Any],
+        ps: list[Any],
+        slots: dict[str, list[Any]],
+        now: dict[str, Any],
+    ) -> dict[str, Each]:
+        """The sums over sharded tensors, and the bounds of their blocks."""
+        before: dict[str, Each] = {}
+        if self.has_sums:
+            before |= super().sums_before(updates, spec, gs, ps, slots, now)
+        now = now | before
+        names = (*self.reads, *before)
+        per_leaf = leaf_values(updates, now, names)
+        columns = self._bounds(gs, ps, slots, per_leaf)
+        for name, column in columns.items():
+            before[name + BOUNDS] = Each(tree.unflatten(spec, column))
+        return before
+
+    def _bounds(
+        self,
+        gs: list[Any],
+        ps: list[Any],
+        slots: dict[str, list[Any]],
+        per_leaf: Any,
+    ) -> dict[str, list[Any]]:
+        """For each slot, the bounds of all leaves; a number that nobody reads where it has none."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for i, g in enumerate(gs):
+            if not tree.is_sharded(g):
+                continue
+            p = ps[i] if "p" in self.reads else None
+            mine = {name: column[i] for name, column in slots.items()}
+            dtype = working_dtype(g, p, *mine.values())
+            of_leaf = self.on_codes.bounds(g, p, mine, per_leaf.at(i, dtype), dtype)
+            found |= {(name, i): x for name, x in of_leaf.items()}
+        leaves = [gs[i] for _, i in found]
+        whole = sharded.joined_over_ranks([*found.values()], leaves)
+        unread = [None if g is None else torch.zeros(()) for g in gs]
+        columns = {name: [*unread] for name in self.on_codes.blocked}
+        for (name, i), x in zip(found, whole, strict=True):
+            columns[name][i] = x
+        return columns
+
     def encode(self, state: StageState, params: PyTree) -> StageState:
         """The state of the transformation inside, stored."""
         paths = tree.paths(params)
@@ -148,34 +268,29 @@ class Coded(Leafwise):
         for name, codec in self.codecs.items():
             column = tree.flatten(state.slots[name])[0]
             rows = zip(paths, ps, column, strict=True)
-            stored = [self._stored(codec, *row) for row in rows]
-            codes = [x for x, _ in stored]
-            slots[name] = tree.unflatten(spec, codes)
-            if codec.block:
-                scales = [s for _, s in stored]
-                slots[name + SCALE] = tree.unflatten(spec, scales)
+            chosen = [i for i, row in enumerate(rows) if self._takes(*row)]
+            if not codec.block:
+                for i in chosen:
+                    column[i] = column[i].to(codec.dtype)
+                slots[name] = tree.unflatten(spec, column)
+                continue
+            scales = [x if x is None else _no_scales(x) for x in column]
+            stored = sharded.write(codec, [column[i] for i in chosen])
+            for i, (codes, of_codes) in zip(chosen, stored, strict=True):
+                column[i], scales[i] = codes, of_codes
+            slots[name] = tree.unflatten(spec, column)
+            slots[name + SCALE] = tree.unflatten(spec, scales)
         return StageState(state.shared, slots)
 
-    def _stored(
-        self,
-        codec: Codec,
-        path: Path,
-        p: Tensor | None,
-        x: Tensor,
-    ) -> Any:
-        """A slot as it is stored, and its scales; None where a codec has no scales."""
-        if p is None:
-            return None, None
-        chosen = takes(x) and self.choice(path, p)
-        if chosen:
-            refuse_sharded("stored", [x])
-        if not codec.block:
-            return x.to(codec.dtype) if chosen else x, None
-        if chosen:
-            return codec.write_whole(x)
-        return x, torch.zeros(0, dtype=torch.float32, device=x.device)
+    def _takes(self, path: Path, p: Tensor | None, x: Any) -> bool:
+        """Whether the slot of a leaf is stored in a code."""
+        return p is not None and takes(x) and self.choice(path, p)
+
+
+def _no_scales(x: Tensor) -> Tensor:
+    return torch.zeros(0, dtype=torch.float32, device=x.device)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a slot can be stored in a code: it is real, and not empty."""
-    return x.is_floating_point() and x.numel() > 0
+    """Whether a slot can be stored in a code: it is real, and of more than one element."""
+    return x.is_floating_point() and x.numel() > 1

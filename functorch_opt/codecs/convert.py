@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.structure import Path
+from functorch_opt.codecs import sharded
 from functorch_opt.codecs.codec import DYNAMIC
 from functorch_opt.codecs.coded import SCALE
 from functorch_opt.tree import PyTree
@@ -21,7 +22,8 @@ def recoded(saved: Mapping[Path, Tensor], state: PyTree) -> dict[Path, Tensor]:
     """A saved state dict, with slots stored as they are in `state`.
 
     So a float32 checkpoint can be loaded into a state of `stored`, and the reverse. Slots that are
-    stored alike are handed on as they are. `fo.optim` does this by itself.
+    stored alike are handed on as they are. `fo.optim` does this by itself. Of sharded slots call it
+    on all ranks.
 
     Args:
         saved: what `state_dict` gave.
@@ -57,9 +59,9 @@ def converted(saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor]) -> dict[An
         in_code = name in wanted and wanted[name].dtype is DYNAMIC.dtype
         is_in_code = x.dtype is DYNAMIC.dtype and scales in saved
         if is_in_code and not in_code:
-            new[name] = DYNAMIC.read_whole(x, saved[scales])
+            new[name] = sharded.read(DYNAMIC, x, saved[scales])
         elif in_code and x.is_floating_point():
-            new[name], new[scales] = DYNAMIC.write_whole(x)
+            ((new[name], new[scales]),) = sharded.write(DYNAMIC, [x])
         if scales not in wanted:
             new.pop(scales, None)
         elif scales not in new or not in_code:

@@ -78,8 +78,13 @@ def stored(
     moment, by its name.
 
     Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a
-    master copy); slots of complex or empty tensors; and, unless `codes` names them, slots that do not start at zero, for these are
-    no moments but parameters, step sizes or matrices.
+    master copy); slots of complex tensors, and of those with one element or none; and, unless
+    `codes` names them, slots that do not start at zero, for these are no moments but parameters, step
+    sizes or matrices.
+
+    Of sharded tensors codes lie with the parameter and scales on every rank. Blocks are those of the
+    whole tensor, and codes and scales those of one process. The ranks exchange the bounds of all
+    blocks in one message, before the rule, which is therefore worked out twice.
 
     Args:
         inner: any transformation. What is made of rules in it is looked into.
@@ -87,7 +92,7 @@ def stored(
         where: a function of path and parameter that chooses leaves; see `large_matrices`.
 
     Raises:
-        TypeError: (by ``init`` and ``update``) a leaf that is chosen is sharded.
+        NotImplementedError: (by ``update``) a leaf that is chosen is sharded, in ``torch.compile``.
         TypeError: `inner` is not a transformation.
         ValueError: a code or a slot that there is not; no slot that starts at zero.
 

@@ -1,0 +1,245 @@
+"""Slots in a code, of tensors of which each rank has a part.
+
+Blocks are those of the whole tensor, in the order of its flat index. So neither the number of ranks
+nor the layout changes a code. A block may lie on several ranks. Its scale depends on nothing but its
+largest and its least number, its bounds. Each rank finds the bounds of what it has, and the ranks
+join those of all tensors in one message, before anything is encoded.
+
+Codes lie with the parameter. Scales lie on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core import sharding
+from functorch_opt._core.exchange import Ranks, _places, _rows_at, layout_of
+from functorch_opt._core.owned import _on, owner_of
+from functorch_opt.codecs.codec import Codec
+
+PIECE = 131_072
+"""How many elements are encoded at a time."""
+
+
+class Part:
+    """Where this rank's part of a sharded tensor is in the whole."""
+
+    def __init__(self, like: Any) -> None:
+        layout = layout_of(like, sharding._settled(like))
+        place = _places(layout.sizes)[Ranks(like.device_mesh).me]
+        rows = _rows_at(place, layout)
+        device = like.to_local().device
+        self.n = like.numel()
+        self.rows = []
+        step = self.n
+        for row, size in zip(rows, layout.shape, strict=True):
+            step //= max(1, size)
+            self.rows.append(row.to(device) * step)
+        self.device = device
+
+    def indices(self, begin: int, end: int) -> Tensor:
+        """The flat indices in the whole of the elements `begin` to `end` of the part."""
+        at = torch.arange(begin, end, device=self.device)
+        index = torch.zeros_like(at)
+        for row in reversed(self.rows):
+            index += row[at % len(row)]
+            at = at.div(len(row), rounding_mode="floor")
+        return index
+
+
+class _Piece(NamedTuple):
+    """Some elements of a part: where they begin and end, their blocks, and their places there."""
+
+    begin: int
+    end: int
+    block: Tensor
+    place: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.reshape(-1)[self.begin : self.end]
+
+
+def _pieces(
+    x: Tensor,
+    part: Part,
+    codec: Codec,
+) -> Iterator[_Piece]:
+    for begin in range(0, x.numel(), PIECE):
+        end = min(begin + PIECE, x.numel())
+        index = part.indices(begin, end)
+        block = index.div(codec.block, rounding_mode="floor")
+        yield _Piece(begin, end, block, index % codec.block)
+
+
+# ---- one tensor ----------------------------------------------------------------------------------
+
+
+def bounds(
+    x: Tensor,
+    part: Part,
+    codec: Codec,
+) -> Tensor:
+    """For each block of the whole the largest number of this part, and minus the least one.
+
+    Both are minus infinity where this rank has nothing of a block. Ranks may order NaN otherwise, so
+    it is taken for an infinity: the block has no finite number either way.
+    """
+    found = torch.full((codec.n_blocks(part.n), 2), -torch.inf, device=x.device)
+    for piece in _pieces(x, part, codec):
+        y = piece.of(x).float()
+        both = torch.stack([y, -y], -1).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        rows = piece.block.unsqueeze(-1).expand(-1, 2)
+        found.scatter_reduce_(0, rows, both, "amax")
+    return found
+
+
+def encoded(
+    x: Tensor,
+    part: Part,
+    codec: Codec,
+    bounds: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The codes of this part, and the scales of all blocks.
+
+    `bounds` are those of the whole. To encode what there is of a block together with its bounds gives
+    what the whole block would.
+    """
+    assert codec.encode is not None
+    ends = bounds.float() * torch.tensor([1.0, -1.0], device=bounds.device)
+    codes = torch.empty(x.numel(), dtype=codec.dtype, device=x.device)
+    width = codec.block + 2
+    for piece in _pieces(x, part, codec):
+        blocks, row = piece.block.unique_consecutive(return_inverse=True)
+        cells = row * width + piece.place
+        rows = torch.zeros(len(blocks), width, device=x.device)
+        rows[:, codec.block :] = ends[blocks]
+        rows.view(-1)[cells] = piece.of(x).float()
+        codes[piece.begin : piece.end] = codec.encode(rows)[0].view(-1)[cells]
+    return codes.view(x.shape), codec.encode(ends)[1].squeeze(-1)
+
+
+def decoded(
+    codes: Tensor,
+    part: Part,
+    codec: Codec,
+    scales: Tensor,
+) -> Tensor:
+    """The part of the slot, float32."""
+    assert codec.decode is not None
+    x = torch.empty(codes.numel(), device=codes.device)
+    for piece in _pieces(codes, part, codec):
+        of_each = scales[piece.block].unsqueeze(-1)
+        numbers = codec.decode(piece.of(codes).unsqueeze(-1), of_each)
+        x[piece.begin : piece.end] = numbers.squeeze(-1)
+    return x.view(codes.shape)
+
+
+# ---- all tensors ---------------------------------------------------------------------------------
+
+
+def joined_over_ranks(found: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor]:
+    """The bounds of whole tensors, from those of the parts of `leaves`: one message a layout."""
+    joined = list(found)
+    for like, indices in sharding.by_layout(list(leaves)):
+        mine = [found[i] for i in indices]
+        row = _largest(torch.cat(mine), like)
+        parts = row.split([len(x) for x in mine])
+        for i, x in zip(indices, parts, strict=True):
+            joined[i] = x
+    return joined
+
+
+def _largest(row: Tensor, like: Any) -> Tensor:
+    """The largest of the numbers of the ranks that hold different parts of `like`."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = sharding._settled(like)
+    terms = [at if at.is_replicate() else Partial("max") for at in placements]
+    mesh = like.device_mesh
+    given = DTensor.from_local(row, mesh, terms, run_check=False)
+    return given.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+
+
+def write(codec: Codec, xs: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Codes and scales of whole slots, ordinary or sharded."""
+    parted = [i for i, x in enumerate(xs) if is_parted(x)]
+    found = []
+    for i in parted:
+        part = Part(xs[i])
+        found.append(bounds(sharding.part_of(xs[i]), part, codec))
+    of_all = joined_over_ranks(found, [xs[i] for i in parted])
+    known = dict(zip(parted, of_all, strict=True))
+    return [_written(codec, x, known.get(i)) for i, x in enumerate(xs)]
+
+
+def _written(codec: Codec, x: Any, bounds: Tensor | None) -> tuple[Any, Any]:
+    if bounds is not None:
+        codes, scales = encoded(sharding.part_of(x), Part(x), codec, bounds)
+        return sharding.join(codes, x), sharding._everywhere(scales, x)
+    if not sharding.is_sharded(x):
+        return codec.write_whole(x)
+    if owner_of(x) is not None:
+        return _written_by_owner(codec, x)
+    # Only shapes are asked for.
+    scales = torch.empty(codec.n_blocks(x.numel()), device="meta")
+    return x.to(codec.dtype), sharding._everywhere(scales, x)
+
+
+def _written_by_owner(codec: Codec, x: Any) -> tuple[Any, Any]:
+    """The codes and the scales lie where the slot does, on one rank."""
+    n_blocks = codec.n_blocks(x.numel())
+    local = x.to_local()
+    codes, scales = local.to(codec.dtype), local.new_empty(0, dtype=torch.float32)
+    if local.numel():
+        codes, scales = codec.write_whole(local)
+    mesh = x.device_mesh
+    return _on(mesh, codes, x.shape), _on(mesh, scales, torch.Size([n_blocks]))
+
+
+def read(
+    codec: Codec,
+    codes: Any,
+    scales: Any,
+) -> Any:
+    """The inverse of `write`, of one slot, but for rounding."""
+    if is_parted(codes):
+        given = sharding.whole(scales)
+        x = decoded(sharding.part_of(codes), Part(codes), codec, given)
+        return sharding.join(x, codes)
+    if not sharding.is_sharded(codes):
+        return codec.read_whole(codes, sharding.whole(scales))
+    local = codes.to_local()
+    x = local.float()
+    if local.numel():
+        x = codec.read_whole(local, scales.to_local())
+    return _on(codes.device_mesh, x, codes.shape)
+
+
+def is_parted(x: Any) -> bool:
+    """Whether `x` is sharded, and no rank has it alone."""
+    if not sharding.is_sharded(x):
+        return False
+    return owner_of(x) is None and not x.to_local().is_meta
+
+
+Look = Callable[[Tensor, Tensor | None, dict[str, Tensor], dict[str, Any]], Any]
+
+
+def seen(
+    look: Look,
+    g: Any,
+    p: Any,
+    slots: dict[str, Any],
+    now: dict[str, Any],
+) -> None:
+    """Show `look` this rank's parts."""
+
+    def shown(*given: Any) -> Any:
+        look(*given)
+        return given[0], given[2]
+
+    sharding.on_shards(shown, True, g, p, slots, now)
