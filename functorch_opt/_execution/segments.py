@@ -294,10 +294,8 @@ class Segment:
             return True
         if not self.kept.are_like(kept):
             return False
-        self.seen = (
-            now,
-            kept,
-        )  # which keeps the objects, so that no other is taken for one
+        # It keeps the objects, so that no other is taken for one.
+        self.seen = now, kept
         return True
 
     def check(self, columns: Columns) -> None:

@@ -38,7 +38,11 @@ Choice = Callable[[Path, Tensor], bool]
 class Stored(OneTensor):
     """A rule on one tensor, with slots in a code."""
 
-    def __init__(self, inner: OneTensor, codecs: Mapping[str, Codec]) -> None:
+    def __init__(
+        self,
+        inner: OneTensor,
+        codecs: Mapping[str, Codec],
+    ) -> None:
         self.__dict__.update(vars(inner))
         self.inner, self.codecs = inner, codecs
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
@@ -115,7 +119,12 @@ class Stored(OneTensor):
         part = part_of(g)
         found: dict[str, Tensor] = {}
 
-        def look(g: Tensor, p: Any, slots: dict[str, Tensor], now: Any) -> None:
+        def look(
+            g: Tensor,
+            p: Any,
+            slots: dict[str, Tensor],
+            now: Any,
+        ) -> None:
             values = {**now, **slots, "g": g, "p": p, PART: part}
             values |= self._entered(values, dtype, dtype.is_complex)
             result = self.inner.result(self.decoded(values))
@@ -250,12 +259,16 @@ class Coded(Leafwise):
             p = ps[i] if "p" in self.reads else None
             mine = {name: column[i] for name, column in slots.items()}
             dtype = working_dtype(g, p, *mine.values())
-            of_leaf = self.on_codes.bounds(g, p, mine, per_leaf.at(i, dtype), dtype)
-            found |= {(name, i): x for name, x in of_leaf.items()}
+            now = per_leaf.at(i, dtype)
+            of_leaf = self.on_codes.bounds(g, p, mine, now, dtype)
+            for name, x in of_leaf.items():
+                found[name, i] = x
         leaves = [gs[i] for _, i in found]
         whole = sharded.joined_over_ranks([*found.values()], leaves)
         unread = [None if g is None else torch.zeros(()) for g in gs]
-        columns = {name: [*unread] for name in self.on_codes.blocked}
+        columns = {}
+        for name in self.on_codes.blocked:
+            columns[name] = [*unread]
         for (name, i), x in zip(found, whole, strict=True):
             columns[name][i] = x
         return columns
@@ -282,7 +295,12 @@ class Coded(Leafwise):
             slots[name + SCALE] = tree.unflatten(spec, scales)
         return StageState(state.shared, slots)
 
-    def _takes(self, path: Path, p: Tensor | None, x: Any) -> bool:
+    def _takes(
+        self,
+        path: Path,
+        p: Tensor | None,
+        x: Any,
+    ) -> bool:
         """Whether the slot of a leaf is stored in a code."""
         return p is not None and takes(x) and self.choice(path, p)
 

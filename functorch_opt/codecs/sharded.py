@@ -41,7 +41,11 @@ class Part:
             self.rows.append(row.to(device) * step)
         self.device = device
 
-    def indices(self, begin: int, end: int) -> Tensor:
+    def indices(
+        self,
+        begin: int,
+        end: int,
+    ) -> Tensor:
         """The flat indices in the whole of the elements `begin` to `end` of the part."""
         at = torch.arange(begin, end, device=self.device)
         index = torch.zeros_like(at)
@@ -88,10 +92,12 @@ def bounds(
     Both are minus infinity where this rank has nothing of a block. Ranks may order NaN otherwise, so
     it is taken for an infinity: the block has no finite number either way.
     """
-    found = torch.full((codec.n_blocks(part.n), 2), -torch.inf, device=x.device)
+    n_blocks = codec.n_blocks(part.n)
+    found = torch.full((n_blocks, 2), -torch.inf, device=x.device)
     for piece in _pieces(x, part, codec):
         y = piece.of(x).float()
-        both = torch.stack([y, -y], -1).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        both = torch.stack([y, -y], -1)
+        both = both.nan_to_num(torch.inf, torch.inf, -torch.inf)
         rows = piece.block.unsqueeze(-1).expand(-1, 2)
         found.scatter_reduce_(0, rows, both, "amax")
     return found
@@ -109,7 +115,8 @@ def encoded(
     what the whole block would.
     """
     assert codec.encode is not None
-    ends = bounds.float() * torch.tensor([1.0, -1.0], device=bounds.device)
+    signs = torch.tensor([1.0, -1.0], device=bounds.device)
+    ends = bounds.float() * signs
     codes = torch.empty(x.numel(), dtype=codec.dtype, device=x.device)
     width = codec.block + 2
     for piece in _pieces(x, part, codec):
@@ -118,8 +125,10 @@ def encoded(
         rows = torch.zeros(len(blocks), width, device=x.device)
         rows[:, codec.block :] = ends[blocks]
         rows.view(-1)[cells] = piece.of(x).float()
-        codes[piece.begin : piece.end] = codec.encode(rows)[0].view(-1)[cells]
-    return codes.view(x.shape), codec.encode(ends)[1].squeeze(-1)
+        of_rows, _ = codec.encode(rows)
+        codes[piece.begin : piece.end] = of_rows.view(-1)[cells]
+    _, scales = codec.encode(ends)
+    return codes.view(x.shape), scales.squeeze(-1)
 
 
 def decoded(
@@ -141,7 +150,10 @@ def decoded(
 # ---- all tensors ---------------------------------------------------------------------------------
 
 
-def joined_over_ranks(found: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor]:
+def joined_over_ranks(
+    found: Sequence[Tensor],
+    leaves: Sequence[Any],
+) -> list[Tensor]:
     """The bounds of whole tensors, from those of the parts of `leaves`: one message a layout."""
     joined = list(found)
     for like, indices in sharding.by_layout(list(leaves)):
@@ -153,7 +165,10 @@ def joined_over_ranks(found: Sequence[Tensor], leaves: Sequence[Any]) -> list[Te
     return joined
 
 
-def _largest(row: Tensor, like: Any) -> Tensor:
+def _largest(
+    row: Tensor,
+    like: Any,
+) -> Tensor:
     """The largest of the numbers of the ranks that hold different parts of `like`."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -164,21 +179,31 @@ def _largest(row: Tensor, like: Any) -> Tensor:
     return given.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
 
 
-def write(codec: Codec, xs: Sequence[Any]) -> list[tuple[Any, Any]]:
+def write(
+    codec: Codec,
+    xs: Sequence[Any],
+) -> list[tuple[Any, Any]]:
     """Codes and scales of whole slots, ordinary or sharded."""
     parted = [i for i, x in enumerate(xs) if is_parted(x)]
     found = []
     for i in parted:
         part = Part(xs[i])
-        found.append(bounds(sharding.part_of(xs[i]), part, codec))
-    of_all = joined_over_ranks(found, [xs[i] for i in parted])
+        mine = sharding.part_of(xs[i])
+        found.append(bounds(mine, part, codec))
+    leaves = [xs[i] for i in parted]
+    of_all = joined_over_ranks(found, leaves)
     known = dict(zip(parted, of_all, strict=True))
     return [_written(codec, x, known.get(i)) for i, x in enumerate(xs)]
 
 
-def _written(codec: Codec, x: Any, bounds: Tensor | None) -> tuple[Any, Any]:
+def _written(
+    codec: Codec,
+    x: Any,
+    bounds: Tensor | None,
+) -> tuple[Any, Any]:
     if bounds is not None:
-        codes, scales = encoded(sharding.part_of(x), Part(x), codec, bounds)
+        mine = sharding.part_of(x)
+        codes, scales = encoded(mine, Part(x), codec, bounds)
         return sharding.join(codes, x), sharding._everywhere(scales, x)
     if not sharding.is_sharded(x):
         return codec.write_whole(x)
@@ -189,15 +214,20 @@ def _written(codec: Codec, x: Any, bounds: Tensor | None) -> tuple[Any, Any]:
     return x.to(codec.dtype), sharding._everywhere(scales, x)
 
 
-def _written_by_owner(codec: Codec, x: Any) -> tuple[Any, Any]:
+def _written_by_owner(
+    codec: Codec,
+    x: Any,
+) -> tuple[Any, Any]:
     """The codes and the scales lie where the slot does, on one rank."""
     n_blocks = codec.n_blocks(x.numel())
     local = x.to_local()
-    codes, scales = local.to(codec.dtype), local.new_empty(0, dtype=torch.float32)
+    codes = local.to(codec.dtype)
+    scales = local.new_empty(0, dtype=torch.float32)
     if local.numel():
         codes, scales = codec.write_whole(local)
-    mesh = x.device_mesh
-    return _on(mesh, codes, x.shape), _on(mesh, scales, torch.Size([n_blocks]))
+    one = x.device_mesh
+    n_scales = torch.Size([n_blocks])
+    return _on(one, codes, x.shape), _on(one, scales, n_scales)
 
 
 def read(
@@ -208,7 +238,8 @@ def read(
     """The inverse of `write`, of one slot, but for rounding."""
     if is_parted(codes):
         given = sharding.whole(scales)
-        x = decoded(sharding.part_of(codes), Part(codes), codec, given)
+        mine = sharding.part_of(codes)
+        x = decoded(mine, Part(codes), codec, given)
         return sharding.join(x, codes)
     if not sharding.is_sharded(codes):
         return codec.read_whole(codes, sharding.whole(scales))
