@@ -759,6 +759,33 @@ def bytes_of_state(rank: int) -> int:
 # ---- DDP, ZeRO, optimizer in backward ------------------------------------------------------------
 
 
+def in_backward(rank: int, name: str) -> dict[str, Any]:
+    """Steps inside of backward under FSDP2, beside steps after it; and how many gradients there are
+    at a time.
+    """
+    nets = [shard(make_net()) for _ in range(2)]
+    of_both = [OURS[name](dict(net.named_parameters())) for net in nets]
+    for opt in of_both[1]:
+        fo.optim.step_in_backward(opt)
+    there: list[int] = []
+
+    def count(_: Tensor) -> None:
+        there.append(sum(p.grad is not None for p in nets[1].parameters()))
+
+    for p in nets[1].parameters():
+        p.register_post_accumulate_grad_hook(count)
+    for net, opts in zip(nets, of_both, strict=True):
+        train(net, opts, range(STEPS), my_rows(rank))
+    a, b = map(gathered, nets)
+    start = gathered(make_net())
+    return {
+        "error": max(float((a[n] - b[n]).abs().max()) for n in a),
+        "moved": min(float((a[n] - start[n]).abs().max()) for n in a),
+        "hooks": len(there) / len(a),
+        "gradients": max(there),
+    }
+
+
 def ddp(rank: int, name: str, zero: bool) -> dict[str, Any]:
     alone = make_net()
     train(alone, REFERENCES[name](dict(alone.named_parameters())), range(STEPS))

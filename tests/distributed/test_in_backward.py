@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import scenarios
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
@@ -94,3 +95,15 @@ def test_37_all_of_them_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -
     for p, expected in pairs:
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
     assert len(compiled) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AdamW", "lamb", "Muon"])
+def test_under_fsdp_it_is_a_step_after_backward(ranks, name: str) -> None:
+    """FSDP2 averages a gradient, and then calls the hooks of its parameter."""
+    for seen in ranks(2).run(scenarios.in_backward, name):
+        assert seen["error"] <= (1e-3 if name == "Muon" else 0.0)
+        assert seen["moved"] > 1e-4
+        assert seen["hooks"] == scenarios.STEPS
+        # FSDP2 makes the gradients of a layer together: a weight and a bias.
+        assert seen["gradients"] <= 2
