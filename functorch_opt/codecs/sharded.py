@@ -47,12 +47,21 @@ class Part:
         end: int,
     ) -> Tensor:
         """The flat indices in the whole of the elements `begin` to `end` of the part."""
-        at = torch.arange(begin, end, device=self.device)
-        index = torch.zeros_like(at)
-        for row in reversed(self.rows):
-            index += row[at % len(row)]
+        *outer, inner = self.rows
+        width = len(inner)
+        first = begin // width
+        last = (end - 1) // width
+        at = torch.arange(first, last + 1, device=self.device)
+        lines = torch.zeros_like(at)
+        for row in reversed(outer):
+            lines += row[at % len(row)]
             at = at.div(len(row), rounding_mode="floor")
-        return index
+        begin -= first * width
+        end -= first * width
+        if first == last:
+            return lines + inner[begin:end]
+        index = lines.unsqueeze(-1) + inner
+        return index.view(-1)[begin:end]
 
 
 class _Piece(NamedTuple):
@@ -76,7 +85,8 @@ def _pieces(
         end = min(begin + PIECE, x.numel())
         index = part.indices(begin, end)
         block = index.div(codec.block, rounding_mode="floor")
-        yield _Piece(begin, end, block, index % codec.block)
+        place = index - block * codec.block
+        yield _Piece(begin, end, block, place)
 
 
 # ---- one tensor ----------------------------------------------------------------------------------
@@ -122,11 +132,13 @@ def encoded(
     for piece in _pieces(x, part, codec):
         blocks, row = piece.block.unique_consecutive(return_inverse=True)
         cells = row * width + piece.place
-        rows = torch.zeros(len(blocks), width, device=x.device)
+        # What this rank has not of a block is filled with its largest number.
+        rows = ends[blocks, :1].repeat(1, width)
         rows[:, codec.block :] = ends[blocks]
-        rows.view(-1)[cells] = piece.of(x).float()
+        rows.view(-1).scatter_(0, cells, piece.of(x).float())
         of_rows, _ = codec.encode(rows)
-        codes[piece.begin : piece.end] = of_rows.view(-1)[cells]
+        mine = of_rows.view(-1).index_select(0, cells)
+        codes[piece.begin : piece.end] = mine
     _, scales = codec.encode(ends)
     return codes.view(x.shape), scales.squeeze(-1)
 
