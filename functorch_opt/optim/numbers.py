@@ -72,7 +72,9 @@ class Numbers:
         return tree.leaves(init())
 
     def fit(self, groups: Groups) -> bool:
-        """Whether groups that were alike still are."""
+        """Whether groups that were alike still are, and numbers lie where they should."""
+        if self.capturable != is_capturable(groups):
+            return False
         return all(_are_alike(name, groups) for name in self.alike)
 
     def write(self, groups: Groups) -> None:

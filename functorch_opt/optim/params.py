@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functorch_opt._core import sharding
 from functorch_opt._core.leaf import wrong_update
-from functorch_opt.optim.numbers import Groups, is_capturable
+from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.step import NOTHING, State
 
 
@@ -64,10 +64,7 @@ def overlap(params: list[Tensor]) -> bool:
 
 def layout(groups: Groups) -> list[Any]:
     """What a plan was made for."""
-    of: list[Any] = [
-        ([*map(id, group["params"])], group.get("param_names")) for group in groups
-    ]
-    return [*of, is_capturable(groups)]
+    return [([*map(id, group["params"])], group.get("param_names")) for group in groups]
 
 
 def entries_of(state: State, params: list[Tensor]) -> list[dict[str, Any]]:
