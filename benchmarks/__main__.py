@@ -146,13 +146,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
-    """Our contenders that failed, or computed other numbers."""
+    """Our contenders that failed, or computed other numbers, and checks that raised an error."""
+    checks = result.get("check", {}).get("found", ())
+    failed = [entry for entry in checks if "error" in entry]
     entries = [
         (row, name, entry)
         for row in result["rows"]
         for name, entry in row.get("results", {row.get("name"): row}).items()
     ]
     return [
+        f"check of {entry['name']}, {entry['dtype']}: {entry['error']}"
+        for entry in failed
+    ] + [
         f"{row.get('title', '')}: {name}: {entry['note']}"
         for row, name, entry in entries
         if str(name).startswith("functorch_opt")

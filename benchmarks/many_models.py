@@ -32,6 +32,7 @@ OURS, COMPILED, EAGER, LOOP, GRADIENTS = (
 )
 
 Params = dict[str, Tensor]
+Timed = Callable[[Callable[[], Any], str, int], float]
 
 
 def make_model() -> nn.Module:
@@ -44,7 +45,7 @@ class Vmapped:
     """All models in one step, each with its learning rate; `how` it is run is one of the names."""
 
     def __init__(self, lrs: Tensor, x: Tensor, y: Tensor, how: str) -> None:
-        model = make_model()
+        model = make_model().to(x.device)
 
         def loss_fn(params: Params) -> Tensor:
             return cross_entropy(functional_call(model, params, (x,)), y)
@@ -89,7 +90,7 @@ class Loop:
     """One model after another, as one would write it with torch.optim."""
 
     def __init__(self, lrs: Tensor, x: Tensor, y: Tensor) -> None:
-        self.models = [copy.deepcopy(make_model()) for _ in lrs]
+        self.models = [copy.deepcopy(make_model()).to(x.device) for _ in lrs]
         self.optimizers = [
             torch.optim.Adam(m.parameters(), lr=lr, fused=True)
             for m, lr in zip(self.models, lrs.tolist(), strict=True)
@@ -133,13 +134,39 @@ def arithmetic(n: int, x: Tensor) -> tuple[Callable[[], None], int]:
     return run, 2 * n * BATCH * HIDDEN * (2 * PIXELS + 3 * CLASSES)
 
 
-def case(n: int, rounds: int) -> dict[str, Any]:
+def examples(n: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """`n` learning rates, and the examples that all models are trained on."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (
-        torch.rand(BATCH, PIXELS, generator=generator),
-        torch.randint(CLASSES, (BATCH,), generator=generator),
-    )
+    x = torch.rand(BATCH, PIXELS, generator=generator)
+    y = torch.randint(CLASSES, (BATCH,), generator=generator)
     lrs = torch.logspace(-5, -2, n, dtype=torch.float64)
+    return lrs.to(device), x.to(device), y.to(device)
+
+
+def on_device(device: str, n: int, timed: Timed) -> dict[str, Any]:
+    """The milliseconds of a training step of `n` models, by `timed`, which makes some calls."""
+    lrs, x, y = examples(n, device)
+    steps = {LOOP: Loop(lrs, x, y).step}
+    steps |= {name: Vmapped(lrs, x, y, name).step for name in (OURS, COMPILED, EAGER)}
+    found: dict[str, Any] = {"models": n}
+    for name, step in steps.items():
+        timed(step, device, 3)
+        found[name] = timed(step, device, 3 if name == LOOP else 20)
+    return found
+
+
+def show_on_device(found: dict[str, Any]) -> None:
+    rows = [
+        [name, f"{ms:.3f}", f"{found[LOOP] / ms:.1f}"]
+        for name, ms in found.items()
+        if name != "models"
+    ]
+    header = ["", "ms a step", "times as fast"]
+    report.table(f"{found['models']} models", header, rows, numbers_to=3)
+
+
+def case(n: int, rounds: int) -> dict[str, Any]:
+    lrs, x, y = examples(n)
     loop = Loop(lrs, x, y)
     contenders = {
         name: Vmapped(lrs, x, y, name) for name in (OURS, COMPILED, EAGER, GRADIENTS)

@@ -258,6 +258,14 @@ def test_gpu_without_a_gpu_says_so(tmp_path: Path) -> None:
         __main__.main(["gpu", "--out", str(tmp_path)])
 
 
+def test_an_error_in_a_check_on_a_device_is_one_of_the_program() -> None:
+    """What differs in numbers is shown, for matrix optimizers differ between devices."""
+    fails = {"name": "lion", "dtype": "fp32", "error": "RuntimeError: no", "warning": []}
+    differs = {"name": "soap", "dtype": "bf16", "eager": 3.0, "warning": []}
+    result = {"rows": [], "check": {"found": [fails, differs]}}
+    assert __main__.wrong(result) == ["check of lion, fp32: RuntimeError: no"]
+
+
 def test_an_unknown_row_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -58,9 +58,15 @@ def test_where_an_operation_takes_none_from_the_host_all_lie_on_the_device() -> 
 
 def test_a_step_with_numbers_on_the_host_is_not_captured(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    here = numbers_of(lambda now: fo.adamw(now["lr"]), lr=0.1)
     p: Any = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match="CUDA graph"):
-        hosts.refuse_capture(here, p)
-    there = numbers_of(lambda now: fo.adamw(now["lr"]), lr=torch.empty((), device=META))
-    hosts.refuse_capture(there, p)
+        hosts.refuse_capture(False, p)
+    hosts.refuse_capture(True, p)
+    hosts.refuse_capture(False, torch.zeros(()))
+
+
+def test_the_numbers_of_a_step_to_capture_lie_on_the_device() -> None:
+    few = [torch.empty(2, device=META)]
+    groups = [{"params": few, "lr": 0.1, "capturable": True}]
+    given = (lambda now: fo.adamw(now["lr"]), ["lr"], groups, [0], few)
+    assert hosts.with_numbers(*given)[0].device == META

@@ -23,6 +23,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(together, "DEVICES", {"cpu"})
     together.KNOWN.clear()
     together.KNOWN.made.clear()
+    together.KNOWN.asks_norm.clear()
     yield
     together.KNOWN.clear()
 
@@ -130,3 +131,56 @@ def test_it_matters_which_hyperparameter_a_schedule_is() -> None:
     one, two = fo.linear_schedule(1.0, 0.0, 9), fo.constant_schedule(3.0)
     both(fo.leafwise(rule, hyper={"a": one, "b": two}))
     both(fo.leafwise(rule, hyper={"b": one, "a": two}))
+
+
+CLIPPED = [
+    fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(1e-2)),
+    fo.chain(fo.clip_by_global_norm(torch.tensor(0.1)), fo.normalize(), fo.sgd(1e-2)),
+    fo.chain(fo.normalize_by_update_norm(0.1), fo.clip_by_global_norm(1e-3)),
+]
+
+
+@pytest.mark.parametrize("tx", CLIPPED, ids=["adamw", "twice", "behind another"])
+@pytest.mark.parametrize("most", [256, 2])
+def test_a_norm_of_all_updates_is_part_of_the_program(
+    tx: fo.GradientTransformation, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are so many tensors that the program takes the one norm of all."""
+    monkeypatch.setattr("functorch_opt._core.numerics.MANY", most)
+    both(tx, steps=4)
+    assert any(isinstance(joint, together.Joint) for joint in made())
+    assert [*together.KNOWN.asks_norm.values()].count(True) >= 1
+
+
+READING = {
+    "its leaves": lambda updates: fo.tree.leaves(updates)[0].norm(),
+    "how many": lambda updates: fo.tree.norm(updates) * len(fo.tree.leaves(updates)),
+    "another norm": lambda updates: fo.tree.norm(updates, 1),
+    "a map": lambda updates: fo.tree.norm(fo.tree.scale(2.0, updates)),
+    "the size": lambda updates: fo.tree.norm(updates) / fo.tree.size(updates),
+}
+
+
+@pytest.mark.parametrize("reads", READING)
+def test_a_function_that_reads_more_of_the_updates_sees_them(reads: str) -> None:
+    def prepare(updates: Any) -> dict[str, Any]:
+        return {"factor": 1 / READING[reads](updates)}
+
+    tx = fo.leafwise(lambda g, factor: g * factor, prepare)
+    both(fo.chain(tx, fo.adam(1e-2)))
+    assert [*together.KNOWN.asks_norm.values()].count(True) == 0
+    assert sum(isinstance(joint, together.Joint) for joint in made()) == 1
+
+
+def test_gradients_that_are_missing_are_not_in_the_norm() -> None:
+    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adam(1e-2))
+    step = CompiledStep(tx, True, "eager")
+    ps, mine = ([torch.full((n,), 1.0) for n in (3, 5, 2)] for _ in range(2))
+    state, ours = tx.init(ps), tx.init(mine)
+    for i in range(6):
+        gs: list[Any] = [torch.randn(n) + 1 for n in (3, 5, 2)]
+        gs[i % 3] = None if i % 2 else gs[i % 3]
+        updates, state = tx.update(gs, state, ps)
+        ps = fo.apply_updates(ps, updates)
+        mine, ours = step(mine, gs, ours)
+        torch.testing.assert_close(mine, ps, rtol=1e-5, atol=1e-7)

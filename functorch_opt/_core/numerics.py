@@ -90,6 +90,8 @@ def beside(value: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.full((), value, dtype=dtype, device=x.device)
 
 
+MANY = 256
+"""Numbers that one kernel takes."""
 TINY = torch.finfo(torch.float32).tiny
 """The number that is added to squares under a root, 1.2e-38.
 
@@ -150,6 +152,30 @@ def copied(x: Tensor) -> Tensor:
     return x.to(at_least_float32(x.dtype), copy=True)
 
 
+class Lengths:
+    """Stands in for a tree of which nothing is asked but its `norm`: the norms of its leaves."""
+
+    def __init__(self, of_leaves: list[Tensor]) -> None:
+        self.of_leaves = of_leaves
+
+    @property
+    def together(self) -> Tensor:
+        """As sums of two, and not of a vector: so it is part of one kernel for single numbers."""
+        if len(self.of_leaves) == 1:
+            return self.of_leaves[0]
+        squares = [x * x for x in self.of_leaves]
+        while len(squares) > 1:
+            left = squares[len(squares) // 2 * 2 :]
+            squares = [*map(torch.add, squares[::2], squares[1::2]), *left]
+        return squares[0].sqrt()
+
+
+def lengths(xs: list[Tensor]) -> list[Tensor]:
+    """The 2-norms of these tensors; of very many, the one norm of all."""
+    norms = _norms(xs)
+    return norms if len(norms) <= MANY else [_norm_of(norms)]
+
+
 def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) -> Tensor:
     """The 2-norm of all leaves together, ``sqrt(sum |x|^2)``, a 0-dim tensor.
 
@@ -174,6 +200,8 @@ def norm(tree: PyTree, ord: float | str | None = None, squared: bool = False) ->
         return norm(tree, ord) ** 2
     if ord not in (None, 2):
         return _other_norm(tree, ord)
+    if isinstance(tree, Lengths):
+        return tree.together
     here = leaves(tree)
     norms = _norms([part_of(x) for x in here])
     if not norms:

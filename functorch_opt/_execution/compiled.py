@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,12 @@ from functorch_opt._execution.flat import RuleAt, go_flat
 from functorch_opt._execution.memory import (
     apart_from_params,
     check_memory,
+    is_captured,
+    overwritten,
     with_memory_of_its_own,
 )
 from functorch_opt._execution.models import ModelsStep
+from functorch_opt._execution.routes import Route, picked, sorted_by_way
 from functorch_opt._execution.rows import place_of, rows_of
 from functorch_opt._execution.segments import (
     IN_PIECES,
@@ -52,7 +55,11 @@ MODELS = 8
 
 
 def compiled_step(
-    tx: GradientTransformation, *, donate: bool = True, models: bool = False
+    tx: GradientTransformation,
+    *,
+    donate: bool = True,
+    models: bool = False,
+    capturable: bool = False,
 ) -> CompiledStep | ModelsStep:
     """The step ``params, state = step(params, grads, state)`` of `tx`, compiled.
 
@@ -70,6 +77,9 @@ def compiled_step(
             extra arguments has a first dimension with an entry for each model, and the step does
             what ``vmap`` of one model's step does. The state is that of ``vmap(tx.init)(params)``.
             Hyperparameters of each model's own are in it with `inject_hyperparams`.
+        capturable: write counts, and what else stages share, over the old ones too. Then a step can
+            be captured as a CUDA graph, after an ordinary one, and replays go on with the same
+            params and state. False: a step that is being captured is an error.
 
     Returns:
         ``step(params, grads, state, **extra)``, which returns the new params and state. It must not
@@ -77,7 +87,9 @@ def compiled_step(
 
     Raises:
         ValueError: (by the step) two parameters share memory, so that an update in place would move
-            both; with `models`, first dimensions differ; what ``update`` raises.
+            both; with `models`, first dimensions differ; what ``update`` raises. `capturable`
+            beside ``donate=False`` or ``models=True``.
+        RuntimeError: (by the step) it is being captured as a CUDA graph, and not `capturable`.
         TypeError: with `models`, a hyperparameter is a tensor and not in the state, or tensors are
             sharded.
 
@@ -87,29 +99,28 @@ def compiled_step(
         >>> step, state = fo.compiled_step(tx), tx.init(params)
         >>> params, state = step(params, {"w": torch.ones(3)}, state)
     """
-    return ModelsStep(tx, donate) if models else CompiledStep(tx, donate)
-
-
-class Route(NamedTuple):
-    """Leaves that go through the same entries."""
-
-    waiting: list[int]
-    """Which of those that wait they go through."""
-    leaves: list[int] | None
-    """Which leaves of the whole tree they are; None: all."""
-    places: list[list[int] | None]
-    """For each entry, where it has these leaves; None: where the leaves are themselves."""
-    last: dict[int | None, tuple[Segment, Body]]
-    """What they went through last, by the row that updates were written into."""
+    if capturable and (models or not donate):
+        raise ValueError(
+            "a capturable step writes over its params and state: it takes neither donate=False "
+            "nor models=True."
+        )
+    if models:
+        return ModelsStep(tx, donate)
+    return CompiledStep(tx, donate, capturable=capturable)
 
 
 class CompiledStep:
     """What `compiled_step` makes. It keeps which code serves which leaf of which model."""
 
     def __init__(
-        self, tx: GradientTransformation, donate: bool, backend: Any = "inductor"
+        self,
+        tx: GradientTransformation,
+        donate: bool,
+        backend: Any = "inductor",
+        capturable: bool = False,
     ) -> None:
         self.tx, self.donate, self.backend = tx, donate, backend
+        self.capturable = capturable
         self.segments: dict[Any, list[Segment]] = {}
         self.views: OrderedDict[Any, View] = OrderedDict()
         self.last: View | None = None
@@ -120,7 +131,9 @@ class CompiledStep:
         self.lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"compiled_step({self.tx!r}{'' if self.donate else ', donate=False'})"
+        options = "" if self.donate else ", donate=False"
+        options += ", capturable=True" if self.capturable else ""
+        return f"compiled_step({self.tx!r}{options})"
 
     @torch.no_grad()
     def __call__(
@@ -132,6 +145,11 @@ class CompiledStep:
         if not self.donate:
             params = tree.map(torch.clone, params)
             state = tree.map(torch.clone, state)
+        if not self.capturable and is_captured(params):
+            raise RuntimeError(
+                "a step is being captured as a CUDA graph, which would repeat its counts for ever: "
+                "they are new tensors after every step. Use compiled_step(tx, capturable=True)."
+            )
         known = any(state is one for one in self.returned)
         new = self.run(params, grads, state, extra, known)
         if self.donate:
@@ -160,7 +178,7 @@ class CompiledStep:
             new = walk.look(self.tx, state, view)
             walk.go()
             self._apply(walk, add=True)
-        return new()
+        return overwritten(state, new()) if self.capturable else new()
 
     def run_flat(
         self,
@@ -238,13 +256,13 @@ class CompiledStep:
     ) -> tuple[Segment, Columns, Body]:
         """The code for a route, the leaves that it gets, and their scalars."""
         mine = [waiting[k] for k in route.waiting]
-        us = [*_pick(walk.us, route.leaves)]
-        ps = _pick(walk.ps, route.leaves)
+        us = [*picked(walk.us, route.leaves)]
+        ps = picked(walk.ps, route.leaves)
         slots: Columns = []
         rows: list[tuple[list[Any], bool]] = []
         for each, places in zip(mine, route.places, strict=True):
-            slots += [_pick(column, places) for column in each.slots.values()]
-            rows += [(_pick(row, places), own) for row, own in rows_of(each, walk)]
+            slots += [picked(column, places) for column in each.slots.values()]
+            rows += [(picked(row, places), own) for row, own in rows_of(each, walk)]
         into = None
         if not add:
             dtypes = self._dtypes(mine, [us, ps, *slots, *[row for row, _ in rows]])
@@ -301,7 +319,7 @@ class CompiledStep:
                 return segment, body
         if walk.writes_params:
             check_memory(walk)
-        where = _pick(walk.paths, route.leaves)
+        where = picked(walk.paths, route.leaves)
         try:
             segment = Segment(self.backend, body, columns, where, self.donate)
         except NeedsConstants:
@@ -318,7 +336,7 @@ class CompiledStep:
         key = (len(walk.ps), *map(id, views))
         found = self.routes.get(key)
         if found is None:
-            found = views, _sorted_by_way(len(walk.ps), views)
+            found = views, sorted_by_way(len(walk.ps), views)
             with self.lock:
                 self.routes[key] = found
                 while len(self.routes) > 8 * MODELS:
@@ -354,38 +372,11 @@ class CompiledStep:
             )
 
 
-# ---- sorting -------------------------------------------------------------------------------------
-
-
 def _forget(segments: Iterable[Segment], used: Segment) -> None:
     """Let the segments that are not `used` now keep no tensors."""
     for segment in segments:
         if segment is not used:
             segment.forget()
-
-
-def _pick(values: list[Any], indices: list[int] | None) -> list[Any]:
-    return values if indices is None else [values[i] for i in indices]
-
-
-def _sorted_by_way(n: int, views: list[View]) -> list[Route]:
-    """For each leaf which views it is in; leaves that are in the same go together."""
-    where = [{leaf: place for place, leaf in enumerate(view.indices)} for view in views]
-    ways: dict[tuple[int, ...], list[int]] = {}
-    for leaf in range(n):
-        way = tuple([k for k, places in enumerate(where) if leaf in places])
-        ways.setdefault(way, []).append(leaf)
-    routes = []
-    for way, leaves in ways.items():
-        places = [
-            _unless_all([where[k][leaf] for leaf in leaves], len(where[k])) for k in way
-        ]
-        routes.append(Route([*way], _unless_all(leaves, n), places, {}))
-    return routes
-
-
-def _unless_all(indices: list[int], n: int) -> list[int] | None:
-    return None if indices == [*range(n)] else indices
 
 
 # ---- in a graph ----------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def _inductor(
         places, sizes = [], []
         options["fx_graph_cache"] = False
     with (
-        nullcontext() if on_cpu else in_one_launch(),
+        nullcontext() if on_cpu else in_one_launch(graph.graph),
         config.patch(options),
         _as_if_traced(inputs[0].fake_mode),
         warnings.catch_warnings(),

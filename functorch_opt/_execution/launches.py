@@ -28,6 +28,13 @@ _COMBINE = {
 }
 """What makes of a block of tensors one launch."""
 
+_AGAIN = {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_000}
+"""What makes Inductor work out a value again behind a sum, in place of writing it to memory."""
+SMALL_ENOUGH = 5_000
+"""Operations for an element up to which it is worked out again."""
+_SUMS = {"sum", "mean", "amax", "amin", "linalg_vector_norm", "any", "all", "prod", "var"}
+_MATRICES = {"mm", "bmm", "addmm", "baddbmm"}
+
 _NAMES = {
     "assert_size_stride",
     "assert_size_stride_grouped",
@@ -195,11 +202,16 @@ def in_lanes(examples: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def in_one_launch() -> Iterator[None]:
-    """Let Inductor make one launch of what is independent of each other."""
+def in_one_launch(graph: Any) -> Iterator[None]:
+    """Let Inductor make one launch of what is independent of each other in `graph`.
+
+    And let it keep nothing of a tensor's size between a sum and what needs it. A value before the
+    sum is worked out again after it. That reads the slots once more, and writes nothing.
+    """
     from torch._inductor import config, scheduler
 
-    options = {name: x for name, x in _COMBINE.items() if hasattr(config, name)}
+    wanted = _COMBINE | (_AGAIN if _is_worked_out_again(graph) else {})
+    options = {name: x for name, x in wanted.items() if hasattr(config, name)}
     nodes: Any = scheduler.ForeachKernelSchedulerNode
     grouped = nodes.group_algorithm_for_combo_kernels
     if "combo_kernel_max_num_nodes" not in options:  # before torch 2.13 it is fixed, at 8
@@ -209,6 +221,24 @@ def in_one_launch() -> Iterator[None]:
             yield
     finally:
         nodes.group_algorithm_for_combo_kernels = staticmethod(grouped)
+
+
+def _is_worked_out_again(graph: Any) -> bool:
+    """Whether there are sums, and what they need of an element is little enough.
+
+    Inductor goes through an expression as often as it is read. So what is read twice, and read
+    twice again by what reads it, would take it for ever.
+    """
+    times: dict[Any, int] = {}
+    has_sums = False
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+        if name in _MATRICES:
+            return False
+        has_sums |= name in _SUMS
+        before = sum([times[x] for x in node.all_input_nodes])
+        times[node] = 1 if name in _SUMS else 1 + before
+    return has_sums and max(times.values()) <= SMALL_ENOUGH
 
 
 def _all_of_a_level(scheduler: Any) -> list[list[Any]]:

@@ -11,7 +11,7 @@ from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._execution.table import addresses
 from functorch_opt._execution.walk import Walk
-from functorch_opt._execution.writes import memory_of
+from functorch_opt._execution.writes import apart_from, memory_of
 from functorch_opt.tree import PyTree
 
 
@@ -54,3 +54,21 @@ def check_memory(walk: Walk) -> None:
                     f"the parameters at {walk.paths[first]!r} and {walk.paths[i]!r} share memory, "
                     "so an update in place would move both. Give it once."
                 )
+
+
+def overwritten(old: PyTree, new: PyTree) -> PyTree:
+    """`old`, with the values of `new` written over it, which are all read before."""
+    pairs = zip(tree.flatten(old)[0], tree.flatten(new)[0], strict=True)
+    changed = [(x, y) for x, y in pairs if x is not y]
+    written = {memory_of(x) for x, _ in changed} - {0}
+    values = [apart_from(written, y) for _, y in changed]
+    if changed:
+        torch._foreach_copy_([x for x, _ in changed], values)
+    return old
+
+
+def is_captured(params: PyTree) -> bool:
+    """Whether what is done with these params now is being captured as a CUDA graph."""
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return False
+    return any(x.device.type == "cuda" for x in tree.leaves(params))

@@ -4,19 +4,23 @@ Counts, schedules and bias corrections are a dozen operations on single numbers.
 be a launch, and the launches would take longer than the pass over all tensors. So what stages work
 out without looking at a tensor is traced, all stages in one, and compiled: one launch. It is kept
 for as long as the stages compute the same, which is asked at every step.
+
+A stage may also ask for the norm of all updates, as a clip does. The norms of single tensors are
+one operation for all of them (`lengths`), and what is made of them is in the one launch.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from functorch_opt._core.numerics import Lengths, lengths
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.sharding import PLAIN
 from functorch_opt._execution.body import written
@@ -38,6 +42,8 @@ class Known(OrderedDict[Any, "Joint | None"]):
     def __init__(self) -> None:
         super().__init__()
         self.made: Counter[Any] = Counter()
+        self.asks_norm: OrderedDict[Any, bool] = OrderedDict()
+        """Of stages that read ``updates``, whether they ask for nothing but the norm."""
 
 
 KNOWN = Known()
@@ -80,9 +86,12 @@ class Share:
         shared: dict[str, Tensor],
         extra: Mapping[str, Any],
         n: int,
+        asked: int,
     ) -> None:
         self.tx, self.n = tx, n
         self.old = shared
+        self.asked = asked
+        """Of how many tensors it asks the norms; they are the last of its inputs."""
         varying = tx.once.varying
         self.varying = {name: x for name, x in varying.items() if not callable(x)}
         self.extra = {name: extra[name] for name in tx.extra_args if name in extra}
@@ -100,6 +109,8 @@ class Share:
         if not all(map(_is_number, self.inputs)):
             return False
         devices = {x.device for x in self.inputs}
+        if not devices:
+            return self.asked > 0
         return len(devices) == 1 and devices.pop().type in DEVICES
 
     @property
@@ -115,7 +126,7 @@ class Share:
         names = [*itertools.chain(*given), *self.tx.reads]
         lengths = tuple([len(part) for part in given])
         numbers = written(self.tx.once.numbers)
-        return functions, numbers, kinds, lengths, tuple(names)
+        return functions, numbers, kinds, lengths, tuple(names), self.asked
 
     def worked_out(self, inputs: list[Tensor]) -> Worked:
         """What comes of these inputs."""
@@ -123,11 +134,21 @@ class Share:
         old = {name: next(left) for name in self.old}
         instead = {name: next(left) for name in self.varying}
         extra = {name: next(left) for name in self.extra}
+        updates = Lengths([*left]) if self.asked else None
         leaves: list[Any] = [None] * self.n
-        given: Any = (None, old, None, extra, leaves, leaves, {}, instead)
+        given: Any = (updates, old, None, extra, leaves, leaves, {}, instead)
         now, shared = self.tx.scalars(*given)
         read = {name: now[name] for name in self.tx.reads if name in now}
         return Worked(read, shared)
+
+
+class Updates(NamedTuple):
+    """The updates that a stage sees: as leaves, and as a tree, which a function makes."""
+
+    leaves: list[Any]
+    tree: Callable[[], Any]
+    are_settled: bool
+    """Whether they are those that came in, on one rank."""
 
 
 class Together:
@@ -136,25 +157,41 @@ class Together:
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self.shares: list[Share] = []
+        self.known_norms: dict[Any, list[Tensor]] = {}
 
     def takes(
         self,
         tx: Leafwise,
         shared: dict[str, Tensor],
         extra: Mapping[str, Any],
-        n: int,
+        updates: Updates,
     ) -> Share | None:
-        """The share of a stage; None if it has to be worked out by itself."""
-        looks = tx.looks_around or "params" in tx.once.reads or tx.due is not None
+        """The share of a stage; None if it has to be worked out by itself.
+
+        A stage that looks at all `updates` gets a share if they are those that came in.
+        """
+        looks = tx.has_totals or "params" in tx.once.reads or tx.due is not None
         if self.backend is None or looks or tx.is_constant:
             return None
-        if not any(x.device.type in DEVICES for x in shared.values()):
+        gs = [x for x in updates.leaves if x is not None] if tx.looks_around else []
+        if tx.looks_around and not (updates.are_settled and gs):
             return None
-        share = Share(tx, shared, extra, n)
-        if not share.is_alone:
+        if not any(x.device.type in DEVICES for x in (*gs[:1], *shared.values())):
             return None
+        share = Share(tx, shared, extra, len(updates.leaves), len(gs))
+        if not share.is_alone or (gs and not _asks_norm(share, updates)):
+            return None
+        if gs:
+            share.inputs += self._norms(gs)
         self.shares.append(share)
         return share
+
+    def _norms(self, gs: list[Tensor]) -> list[Tensor]:
+        """The norms of these tensors. Two stages that ask for those of the same get the same."""
+        key = tuple(map(id, gs))
+        if key not in self.known_norms:
+            self.known_norms[key] = lengths(gs)
+        return self.known_norms[key]
 
     def work_out(self) -> None:
         """Fill the shares."""
@@ -259,6 +296,43 @@ def _made(
     except Exception as error:
         warn_uncompiled(WHAT, error)
         return None
+
+
+def _asks_norm(share: Share, updates: Updates) -> bool:
+    """Whether nothing is asked of the updates but their norm.
+
+    What the stage makes of the tree is compared once with what it makes of the norms alone.
+    """
+    key = share.key
+    if key is None:
+        return False
+    if key not in KNOWN.asks_norm:
+        KNOWN.asks_norm[key] = _is_the_same_of_norms(share, updates)
+        while len(KNOWN.asks_norm) > KEPT:
+            KNOWN.asks_norm.popitem(last=False)
+    return KNOWN.asks_norm[key]
+
+
+def _is_the_same_of_norms(share: Share, updates: Updates) -> bool:
+    gs, tx = updates.leaves, share.tx
+    norms = lengths([x for x in gs if x is not None])
+    with Reads() as reads:
+        real = tx.scalars(updates.tree(), share.old, None, share.extra, gs, gs, {})
+        try:
+            of_norms = share.worked_out([*share.inputs, *norms])
+        except Exception:  # it needs more of the updates, whatever that is
+            return False
+    pairs = [(real[0].get(name), x) for name, x in of_norms.now.items()]
+    pairs += [(real[1].get(name), x) for name, x in of_norms.shared.items()]
+    return not reads.seen and all(same(x, y) for x, y in pairs)
+
+
+def same(x: Any, y: Any) -> bool:
+    """Whether two values are equal up to rounding."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return bool(x == y)
+    alike = x.dtype is y.dtype and x.shape == y.shape
+    return alike and torch.allclose(x, y, rtol=1e-5, atol=0, equal_nan=True)
 
 
 def _all(shares: list[Share], inputs: list[Tensor]) -> Results:

@@ -34,7 +34,7 @@ from functorch_opt._execution.fusing import (
     looks_first,
     made_once,
 )
-from functorch_opt._execution.together import Together
+from functorch_opt._execution.together import Together, Updates
 from functorch_opt._execution.views import View, check_shapes
 from functorch_opt._execution.waiting import Door, NewState, Waiting, after_gate, both
 from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
@@ -161,7 +161,9 @@ class Walk:
     ) -> dict[str, Tensor]:
         """List a rule with these shared values and slots; the next shared values, once it is done."""
         first, self.settled = self.settled, False
-        share = self.together.takes(tx, old, self.extra, len(view.indices))
+        settled = first and self._is_certain() and not self.sharded
+        us = Updates(view.leaves(self.us), lambda: view.tree(self.us), settled)
+        share = self.together.takes(tx, old, self.extra, us)
         now: dict[str, Any] = share.now if share else {}
         shared: dict[str, Tensor] = share.shared if share else {}
         known = [share is not None]

@@ -42,7 +42,8 @@ class RMSprop(TorchNamed):
         momentum: 0 or greater.
         centered: subtract the squared mean gradient.
         maximize: ascend.
-        capturable, foreach: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
@@ -180,7 +181,8 @@ class Adadelta(TorchNamed):
         eps: greater than 0. torch takes 0 as well, with which nothing ever moves.
         weight_decay: L2, 0 or greater.
         maximize: ascend.
-        foreach, capturable: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.

@@ -28,8 +28,8 @@ class Adam(TorchNamed):
         maximize: ascend.
         decoupled_weight_decay: multiply the decay by the learning rate and keep it out of the
             moments.
-        foreach, capturable, fused: accepted, without effect: they choose among torch's
-            implementations.
+        foreach, fused: accepted, without effect: they choose among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
@@ -91,8 +91,8 @@ class AdamW(Adam):
         params: parameters, named parameters or groups.
         lr, betas, eps, amsgrad, maximize: as in `Adam`.
         weight_decay: multiplied by the learning rate; 0 or greater.
-        foreach, capturable, fused: accepted, without effect: they choose among torch's
-            implementations.
+        foreach, fused: accepted, without effect: they choose among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
@@ -139,7 +139,8 @@ class Adamax(TorchNamed):
         eps: 0 or greater.
         weight_decay: L2, 0 or greater.
         maximize: ascend.
-        foreach, capturable: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.

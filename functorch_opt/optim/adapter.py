@@ -82,12 +82,16 @@ class Optimizer(torch.optim.Optimizer):
         state: how slots are stored, such as ``"8bit"``; see `functorch_opt.stored`. Given here, it
             is also an option of the groups, and there ``"float32"`` means as usual. A checkpoint
             whose slots are stored otherwise is converted when it is loaded.
+        capturable: keep counts and rates on the device, so that a step can be captured as a CUDA
+            graph, after two ordinary ones. A learning rate that changes between replays must be a
+            tensor on the device. False: a step that is being captured is an error.
         **hyper: arguments of the function; ``lr`` is another name of ``learning_rate``. Beside a
             ready transformation only ``lr``.
 
     Raises:
         TypeError: `tx` is neither; an argument that the function does not take.
         ValueError: a hyperparameter outside its range; names that are not unique.
+        RuntimeError: (by `step`) it is being captured as a CUDA graph, and not `capturable`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -122,12 +126,13 @@ class Optimizer(torch.optim.Optimizer):
         *,
         compile: bool = False,
         state: str | None = None,
+        capturable: bool = False,
         **hyper: Any,
     ) -> None:
         given = arguments(tx, hyper)
         self._setup(
             params,
-            given.defaults,
+            {**given.defaults, **({"capturable": True} if capturable else {})},
             ("lr", *given.numbers),
             compile,
             (tx, given.fixed, given.rate, given.has_momentum),

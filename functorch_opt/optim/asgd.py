@@ -29,7 +29,8 @@ class ASGD(TorchNamed):
         t0: the step after which averaging starts; until then ``ax`` is the parameter.
         weight_decay: L2, 0 or greater.
         maximize: ascend.
-        foreach, capturable: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.transformation import GradientTransformation
-from functorch_opt.optim.numbers import Groups, Numbers
+from functorch_opt.optim.counts import is_capturing
+from functorch_opt.optim.numbers import Groups, Numbers, is_capturable
 from functorch_opt.tree import PyTree
 
 
@@ -24,6 +25,8 @@ def with_numbers(
     """The numbers, and the transformation that `make` makes of them; `few` has a few elements in the
     place of each parameter.
 
+    If a step has to be capturable, all of them lie on the device.
+
     Numbers and counts lie on the host. There an operation on one number costs next to nothing, and
     torch hands it to kernels by value. But not every operation takes a number from there beside
     tensors of a device; where that fails, or where a number is on the device already, all are.
@@ -31,7 +34,8 @@ def with_numbers(
     device = tree.leaves(few)[0].device
     values = [group[name] for group in groups for name in names]
     there = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values)
-    hosts = [] if there or device.type == "mps" else [torch.device("cpu")]
+    on_device = there or is_capturable(groups) or device.type == "mps"
+    hosts = [] if on_device else [torch.device("cpu")]
     for of_numbers in (*hosts, device):
         numbers = Numbers(names, groups, order, of_numbers)
         tx = make(numbers.buffers)
@@ -59,15 +63,14 @@ def _count_on_host(x: Tensor) -> Tensor:
     return x if x.dim() or x.is_floating_point() else x.to("cpu")
 
 
-def refuse_capture(numbers: Numbers, p: Tensor) -> None:
+def refuse_capture(capturable: bool, p: Tensor) -> None:
     """Raise RuntimeError where a step is being captured as a CUDA graph, with numbers on the host.
 
     The graph would repeat the rates and counts of this step for ever.
     """
-    on_host = numbers.device.type == "cpu" and p.device.type == "cuda"
-    if on_host and torch.cuda.is_current_stream_capturing():
+    if not capturable and is_capturing(p.device):
         raise RuntimeError(
-            "a step of this optimizer cannot be captured as a CUDA graph, for its counts and rates "
-            "lie on the host. Give the learning rate as a tensor on the device and capture "
-            "compiled_step, whose counts lie there, or capture the rest of the training step."
+            "a step of this optimizer cannot be captured as a CUDA graph, for its counts lie on the "
+            "host. Make the optimizer with capturable=True; and give a learning rate that is to "
+            "change between replays as a tensor on the device."
         )

@@ -28,7 +28,8 @@ class NAdam(TorchNamed):
         decoupled_weight_decay: multiply the weight decay by the learning rate and keep it out of
             the moments, as in `AdamW`.
         maximize: ascend.
-        foreach, capturable: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.

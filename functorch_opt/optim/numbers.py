@@ -27,7 +27,7 @@ class Numbers:
         self, names: list[str], groups: Groups, order: list[int], device: torch.device
     ) -> None:
         """`order` are the numbers of the parameters in the order of the leaves."""
-        self.device = device
+        self.device, self.capturable = device, is_capturable(groups)
 
         def buffer(value: Any, shape: tuple[int, ...]) -> Any:
             """Where a hyperparameter is written at every step, for the transformation to read."""
@@ -72,7 +72,9 @@ class Numbers:
         return tree.leaves(init())
 
     def fit(self, groups: Groups) -> bool:
-        """Whether groups that were alike still are."""
+        """Whether groups that were alike still are, and numbers lie where they should."""
+        if self.capturable != is_capturable(groups):
+            return False
         return all(_are_alike(name, groups) for name in self.alike)
 
     def write(self, groups: Groups) -> None:
@@ -112,6 +114,11 @@ class Numbers:
             else:
                 numbers[name] = _read(target, values, groups, self.order)
         return numbers
+
+
+def is_capturable(groups: Groups) -> bool:
+    """Whether a step of these groups is to be captured as a CUDA graph."""
+    return any(group.get("capturable") for group in groups)
 
 
 def is_zero(value: Any) -> bool:

@@ -111,7 +111,7 @@ class Plan:
         own, clocks = (
             [*dict.fromkeys(key for _, key in of)] for of in (self.counted, self.clocked)
         )
-        self.counts = Counts(own, clocks, self.numbers.device)
+        self.counts = Counts(own, clocks, self.numbers.device, self.numbers.capturable)
 
     def _settle(self, params: list[Tensor], state: State) -> None:
         """Find the parameter that has what all share: the one that has it, or the first that is
@@ -189,7 +189,7 @@ class Plan:
             tx = self.tx
             self.numbers.write(groups)
         params = [p for group in groups for p in group["params"]]
-        refuse_capture(self.numbers, params[0])
+        refuse_capture(self.counts.capturable, params[0])
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
         for i in moved:
@@ -274,6 +274,7 @@ class Plan:
     ) -> tuple[list[dict[str, Any]], bool]:
         """The state of each parameter, and whether some of it begins with this step."""
         entries = entries_of(state, params)
+        self.counts.move(entries)
         if not self._lacks(entries, set(moved)):
             return entries, False
         entries = [dict(entry) for entry in entries]

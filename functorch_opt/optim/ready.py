@@ -24,6 +24,7 @@ import torch
 from functorch_opt import optimizers
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
+from functorch_opt.optim.options import FLAGS
 
 Factory = Callable[..., GradientTransformation]
 KEYWORD, POSITIONAL = (
@@ -94,12 +95,14 @@ class Ready(Optimizer):
         params = options.pop("params")
         compile = options.pop("compile", False)
         state = options.pop("state", None)
-        super().__init__(params, self._factory, compile=compile, state=state, **options)
+        capturable = options.pop("capturable", False)
+        how = {"compile": compile, "state": state, "capturable": capturable}
+        super().__init__(params, self._factory, **how, **options)
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Also what a group cannot have for itself: it would be passed over in silence."""
         known = inspect.signature(type(self)).parameters.keys()
-        of_all = known - {"params", *self._own}
+        of_all = known - {"params", *self._own, *FLAGS}
         stray = sorted(of_all & group.keys())
         if stray and not loaded:
             raise ValueError(
@@ -137,6 +140,7 @@ def with_params(signature: inspect.Signature) -> inspect.Signature:
         *rest,
         inspect.Parameter("compile", KEYWORD, annotation="bool", default=False),
         inspect.Parameter("state", KEYWORD, annotation="str | None", default=None),
+        inspect.Parameter("capturable", KEYWORD, annotation="bool", default=False),
     ]
     return inspect.Signature(given)
 
@@ -158,6 +162,7 @@ def documented(factory: Factory, name: str) -> str:
         {others(factory)}: as in `functorch_opt.{factory.__name__}`.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
 
     Raises:
         TypeError: an argument that it does not take.

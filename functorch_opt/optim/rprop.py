@@ -29,7 +29,8 @@ class Rprop(TorchNamed):
         etas: what shrinks a step size, in (0, 1), and what lets it grow, greater than 1.
         step_sizes: the smallest and the largest.
         maximize: ascend.
-        capturable, foreach: accepted, without effect: they choose among torch's implementations.
+        foreach: accepted, without effect: it chooses among torch's implementations.
+        capturable: let a step be captured as a CUDA graph; see `Optimizer`.
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.

@@ -117,7 +117,8 @@ class Step:
         _foreach(torch._foreach_copy_, Tensor.copy_, copies)
         found = dict(changed)
         mine = [self.entries[i] for i in self.moved]
-        everybody = mine if len(mine) == len(self.params) else None
+        of_all = counts.capturable or len(mine) == len(self.params)
+        everybody = mine if of_all else None
         number = {key: k for k, key in plan.counted}
         for key in counts.counts:
             by = self._advance(number.get(key), found)

@@ -11,8 +11,8 @@ of the functional layer. A class is written as one declaration and one function:
     _chain       the chain of these options; it hands a number on as it is, because it may be a
                  tensor that is written to before every step
 
-What chooses among torch's implementations (``foreach``, ``fused``, ``capturable``) is accepted and
-has no effect. ``differentiable`` belongs to the functional layer.
+What chooses among torch's implementations (``foreach``, ``fused``) is accepted and has no effect.
+``capturable`` means what it does in torch. ``differentiable`` belongs to the functional layer.
 """
 
 from __future__ import annotations

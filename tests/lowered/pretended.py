@@ -138,12 +138,13 @@ class Counter(TorchDispatchMode):
         self, f: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         made = f(*args, **(kwargs or {}))
-        of = [x for x in (*args, made) if isinstance(x, Tensor)]
+        many = made if isinstance(made, (list, tuple)) else [made]
+        of = [x for x in (*args, *many) if isinstance(x, Tensor)]
         on_card = [x for x in of if x.device.type == "cuda"]
         crosses = bool(on_card) and len(on_card) < len(of) and "copy" in str(f)
         if crosses or (f is torch.ops.aten._local_scalar_dense.default and on_card):
             self.waits.append(str(f))
-        here = isinstance(made, Tensor) and made.device.type == "cuda"
+        here = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in many)
         if here and not f.is_view and "empty" not in str(f):
             self.operations.append(str(f))
         return made
@@ -156,11 +157,14 @@ class _Here(contextlib.nullcontext):  # type: ignore[type-arg]
         super().__init__()
 
 
-def pretend() -> None:
-    """Let torch and this package see a card."""
+def pretend(large: bool = False) -> None:
+    """Let torch and this package see a card.
+
+    If `large`, code is made for tensors of many elements, and is not run.
+    """
     _torch()
     _triton()
-    _package()
+    _package(large)
 
 
 def _torch() -> None:
@@ -257,8 +261,8 @@ def _triton() -> None:
     compiler.wait = lambda self, scope: None
 
 
-def _package() -> None:
-    """Let fake tensors pass for real ones, and trials run on the CPU."""
+def _package(large: bool) -> None:
+    """Let fake tensors pass for real ones, and trials run on the CPU, or not at all."""
     from functorch_opt._core import numerics, once, sharding
     from functorch_opt._core.numerics import at_least_float32
     from functorch_opt._execution import (
@@ -276,10 +280,12 @@ def _package() -> None:
     for of in (sharding, numerics, together):
         of.PLAIN = plain
     sharding._NOT_SHARDED.add(FakeTensor)
-    segments.EXAMPLE = 4 * launches.LANES
+    if not large:
+        segments.EXAMPLE = 4 * launches.LANES
     FakeTensor.data_ptr = lambda self: 16 * id(self)  # type: ignore[method-assign]
     copy: Any = torch.ops.aten.copy_.default  # torch's own asks for the driver
     torch.Tensor.copy_ = lambda x, y, non_blocking=False: copy(x, y, non_blocking)  # type: ignore[method-assign]
+    together.same = lambda x, y: True  # fake tensors have no numbers
     compiled.check_memory = lambda walk: None  # type: ignore[assignment]
     compiled.with_memory_of_its_own = lambda state, ps: state  # type: ignore[assignment]
     compiled.apart_from_params = lambda us, ps: us  # type: ignore[assignment]
@@ -293,6 +299,8 @@ def _package() -> None:
             return real_trace(*args)
 
     def trial(*args: Any) -> None:
+        if large:
+            return
         with unset_fake_temporarily():
             real_trial(*args)
 

@@ -1,7 +1,9 @@
 """Generates the code of rows of the registry for a card that is pretended, and prints what it is.
 
 ``python tests/lowered/rows.py NAME ...`` prints a line of JSON for each row. The numbers of every
-kernel are compared with the rules run eagerly, as for any code that is made.
+kernel are compared with the rules run eagerly, as for any code that is made. With ``--large`` first
+the code is made for tensors of the size that real code is made for. A sum over so many elements is
+made in two launches. Such kernels are counted, and not run: the interpreter would take minutes.
 """
 
 from __future__ import annotations
@@ -50,14 +52,16 @@ def look(tx: fo.GradientTransformation) -> dict[str, Any]:
             step(params, grads, state)
     return {
         "launches": len(pretended.LAUNCHED),
-        "temporaries": sum(1 for shape in pretended.MADE if shape not in ((), (1,))),
+        "kernels": [*dict.fromkeys(pretended.LAUNCHED)],
+        "temporaries": [shape for shape in pretended.MADE if shape not in ((), (1,))],
         "operations": seen.operations,
         "waits": seen.waits,
     }
 
 
 def main(names: list[str]) -> None:
-    pretended.pretend()
+    large = "--large" in names
+    pretended.pretend(large)
     segments.LAUNCH = 2
     for row in ROWS:
         if row.name not in names:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -64,10 +65,51 @@ pytestmark = [
 ]
 
 
+PARTS = 32
+"""Into how many parts a sum over a tensor is divided at most."""
+LARGE = ["lamb", "lars", "cautious", "fromage", "stable_adamw", "scale_by_trust_ratio"]
+"""Rows with sums over each tensor, one behind the other at most once."""
+MANY_OPERATIONS = {
+    "MultiSteps",
+    "apply_if_finite",
+    "conditionally_mask",
+    "conditionally_transform",
+    "dadapt_adamw",
+    "dog",
+    "dowg",
+    "gate",
+    "largest",
+    "monitor",
+    "outer_loop",
+    "prodigy",
+    "scale_by_dog",
+    "scale_by_dowg",
+    "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_prodigy",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+    "snapshot",
+    "zclip",
+}
+"""Rows that still work out more than three things a step, each in a launch of its own: decisions of
+gates, wrappers, measures, and totals over all tensors, which are some operations for each tensor."""
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
+    return looked_at(*NAMES)
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[str, Any]:
+    """What is made for tensors of the size that a GPU is worth; the numbers are not compared."""
+    return looked_at("--large", *LARGE)
+
+
+def looked_at(*arguments: str) -> dict[str, Any]:
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "rows.py"), *NAMES]
+    command = [sys.executable, str(HERE / "rows.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -98,6 +140,28 @@ def test_an_elementwise_chain_is_a_launch_a_block(found: Any, name: str) -> None
     assert not entry["temporaries"]
 
 
-def test_norms_of_all_tensors_are_one_operation(found: Any) -> None:
-    operations = found["clip_by_global_norm"]["operations"]
-    assert len(operations) <= 5, operations
+@pytest.mark.parametrize("name", LARGE)
+def test_a_chain_with_sums_is_three_launches_a_block(large: Any, name: str) -> None:
+    """Sums in parts, sums of these, and what is written: nothing of a tensor's size is kept."""
+    entry = large[name]
+    assert "error" not in entry, entry
+    assert not entry["warnings"], entry["warnings"]
+    assert entry["launches"] <= 3 * 4 + 1
+    assert entry["temporaries"], "sums over so many elements are made in parts"
+    assert max(math.prod(shape) for shape in entry["temporaries"]) <= PARTS
+
+
+@pytest.mark.parametrize(
+    "name", ["chain", "clip_by_global_norm", "normalize", "partition"]
+)
+def test_a_norm_of_all_tensors_is_one_operation_and_one_launch(
+    found: Any, name: str
+) -> None:
+    """The launch works out counts, schedules and bias corrections too."""
+    assert found[name]["operations"] == ["aten._foreach_norm.Scalar"]
+    assert found[name]["launches"] == 5
+
+
+def test_what_takes_many_operations_once_a_step_is_listed(found: Any) -> None:
+    many = {name for name in NAMES if len(found[name].get("operations", ())) > 3}
+    assert many == MANY_OPERATIONS
