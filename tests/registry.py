@@ -92,7 +92,7 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
                 at,
                 params,
             )
-            return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
+            return 3 + sum(fo.tree.whole(x).sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
         extra["obj_fn"] = value_fn
@@ -1066,6 +1066,13 @@ ROWS = [
         reads_shape=True,
         slots_rest=False,
         shards=False,
+        written=False,
+        apart=True,
+    ),
+    Row(
+        "with_owners",
+        lambda learning_rate: fo.with_owners(fo.adam(learning_rate)),
+        LR,
         written=False,
         apart=True,
     ),

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._core.owned import everybodys_copy, joined, kept_as, owner_of
+from functorch_opt._core.owned import (
+    everybodys_copy,
+    everybodys_rows,
+    home,
+    is_here,
+    joined,
+    kept_as,
+    owner_of,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,12 +45,22 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def is_owned(x: Any) -> bool:
+    """Whether one rank has `x`, a DTensor, and no other."""
+    return is_sharded(x) and owner_of(x) is not None
+
+
 _NOT_SHARDED = {*PLAIN, type(None)}
 
 
 def any_sharded(xs: Sequence[Any]) -> bool:
     """Whether any of `xs` is a DTensor."""
     return not {*map(type, xs)} <= _NOT_SHARDED and any(map(is_sharded, xs))
+
+
+def any_cut(xs: Sequence[Any]) -> bool:
+    """Whether any of `xs` is a DTensor of which no rank need have the whole."""
+    return any_sharded(xs) and any(is_sharded(x) and not is_owned(x) for x in xs)
 
 
 def whole(x: Any) -> Any:
@@ -81,10 +99,15 @@ def part_of(x: Any, like: Any = None) -> Any:
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
-    if is_sharded(x) and owner_of(x) is not None and owner_of(like) is None:
+    if is_owned(x) and not is_owned(like):
         x = everybodys_copy(x)
     x = x if is_sharded(x) else cut(x, like)
-    return _laid_out(x, _settled(like)).to_local()
+    part = _laid_out(x, _settled(like)).to_local()
+    if owner_of(like) is not None and not is_here(like):
+        return part.flatten()[
+            :0
+        ]  # torch leaves the rest of the ranks one number of a shape ()
+    return part
 
 
 def join(part: Tensor, like: Any) -> Tensor:
@@ -218,7 +241,7 @@ def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
     for i, x in enumerate(tensors):
         if is_sharded(x):
             split = tuple([not placement.is_replicate() for placement in _settled(x)])
-            layouts.setdefault((x.device_mesh, split), (x, []))[1].append(i)
+            layouts.setdefault((home(x.device_mesh), split), (x, []))[1].append(i)
     return list(layouts.values())
 
 
@@ -230,6 +253,8 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
+    if owner_of(like) is not None:
+        return everybodys_rows(stack(mine), like)
     placements = [
         Replicate() if placement.is_replicate() else Shard(dim)
         for dim, placement in enumerate(_settled(like))

@@ -46,6 +46,7 @@ class RMSprop(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -81,6 +82,7 @@ class RMSprop(TorchNamed):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 
@@ -111,6 +113,7 @@ class Adagrad(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -139,6 +142,7 @@ class Adagrad(TorchNamed):
         fused: bool | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
         self.init_state()
@@ -184,6 +188,7 @@ class Adadelta(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -220,6 +225,7 @@ class Adadelta(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

@@ -93,8 +93,10 @@ class Ready(Optimizer):
         options = bound.arguments
         params = options.pop("params")
         compile = options.pop("compile", False)
-        state = options.pop("state", None)
-        super().__init__(params, self._factory, compile=compile, state=state, **options)
+        given = {
+            name: options.pop(name) for name in ("state", "owners") if name in options
+        }
+        super().__init__(params, self._factory, compile=compile, **given, **options)
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Also what a group cannot have for itself: it would be passed over in silence."""
@@ -137,6 +139,7 @@ def with_params(signature: inspect.Signature) -> inspect.Signature:
         *rest,
         inspect.Parameter("compile", KEYWORD, annotation="bool", default=False),
         inspect.Parameter("state", KEYWORD, annotation="str | None", default=None),
+        inspect.Parameter("owners", KEYWORD, annotation="bool", default=False),
     ]
     return inspect.Signature(given)
 
@@ -158,6 +161,7 @@ def documented(factory: Factory, name: str) -> str:
         {others(factory)}: as in `functorch_opt.{factory.__name__}`.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         TypeError: an argument that it does not take.

@@ -102,6 +102,7 @@ class ADOPT(Ready):
         clip_value_fn: Callable[[Tensor], Tensor] = ...,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class APOLLO(Ready):
@@ -129,6 +130,7 @@ class APOLLO(Ready):
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class CAME(Ready):
@@ -155,6 +157,7 @@ class CAME(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class COCOB(Ready):
@@ -176,6 +179,7 @@ class COCOB(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class FOCUS(Ready):
@@ -198,6 +202,7 @@ class FOCUS(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class KLSOAP(Ready):
@@ -226,6 +231,7 @@ class KLSOAP(Ready):
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class LAMB(Ready):
@@ -249,6 +255,7 @@ class LAMB(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class LARS(Ready):
@@ -273,6 +280,7 @@ class LARS(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MADGRAD(Ready):
@@ -293,6 +301,7 @@ class MADGRAD(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SGLD(Ready):
@@ -312,6 +321,7 @@ class SGLD(Ready):
         key: Tensor | int,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SM3(Ready):
@@ -330,6 +340,7 @@ class SM3(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SOAP(Ready):
@@ -358,6 +369,7 @@ class SOAP(Ready):
         bias_correction: bool = True,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class ACProp(Ready):
@@ -381,6 +393,7 @@ class ACProp(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AMSGrad(Ready):
@@ -405,6 +418,7 @@ class AMSGrad(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdEMAMix(Ready):
@@ -431,6 +445,7 @@ class AdEMAMix(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdaBelief(Ready):
@@ -455,6 +470,7 @@ class AdaBelief(Ready):
         nesterov: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdaMuon(Ready):
@@ -482,6 +498,7 @@ class AdaMuon(Ready):
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamC(Ready):
@@ -507,6 +524,7 @@ class AdamC(Ready):
         max_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamMini(Ready):
@@ -532,6 +550,7 @@ class AdamMini(Ready):
         blocks: LabelsOrFn | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamaxW(Ready):
@@ -554,6 +573,7 @@ class AdamaxW(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Adan(Ready):
@@ -578,6 +598,7 @@ class Adan(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class DAdaptAdamW(Ready):
@@ -599,6 +620,7 @@ class DAdaptAdamW(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Dion(Ready):
@@ -625,6 +647,7 @@ class Dion(Ready):
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class DoG(Ready):
@@ -646,6 +669,7 @@ class DoG(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class DoWG(Ready):
@@ -667,6 +691,7 @@ class DoWG(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Fira(Ready):
@@ -692,6 +717,7 @@ class Fira(Ready):
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Fromage(Ready):
@@ -710,6 +736,7 @@ class Fromage(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class GaLore(Ready):
@@ -735,6 +762,7 @@ class GaLore(Ready):
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Grams(Ready):
@@ -759,6 +787,7 @@ class Grams(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class KLShampoo(Ready):
@@ -787,6 +816,7 @@ class KLShampoo(Ready):
         adam_learning_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class LaProp(Ready):
@@ -811,6 +841,7 @@ class LaProp(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Lion(Ready):
@@ -833,6 +864,7 @@ class Lion(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MARSAdamW(Ready):
@@ -858,6 +890,7 @@ class MARSAdamW(Ready):
         gamma: ScalarOrSchedule = 0.025,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Mano(Ready):
@@ -883,6 +916,7 @@ class Mano(Ready):
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MoMo(Ready):
@@ -904,6 +938,7 @@ class MoMo(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MoMoAdam(Ready):
@@ -927,6 +962,7 @@ class MoMoAdam(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MuonH(Ready):
@@ -953,6 +989,7 @@ class MuonH(Ready):
         adam_eps: ScalarOrSchedule = 1e-08,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class MuonWithAdamW(Ready):
@@ -984,6 +1021,7 @@ class MuonWithAdamW(Ready):
         ns_dtype: torch.dtype | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class NAdamW(Ready):
@@ -1009,6 +1047,7 @@ class NAdamW(Ready):
         momentum_decay: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class NoisySGD(Ready):
@@ -1029,6 +1068,7 @@ class NoisySGD(Ready):
         key: Tensor | int,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class NorMuon(Ready):
@@ -1059,6 +1099,7 @@ class NorMuon(Ready):
         adam_eps: ScalarOrSchedule = 1e-10,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class NovoGrad(Ready):
@@ -1081,6 +1122,7 @@ class NovoGrad(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class OptimisticAdamV2(Ready):
@@ -1106,6 +1148,7 @@ class OptimisticAdamV2(Ready):
         nesterov: bool = True,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class OptimisticGradientDescent(Ready):
@@ -1125,6 +1168,7 @@ class OptimisticGradientDescent(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class PSGDKron(Ready):
@@ -1152,6 +1196,7 @@ class PSGDKron(Ready):
         balance_probability: float = 0.01,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Prodigy(Ready):
@@ -1178,6 +1223,7 @@ class Prodigy(Ready):
         use_bias_correction: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SPlus(Ready):
@@ -1203,6 +1249,7 @@ class SPlus(Ready):
         scale: ScalarOrSchedule = 0.001,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeAdamW(Ready):
@@ -1229,6 +1276,7 @@ class ScheduleFreeAdamW(Ready):
         mask: MaskOrFn | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeProdigy(Ready):
@@ -1255,6 +1303,7 @@ class ScheduleFreeProdigy(Ready):
         growth_rate: ScalarOrSchedule | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeRAdam(Ready):
@@ -1281,6 +1330,7 @@ class ScheduleFreeRAdam(Ready):
         mask: MaskOrFn | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeSGD(Ready):
@@ -1305,6 +1355,7 @@ class ScheduleFreeSGD(Ready):
         mask: MaskOrFn | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Scion(Ready):
@@ -1331,6 +1382,7 @@ class Scion(Ready):
         ns_steps: int = 5,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Shampoo(Ready):
@@ -1360,6 +1412,7 @@ class Shampoo(Ready):
         merged: int = 0,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SignSGD(Ready):
@@ -1377,6 +1430,7 @@ class SignSGD(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Signum(Ready):
@@ -1396,6 +1450,7 @@ class Signum(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class SimplifiedAdEMAMix(Ready):
@@ -1420,6 +1475,7 @@ class SimplifiedAdEMAMix(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class StableAdamW(Ready):
@@ -1442,6 +1498,7 @@ class StableAdamW(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class StableSPAM(Ready):
@@ -1469,6 +1526,7 @@ class StableSPAM(Ready):
         reset_period: int = 1000,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
 
 class Yogi(Ready):
@@ -1489,4 +1547,5 @@ class Yogi(Ready):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None: ...
