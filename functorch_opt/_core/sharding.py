@@ -118,6 +118,13 @@ def join(part: Tensor, like: Any) -> Tensor:
     return joined(part, like.device_mesh, _settled(like), like)
 
 
+def on_part(f: Callable[..., Tensor], like: Any, *xs: Any) -> Any:
+    """``f(*xs)`` of this rank's parts of tensors that are laid out as `like`, joined again."""
+    if not is_sharded(like):
+        return f(*xs)
+    return join(f(*[part_of(x, like) for x in xs]), like)
+
+
 def cut(x: Tensor, like: Any) -> Tensor:
     """Lay out `x`, of which every rank has the whole, as `like` is laid out.
 
@@ -283,6 +290,42 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
     they are added up over the ranks, in one message for each layout.
     """
     return _over_ranks(torch.sum, values, leaves)
+
+
+def added_over_ranks(values: list[Tensor], leaves: list[Any]) -> Tensor:
+    """The sum of `values`, tensors of one shape, each of this rank's part of one of the `leaves`.
+
+    For sharded leaves it is that over the ranks, in one message for each layout.
+    """
+    layouts = by_layout(leaves)
+    sharded = {i for _, indices in layouts for i in indices}
+    totals = [x for i, x in enumerate(values) if i not in sharded]
+    for like, indices in layouts:
+        mine = torch.stack([values[i] for i in indices]).sum(0)
+        rows = everybodys([*mine.flatten().unbind()], like)
+        total = rows.flatten(0, -2).sum(0)
+        totals.append(total.to(mine.dtype).reshape(mine.shape))
+    return torch.stack(totals).sum(0)
+
+
+def rows_like(rows: Tensor, like: Any) -> Any:
+    """Tensors of the shape of `like`, one in each of the `rows`: those of this rank's part."""
+    if not is_sharded(like):
+        return rows
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in _settled(like):
+        if placement.is_replicate():
+            placements.append(Replicate())
+        elif type(placement) is Shard:
+            placements.append(Shard(placement.dim + 1))
+        else:
+            raise TypeError(
+                f"a memory of many steps cannot be divided as {placement} divides a parameter."
+            )
+    whole = torch.empty((len(rows), *like.shape), device="meta")
+    return joined(rows, like.device_mesh, placements, whole)
 
 
 def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:

@@ -34,7 +34,7 @@ def with_owners(inner: GradientTransformation) -> GradientTransformation:
             a mesh of one rank. `functorch_opt.tree.whole` gives every rank a copy of one.
 
     Raises:
-        TypeError: `inner` is not a transformation; an extra argument is a function, such as the
+        TypeError: `inner` is not a transformation, or has L-BFGS in it; an extra argument is a function, such as the
             ``value_fn`` of a line search, for it would be called with parts of the parameters.
         ValueError: a gradient is missing, and ``update`` is called without params.
         NotImplementedError: in torch.compile, or where a derivative is wanted.

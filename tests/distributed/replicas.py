@@ -50,7 +50,7 @@ def row_with_owners(rank: int, name: str) -> dict[str, float]:
             assert all(type(u) is Tensor for u in our_us.values())
             ps, mine = fo.apply_updates(ps, us), fo.apply_updates(mine, our_us)
         whole = state_dict(tree.map(tree.whole, (mine, held)))
-        expected = state_dict((ps, state))
+        expected = state_dict(tree.map(tree.whole, (ps, state)))
         assert whole.keys() == expected.keys()
         errors[str(i)] = max(
             float(((1.0 * whole[k] - 1.0 * x) / (1 + (1.0 * x).abs())).abs().max())
@@ -250,7 +250,10 @@ def refused(rank: int) -> list[str]:
         given = {"value": torch.ones(()), "grad": ps, "value_fn": lambda at: 1.0}
         search.update(ps, search.init(ps), ps, **given)
 
-    for f in (derivative, no_params, function):
+    def memory() -> None:
+        fo.with_owners(fo.scale_by_lbfgs()).init(ps)
+
+    for f in (derivative, no_params, function, memory):
         with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
             f()
         errors.append(f"{caught.type.__name__}: {caught.value}")
