@@ -81,11 +81,7 @@ def scale_by_lbfgs(
         )
 
     def init(params: PyTree) -> StageState:
-        if any(map(sharding.is_owned, tree.leaves(params))):
-            raise TypeError(
-                "scale_by_lbfgs takes no parameters with owners: its pairs are of all of them. "
-                "Leave out with_owners or owners=True, or shard the parameters."
-            )
+        _refuse_owners(params)
 
         def memory(p: Tensor) -> Tensor:
             row = tree.zeros_like(tree.part_of(p))
@@ -117,6 +113,15 @@ def scale_by_lbfgs(
         return tree.unflatten(spec, us), StageState(count, slots)
 
     return GradientTransformation(init, update)
+
+
+def _refuse_owners(params: PyTree) -> None:
+    """Raise TypeError for parameters of which one rank has the whole, and the others nothing."""
+    if any(map(sharding.is_owned, tree.leaves(params))):
+        raise TypeError(
+            "scale_by_lbfgs takes no parameters with owners: its pairs are of all of them. "
+            "Leave out with_owners or owners=True, or shard the parameters."
+        )
 
 
 _LAST = ("params", "updates")
