@@ -137,6 +137,7 @@ if _typing.TYPE_CHECKING:
     from functorch_opt.wrappers.precision import *
     from functorch_opt.wrappers.sam import *
     from functorch_opt.wrappers.skipping import *
+    from functorch_opt.wrappers.with_owners import *
 else:
     _MODULES = ("optim", "projections", "random", "schedules", "tree")
     _HOMES = {name: module for module, names in _NAMES.items() for name in names}

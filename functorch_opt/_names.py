@@ -265,4 +265,5 @@ NAMES: dict[str, tuple[str, ...]] = {
         "skip_large_updates",
         "skip_not_finite",
     ),
+    "functorch_opt.wrappers.with_owners": ("with_owners",),
 }

@@ -92,7 +92,7 @@ def on_a_bowl(tx: fo.GradientTransformation) -> fo.GradientTransformation:
                 at,
                 params,
             )
-            return 3 + sum(x.sum() for x in fo.tree.leaves(apart))
+            return 3 + sum(fo.tree.whole(x).sum() for x in fo.tree.leaves(apart))
 
         extra = {"value": value_fn(params), "grad": updates, "value_fn": value_fn}
         extra["obj_fn"] = value_fn
@@ -538,7 +538,6 @@ ROWS = [
         {"decrease_factor": 0.7, "max_learning_rate": 3.0, "slope_rtol": 0.3},
         ({}, {"store_grad": True}, {"increase_factor": float("inf")}),
         unrolls=True,
-        shards=False,
         written=False,
         apart=True,
     ),
@@ -566,7 +565,6 @@ ROWS = [
         {},
         ({}, {"memory_size": 2}, {"scale_init_precond": False}),
         slots_rest=False,
-        shards=False,
         apart=True,
     ),
     Row(
@@ -768,7 +766,6 @@ ROWS = [
             {"approx_dec_rtol": None},
         ),
         unrolls=True,
-        shards=False,
         written=False,
         apart=True,
     ),
@@ -1069,6 +1066,13 @@ ROWS = [
         apart=True,
     ),
     Row(
+        "with_owners",
+        lambda learning_rate: fo.with_owners(fo.adam(learning_rate)),
+        LR,
+        written=False,
+        apart=True,
+    ),
+    Row(
         "split_real_and_imaginary",
         lambda threshold: fo.split_real_and_imaginary(fo.clip_by_block_rms(threshold)),
         {"threshold": 0.5},
@@ -1212,7 +1216,6 @@ ROWS = [
         variants=({}, {"linesearch": None, **LR}),
         slots_rest=False,
         unrolls=True,
-        shards=False,
         written=False,
         apart=True,
     ),

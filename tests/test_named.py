@@ -252,10 +252,13 @@ def test_arguments_and_defaults_are_torchs(name: str) -> None:
         inspect.signature(getattr(module, name)).parameters
         for module in (fo.optim, torch.optim)
     )
-    *like_torch, compile, state = [(p.name, p.default, p.kind) for p in ours.values()]
+    *like_torch, compile, state, owners = [
+        (p.name, p.default, p.kind) for p in ours.values()
+    ]
     assert like_torch == [(p.name, p.default, p.kind) for p in theirs.values()]
     assert compile == ("compile", False, inspect.Parameter.KEYWORD_ONLY)
     assert state == ("state", None, inspect.Parameter.KEYWORD_ONLY)
+    assert owners == ("owners", False, inspect.Parameter.KEYWORD_ONLY)
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,13 @@ def test_the_types_are_those_of_the_factories() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_arguments_and_help(name: str) -> None:
     cls, factory = getattr(fo.optim, name), getattr(fo, factory_of(name))
-    params, lr, *rest, compile, state, capturable = inspect.signature(
+    params, lr, *rest, compile, state, capturable, owners = inspect.signature(
         cls
     ).parameters.values()
     rate, *others = inspect.signature(factory).parameters.values()
-    names = (params.name, lr.name, compile.name, state.name, capturable.name)
-    assert names == ("params", "lr", "compile", "state", "capturable")
+    last = [x.name for x in (compile, state, capturable, owners)]
+    assert (params.name, lr.name) == ("params", "lr")
+    assert last == ["compile", "state", "capturable", "owners"]
     assert lr.default == rate.default
     assert rest == others
     assert f"functorch_opt.{factory.__name__}" in cls.__doc__

@@ -231,7 +231,8 @@ class _Stage:
         tx, names = self.tx, self.tx.on_tensor.reads
         shared = self.state.shared
         now, self.shared = tx.scalars(updates, shared, params, extra, gs, ps, self.old)
-        if tx.exchanges and sharding.any_sharded(gs):
+        # An owner has the whole of its tensors, and adds up what it needs by itself.
+        if tx.exchanges and sharding.any_cut(gs):
             before = tx.sums_before(updates, spec, gs, ps, self.old, now)
             now |= before
             names += tuple(before)

@@ -14,6 +14,7 @@ from functorch_opt._core.sharding import (
     everybodys,
     part_of,
     stack,
+    sum_over_ranks,
     whole,
 )
 from functorch_opt._core.structure import PyTree, leaves
@@ -233,7 +234,8 @@ def _other_norm(tree: PyTree, ord: Any) -> Tensor:
 def dot(tree: PyTree, other: PyTree) -> Tensor:
     """The inner product of two trees, a 0-dim tensor, computed in float32 or wider.
 
-    Complex numbers count as pairs of reals. A tree without tensors gives 0.
+    Complex numbers count as pairs of reals. A tree without tensors gives 0. Sharded leaves count
+    as wholes, as in `norm`.
 
     Args:
         tree: a tree of tensors.
@@ -244,14 +246,15 @@ def dot(tree: PyTree, other: PyTree) -> Tensor:
         >>> fo.tree.dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
         tensor(11.)
     """
+    here = leaves(tree)
     products = []
-    for x, y in zip(leaves(tree), leaves(other), strict=True):
-        wide = _wide(x)
-        partner = _wide(y).to(wide.dtype)
+    for x, y in zip(here, leaves(other), strict=True):
+        wide = _wide(part_of(x))
+        partner = _wide(part_of(y, x)).to(wide.dtype)
         products.append(torch.vdot(wide, partner).real)
     if not products:
         return torch.zeros((), dtype=torch.float32)
-    return stack(products).sum()
+    return stack(sum_over_ranks(products, here)).sum()
 
 
 def _wide(x: Tensor) -> Tensor:

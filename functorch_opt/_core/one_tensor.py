@@ -15,6 +15,7 @@ from functorch_opt import tree
 from functorch_opt._core import numerics, sharding
 from functorch_opt._core.decision import chosen, known
 from functorch_opt._core.leaf import Misfit, PerLeaf, enter, outline, working_dtype
+from functorch_opt._core.on_owner import on_owner
 from functorch_opt._core.sums import Sums
 from functorch_opt._core.transformation import positional
 from functorch_opt.tree import PyTree
@@ -100,6 +101,8 @@ class OneTensor:
         """
         if type(g) is not Tensor and tree.is_sharded(g):
             p = p if "p" in self.reads else None
+            if sharding.is_owned(g):
+                return on_owner(self.apply, g, p, slots, now, dtype, exact)
             in_parts = self.kind == "elementwise"
             return sharding.on_shards(
                 self.apply, in_parts, g, p, slots, now, dtype, exact

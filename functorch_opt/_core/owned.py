@@ -27,8 +27,32 @@ def group_of(ranks: tuple[int, ...]) -> Any:
 
 
 def members(mesh: Any) -> tuple[int, ...]:
-    """The ranks of a mesh, in its order."""
+    """The ranks of a mesh, in its order; of the mesh of an owner, those among which it is one."""
+    name = _owners_name(mesh)
+    if name is not None:
+        return _read(name)
     return tuple(mesh.mesh.flatten().tolist())
+
+
+def _owners_name(mesh: Any) -> str | None:
+    """Among which ranks the one of this mesh is an owner, as text; None for other meshes."""
+    names = mesh.mesh_dim_names
+    if not names or not names[0].startswith(PREFIX):
+        return None
+    return str(names[0]).removeprefix(PREFIX)
+
+
+def home(mesh: Any) -> Any:
+    """What the meshes of all owners among the same ranks have in common; another mesh is itself."""
+    if _owners_name(mesh) is None:
+        return mesh
+    ranks = members(mesh)
+    return _mesh_of_one(mesh.device_type, ranks[0], ranks)
+
+
+def home_of_all(device_type: str) -> Any:
+    """The `home` of tensors whose owners are among all ranks of this run."""
+    return _mesh_of_one(device_type, 0, tuple(range(dist.get_world_size())))
 
 
 @functools.lru_cache(None)
@@ -71,12 +95,38 @@ def _read(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+@functools.lru_cache
+def mesh_of_all(device_type: str) -> Any:
+    """The mesh of all ranks of this run, in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (dist.get_world_size(),))
+
+
 def owner_of(x: Any) -> int | None:
     """The rank that has `x`, a DTensor, alone; None if it lies on its mesh in the usual way."""
-    names = x.device_mesh.mesh_dim_names
-    if not names or not names[0].startswith(PREFIX):
+    if _owners_name(x.device_mesh) is None:
         return None
     return int(x.device_mesh.mesh.item())
+
+
+def is_here(x: Any) -> bool:
+    """Whether this rank is the owner of `x`, which has one."""
+    return owner_of(x) == dist.get_rank()
+
+
+def given_to(
+    owner: int,
+    mesh: Any,
+    x: Tensor,
+) -> Any:
+    """The tensor `x`, which all ranks of a mesh have, as that of its owner: in the same memory."""
+    from torch.distributed.tensor import Replicate
+
+    one = _mesh_of_one(mesh.device_type, owner, members(mesh))
+    if dist.get_rank() == owner:
+        return joined(x, one, [Replicate()], x)
+    return _on(one, x.new_empty(0), x.shape)
 
 
 class Kind(NamedTuple):
@@ -108,8 +158,6 @@ def _on(
     """A DTensor of this shape on a mesh of one rank; the others have no element of it."""
     from torch.distributed.tensor import Replicate
 
-    if not shape and not local.numel():  # torch takes the shape () for none
-        local = local.new_zeros(())
     like = torch.empty(tuple(shape), device="meta")
     return joined(local.contiguous(), one, [Replicate()], like)
 
@@ -123,6 +171,8 @@ def joined(
     """The DTensor of which `part` is this rank's part, of the shape and stride of `like`."""
     from torch.distributed.tensor import DTensor
 
+    if not like.shape and not part.numel():  # torch takes the shape () for none
+        part = part.new_zeros(())
     return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -139,19 +189,22 @@ def kept_as(like: Any, x: Tensor) -> Tensor:
 
 def _sharers(x: Any) -> tuple[int, ...]:
     """The ranks among which one owns `x`, in the order of their numbers."""
-    name = x.device_mesh.mesh_dim_names[0]
-    return tuple(sorted(_read(name.removeprefix(PREFIX))))
+    return tuple(sorted(members(x.device_mesh)))
+
+
+def everybodys_rows(row: Tensor, like: Any) -> Tensor:
+    """The numbers that each of the ranks has among which one owns `like`: a row for each rank."""
+    _refuse_derivative(row)
+    ranks = _sharers(like)
+    rows = [torch.empty_like(row) for _ in ranks]
+    dist.all_gather(rows, row, group=group_of(ranks))
+    return torch.stack(rows)
 
 
 def everybodys_copy(x: Any) -> Tensor:
     """What its owner has, on all the ranks among which it is one. All of them call it."""
     owner = owner_of(x)
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        raise NotImplementedError(
-            "a slot of a rule that sees whole tensors lies with one rank: no derivative goes "
-            "through it, and no graph can have it. Give the transformation x.full_tensor() of "
-            "sharded tensors, or leave its update out of torch.compile."
-        )
+    _refuse_derivative(x)
     local = x.to_local()
     if local.is_meta:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
@@ -162,3 +215,13 @@ def everybodys_copy(x: Any) -> Tensor:
     if found.numel():  # gloo has no message without bytes
         dist.broadcast(found.view(-1).view(torch.uint8), owner, group=group)
     return found
+
+
+def _refuse_derivative(x: Tensor) -> None:
+    """Raise NotImplementedError where a derivative, or a graph, would go through a message."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        raise NotImplementedError(
+            "a tensor with an owner lies with one rank: no derivative goes through it, and no "
+            "graph can have it. Give the transformation x.full_tensor() of sharded tensors, or "
+            "leave its update out of torch.compile."
+        )

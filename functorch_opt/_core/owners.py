@@ -17,7 +17,8 @@ from torch import Tensor
 
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Parcel, Ranks, grouped, layout_of, parcel_to
-from functorch_opt._core.owned import Kind, owner_of
+from functorch_opt._core.on_owner import update_dtype
+from functorch_opt._core.owned import Kind, home, is_here, owner_of
 
 
 def work_of(shape: Sequence[int]) -> int:
@@ -30,14 +31,18 @@ def work_of(shape: Sequence[int]) -> int:
     return max(1, n) * max(1, second)
 
 
-def assigned(shapes: Sequence[Sequence[int]], n: int) -> list[int]:
-    """An owner for each tensor, one of `n` ranks.
+def assigned(
+    shapes: Sequence[Sequence[int]], n: int, loads: Sequence[int] = ()
+) -> list[int]:
+    """An owner for each tensor, one of `n` ranks, which may have `loads` of work already.
 
     The one with the most work goes first, always to the rank that has the least so far.
     """
     work = [work_of(shape) for shape in shapes]
     by_work = sorted(range(len(shapes)), key=lambda i: (-work[i], i))
-    ranks = [(0, rank) for rank in range(n)]
+    loads = loads or [0] * n
+    ranks = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(ranks)
     owners = [0] * len(shapes)
     for i in by_work:
         load, owner = heapq.heappop(ranks)
@@ -46,15 +51,33 @@ def assigned(shapes: Sequence[Sequence[int]], n: int) -> list[int]:
     return owners
 
 
+def shared_out(
+    shapes: Sequence[Sequence[int]], known: Sequence[int | None], n: int
+) -> list[int]:
+    """An owner for each tensor: the one that is `known`, or the others are shared out."""
+    free = [i for i, owner in enumerate(known) if owner is None]
+    loads = [0] * n
+    for shape, owner in zip(shapes, known, strict=True):
+        if owner is not None:
+            loads[owner] += work_of(shape)
+    owners = assigned([shapes[i] for i in free], n, loads)
+    of_free = dict(zip(free, owners, strict=True))
+    return [of_free[i] if owner is None else owner for i, owner in enumerate(known)]
+
+
 def has_owners(x: Any) -> bool:
     """Whether a rule that sees whole tensors works on `x` on one rank only."""
-    return sharding.is_sharded(x) and x.device_mesh.size() > 1
+    if not sharding.is_sharded(x):
+        return False
+    return x.device_mesh.size() > 1 or owner_of(x) is not None
 
 
-def by_mesh(leaves: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """For each mesh, the indices of the leaves that have an owner among its ranks."""
-    owned = [i for i, x in enumerate(leaves) if has_owners(x)]
-    return list(grouped(owned, lambda i: leaves[i].device_mesh).items())
+def by_mesh(
+    leaves: Sequence[Any], chosen: Callable[[Any], bool] = has_owners
+) -> list[tuple[Any, list[int]]]:
+    """For each mesh, the indices of the `chosen` leaves that have an owner among its ranks."""
+    owned = [i for i, x in enumerate(leaves) if chosen(x)]
+    return list(grouped(owned, lambda i: home(leaves[i].device_mesh)).items())
 
 
 # ---- first values --------------------------------------------------------------------------------
@@ -63,16 +86,22 @@ First = Callable[[Tensor], Tensor]
 """Makes the first value of a slot, of a parameter."""
 
 
-def first_slots(slots: Mapping[str, First], leaves: list[Any]) -> dict[str, list[Any]]:
-    """The first values of the slots of a rule that sees whole tensors, each with its owner."""
+def first_slots(
+    slots: Mapping[str, First], leaves: list[Any], whole: bool
+) -> dict[str, list[Any]]:
+    """The first values of the slots of a rule, each with its owner if the leaf has one.
+
+    If the rule sees `whole` tensors, each sharded leaf has one.
+    """
     if not slots:
         return {}
+    chosen = has_owners if whole else sharding.is_owned
     found: dict[str, list[Any]] = {name: [None] * len(leaves) for name in slots}
     for name, make in slots.items():
         for i, p in enumerate(leaves):
-            if p is not None and not has_owners(p):
+            if p is not None and not chosen(p):
                 found[name][i] = make(p)
-    for mesh, mine in by_mesh(leaves):
+    for mesh, mine in by_mesh(leaves, chosen):
         ranks = Ranks(mesh)
         parcels = _sent(ranks, [leaves[i] for i in mine])
         for i, parcel in zip(mine, parcels, strict=True):
@@ -83,6 +112,8 @@ def first_slots(slots: Mapping[str, First], leaves: list[Any]) -> dict[str, list
 
 def _sent(ranks: Ranks, ps: list[Any]) -> list[Parcel]:
     """The parameters, each sent to an owner. If they are only shapes, nothing is sent."""
+    if owner_of(ps[0]) is not None:
+        return [_there(ranks, p) for p in ps]
     owners = assigned([p.shape for p in ps], ranks.n)
     if any(p.is_meta for p in ps):
         return list(map(parcel_to, owners, ps))
@@ -90,6 +121,14 @@ def _sent(ranks: Ranks, ps: list[Any]) -> list[Parcel]:
     parcels = list(map(parcel_to, owners, settled))
     ranks.to_owners(parcels)
     return parcels
+
+
+def _there(ranks: Ranks, p: Any) -> Parcel:
+    """A parameter that is with its owner already."""
+    parcel = parcel_to(ranks.members.index(owner_of(p)), p)
+    if is_here(p):
+        parcel.whole = p.detach().to_local()
+    return parcel
 
 
 def _first(
@@ -204,13 +243,11 @@ class _Leaf:
     @property
     def update_dtype(self) -> torch.dtype:
         """The dtype in which the update is sent back."""
-        if self.g.is_complex() or not self.dtype.is_complex:
-            return self.dtype
-        return self.dtype.to_real()
+        return update_dtype(self.g, self.dtype)
 
     def known_owner(self) -> int | None:
-        """The owner of its slots."""
-        for x in self.slots.values():
+        """Its owner, or that of its slots."""
+        for x in (self.g, *self.slots.values()):
             rank = owner_of(x) if sharding.is_sharded(x) else None
             if rank is not None:
                 return self.ranks.members.index(rank)
@@ -257,25 +294,23 @@ class _Leaf:
             ranks = ", ".join([str(self.ranks.members[rank]) for rank in failures])
             error = f"{self.step.name}: the rule failed on rank {ranks}."
             return Failed(RuntimeError(error))
-        new = self.made[1] if self.made else {}
+        none: tuple[Any, dict[str, Tensor]] = None, {}
+        u, new = self.made or none
         kept = {}
         for key, old in self.slots.items():
             kind = Kind(old.shape, old.dtype, self.device)
             kept[key] = self.ranks.keep(self.owner, new.get(key), kind)
+        if sharding.is_owned(self.g):  # nothing was sent, and nothing comes back
+            kind = Kind(self.g.shape, self.update_dtype, self.device)
+            return self.ranks.keep(self.owner, u, kind), kept
         return sharding.join(self.update.part, self.g), kept
 
 
 def _find_owners(leaves: list[_Leaf], ranks: Ranks) -> None:
     """The owner of each leaf: that of its slots; leaves without are shared out."""
-    free = []
-    for leaf in leaves:
-        owner = leaf.known_owner()
-        if owner is None:
-            free.append(leaf)
-        else:
-            leaf.owner = owner
-    owners = assigned([leaf.g.shape for leaf in free], ranks.n)
-    for leaf, owner in zip(free, owners, strict=True):
+    known = [leaf.known_owner() for leaf in leaves]
+    owners = shared_out([leaf.g.shape for leaf in leaves], known, ranks.n)
+    for leaf, owner in zip(leaves, owners, strict=True):
         leaf.owner = owner
 
 
@@ -294,9 +329,10 @@ def _send_back(leaves: list[_Leaf], ranks: Ranks) -> list[int]:
     failures: list[int] = []
     by_dtype = grouped(leaves, lambda leaf: leaf.update_dtype)
     for dtype, of_dtype in by_dtype.items():
-        for leaf in of_dtype:
+        sent = [leaf for leaf in of_dtype if not sharding.is_owned(leaf.g)]
+        for leaf in sent:
             leaf.pack_update(failed)
-        parcels = [leaf.update for leaf in of_dtype]
+        parcels = [leaf.update for leaf in sent]
         like = torch.empty(0, dtype=dtype, device=leaves[0].device)
         failures = ranks.from_owners(parcels, like, failed)
     return failures

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import owners, structure
+from functorch_opt._core import owners, sharding, structure
 from functorch_opt._core.decision import known
 from functorch_opt._core.leaf import Each
 from functorch_opt._core.leafwise import update_in_one_pass
@@ -153,8 +153,9 @@ class Leafwise(GradientTransformation):
                 f"the parameter at {path!r} is {p.dtype}: only floating and complex tensors "
                 "can be optimized. Leave it out with masked or partition."
             )
-        if self.kind == "tensorwise" and any(map(owners.has_owners, leaves)):
-            columns = owners.first_slots(self.slots, leaves)
+        whole = self.kind == "tensorwise" and any(map(owners.has_owners, leaves))
+        if whole or any(map(sharding.is_owned, leaves)):
+            columns = owners.first_slots(self.slots, leaves, whole)
             slots = {name: tree.unflatten(spec, of) for name, of in columns.items()}
         else:
             slots = {name: tree.map(make, params) for name, make in self.slots.items()}

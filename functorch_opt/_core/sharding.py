@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._core.owned import everybodys_copy, joined, kept_as, owner_of
+from functorch_opt._core.owned import (
+    everybodys_copy,
+    everybodys_rows,
+    home,
+    is_here,
+    joined,
+    kept_as,
+    owner_of,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,12 +45,22 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def is_owned(x: Any) -> bool:
+    """Whether one rank has `x`, a DTensor, and no other."""
+    return is_sharded(x) and owner_of(x) is not None
+
+
 _NOT_SHARDED = {*PLAIN, type(None)}
 
 
 def any_sharded(xs: Sequence[Any]) -> bool:
     """Whether any of `xs` is a DTensor."""
     return not {*map(type, xs)} <= _NOT_SHARDED and any(map(is_sharded, xs))
+
+
+def any_cut(xs: Sequence[Any]) -> bool:
+    """Whether any of `xs` is a DTensor of which no rank need have the whole."""
+    return any_sharded(xs) and any(is_sharded(x) and not is_owned(x) for x in xs)
 
 
 def whole(x: Any) -> Any:
@@ -81,10 +99,15 @@ def part_of(x: Any, like: Any = None) -> Any:
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
-    if is_sharded(x) and owner_of(x) is not None and owner_of(like) is None:
+    if is_owned(x) and not is_owned(like):
         x = everybodys_copy(x)
     x = x if is_sharded(x) else cut(x, like)
-    return _laid_out(x, _settled(like)).to_local()
+    part = _laid_out(x, _settled(like)).to_local()
+    if owner_of(like) is not None and not is_here(like):
+        return part.flatten()[
+            :0
+        ]  # torch leaves the rest of the ranks one number of a shape ()
+    return part
 
 
 def join(part: Tensor, like: Any) -> Tensor:
@@ -93,6 +116,13 @@ def join(part: Tensor, like: Any) -> Tensor:
     It returns the sharded tensor, laid out as `like`, of which `part` is this rank's part.
     """
     return joined(part, like.device_mesh, _settled(like), like)
+
+
+def on_part(f: Callable[..., Tensor], like: Any, *xs: Any) -> Any:
+    """``f(*xs)`` of this rank's parts of tensors that are laid out as `like`, joined again."""
+    if not is_sharded(like):
+        return f(*xs)
+    return join(f(*[part_of(x, like) for x in xs]), like)
 
 
 def cut(x: Tensor, like: Any) -> Tensor:
@@ -218,7 +248,7 @@ def by_layout(tensors: list[Any]) -> list[tuple[Any, list[int]]]:
     for i, x in enumerate(tensors):
         if is_sharded(x):
             split = tuple([not placement.is_replicate() for placement in _settled(x)])
-            layouts.setdefault((x.device_mesh, split), (x, []))[1].append(i)
+            layouts.setdefault((home(x.device_mesh), split), (x, []))[1].append(i)
     return list(layouts.values())
 
 
@@ -230,6 +260,8 @@ def everybodys(mine: list[Tensor], like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = like.device_mesh
+    if owner_of(like) is not None:
+        return everybodys_rows(stack(mine), like)
     placements = [
         Replicate() if placement.is_replicate() else Shard(dim)
         for dim, placement in enumerate(_settled(like))
@@ -258,6 +290,42 @@ def sum_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:
     they are added up over the ranks, in one message for each layout.
     """
     return _over_ranks(torch.sum, values, leaves)
+
+
+def added_over_ranks(values: list[Tensor], leaves: list[Any]) -> Tensor:
+    """The sum of `values`, tensors of one shape, each of this rank's part of one of the `leaves`.
+
+    For sharded leaves it is that over the ranks, in one message for each layout.
+    """
+    layouts = by_layout(leaves)
+    sharded = {i for _, indices in layouts for i in indices}
+    totals = [x for i, x in enumerate(values) if i not in sharded]
+    for like, indices in layouts:
+        mine = torch.stack([values[i] for i in indices]).sum(0)
+        rows = everybodys([*mine.flatten().unbind()], like)
+        total = rows.flatten(0, -2).sum(0)
+        totals.append(total.to(mine.dtype).reshape(mine.shape))
+    return torch.stack(totals).sum(0)
+
+
+def rows_like(rows: Tensor, like: Any) -> Any:
+    """Tensors of the shape of `like`, one in each of the `rows`: those of this rank's part."""
+    if not is_sharded(like):
+        return rows
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in _settled(like):
+        if placement.is_replicate():
+            placements.append(Replicate())
+        elif type(placement) is Shard:
+            placements.append(Shard(placement.dim + 1))
+        else:
+            raise TypeError(
+                f"a memory of many steps cannot be divided as {placement} divides a parameter."
+            )
+    whole = torch.empty((len(rows), *like.shape), device="meta")
+    return joined(rows, like.device_mesh, placements, whole)
 
 
 def largest_over_ranks(values: list[Any], leaves: list[Any]) -> list[Any]:

@@ -60,6 +60,7 @@ def scale_by_lbfgs(
 
     Raises:
         ValueError: the memory size is not a whole number, or less than 1; params are missing.
+        TypeError: the parameters have owners, see `functorch_opt.with_owners`.
 
     Source: Byrd, Nocedal & Schnabel, 1994, eq. 3.1.
 
@@ -80,8 +81,11 @@ def scale_by_lbfgs(
         )
 
     def init(params: PyTree) -> StageState:
+        _refuse_owners(params)
+
         def memory(p: Tensor) -> Tensor:
-            return tree.zeros_like(p).new_zeros((memory_size, *p.shape))
+            row = tree.zeros_like(tree.part_of(p))
+            return sharding.rows_like(row.new_zeros((memory_size, *row.shape)), p)
 
         slots: dict[str, Any] = {}
         for name in _LAST:
@@ -111,6 +115,15 @@ def scale_by_lbfgs(
     return GradientTransformation(init, update)
 
 
+def _refuse_owners(params: PyTree) -> None:
+    """Raise TypeError for parameters of which one rank has the whole, and the others nothing."""
+    if any(map(sharding.is_owned, tree.leaves(params))):
+        raise TypeError(
+            "scale_by_lbfgs takes no parameters with owners: its pairs are of all of them. "
+            "Leave out with_owners or owners=True, or shard the parameters."
+        )
+
+
 _LAST = ("params", "updates")
 """The last parameters and gradients."""
 _MEMORIES = ("diff_params_memory", "diff_updates_memory")
@@ -131,7 +144,6 @@ def _columns(
             "scale_by_lbfgs reads the parameters: call update(updates, state, params)."
         )
     gs, spec = structure.flatten_tensors(updates, "updates")
-    sharding.refuse_sharded("scale_by_lbfgs", gs)
     ps = structure.match(updates, spec, params, names=("updates", "params"))
     old = {}
     for name in _SLOTS:
@@ -176,10 +188,11 @@ def _remembered(
     def remember(
         memory: Tensor, now: Tensor, before: Tensor, has_gradient: bool
     ) -> Tensor:
-        row = now - before if has_gradient else torch.zeros_like(before)
-        row = row.to(memory.dtype)
-        longer = torch.cat([memory[1:], row[None]])
-        return torch.where(keep, longer, memory)
+        rows, last = tree.part_of(memory), tree.part_of(before)
+        row = tree.part_of(now, before) - last if has_gradient else torch.zeros_like(last)
+        row = row.to(rows.dtype)
+        longer = torch.cat([rows[1:], row[None]])
+        return sharding.rows_like(torch.where(keep, longer, rows), before)
 
     new = {name: list(column) for name, column in old.items()}
     for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
@@ -191,7 +204,9 @@ def _remembered(
                 new[kept][i] = remember(memory, x, before, has_gradient)
             if has_gradient:
                 dtype = old["params"][i].dtype
-                new[name][i] = x.to(dtype, copy=True)
+                new[name][i] = sharding.on_part(
+                    lambda part, dtype=dtype: part.to(dtype, copy=True), x, x
+                )
     return new
 
 
@@ -200,8 +215,11 @@ def _is_curved(gs: list[Any], ps: list[Any], old: Columns) -> Tensor:
     here = [i for i, g in enumerate(gs) if g is not None]
     dtype = _real_dtype(gs, old)
 
+    def moved(x: Tensor, last: Tensor) -> Tensor:
+        return (_flat(x, dtype) - _flat(last, dtype)).reshape(_reals(last).shape)
+
     def moves(now: list[Any], before: list[Any]) -> list[Tensor]:
-        return [_flat(now[i], dtype) - _flat(before[i], dtype) for i in here]
+        return [sharding.on_part(moved, now[i], now[i], before[i]) for i in here]
 
     s = moves(ps, old["params"])
     y = moves(gs, old["updates"])
@@ -234,44 +252,53 @@ def _directions(gs: list[Any], slots: Columns, scaled: bool) -> list[Any]:
     dtype = _real_dtype(gs, slots)
 
     def rows(memory: Tensor) -> Tensor:
-        return _reals(memory).to(dtype).reshape(memory.shape[0], -1)
+        mine = _reals(tree.part_of(memory)).to(dtype)
+        return mine.reshape(len(mine), mine[0].numel())
 
     S = [rows(slots["diff_params_memory"][i]) for i in here]
     Y = [rows(slots["diff_updates_memory"][i]) for i in here]
-    g = [_flat(gs[i], dtype) for i in here]
-    products = _inverse_hessian_times(g, S, Y, scaled)
+    leaves = [gs[i] for i in here]
+    g = [_flat(tree.part_of(x), dtype) for x in leaves]
+    products = _inverse_hessian_times(g, S, Y, leaves, scaled)
     us: list[Any] = [None] * len(gs)
     for i, u in zip(here, products, strict=True):
         like = slots["updates"][i]
-        if like.is_complex():
-            pairs = u.reshape(*like.shape, 2)
-            us[i] = torch.view_as_complex(pairs).to(like.dtype)
-        else:
-            us[i] = u.reshape(like.shape).to(like.dtype)
+        us[i] = sharding.on_part(lambda part, u=u: _shaped(u, part), like, like)
     return us
 
 
+def _shaped(u: Tensor, like: Tensor) -> Tensor:
+    """The row of reals `u` in the shape and dtype of `like`."""
+    if like.is_complex():
+        return torch.view_as_complex(u.reshape(*like.shape, 2)).to(like.dtype)
+    return u.reshape(like.shape).to(like.dtype)
+
+
 def _inverse_hessian_times(
-    g: list[Tensor], S: list[Tensor], Y: list[Tensor], scaled: bool
+    g: list[Tensor],
+    S: list[Tensor],
+    Y: list[Tensor],
+    leaves: list[Any],
+    scaled: bool,
 ) -> list[Tensor]:
     """``H g``, in the letters of the formula above.
 
     S and Y consist of one matrix for each leaf. It has a row of zeros for each pair that is
-    missing.
+    missing. Of sharded leaves they are this rank's parts, and all products are summed in one
+    message.
     """
-
-    def gram(A: list[Tensor], B: list[Tensor]) -> Tensor:
-        products = [x @ y for x, y in zip(A, B, strict=True)]
-        return torch.stack(products).sum(0)
-
-    transposed = [y.mT for y in Y]
-    SY, YY = gram(S, transposed), gram(Y, transposed)
-    Sg, Yg = gram(S, g), gram(Y, g)
+    of_leaves = []
+    for s, y, x in zip(S, Y, g, strict=True):
+        right = torch.cat([y, x[None]]).mT
+        of_leaves.append(torch.stack([s @ right, y @ right]))
+    of_s, of_y = sharding.added_over_ranks(of_leaves, leaves)
+    SY, Sg = of_s[:, :-1], of_s[:, -1]
+    YY, Yg = of_y[:, :-1], of_y[:, -1]
     D = SY.diagonal()
     is_unused = ~(D > 0)
     R = SY.triu() + torch.diag(is_unused.to(D.dtype))
     newest = D[-1]
-    c = _first_scale(g, newest, YY[-1, -1]) if scaled else torch.ones_like(newest)
+    c = _first_scale(leaves, newest, YY[-1, -1]) if scaled else torch.ones_like(newest)
     a = _solved(R, Sg, upper=True)
     right = D * a + c * (YY @ a - Yg)
     b = _solved(R.mT, right, upper=False)
@@ -281,7 +308,7 @@ def _inverse_hessian_times(
     return [c * x + sb - c * ya for x, sb, ya in of_tensors]
 
 
-def _first_scale(g: list[Tensor], sy: Tensor, yy: Tensor) -> Tensor:
+def _first_scale(g: list[Any], sy: Tensor, yy: Tensor) -> Tensor:
     """``s'y / y'y`` of the newest pair.
 
     Before there is a pair, it is such that the length of the first step is at most 1.

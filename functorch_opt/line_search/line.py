@@ -50,7 +50,11 @@ def any_of(flag: Tensor) -> bool:
 
 def where(flag: Tensor, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the 0-dim `flag` is true, `old` elsewhere, leaf by leaf."""
-    return tree.map(lambda a, b: torch.where(flag, a, b), new, old)
+
+    def chosen(a: Tensor, b: Tensor) -> Tensor:
+        return sharding.on_part(lambda x, y: torch.where(flag, x, y), a, a, b)
+
+    return tree.map(chosen, new, old)
 
 
 def violation(x: Tensor) -> Tensor:
@@ -97,7 +101,6 @@ class Line:
             )
         self.name, self.params, self.value_fn = name, params, value_fn
         us, spec = structure.flatten_tensors(updates, "updates")
-        sharding.refuse_sharded(name, us)
         self.ps = structure.match(updates, spec, params, names=("updates", "params"))
         gs = structure.match(updates, spec, grad, names=("updates", "grad"))
         self._check_shapes(updates, us, gs)
@@ -124,6 +127,7 @@ class Line:
     def _checked(self, value: Any) -> Tensor:
         # A Python number is given the dtype of the line at once, as the default dtype may be
         # narrower.
+        value = tree.whole(value)
         value = (
             value
             if isinstance(value, Tensor)
@@ -145,11 +149,11 @@ class Line:
         return self._checked(value)
 
     def _point(self, size: Tensor) -> list[Tensor]:
-        found = []
-        for i, u in zip(self.moved, self.us, strict=True):
-            moved = self.ps[i] + size.to(u.real.dtype) * u
-            found.append(moved.to(self.ps[i].dtype))
-        return found
+        def moved(p: Tensor, u: Tensor) -> Tensor:
+            return (p + size.to(u.real.dtype) * u).to(p.dtype)
+
+        pairs = zip(self.moved, self.us, strict=True)
+        return [sharding.on_part(moved, self.ps[i], self.ps[i], u) for i, u in pairs]
 
     def value_at(self, size: Tensor) -> Tensor:
         """The value at a step size."""
@@ -157,9 +161,25 @@ class Line:
 
     def at(self, size: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The value, the slope and the gradients at a step size."""
-        gs, value = grad_and_value(self._at)(self._point(size))
+        point = self._point(size)
+        if sharding.any_sharded(point):
+            gs, value = self._grad_of_parts(point)
+        else:
+            gs, value = grad_and_value(self._at)(point)
         slope = tree.dot(gs, self.us).to(self.dtype)
         return value, slope, list(gs)
+
+    @torch.enable_grad()
+    def _grad_of_parts(self, point: list[Any]) -> tuple[list[Any], Tensor]:
+        """The gradients and the value where tensors are sharded: autograd goes through messages."""
+        parts = [tree.part_of(p).detach().requires_grad_() for p in point]
+        pairs = zip(parts, point, strict=True)
+        value = self._at([_joined(x, p) for x, p in pairs])
+        found = torch.autograd.grad(value, parts, allow_unused=True)
+        gs = []
+        for x, p, g in zip(parts, point, found, strict=True):
+            gs.append(_joined(torch.zeros_like(x) if g is None else g, p))
+        return gs, value.detach()
 
     def finish(
         self,
@@ -179,8 +199,16 @@ class Line:
             for i, g in zip(self.moved, gs, strict=True):
                 kept[i] = g.to(kept[i].dtype)
             slots["grad"] = structure.like(state.slots["grad"], spec, kept)
-        scaled = [None if u is None else size.to(u.real.dtype) * u for u in leaves]
+
+        def sized(u: Tensor) -> Tensor:
+            return size.to(u.real.dtype) * u
+
+        scaled = [u if u is None else sharding.on_part(sized, u, u) for u in leaves]
         return tree.unflatten(spec, scaled), StageState(shared, slots)
+
+
+def _joined(part: Tensor, like: Any) -> Any:
+    return sharding.join(part, like) if sharding.is_sharded(like) else part
 
 
 def value_dtype(leaves: list[Tensor]) -> torch.dtype:
@@ -193,7 +221,7 @@ def value_dtype(leaves: list[Tensor]) -> torch.dtype:
 
 def first_state(params: PyTree, store_grad: bool, *errors: str) -> StageState:
     """The state of a search before the first step."""
-    p = tree.leaves(params)[0]
+    p = tree.part_of(tree.leaves(params)[0])
     dtype = value_dtype(tree.leaves(params))
 
     def number(value: float) -> Tensor:

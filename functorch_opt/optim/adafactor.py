@@ -38,6 +38,7 @@ class Adafactor(TorchNamed):
         maximize: ascend.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -82,6 +83,7 @@ class Adafactor(TorchNamed):
         maximize: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

@@ -47,6 +47,7 @@ class RMSprop(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -82,6 +83,7 @@ class RMSprop(TorchNamed):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 
@@ -112,6 +114,7 @@ class Adagrad(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -140,6 +143,7 @@ class Adagrad(TorchNamed):
         fused: bool | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
         self.init_state()
@@ -186,6 +190,7 @@ class Adadelta(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -222,6 +227,7 @@ class Adadelta(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

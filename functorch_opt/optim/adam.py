@@ -33,6 +33,7 @@ class Adam(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -73,6 +74,7 @@ class Adam(TorchNamed):
         decoupled_weight_decay: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 
@@ -96,6 +98,7 @@ class AdamW(Adam):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -122,6 +125,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals(), decoupled_weight_decay=True)
 
@@ -144,6 +148,7 @@ class Adamax(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -179,6 +184,7 @@ class Adamax(TorchNamed):
         capturable: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

@@ -55,6 +55,8 @@ from functorch_opt.optim.recipe import Recipe, made, shown
 from functorch_opt.transforms.report import noise_in
 
 __all__ = ["Optimizer"]
+PRIVATE = ("_recipe", "_own", "_numbers", "_optional", "_compile", "_owners")
+"""Attributes that are pickled beside torch's."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -85,6 +87,10 @@ class Optimizer(torch.optim.Optimizer):
         capturable: keep counts and rates on the device, so that a step can be captured as a CUDA
             graph, after two ordinary ones. A learning rate that changes between replays must be a
             tensor on the device. False: a step that is being captured is an error.
+        owners: whether each parameter is stepped by one rank, its owner, which alone keeps its
+            state and then sends the parameter to all; as in ZeRO. For parameters that are the same
+            on every rank, as under DDP. All ranks call `step`, and `state_dict`, which divides the
+            state among the ranks. In one process nothing is divided.
         **hyper: arguments of the function; ``lr`` is another name of ``learning_rate``. Beside a
             ready transformation only ``lr``.
 
@@ -127,6 +133,7 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
         **hyper: Any,
     ) -> None:
         given = arguments(tx, hyper)
@@ -137,6 +144,7 @@ class Optimizer(torch.optim.Optimizer):
             compile,
             (tx, given.fixed, given.rate, given.has_momentum),
             state,
+            owners,
         )
 
     @torch._disable_dynamo
@@ -148,13 +156,14 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool,
         recipe: Recipe | None = None,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         """What every constructor ends with; `numbers` names the options that are hyperparameters.
 
         Where a function that makes an optimizer is compiled, attributes that it sets are lost. So
         they are all set here, outside of the graph.
         """
-        self._compile = compile
+        self._compile, self._owners = compile, owners
         if state is not None:
             check_code(state)
             defaults = {**defaults, "state": state}
@@ -464,11 +473,8 @@ class Optimizer(torch.optim.Optimizer):
         self._groups = groups
 
     def __getstate__(self) -> dict[str, Any]:
-        private: dict[str, Any] = {
-            name: vars(self)[name]
-            for name in ("_recipe", "_own", "_numbers", "_optional", "_compile")
-            if name in vars(self)
-        }
+        mine = vars(self)
+        private = {name: mine[name] for name in PRIVATE if name in mine}
         return {**super().__getstate__(), **private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -528,8 +534,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _trained_buckets(self) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         """Those with a parameter that can be trained: of the others there is no tree."""
-        buckets = self._buckets()
-        return [(fixed, of) for fixed, of in buckets if some_can_be_trained(of)]
+        return [(fixed, of) for fixed, of in self._buckets() if some_can_be_trained(of)]
 
     def _options(self) -> list[str]:
         return [*self._own]
@@ -565,6 +570,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._compile,
                 self.state,
                 params,
+                self._owners,
             )
             # Of options that have had many values only the last ones are remembered.
             for old in [*self._plans][: -len(self.param_groups) - 8]:

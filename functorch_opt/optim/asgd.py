@@ -34,6 +34,7 @@ class ASGD(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     ``eta`` and ``mu`` are kept in the dtype of the parameter, at least float32; torch has them in
     the default dtype. So for float64 parameters they are more exact here, unless the default dtype
@@ -84,6 +85,7 @@ class ASGD(TorchNamed):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

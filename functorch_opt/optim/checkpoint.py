@@ -37,7 +37,7 @@ class Expected(NamedTuple):
 
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     """For every parameter of a plan, the keys of its state."""
-    first = state_dict(plan.tx.init(plan.tree(on_meta(params))))
+    first = state_dict(plan.tx.init(plan.tree(plan.given(on_meta(params)))))
     keys: list[dict[str, Expected]] = [
         {key: Expected("count", torch.zeros(())) for key in plan.counts.keys}
         for _ in params

@@ -33,8 +33,12 @@ def points_of(plan: Plan, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         points(plan.tx, plan.tx.init(blank), blank)
         return {}
     old = tree.unflatten(plan.spec, plan.values(entries, moved))
-    found = points(plan.tx, old, plan.tree([p.detach() for p in params]))
+    values = plan.given([p.detach() for p in params])
+    found = points(plan.tx, old, plan.tree(values))
     by_number = {plan.number[path]: x for path, x in found.items()}
+    if plan.replicas:
+        taken = plan.replicas.taken([by_number.get(i) for i in range(len(params))])
+        by_number = {i: taken[i] for i in by_number}
     return {params[i]: by_number[i] for i in moved if i in by_number}
 
 

@@ -70,6 +70,6 @@ def look_at(
             refuse_gradient(plan.tx.name, plan.paths[i], params[i], gradients[i])
     entries, _ = plan.entries(state, params, moved)
     old = tree.unflatten(plan.spec, plan.values(entries, moved))
-    grads = plan.tree(gradients)
-    values = plan.tree([p.detach() for p in params])
+    grads = plan.tree(plan.given(gradients))
+    values = plan.tree(plan.given([p.detach() for p in params]))
     look.step(plan.tx, grads, old, values, plan._extra(loss, grads))

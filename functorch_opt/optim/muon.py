@@ -45,6 +45,7 @@ class Muon(TorchNamed):
             The weight decay is not multiplied.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range; a parameter that is no matrix.
@@ -85,6 +86,7 @@ class Muon(TorchNamed):
         *,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

@@ -33,6 +33,7 @@ class NAdam(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     ``mu_product`` is kept in the dtype of the parameter, at least float32; torch has it in the
     default dtype. So for float64 parameters it is more exact here, unless the default dtype is
@@ -76,6 +77,7 @@ class NAdam(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

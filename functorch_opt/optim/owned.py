@@ -15,13 +15,13 @@ from torch import Tensor
 
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Layout, Parcel, Ranks, grouped, parcel_to
-from functorch_opt._core.owned import Kind, joined, kept_as, owner_of
+from functorch_opt._core.owned import Kind, joined, kept_as, mesh_of_all, owner_of
 from functorch_opt.optim.numbers import Groups
 
 
-def is_owned(x: Any) -> bool:
-    """Whether one rank has `x`, and no other."""
-    return sharding.is_sharded(x) and owner_of(x) is not None
+def mesh_of(p: Any) -> Any:
+    """The ranks among which the state of a parameter is divided: its own, or all."""
+    return p.device_mesh if sharding.is_sharded(p) else mesh_of_all(p.device.type)
 
 
 class _Place(NamedTuple):
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
     def sent_to(self) -> tuple[Any, torch.dtype]:
         """The ranks among which it is divided, and its dtype: there is a message for each pair."""
-        return self.p.device_mesh, self.x.dtype
+        return mesh_of(self.p), self.x.dtype
 
 
 def divided(state: Mapping[Any, Any], groups: Groups) -> dict[Any, Any]:
@@ -63,7 +63,7 @@ def _places(state: Mapping[Any, Any], groups: Groups) -> Iterator[_Place]:
         if not isinstance(entry, Mapping):
             continue
         for key, x in entry.items():
-            if is_owned(x):
+            if sharding.is_owned(x):
                 yield _Place(number, key, x, p)
 
 
@@ -89,11 +89,13 @@ def _layout(x: Any, p: Any) -> Layout:
     """How `x` is divided: as its parameter, or by rows among the same ranks."""
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = sharding.settled(p).placements
-    if x.shape != p.shape:
+    mesh = mesh_of(p)
+    is_replica = not sharding.is_sharded(p)
+    placements = [Shard(0)] if is_replica else sharding.settled(p).placements
+    if x.shape != p.shape or is_replica:
         rows = Shard(0) if x.dim() else Replicate()
         placements = [Replicate() if at.is_replicate() else rows for at in placements]
-    return Layout(tuple(x.shape), tuple(p.device_mesh.shape), tuple(placements))
+    return Layout(tuple(x.shape), tuple(mesh.shape), tuple(placements))
 
 
 def with_owners(
@@ -105,7 +107,7 @@ def with_owners(
     for entry, keys, p in zip(entries, expected, params, strict=True):
         for key, x in entry.items():
             like = keys[key].like if key in keys else None
-            if is_owned(like) and not is_owned(x):
+            if sharding.is_owned(like) and not sharding.is_owned(x):
                 entry[key] = _with_owner(x, like, p)
 
 

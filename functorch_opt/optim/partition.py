@@ -91,6 +91,7 @@ class Partition(Optimizer):
             and parameter, such as `matrix_labels` makes, or ``{path: label}``. The path of a
             parameter without a name is its number.
         compile: run the step in place through `compiled_step`, with one pass for each algorithm.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     A group with a factor, such as the ``lr_scale`` that `layer_decay` gives, and without the option
     that it multiplies, has that of its algorithm times the factor.
@@ -122,6 +123,7 @@ class Partition(Optimizer):
         param_labels: Labels | None = None,
         *,
         compile: bool = False,
+        owners: bool = False,
     ) -> None:
         if not isinstance(transforms, Mapping) or not transforms:
             raise TypeError(
@@ -130,7 +132,7 @@ class Partition(Optimizer):
             )
         if callable(param_labels):
             check_takes_path_and_leaf("param_labels", param_labels)
-        self._begin(params, transforms, param_labels, compile)
+        self._begin(params, transforms, param_labels, compile, owners)
 
     @torch._disable_dynamo
     def _begin(
@@ -139,6 +141,7 @@ class Partition(Optimizer):
         transforms: Mapping[str, Any],
         param_labels: Labels | None,
         compile: bool,
+        owners: bool,
     ) -> None:
         algorithms = {label: Algorithm(label, tx) for label, tx in transforms.items()}
         self._algorithms, self._labels = algorithms, param_labels
@@ -147,7 +150,7 @@ class Partition(Optimizer):
         defaults = {"lr": first.defaults["lr"]}
         if any("momentum" in of.defaults for of in algorithms.values()):
             defaults["momentum"] = None
-        self._setup(params, defaults, (), compile)
+        self._setup(params, defaults, (), compile, owners=owners)
 
     def _of(self, group: dict[str, Any]) -> Algorithm:
         label = group.get("algorithm")

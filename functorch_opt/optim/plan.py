@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
-from functorch_opt._core import sharding
 from functorch_opt._core.checkpoint import state_dict
+from functorch_opt._core.sharding import any_sharded
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.flat import rules_at
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
+from functorch_opt.optim.closure import extra_of
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.numbers import Groups
@@ -34,6 +36,7 @@ from functorch_opt.optim.params import (
     small,
 )
 from functorch_opt.optim.places import Place, Places, differences
+from functorch_opt.optim.replicas import replicas_of, step_and_send
 from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
 
@@ -54,8 +57,10 @@ class Plan:
         compile: bool,
         state: State,
         everybody: list[Tensor],
+        owners: bool = False,
     ) -> None:
         params = [p for group in groups for p in group["params"]]
+        self.replicas = replicas_of(params, state) if owners else None
         self.layout = layout(groups)
         self.gone: list[Any] = []
         """Parameters that are no more; another one may have the id of such a one."""
@@ -84,8 +89,7 @@ class Plan:
 
         self.numbers.check_first_state(lambda: self.tx.init(few), self.tx.name)
         self._lay_out(on_meta(params), rename)
-        sharded = sharding.any_sharded(params)
-        self.rules = rules_at(self.tx, self.numbered, sharded)
+        self.rules = rules_at(self.tx, self.numbered, any_sharded(self.given(params)))
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
         self.place = next(i for i, p in enumerate(everybody) if p is params[0])
@@ -197,13 +201,15 @@ class Plan:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
         entries, began = self.entries(state, params, moved)
         flat = self.values(entries, moved)
-        step = Step(self, params, moved, entries, flat)
+        tensors, gradients = self.given(params), self.given(gradients)
+        step = Step(self, params, moved, entries, flat, tensors)
         extra = self._extra(loss, gradients)
         if tx is self.tx and self._goes_in_place(params, loss):
-            return self._in_place(step, gradients, extra, state if began else None)
+            in_place = self._in_place(step, gradients, extra, state if began else None)
+            return self._sent_to_all(step, in_place)
         grads = self.tree(gradients)
         updates, new = tx.update(
-            grads, step.old, self.tree([p.detach() for p in params]), **extra
+            grads, step.old, self.tree([p.detach() for p in tensors]), **extra
         )
         us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
         write = step.writes([us[i] for i in moved], step.changed(new))
@@ -213,7 +219,17 @@ class Plan:
                 step.keep(state)
             write()
 
-        return act
+        return self._sent_to_all(step, act)
+
+    def given(self, values: list[Any]) -> list[Any]:
+        """The values of all parameters; with owners each rank has those that it owns."""
+        return self.replicas.given(values) if self.replicas else values
+
+    def _sent_to_all(self, step: Step, act: Callable[[], None]) -> Callable[[], None]:
+        """`act`, and then the owners send what they have made of the parameters."""
+        if not self.replicas:
+            return act
+        return partial(step_and_send, self.replicas, step, act)
 
     def _goes_in_place(self, params: list[Tensor], loss: Any) -> bool:
         """Whether the step can be made in place, tensor by tensor.
@@ -254,7 +270,7 @@ class Plan:
         self.tx.check_extra(extra)
 
         def act() -> None:
-            params, run = step.params, self.in_place
+            params, run = step.tensors, self.in_place
             if self.checked and self.rules is not None:
                 ps, us = self._leaves(params), self._leaves(gradients)
                 new = run.run_flat(self.rules, self.view, ps, us, step.flat, extra)
@@ -315,22 +331,7 @@ class Plan:
 
     def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
-        reads = self.tx.extra_args
-        if not reads:
-            return {}
-        given = {"grad": self.tree(grads)}
-        if loss is not None:
-            given["value"] = torch.as_tensor(loss).detach()
-        for name, required in reads.items():
-            if required and name not in given:
-                closure = "Give step a closure that returns the loss."
-                functional = (
-                    "A closure cannot provide it: call update(updates, state, params, ...) "
-                    "of the transformation itself."
-                )
-                cure = closure if name == "value" else functional
-                raise TypeError(f"{self.tx!r} reads {name}. {cure}")
-        return {name: value for name, value in given.items() if name in reads}
+        return extra_of(self.tx, loss, self.tree(grads)) if self.tx.extra_args else {}
 
     def _complete(
         self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]
@@ -357,7 +358,7 @@ class Plan:
                 p.detach() if everything or i in wanted else None
                 for i, p in enumerate(params)
             ]
-            first = state_dict(self.tx.init(self.tree(given)))
+            first = state_dict(self.tx.init(self.tree(self.given(given))))
             mine = {place.path: first[place.path] for place in absent}
             mine = with_memory_of_its_own(mine, params)
             for place in absent:

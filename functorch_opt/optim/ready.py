@@ -94,10 +94,9 @@ class Ready(Optimizer):
         options = bound.arguments
         params = options.pop("params")
         compile = options.pop("compile", False)
-        state = options.pop("state", None)
-        capturable = options.pop("capturable", False)
-        how = {"compile": compile, "state": state, "capturable": capturable}
-        super().__init__(params, self._factory, **how, **options)
+        names = ("state", "capturable", "owners")
+        how = {name: options.pop(name) for name in names if name in options}
+        super().__init__(params, self._factory, compile=compile, **how, **options)
 
     def _check_group(self, group: dict[str, Any], loaded: bool = False) -> None:
         """Also what a group cannot have for itself: it would be passed over in silence."""
@@ -141,6 +140,7 @@ def with_params(signature: inspect.Signature) -> inspect.Signature:
         inspect.Parameter("compile", KEYWORD, annotation="bool", default=False),
         inspect.Parameter("state", KEYWORD, annotation="str | None", default=None),
         inspect.Parameter("capturable", KEYWORD, annotation="bool", default=False),
+        inspect.Parameter("owners", KEYWORD, annotation="bool", default=False),
     ]
     return inspect.Signature(given)
 
@@ -163,6 +163,7 @@ def documented(factory: Factory, name: str) -> str:
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
         capturable: let a step be captured as a CUDA graph; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         TypeError: an argument that it does not take.

@@ -103,6 +103,7 @@ class ADOPT(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class APOLLO(Ready):
@@ -131,6 +132,7 @@ class APOLLO(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class CAME(Ready):
@@ -158,6 +160,7 @@ class CAME(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class COCOB(Ready):
@@ -180,6 +183,7 @@ class COCOB(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class FOCUS(Ready):
@@ -203,6 +207,7 @@ class FOCUS(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class KLSOAP(Ready):
@@ -232,6 +237,7 @@ class KLSOAP(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class LAMB(Ready):
@@ -256,6 +262,7 @@ class LAMB(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class LARS(Ready):
@@ -281,6 +288,7 @@ class LARS(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MADGRAD(Ready):
@@ -302,6 +310,7 @@ class MADGRAD(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SGLD(Ready):
@@ -322,6 +331,7 @@ class SGLD(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SM3(Ready):
@@ -341,6 +351,7 @@ class SM3(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SOAP(Ready):
@@ -370,6 +381,7 @@ class SOAP(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class ACProp(Ready):
@@ -394,6 +406,7 @@ class ACProp(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AMSGrad(Ready):
@@ -419,6 +432,7 @@ class AMSGrad(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdEMAMix(Ready):
@@ -446,6 +460,7 @@ class AdEMAMix(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdaBelief(Ready):
@@ -471,6 +486,7 @@ class AdaBelief(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdaMuon(Ready):
@@ -499,6 +515,7 @@ class AdaMuon(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamC(Ready):
@@ -525,6 +542,7 @@ class AdamC(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamMini(Ready):
@@ -551,6 +569,7 @@ class AdamMini(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class AdamaxW(Ready):
@@ -574,6 +593,7 @@ class AdamaxW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Adan(Ready):
@@ -599,6 +619,7 @@ class Adan(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class DAdaptAdamW(Ready):
@@ -621,6 +642,7 @@ class DAdaptAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Dion(Ready):
@@ -648,6 +670,7 @@ class Dion(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class DoG(Ready):
@@ -670,6 +693,7 @@ class DoG(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class DoWG(Ready):
@@ -692,6 +716,7 @@ class DoWG(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Fira(Ready):
@@ -718,6 +743,7 @@ class Fira(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Fromage(Ready):
@@ -737,6 +763,7 @@ class Fromage(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class GaLore(Ready):
@@ -763,6 +790,7 @@ class GaLore(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Grams(Ready):
@@ -788,6 +816,7 @@ class Grams(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class KLShampoo(Ready):
@@ -817,6 +846,7 @@ class KLShampoo(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class LaProp(Ready):
@@ -842,6 +872,7 @@ class LaProp(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Lion(Ready):
@@ -865,6 +896,7 @@ class Lion(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MARSAdamW(Ready):
@@ -891,6 +923,7 @@ class MARSAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Mano(Ready):
@@ -917,6 +950,7 @@ class Mano(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MoMo(Ready):
@@ -939,6 +973,7 @@ class MoMo(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MoMoAdam(Ready):
@@ -963,6 +998,7 @@ class MoMoAdam(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MuonH(Ready):
@@ -990,6 +1026,7 @@ class MuonH(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class MuonWithAdamW(Ready):
@@ -1022,6 +1059,7 @@ class MuonWithAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class NAdamW(Ready):
@@ -1048,6 +1086,7 @@ class NAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class NoisySGD(Ready):
@@ -1069,6 +1108,7 @@ class NoisySGD(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class NorMuon(Ready):
@@ -1100,6 +1140,7 @@ class NorMuon(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class NovoGrad(Ready):
@@ -1123,6 +1164,7 @@ class NovoGrad(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class OptimisticAdamV2(Ready):
@@ -1149,6 +1191,7 @@ class OptimisticAdamV2(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class OptimisticGradientDescent(Ready):
@@ -1169,6 +1212,7 @@ class OptimisticGradientDescent(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class PSGDKron(Ready):
@@ -1197,6 +1241,7 @@ class PSGDKron(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Prodigy(Ready):
@@ -1224,6 +1269,7 @@ class Prodigy(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SPlus(Ready):
@@ -1250,6 +1296,7 @@ class SPlus(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeAdamW(Ready):
@@ -1277,6 +1324,7 @@ class ScheduleFreeAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeProdigy(Ready):
@@ -1304,6 +1352,7 @@ class ScheduleFreeProdigy(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeRAdam(Ready):
@@ -1331,6 +1380,7 @@ class ScheduleFreeRAdam(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class ScheduleFreeSGD(Ready):
@@ -1356,6 +1406,7 @@ class ScheduleFreeSGD(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Scion(Ready):
@@ -1383,6 +1434,7 @@ class Scion(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Shampoo(Ready):
@@ -1413,6 +1465,7 @@ class Shampoo(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SignSGD(Ready):
@@ -1431,6 +1484,7 @@ class SignSGD(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Signum(Ready):
@@ -1451,6 +1505,7 @@ class Signum(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class SimplifiedAdEMAMix(Ready):
@@ -1476,6 +1531,7 @@ class SimplifiedAdEMAMix(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class StableAdamW(Ready):
@@ -1499,6 +1555,7 @@ class StableAdamW(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class StableSPAM(Ready):
@@ -1527,6 +1584,7 @@ class StableSPAM(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...
 
 class Yogi(Ready):
@@ -1548,4 +1606,5 @@ class Yogi(Ready):
         compile: bool = False,
         state: str | None = None,
         capturable: bool = False,
+        owners: bool = False,
     ) -> None: ...

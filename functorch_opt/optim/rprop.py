@@ -34,6 +34,7 @@ class Rprop(TorchNamed):
         differentiable: must be False; see the functional layer.
         compile: run the step in place through `compiled_step`; see `Optimizer`.
         state: how slots are stored, such as ``"8bit"``; see `Optimizer`.
+        owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -69,6 +70,7 @@ class Rprop(TorchNamed):
         differentiable: bool = False,
         compile: bool = False,
         state: str | None = None,
+        owners: bool = False,
     ) -> None:
         self._begin(locals())
 

@@ -33,8 +33,11 @@ class Step:
         moved: list[int],
         entries: list[dict[str, Any]],
         flat: list[Any],
+        tensors: list[Any],
     ) -> None:
         self.plan, self.params, self.moved = plan, params, moved
+        self.tensors = tensors
+        """The parameters, or what this rank owns of them."""
         self.entries, self.flat = entries, flat
         self._old: PyTree = None
 
@@ -62,7 +65,7 @@ class Step:
 
         All is read before anything is overwritten: a rule may return what it was given.
         """
-        targets = [self.params[i] for i in self.moved]
+        targets = [self.tensors[i] for i in self.moved]
         us, changed = self.kept_apart(us, changed, targets)
 
         def write() -> None:

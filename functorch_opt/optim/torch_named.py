@@ -74,6 +74,7 @@ class TorchNamed(Optimizer):
         params = given.pop("params")
         compile = given.pop("compile")
         state = given.pop("state")
+        owners = given.pop("owners")
         if given.pop("differentiable", False):
             raise ValueError(
                 f"{type(self).__name__} updates in place. To differentiate through updates use the "
@@ -89,7 +90,8 @@ class TorchNamed(Optimizer):
             for name, value in options.items()
             if name not in self._fixed and not isinstance(value, bool)
         ]
-        self._setup(params, {**given, **options}, numbers, compile, state=state)
+        defaults = {**given, **options}
+        self._setup(params, defaults, numbers, compile, state=state, owners=owners)
 
     def _check(self, options: dict[str, Any]) -> None:
         for name, (what, low, high) in self._ranges.items():

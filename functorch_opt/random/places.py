@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core import sharding
+from functorch_opt._core.owned import is_here
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """The offsets and the sizes of a part of a tensor, by dimension."""
@@ -125,6 +126,8 @@ def place_of(leaf: Tensor) -> Place:
     shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
     if not sharding.is_sharded(leaf):
         return place_in(shape)
+    if sharding.is_owned(leaf):
+        return place_in(shape) if is_here(leaf) else NOWHERE
     whole: Any = leaf
     placements = tuple(whole.placements)
     offsets, sizes = _held(tuple(leaf.shape), whole.device_mesh, placements)

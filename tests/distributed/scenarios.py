@@ -386,7 +386,7 @@ def row_on_shards(rank: int, name: str) -> dict[str, Any]:
                 ps, mine = fo.apply_updates(ps, us), fo.apply_updates(mine, ours)
             whole, expected = (
                 state_dict(tree.map(tree.whole, (mine, held))),
-                state_dict((ps, state)),
+                state_dict(tree.map(tree.whole, (ps, state))),
             )
             assert whole.keys() == expected.keys()
             worst = [

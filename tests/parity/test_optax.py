@@ -1309,7 +1309,7 @@ DIVERGENCES = {
         "optax has none outside of contrib: see test_private.py",
     ),
     **dict.fromkeys(
-        ("keep_error_bits", "keep_master_weights", "params_ema", "stored"),
+        ("keep_error_bits", "keep_master_weights", "params_ema", "stored", "with_owners"),
         "optax has none",
     ),
     **dict.fromkeys(
