@@ -193,12 +193,22 @@ class Leafwise(GradientTransformation):
         trees = {"updates": updates, "params": params}
         mine = {name: extra[name] for name in self.extra_args if name in extra}
         now, new = self.once.prepared(now, shared, trees, mine)
+        now |= self.drawn(now, params if updates is None else updates, slots)
         provided = {"g", "p", DUE, *self.slots, *now}
         if missing := [name for name in self.reads if name not in provided]:
             raise TypeError(
                 f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return."
             )
         return now | due, new
+
+    def drawn(
+        self, now: Mapping[str, Any], like: PyTree, slots: dict[str, list[Any]]
+    ) -> dict[str, Any]:
+        """Random numbers of this step that belong to slots, for a tree of the structure of `like`.
+
+        A rule has none; see `functorch_opt.codecs.coded`.
+        """
+        return {}
 
     def sums_before(
         self,

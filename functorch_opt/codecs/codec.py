@@ -28,6 +28,8 @@ class Codec:
     """``x in blocks -> codes, scales``, of a float32 tensor with a block in each row."""
     decode: Callable[..., Tensor] | None = None
     """``(codes in blocks, scales) -> x``."""
+    is_random: bool = False
+    """Whether numbers are rounded up or down at random, by bits that a step draws."""
 
     def n_blocks(self, n: int) -> int:
         """How many blocks `n` elements make up, of which the last may not be full."""
@@ -110,4 +112,5 @@ def _decode_dynamic(codes: Tensor, scale: Tensor) -> Tensor:
 
 DYNAMIC = Codec("8bit", torch.uint8, 256, _encode_dynamic, _decode_dynamic)
 BFLOAT16 = Codec("bfloat16", torch.bfloat16)
-CODECS = {codec.name: codec for codec in (DYNAMIC, BFLOAT16)}
+ROUNDED = Codec("bfloat16_stochastic", torch.bfloat16, is_random=True)
+CODECS = {codec.name: codec for codec in (DYNAMIC, BFLOAT16, ROUNDED)}

@@ -20,6 +20,7 @@ from functorch_opt._core.sharding import refuse_sharded
 from functorch_opt._core.state import StageState
 from functorch_opt._core.structure import Path
 from functorch_opt.codecs.codec import Codec
+from functorch_opt.codecs.rounded import Bits
 from functorch_opt.tree import PyTree
 
 SCALE = "_scale"
@@ -35,8 +36,9 @@ class Stored(OneTensor):
         self.inner, self.codecs = inner, codecs
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
         scales = tuple(name + SCALE for name in self.blocked)
+        self.bits = Bits(tuple([name for name in codecs if codecs[name].is_random]))
         self.slot_names = (*inner.slot_names, *scales)
-        reads = (*inner.reads, *self.blocked, *scales)
+        reads = (*inner.reads, *self.blocked, *scales, *self.bits.names)
         self.reads = tuple(dict.fromkeys(reads))
         self.is_plain = False
 
@@ -59,7 +61,7 @@ class Stored(OneTensor):
 
     def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """New slots as they are stored, in the form in which `values` has the old ones."""
-        found = dict(new)
+        found = self.bits.rounded(new, values)
         for name, codec in self.blocked.items():
             codes = values[name]
             scales = _real(values[name + SCALE])
@@ -124,6 +126,7 @@ class Coded(Leafwise):
         inner: Leafwise,
         codecs: Mapping[str, Codec],
         choice: Choice,
+        key: Tensor,
     ) -> None:
         self.__dict__.update(vars(copy.copy(inner)))
         for kept in ("_entries", "_once_a_step"):
@@ -136,6 +139,14 @@ class Coded(Leafwise):
             self.slots[name + SCALE] = codec.first_scales
             self.blocks[name + SCALE] = (1, codec.block)
         self.stored = tuple(codecs.items())
+        self.bits = rule.bits
+        if self.bits.names:
+            self.once, self.is_constant = self.bits.once(inner.once, key), False
+
+    def drawn(
+        self, now: Mapping[str, Any], like: PyTree, slots: dict[str, list[Any]]
+    ) -> dict[str, Any]:
+        return self.bits.drawn(now, like, slots) if self.bits.names else {}
 
     def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)
@@ -154,7 +165,8 @@ class Coded(Leafwise):
             if codec.block:
                 scales = [s for _, s in stored]
                 slots[name + SCALE] = tree.unflatten(spec, scales)
-        return StageState(state.shared, slots)
+        first = self.once.first(params) if self.bits.names else {}
+        return StageState({**first, **state.shared}, slots)
 
     def _stored(
         self,

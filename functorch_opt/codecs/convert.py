@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.structure import Path
 from functorch_opt.codecs.codec import DYNAMIC
 from functorch_opt.codecs.coded import SCALE
+from functorch_opt.codecs.rounded import KEY
 from functorch_opt.tree import PyTree
 
 __all__ = ["recoded"]
@@ -46,12 +47,23 @@ def recoded(saved: Mapping[Path, Tensor], state: PyTree) -> dict[Path, Tensor]:
     return converted(saved, state_dict(state))
 
 
-def converted(saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """The values of `saved`, stored as those of the same name in `wanted` are."""
+def converted(
+    saved: Mapping[Any, Any],
+    wanted: Mapping[Any, Tensor],
+    there: Collection[Any] | None = None,
+) -> dict[Any, Any]:
+    """The values of `saved`, stored as those of the same name in `wanted` are.
+
+    If `saved` is a part of a checkpoint, `there` has the names of all of it.
+    """
     names = {**saved, **wanted}
-    new = dict(saved)
+    there = saved.keys() if there is None else there
+    new = _with_keys(saved, wanted, there)
+    was_rounded = bool(_lacking(there, wanted))
     for name, x in saved.items():
         scales = scales_of(name, names)
+        if name in wanted and isinstance(x, Tensor):
+            new[name] = _cast(x, wanted[name], was_rounded)
         if scales is None or not isinstance(x, Tensor):
             continue
         in_code = name in wanted and wanted[name].dtype is DYNAMIC.dtype
@@ -65,6 +77,46 @@ def converted(saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor]) -> dict[An
         elif scales not in new or not in_code:
             new[scales] = torch.zeros(0)
     return new
+
+
+def _cast(x: Tensor, like: Tensor, was_rounded: bool) -> Tensor:
+    """A floating slot in bfloat16 if it is so here; and no longer, if it was rounded at random."""
+    if not (x.is_floating_point() and like.is_floating_point()):
+        return x
+    low = torch.bfloat16
+    is_cast = like.dtype is low or (x.dtype is low and was_rounded)
+    return x.to(like.dtype) if is_cast else x
+
+
+def _with_keys(
+    saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor], there: Collection[Any]
+) -> dict[Any, Any]:
+    """The saved values, with and without what rounding at random needs: keys, and counts for them.
+
+    A stage that had no count for itself has it from the optimizer, which calls it ``step``.
+    """
+    new = dict(saved)
+    for key in _lacking(wanted, there):
+        if not wanted[key].is_meta:  # an optimizer makes the key that it lacks
+            new[key] = wanted[key]
+        count = key.removesuffix(KEY) + "count"
+        if count in wanted and count not in there:
+            step = None if "step" in wanted else new.pop("step", None)
+            new[count] = wanted[count] if step is None else step
+    for key in _lacking(there, wanted):
+        new.pop(key, None)
+        count = key.removesuffix(KEY) + "count"
+        if count not in wanted and count in new:
+            step = new.pop(count)
+            if "step" in wanted and "step" not in saved:
+                new["step"] = step
+    return new
+
+
+def _lacking(names: Collection[Any], others: Collection[Any]) -> list[str]:
+    """The keys of rounding among `names` that the others lack."""
+    keys = [name for name in names if isinstance(name, str) and name.endswith(KEY)]
+    return [key for key in keys if key not in others]
 
 
 def scales_of(name: Any, names: Mapping[Any, Any]) -> Any:
