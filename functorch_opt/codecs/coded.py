@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.one_tensor import OneTensor
-from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.rule import Block, Leafwise
 from functorch_opt._core.sharding import refuse_sharded
 from functorch_opt._core.state import StageState
 from functorch_opt._core.structure import Path
@@ -53,11 +53,13 @@ class Stored(OneTensor):
     def _decoded_slot(self, name: str, values: Mapping[str, Any]) -> Tensor | None:
         codec = self.blocked[name]
         codes = values[name]
-        if codes is None or codes.dtype is not codec.dtype:
+        if values["g"] is None or codes is None or codes.dtype is not codec.dtype:
             return codes
         scales = _real(values[name + SCALE])
-        x = codec.read(_laid_out(codes, scales), scales.float())
-        return x.reshape(codes.shape).to(scales.dtype)
+        shape = _shape(codec, codes, values["g"])
+        n = shape[-1] if scales.dim() == 2 else shape.numel()
+        x = codec.read(_laid_out(codes, scales), scales.float(), n)
+        return x.reshape(shape).to(scales.dtype)
 
     def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """New slots as they are stored, in the form in which `values` has the old ones."""
@@ -65,11 +67,11 @@ class Stored(OneTensor):
         for name, codec in self.blocked.items():
             codes = values[name]
             scales = _real(values[name + SCALE])
-            if codes.dtype is codec.dtype and _fits(new[name], codes):
-                x = new[name]
-                rows = _laid_out(x, scales)
+            shape = _shape(codec, codes, values["g"])
+            if codes.dtype is codec.dtype and _fits(new[name], shape):
+                rows = _laid_out(new[name], scales)
                 rows, scales = codec.write(rows, scales.shape[-1])
-                found[name] = rows.reshape(x.shape)
+                found[name] = rows.reshape(codes.shape)
             found[name + SCALE] = scales
         return found
 
@@ -90,14 +92,13 @@ class Stored(OneTensor):
         columns = dict(slots)
         for name in self.blocked:
             if name in names:
-                columns[name] = self._decoded_column(name, slots)
+                columns[name] = self._decoded_column(name, slots, gs)
         return self.inner.values_of_leaves(gs, ps, columns, per_leaf, names)
 
-    def _decoded_column(self, name: str, slots: Any) -> list[Tensor | None]:
-        """A slot of all leaves."""
-        both = (name, name + SCALE)
-        columns = [slots[key] for key in both]
-        rows = zip(*columns, strict=True)
+    def _decoded_column(self, name: str, slots: Any, gs: Any) -> list[Tensor | None]:
+        """A slot of all leaves that have an update."""
+        both = (name, name + SCALE, "g")
+        rows = zip(slots[both[0]], slots[both[1]], gs, strict=True)
         leaves = [dict(zip(both, row, strict=True)) for row in rows]
         return [self._decoded_slot(name, leaf) for leaf in leaves]
 
@@ -113,9 +114,14 @@ def _laid_out(x: Tensor, scales: Tensor) -> Tensor:
     return x if in_rows else x.reshape(-1)
 
 
-def _fits(x: Any, codes: Tensor) -> bool:
+def _shape(codec: Codec, codes: Tensor, g: Tensor) -> torch.Size:
+    """The shape of a slot: that of its codes, or where these are packed that of the update."""
+    return codes.shape if codec.packed == 1 else g.shape
+
+
+def _fits(x: Any, shape: torch.Size) -> bool:
     """Whether a rule has returned a slot of the right shape. If not, `OneTensor` says so."""
-    return isinstance(x, Tensor) and x.shape == codes.shape
+    return isinstance(x, Tensor) and x.shape == shape
 
 
 class Coded(Leafwise):
@@ -137,7 +143,9 @@ class Coded(Leafwise):
         self.slots, self.blocks = dict(inner.slots), {}
         for name, codec in rule.blocked.items():
             self.slots[name + SCALE] = codec.first_scales
-            self.blocks[name + SCALE] = (1, codec.block)
+            self.blocks[name + SCALE] = Block(1, codec.block, codec.of_scales)
+            if codec.packed > 1:
+                self.blocks[name] = Block(1, codec.packed, codec.dtype)
         self.stored = tuple(codecs.items())
         self.bits = rule.bits
         if self.bits.names:
@@ -179,13 +187,25 @@ class Coded(Leafwise):
         if p is None:
             return None, None
         chosen = takes(x) and self.choice(path, p)
+        if chosen and codec.packed > 1:
+            chosen = x.numel() > 1 and not p.is_complex()
+            self._check_shape(codec, path, p, x)
         if chosen:
             refuse_sharded("stored", [x])
         if not codec.block:
             return x.to(codec.dtype) if chosen else x, None
         if chosen:
             return codec.write_whole(x)
-        return x, torch.zeros(0, dtype=torch.float32, device=x.device)
+        return x, torch.zeros(0, dtype=codec.of_scales, device=x.device)
+
+    def _check_shape(self, codec: Codec, path: Path, p: Tensor, x: Tensor) -> None:
+        """Raise ValueError for a slot whose shape could not be told from packed codes."""
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{self.name}: a slot at {path!r} has shape {tuple(x.shape)}, and the parameter "
+                f"{tuple(p.shape)}. The code {codec.name!r} is for slots of the parameter's shape: "
+                "name another code for this one."
+            )
 
 
 def takes(x: Tensor) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.structure import Path
-from functorch_opt.codecs.codec import DYNAMIC
+from functorch_opt.codecs.codec import DYNAMIC, FLOAT8, FOUR_BITS, Codec
 from functorch_opt.codecs.coded import SCALE
 from functorch_opt.codecs.rounded import KEY
 from functorch_opt.tree import PyTree
@@ -62,21 +62,67 @@ def converted(
     was_rounded = bool(_lacking(there, wanted))
     for name, x in saved.items():
         scales = scales_of(name, names)
-        if name in wanted and isinstance(x, Tensor):
-            new[name] = _cast(x, wanted[name], was_rounded)
-        if scales is None or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor):
             continue
-        in_code = name in wanted and wanted[name].dtype is DYNAMIC.dtype
-        is_in_code = x.dtype is DYNAMIC.dtype and scales in saved
-        if is_in_code and not in_code:
-            new[name] = DYNAMIC.read_whole(x, saved[scales])
-        elif in_code and x.is_floating_point():
-            new[name], new[scales] = DYNAMIC.write_whole(x)
-        if scales not in wanted:
-            new.pop(scales, None)
-        elif scales not in new or not in_code:
-            new[scales] = torch.zeros(0)
+        if scales is not None:
+            like = Slot(wanted.get(name), wanted.get(scales))
+            _recode(new, name, scales, Slot(x, saved.get(scales)), like)
+        if name in wanted:
+            new[name] = _cast(new[name], wanted[name], was_rounded)
     return new
+
+
+class Slot(NamedTuple):
+    """A slot as it is stored: its codes or numbers, and its scales, if it has any."""
+
+    x: Tensor | None
+    scales: Tensor | None
+
+    def codec(self, other: Slot) -> Codec | None:
+        """Its code, beside the same slot that is stored otherwise; None if it is in none.
+
+        Bytes with bfloat16 scales are of ``float8``. Packed codes are fewer than the others.
+        """
+        x, scales = self
+        if x is None or scales is None or x.dtype is not torch.uint8:
+            return None
+        if scales.dtype is FLOAT8.of_scales:
+            return FLOAT8
+        n = x.numel()
+        if other.x is not None and other.x.shape != x.shape:
+            return FOUR_BITS if n < other.x.numel() else DYNAMIC
+        fits = [of for of in BYTES if scales.numel() == of.n_blocks(n * of.packed)]
+        return fits[0] if fits else None
+
+
+BYTES = (DYNAMIC, FOUR_BITS)
+
+
+def _recode(
+    new: dict[Any, Any], name: Any, scales: Any, saved: Slot, wanted: Slot
+) -> None:
+    """Put a slot that is in a code, there or here, into `new` as it is `wanted`."""
+    old, code = saved.codec(wanted), wanted.codec(saved)
+    if old is not None and old is not code:
+        shape = _shape(old, saved, wanted)
+        if shape is None:
+            return  # the loader says that it does not fit
+        new[name] = old.read_whole(saved.x, saved.scales, shape)  # type: ignore[arg-type]
+    x = new[name]
+    if code is not None and x.is_floating_point():
+        new[name], new[scales] = code.write_whole(x)
+    elif code is None and wanted.scales is None:
+        new.pop(scales, None)
+    elif code is None:
+        new[scales] = wanted.scales.new_zeros(0, device="cpu")  # type: ignore[union-attr]
+
+
+def _shape(codec: Codec, saved: Slot, wanted: Slot) -> torch.Size | None:
+    """The shape of a slot, if it can be told: packed codes are a vector."""
+    assert saved.x is not None
+    if codec.packed == 1:
+        return saved.x.shape
+    return None if wanted.x is None else wanted.x.shape
 
 
 def _cast(x: Tensor, like: Tensor, was_rounded: bool) -> Tensor:

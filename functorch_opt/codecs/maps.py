@@ -36,9 +36,9 @@ _UNIT = [5.0 ** (e - 8) / 512 for e in range(9)]
 """What a place of each octave is worth, 18 times."""
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 levels of a map in increasing order, float64."""
-    below = [_decade(k, signed) for k in range(DECADES)]
+def dynamic_map(signed: bool, decades: int = DECADES) -> Tensor:
+    """The levels of a map in increasing order, float64: 256 of them, or 16 of three decades."""
+    below = [_decade(k, signed, decades) for k in range(decades)]
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     zero = torch.zeros_like(one)
     if not signed:
@@ -48,12 +48,12 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.cat([negative, zero, *below, one])
 
 
-def _decade(k: int, signed: bool) -> Tensor:
+def _decade(k: int, signed: bool, decades: int) -> Tensor:
     """The levels of a decade, the lowest being 0: the middles of equal parts of it."""
     n = 2**k if signed else 2 ** (k + 1)
     edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64, device="cpu")
     twice = edges[1:] + edges[:-1]
-    return 10.0 ** (k + 1 - DECADES) * twice / 2
+    return 10.0 ** (k + 1 - decades) * twice / 2
 
 
 # ---- worked out ----------------------------------------------------------------------------------

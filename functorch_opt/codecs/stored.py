@@ -63,6 +63,8 @@ def stored(
     is pure.
 
         "8bit"                 one byte an element, and a float32 scale for each block of 256
+        "4bit"                 half a byte, and a float32 scale for each block of 128
+        "float8"               one byte, and a bfloat16 scale for each block of 128
         "bfloat16"             two bytes, rounded to nearest
         "bfloat16_stochastic"  two bytes, rounded up or down at random
 
@@ -73,8 +75,14 @@ def stored(
     numbers at hand, at every step. A block with an infinity or a NaN has no finite number
     afterwards. Numbers below 2.7e-7 of the largest one become 0.
 
+    ``"4bit"`` does the same with 16 levels. A block of which all numbers are positive has the levels
+    1/16, 2/16, ..., 1, without a 0, and any other one a dynamic map of three decades. ``"float8"`` has
+    the format e4m3fn, and scales that are powers of two. In a block without negative numbers neither
+    makes a positive number 0. A number of ``"4bit"`` may be off by a sixth of the largest of its
+    block, so train with it and look at the loss before you rely on it.
+
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
-    ``mu_scale``. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+    ``mu_scale``. The codes of ``"4bit"`` are a vector of half as many bytes. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
 
     Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
     decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
@@ -100,10 +108,12 @@ def stored(
     Raises:
         TypeError: (by ``init`` and ``update``) a leaf that is chosen is sharded.
         TypeError: `inner` is not a transformation; something that is not a key.
-        ValueError: a code or a slot that there is not; no slot that starts at zero.
+        ValueError: a code or a slot that there is not; no slot that starts at zero; (by ``init``) a
+            slot for ``"4bit"`` that has not the shape of its parameter.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, arXiv:2110.02861,
-    sections 2 and 3. bitsandbytes decides once for each slot which map it has; and a block whose
+    sections 2 and 3. Li et al., "Memory Efficient Optimizers with 4-bit States", 2023,
+    arXiv:2309.01507, sections 3 and 4. bitsandbytes decides once for each slot which map it has; and a block whose
     largest number is negative there loses 0.7% of it at every step.
 
     Example:
