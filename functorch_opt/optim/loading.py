@@ -13,6 +13,7 @@ from functorch_opt._core.checkpoint import LEFT_OVER, Fit
 from functorch_opt.codecs.convert import converted
 from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
+from functorch_opt.optim.foreign import in_float32
 from functorch_opt.optim.owned import with_owners
 
 
@@ -75,7 +76,7 @@ def load(
 def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
     """Take over the tensors of a state dict whose groups are loaded already."""
     for k, group in enumerate(optimizer.param_groups):
-        if "state" not in optimizer._own:
+        if "state" not in optimizer._of(group)._own:
             group.pop("state", None)  # slots are stored here as usual, whatever was saved
         try:
             optimizer._check_group(group, loaded=True)
@@ -125,6 +126,9 @@ def _recoded(
     """The state dict with slots stored as they are here."""
     numbers = [number for group in given["param_groups"] for number in group["params"]]
     state = dict(given["state"])
+    for number, keys in zip(numbers, expected, strict=False):
+        if state.get(number):
+            state[number] = in_float32(state[number], keys, number)
     there = {key for entry in state.values() for key in entry}
     for number, keys in zip(numbers, expected, strict=False):
         entry = state.get(number)
