@@ -34,17 +34,27 @@ class Codec:
     is_random: bool = False
     """Whether numbers are rounded up or down at random, by bits that a step draws."""
 
-    def n_blocks(self, n: int) -> int:
+    def n_blocks(
+        self,
+        n: int,
+    ) -> int:
         """How many blocks `n` elements make up, of which the last may not be full."""
         return -(-n // self.block)
 
-    def first_scales(self, p: Tensor) -> Tensor:
+    def first_scales(
+        self,
+        p: Tensor,
+    ) -> Tensor:
         """The scales of a slot of zeros."""
         return p.new_zeros(self.n_blocks(p.numel()), dtype=self.of_scales)
 
     # ---- in rows --------------------------------------------------------------------------------
 
-    def write(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def write(
+        self,
+        x: Tensor,
+        columns: int,
+    ) -> tuple[Tensor, Tensor]:
         """Codes and scales of a slot, of which each row has `columns` blocks."""
         assert self.encode is not None
         blocks = in_blocks(x.float(), columns, self.block)
@@ -54,7 +64,12 @@ class Codec:
             codes = four_bit.packed(codes)
         return codes, scales.squeeze(-1)
 
-    def read(self, codes: Tensor, scales: Tensor, n: int) -> Tensor:
+    def read(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        n: int,
+    ) -> Tensor:
         """The slot, float32, with `n` elements in each row."""
         assert self.decode is not None
         if self.packed > 1:
@@ -65,14 +80,22 @@ class Codec:
 
     # ---- of any shape ---------------------------------------------------------------------------
 
-    def write_whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def write_whole(
+        self,
+        x: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Codes of the shape of `x`, or packed ones as a vector; and its scales as a vector."""
         codes, scales = self.write(x.reshape(-1), self.n_blocks(x.numel()))
         if self.packed == 1:
             codes = codes.reshape(x.shape)
         return codes, scales.to(self.of_scales)
 
-    def read_whole(self, codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+    def read_whole(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        shape: torch.Size,
+    ) -> Tensor:
         """The inverse of `write_whole`, but for rounding: a slot of `shape`."""
         x = self.read(codes.reshape(-1), scales.float(), shape.numel())
         return x.reshape(shape)
@@ -96,7 +119,10 @@ def in_blocks(
     return x.unflatten(-1, (columns, block))
 
 
-def out_of_blocks(x: Tensor, n: int) -> Tensor:
+def out_of_blocks(
+    x: Tensor,
+    n: int,
+) -> Tensor:
     """The inverse of `in_blocks`: the first `n` elements of each row."""
     x = x.flatten(-2)
     return x if x.shape[-1] == n else x[..., :n]
@@ -120,7 +146,10 @@ def _encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     return code, torch.where(is_unsigned, -largest, largest)
 
 
-def _decode_dynamic(codes: Tensor, scale: Tensor) -> Tensor:
+def _decode_dynamic(
+    codes: Tensor,
+    scale: Tensor,
+) -> Tensor:
     levels = maps.levels if maps.is_traced() else maps.levels_looked_up
     return levels(codes, (scale < 0).to(torch.float32)) * scale.abs()
 

@@ -18,7 +18,10 @@ from functorch_opt.tree import PyTree
 __all__ = ["recoded"]
 
 
-def recoded(saved: Mapping[Path, Tensor], state: PyTree) -> dict[Path, Tensor]:
+def recoded(
+    saved: Mapping[Path, Tensor],
+    state: PyTree,
+) -> dict[Path, Tensor]:
     """A saved state dict, with slots stored as they are in `state`.
 
     So a float32 checkpoint can be loaded into a state of `stored`, and the reverse. Slots that are
@@ -78,7 +81,10 @@ class Slot(NamedTuple):
     x: Tensor | None
     scales: Tensor | None
 
-    def codec(self, other: Slot) -> Codec | None:
+    def codec(
+        self,
+        other: Slot,
+    ) -> Codec | None:
         """Its code, beside the same slot that is stored otherwise; None if it is in none.
 
         Bytes with bfloat16 scales are of ``float8``. Packed codes are fewer than the others.
@@ -99,7 +105,11 @@ BYTES = (DYNAMIC, FOUR_BITS)
 
 
 def _recode(
-    new: dict[Any, Any], name: Any, scales: Any, saved: Slot, wanted: Slot
+    new: dict[Any, Any],
+    name: Any,
+    scales: Any,
+    saved: Slot,
+    wanted: Slot,
 ) -> None:
     """Put a slot that is in a code, there or here, into `new` as it is `wanted`."""
     old, code = saved.codec(wanted), wanted.codec(saved)
@@ -117,7 +127,11 @@ def _recode(
         new[scales] = wanted.scales.new_zeros(0, device="cpu")  # type: ignore[union-attr]
 
 
-def _shape(codec: Codec, saved: Slot, wanted: Slot) -> torch.Size | None:
+def _shape(
+    codec: Codec,
+    saved: Slot,
+    wanted: Slot,
+) -> torch.Size | None:
     """The shape of a slot, if it can be told: packed codes are a vector."""
     assert saved.x is not None
     if codec.packed == 1:
@@ -125,7 +139,11 @@ def _shape(codec: Codec, saved: Slot, wanted: Slot) -> torch.Size | None:
     return None if wanted.x is None else wanted.x.shape
 
 
-def _cast(x: Tensor, like: Tensor, was_rounded: bool) -> Tensor:
+def _cast(
+    x: Tensor,
+    like: Tensor,
+    was_rounded: bool,
+) -> Tensor:
     """A floating slot in bfloat16 if it is so here; and no longer, if it was rounded at random."""
     if not (x.is_floating_point() and like.is_floating_point()):
         return x
@@ -135,7 +153,9 @@ def _cast(x: Tensor, like: Tensor, was_rounded: bool) -> Tensor:
 
 
 def _with_keys(
-    saved: Mapping[Any, Any], wanted: Mapping[Any, Tensor], there: Collection[Any]
+    saved: Mapping[Any, Any],
+    wanted: Mapping[Any, Tensor],
+    there: Collection[Any],
 ) -> dict[Any, Any]:
     """The saved values, with and without what rounding at random needs: keys, and counts for them.
 
@@ -159,13 +179,19 @@ def _with_keys(
     return new
 
 
-def _lacking(names: Collection[Any], others: Collection[Any]) -> list[str]:
+def _lacking(
+    names: Collection[Any],
+    others: Collection[Any],
+) -> list[str]:
     """The keys of rounding among `names` that the others lack."""
     keys = [name for name in names if isinstance(name, str) and name.endswith(KEY)]
     return [key for key in keys if key not in others]
 
 
-def scales_of(name: Any, names: Mapping[Any, Any]) -> Any:
+def scales_of(
+    name: Any,
+    names: Mapping[Any, Any],
+) -> Any:
     """The name of the scales of a slot, if it has any: ``a/mu_scale/w`` for ``a/mu/w``."""
     if not isinstance(name, str):
         return None

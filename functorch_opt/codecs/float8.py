@@ -33,6 +33,9 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(kept, codes.clamp(min=1), codes), scale
 
 
-def decode(codes: Tensor, scale: Tensor) -> Tensor:
+def decode(
+    codes: Tensor,
+    scale: Tensor,
+) -> Tensor:
     """The inverse of `encode`, but for rounding."""
     return codes.view(E4M3).to(torch.float32) * scale

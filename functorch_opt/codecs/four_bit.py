@@ -17,6 +17,7 @@ sections 3 and 4.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ BLOCK = 128
 LEVELS = maps.dynamic_map(True, decades=3).tolist()
 """Of the dynamic map, in increasing order."""
 ZERO = LEVELS.index(0.0)
-_BOUNDS = [(a + b) / 2 for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)]
+_BOUNDS = [(a + b) / 2 for a, b in pairwise(LEVELS)]
 
 
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,10 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     return code.to(torch.uint8), torch.where(is_linear, -largest, largest)
 
 
-def decode(codes: Tensor, scale: Tensor) -> Tensor:
+def decode(
+    codes: Tensor,
+    scale: Tensor,
+) -> Tensor:
     """The inverse of `encode`, but for rounding."""
     linear = (codes.to(torch.float32) + 1) / 16
     return torch.where(scale < 0, linear, _level(codes)) * scale.abs()
@@ -95,7 +99,10 @@ def packed(codes: Tensor) -> Tensor:
     return pairs[..., 0] * 16 + pairs[..., 1]
 
 
-def unpacked(both: Tensor, n: int) -> Tensor:
+def unpacked(
+    both: Tensor,
+    n: int,
+) -> Tensor:
     """The inverse of `packed`: the `n` codes of each row."""
     codes = torch.stack([both >> 4, both & 15], -1).flatten(-2)
     return codes if codes.shape[-1] == n else codes[..., :n]

@@ -27,12 +27,19 @@ _BFLOAT16 = torch.finfo(torch.bfloat16)
 class Bits:
     """The random bits of some slots: their names in a rule, and where each slot finds its own."""
 
-    def __init__(self, slots: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        slots: tuple[str, ...],
+    ) -> None:
         self.slots = slots
         self.pairs = [slots[k : k + 2] for k in range(0, len(slots), 2)]
         self.names = tuple([f"_bits{k}" for k in range(len(self.pairs))])
 
-    def once(self, of: Once, key: Tensor) -> Once:
+    def once(
+        self,
+        of: Once,
+        key: Tensor,
+    ) -> Once:
         """What a stage works out once a step, with a key, and with a count to draw by."""
         shared = {**of.shared, KEY: key}
         new = Once(of.name, of.prepare, of.hyper, shared, True, beside=("params",))
@@ -40,7 +47,10 @@ class Bits:
         return new
 
     def drawn(
-        self, now: Mapping[str, Any], like: PyTree, slots: dict[str, list[Any]]
+        self,
+        now: Mapping[str, Any],
+        like: PyTree,
+        slots: dict[str, list[Any]],
     ) -> dict[str, Any]:
         """The bits of this step: int32 in the shape of a slot, and False where there are none."""
         spec = tree.flatten(like)[1]
@@ -56,7 +66,11 @@ class Bits:
         of_names = zip(self.names, rows, strict=True)
         return {name: Each(_tree(spec, row, slots, none)) for name, row in of_names}
 
-    def _rounded(self, slots: dict[str, list[Any]], pair: tuple[str, ...]) -> list[Any]:
+    def _rounded(
+        self,
+        slots: dict[str, list[Any]],
+        pair: tuple[str, ...],
+    ) -> list[Any]:
         """Of each leaf a slot of the pair that is rounded, or None."""
         found: list[Any] = []
         for leaf in zip(*[slots[name] for name in pair], strict=True):
@@ -64,7 +78,11 @@ class Bits:
             found.append(low[0] if low else None)
         return found
 
-    def rounded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    def rounded(
+        self,
+        new: dict[str, Any],
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """New slots, each rounded to one of its neighbours."""
         found = dict(new)
         for name, pair in zip(self.names, self.pairs, strict=True):
@@ -78,7 +96,12 @@ class Bits:
         return found
 
 
-def _tree(spec: Any, row: list[Any], slots: dict[str, list[Any]], none: Tensor) -> PyTree:
+def _tree(
+    spec: Any,
+    row: list[Any],
+    slots: dict[str, list[Any]],
+    none: Tensor,
+) -> PyTree:
     """A row of bits as a tree, with nothing where the state has nothing."""
     column = next(iter(slots.values()))
     pairs = zip(row, column, strict=True)
@@ -86,7 +109,11 @@ def _tree(spec: Any, row: list[Any], slots: dict[str, list[Any]], none: Tensor) 
     return tree.unflatten(spec, filled)
 
 
-def to_bfloat16(x: Tensor, bits: Tensor, half: int) -> Tensor:
+def to_bfloat16(
+    x: Tensor,
+    bits: Tensor,
+    half: int,
+) -> Tensor:
     """A number that bfloat16 has, on average `x`. Its dtype stays.
 
     Args:

@@ -82,7 +82,8 @@ def stored(
     block, so train with it and look at the loss before you rely on it.
 
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
-    ``mu_scale``. The codes of ``"4bit"`` are a vector of half as many bytes. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+    ``mu_scale``. The codes of ``"4bit"`` are a vector of half as many bytes. On leaves that are not
+    chosen ``mu`` is what it was, and ``mu_scale`` is empty.
 
     Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
     decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
