@@ -465,7 +465,7 @@ def test_no_slot_is_ever_whole_in_float32(
     opt.step()
     assert 0 < most_alive(opt.step) < 0.25 * p.nbytes
     kept = sum(x.nbytes for x in opt.state[p].values())
-    assert kept < 2.1 * p.numel() / CODECS[code].packed
+    assert kept < 2.13 * p.numel() / CODECS[code].packed
 
 
 # ---- which slots, which leaves -------------------------------------------------------------------
