@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -492,3 +493,95 @@ def test_errors_teach() -> None:
     assert len(optimizer.param_groups) == 2
     with pytest.raises(ValueError, match="empty parameter list"):
         Partition([], transforms(), label)
+
+
+# ---- slots in a code -----------------------------------------------------------------------------
+
+TRANSFORMS = {"muon": fo.muon(0.02), "adamw": fo.adamw(0.01)}
+
+
+def of_labels(path: str, p: torch.Tensor) -> str:
+    return "muon" if path == "0.weight" else "adamw"
+
+
+def trained_in(state: Any, steps: int = 3) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Linear(64, 70))
+    named = model.named_parameters()
+    opt = fo.optim.Partition(named, TRANSFORMS, of_labels, state=state)
+    train_on(model, opt, range(steps))
+    return model, opt
+
+
+def train_on(model: Any, opt: Any, steps: range) -> None:
+    for k in steps:
+        x = torch.randn(8, 70, generator=torch.Generator().manual_seed(k))
+        opt.zero_grad()
+        (model(x) - x).square().mean().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("state", ["8bit", {"muon": "4bit"}, {"adamw": "float8"}])
+def test_slots_of_each_algorithm_are_stored_in_its_code(state: Any) -> None:
+    """The numbers are those of `partition` around `stored`."""
+    model, opt = trained_in(state)
+    codes = {
+        label: state if state == "8bit" else state.get(label) for label in TRANSFORMS
+    }
+    groups = {group["algorithm"]: group["state"] for group in opt.param_groups}
+    assert groups == {label: code or "float32" for label, code in codes.items()}
+    txs = {
+        label: fo.stored(tx, codes[label]) if codes[label] else tx
+        for label, tx in TRANSFORMS.items()
+    }
+    torch.manual_seed(0)
+    other = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Linear(64, 70))
+    tx = fo.partition(txs, of_labels)
+    reference = fo.optim.Optimizer(other.named_parameters(), tx)
+    train_on(other, reference, range(3))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    in_codes = {x.dtype for x in opt.state[model[0].weight].values()}
+    assert (torch.uint8 in in_codes) == bool(codes["muon"])
+    in_codes = {x.dtype for x in opt.state[model[1].weight].values()}
+    assert (torch.uint8 in in_codes) == bool(codes["adamw"])
+
+
+def test_a_group_of_an_algorithm_says_how_its_slots_are_stored() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Linear(64, 70))
+    groups = [
+        {"params": [model[0].weight], "algorithm": "adamw", "state": "8bit"},
+        {"params": [model[1].weight], "algorithm": "adamw"},
+    ]
+    opt = fo.optim.Partition(groups, TRANSFORMS, state="float32")
+    train_on(model, opt, range(1))
+    kinds = [{x.dtype for x in opt.state[layer.weight].values()} for layer in model]
+    assert torch.uint8 in kinds[0] and torch.uint8 not in kinds[1]
+
+
+@pytest.mark.parametrize("there", [None, "8bit", {"muon": "4bit"}])
+@pytest.mark.parametrize("here", [None, "8bit", {"adamw": "bfloat16_stochastic"}])
+def test_a_checkpoint_in_another_code_is_loaded(here: Any, there: Any) -> None:
+    model, opt = trained_in(there)
+    other, resumed = trained_in(here, 0)
+    other.load_state_dict(model.state_dict())
+    saved = opt.state_dict()
+    if here != there:
+        for group in saved["param_groups"]:
+            group.pop("state", None)  # otherwise slots would be stored as they were there
+    resumed.load_state_dict(saved, strict=True)
+    train_on(other, resumed, range(3, 5))
+    train_on(model, opt, range(3, 5))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert here != there or torch.equal(p, q)
+        assert (p - q).abs().max() < 0.1
+
+
+def test_a_code_of_an_algorithm_that_there_is_not() -> None:
+    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(
+        ValueError, match=r"state has the label 'lion'.*\['muon', 'adamw'\]"
+    ):
+        fo.optim.Partition(p, TRANSFORMS, of_labels, state={"lion": "8bit"})
+    with pytest.raises(ValueError, match=r"state must be one of .*got '9bit'"):
+        fo.optim.Partition(p, TRANSFORMS, of_labels, state="9bit")

@@ -41,9 +41,12 @@ class Once:
         shared: Mapping[str, Tensor],
         counts: bool = False,
         one_clock: bool = False,
+        beside: tuple[str, ...] = (),
     ) -> None:
         self.name, self.prepare, self.hyper, self.shared = name, prepare, hyper, shared
-        self.reads = positional(prepare) if prepare else ()
+        self.asked = positional(prepare) if prepare else ()
+        self.reads = (*self.asked, *beside)
+        """What `prepare` asks for, and what else has to be there at its time."""
         self.extra_args = keyword_only(prepare) if prepare else {}
         self.read_result: Callable[[Any], Any] | None = None
         self.numbers = {n: x for n, x in hyper.items() if isinstance(x, (int, float))}
@@ -62,7 +65,7 @@ class Once:
     def needs_params(self) -> bool:
         """Whether `prepare` reads ``params`` without a default."""
         defaults = getattr(self.prepare, "__defaults__", None) or ()
-        return "params" in self.reads[: len(self.reads) - len(defaults)]
+        return "params" in self.asked[: len(self.asked) - len(defaults)]
 
     def first(self, params: PyTree) -> dict[str, Tensor]:
         """The shared values and counts before the first step."""
@@ -123,7 +126,7 @@ class Once:
         now, new = dict(known), dict(shared)
         if self.prepare is not None:
             values = {**known, **trees}
-            result = self.prepare(*[values[name] for name in self.reads], **extra)
+            result = self.prepare(*[values[name] for name in self.asked], **extra)
             if self.read_result is not None:
                 result = self.read_result(result)
             if type(result) is dict:

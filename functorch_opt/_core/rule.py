@@ -23,7 +23,7 @@ All say by the *names of their arguments* what they read, and nothing else has t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,18 @@ from functorch_opt._core.transformation import (
 from functorch_opt.tree import PyTree
 
 __all__ = ["every", "identity", "leafwise"]
+
+
+class Block(NamedTuple):
+    """The size of a slot: so many entries for so many elements, where it has this dtype."""
+
+    entries: int
+    elements: int
+    dtype: torch.dtype
+
+    def size(self, n: int) -> int:
+        """How many entries there are for `n` elements."""
+        return -(-n * self.entries // self.elements)
 
 
 class Leafwise(GradientTransformation):
@@ -105,8 +117,8 @@ class Leafwise(GradientTransformation):
         self.extra_args = self.once.extra_args
         self.has_sums, self.has_totals = bool(sums), bool(totals)
         self.is_constant = self.once.is_constant and not (rare or totals)
-        self.blocks: Mapping[str, tuple[int, int]] = {}
-        """Slots of other sizes than the parameter: so many entries for each block of elements."""
+        self.blocks: Mapping[str, Block] = {}
+        """Slots of other sizes than the parameter."""
         self.stored: Any = None
         """How slots are stored, as a key."""
         self.looks_around = "updates" in self.once.reads or self.has_totals
@@ -199,12 +211,22 @@ class Leafwise(GradientTransformation):
         trees = {"updates": updates, "params": params}
         mine = {name: extra[name] for name in self.extra_args if name in extra}
         now, new = self.once.prepared(now, shared, trees, mine)
+        now |= self.drawn(now, params if updates is None else updates, slots)
         provided = {"g", "p", DUE, *self.slots, *now}
         if missing := [name for name in self.reads if name not in provided]:
             raise TypeError(
                 f"{self.name}: rule reads {', '.join(missing)}, which prepare did not return."
             )
         return now | due, new
+
+    def drawn(
+        self, now: Mapping[str, Any], like: PyTree, slots: dict[str, list[Any]]
+    ) -> dict[str, Any]:
+        """Random numbers of this step that belong to slots, for a tree of the structure of `like`.
+
+        A rule has none; see `functorch_opt.codecs.coded`.
+        """
+        return {}
 
     def sums_before(
         self,

@@ -18,7 +18,7 @@ from functorch_opt import tree
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
 from functorch_opt._core.leaf import Each, check_value, working_dtype
-from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.rule import Block, Leafwise
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.writes import Writes
@@ -51,8 +51,8 @@ class Entry:
             self.slots = tuple(stage.slots)
         self.rule_kind = stage.kind if isinstance(stage, Leafwise) else None
         """Whether it is an elementwise or a tensorwise rule; None if it is no rule."""
-        self.blocks: Mapping[str, tuple[int, int]] = {}
-        """Of slots that have other sizes than the parameter, how many entries for how many elements."""
+        self.blocks: Mapping[str, Block] = {}
+        """Of slots that have other sizes than the parameter, how large they are."""
         self.stored: Any = None
         self.looks_beside = False
         """Whether the rule, though elementwise, needs more of the tensor than a block of it."""
@@ -255,7 +255,7 @@ class Body:
     @cached_property
     def row(self) -> int:
         """How many elements it takes at a time, if slots have entries for blocks; otherwise 0."""
-        sizes = [block for _, block in filter(None, self.blocks)]
+        sizes = [block.elements for block in filter(None, self.blocks)]
         return 0 if self.whole or not sizes else math.lcm(*sizes)
 
     @property

@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_opt._core.rule import Block
 from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.pieces import Rules, Whole, most_of, plain, same
 from functorch_opt._execution.trials import drawn
 from functorch_opt._execution.writes import Pure, Writes
-
-Block = tuple[int, int] | None
-"""So many entries for so many elements; None: one for each element."""
 
 
 class Rows(Whole):
@@ -92,10 +90,10 @@ def in_rows(
 def has_size(
     x: Tensor,
     p: Tensor,
-    block: Block,
+    block: Block | None,
 ) -> bool:
     """Whether `x` has the shape of `p`, or if it has entries for blocks, as many as there are."""
-    if block is None:
+    if block is None or x.dtype is not block.dtype:
         return x.shape == p.shape
     return x.numel() in (0, _entries(p.numel(), block))
 
@@ -112,19 +110,16 @@ def with_sizes_settled(body: Body) -> Pure:
     return settled
 
 
-def _entries(n: int, block: Block) -> int:
+def _entries(n: int, block: Block | None) -> int:
     """How many entries there are for `n` elements."""
-    if block is None:
-        return n
-    entries, elements = block
-    return -(-n * entries // elements)
+    return n if block is None else block.size(n)
 
 
 class _Column(NamedTuple):
     """One of the tensors of a leaf, and what it has entries for."""
 
     x: Tensor
-    block: Block
+    block: Block | None
 
     @property
     def is_uncut(self) -> bool:
@@ -146,9 +141,10 @@ class _Column(NamedTuple):
 
 def _columns(leaf: list[Tensor], body: Body) -> list[_Column]:
     """The update, the parameter, the slots, and what else the rules read of a leaf."""
-    blocks: list[Block] = [None, None, *body.blocks]
+    blocks: list[Block | None] = [None, None, *body.blocks]
     blocks += [None] * (len(leaf) - len(blocks))
-    return list(map(_Column, leaf, blocks))
+    pairs = zip(leaf, blocks, strict=True)
+    return [_Column(x, of if of and of.dtype is x.dtype else None) for x, of in pairs]
 
 
 def _has_blocks(columns: list[_Column]) -> bool:

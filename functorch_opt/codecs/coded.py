@@ -19,11 +19,12 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.leaf import Each, working_dtype
 from functorch_opt._core.one_tensor import OneTensor, leaf_values
-from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.rule import Block, Leafwise
 from functorch_opt._core.state import StageState
 from functorch_opt._core.structure import Path
 from functorch_opt.codecs import sharded
 from functorch_opt.codecs.codec import Codec
+from functorch_opt.codecs.rounded import Bits
 from functorch_opt.tree import PyTree
 
 SCALE = "_scale"
@@ -47,8 +48,9 @@ class Stored(OneTensor):
         self.inner, self.codecs = inner, codecs
         self.blocked = {name: codec for name, codec in codecs.items() if codec.block}
         scales = tuple(name + SCALE for name in self.blocked)
+        self.bits = Bits(tuple([name for name in codecs if codecs[name].is_random]))
         self.slot_names = (*inner.slot_names, *scales)
-        reads = (*inner.reads, *self.blocked, *scales)
+        reads = (*inner.reads, *self.blocked, *scales, *self.bits.names)
         self.reads = tuple(dict.fromkeys(reads))
         self.is_plain = False
 
@@ -63,7 +65,7 @@ class Stored(OneTensor):
     def _decoded_slot(self, name: str, values: Mapping[str, Any]) -> Tensor | None:
         codec = self.blocked[name]
         codes = values[name]
-        if codes is None or codes.dtype is not codec.dtype:
+        if values["g"] is None or codes is None or codes.dtype is not codec.dtype:
             return codes
         if tree.is_sharded(codes):
             return sharded.read(codec, codes, values[name + SCALE])
@@ -71,17 +73,20 @@ class Stored(OneTensor):
         if part := values.get(PART):
             x = sharded.decoded(codes, part, codec, scales.float())
             return x.to(scales.dtype)
-        x = codec.read(_laid_out(codes, scales), scales.float())
-        return x.reshape(codes.shape).to(scales.dtype)
+        shape = _shape(codec, codes, values["g"])
+        n = shape[-1] if scales.dim() == 2 else shape.numel()
+        x = codec.read(_laid_out(codes, scales), scales.float(), n)
+        return x.reshape(shape).to(scales.dtype)
 
     def encoded(self, new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """New slots as they are stored, in the form in which `values` has the old ones."""
-        found = dict(new)
+        found = self.bits.rounded(new, values)
         for name, codec in self.blocked.items():
             codes = values[name]
             scales = _real(values[name + SCALE])
             x = new[name]
-            is_coded = codes.dtype is codec.dtype and _fits(x, codes)
+            shape = _shape(codec, codes, values["g"])
+            is_coded = codes.dtype is codec.dtype and _fits(x, shape)
             if is_coded and PART in values:
                 bounds = values[name + BOUNDS]
                 part = values[PART]
@@ -89,7 +94,7 @@ class Stored(OneTensor):
             elif is_coded:
                 rows = _laid_out(x, scales)
                 rows, scales = codec.write(rows, scales.shape[-1])
-                found[name] = rows.reshape(x.shape)
+                found[name] = rows.reshape(codes.shape)
             found[name + SCALE] = scales
         return found
 
@@ -153,14 +158,13 @@ class Stored(OneTensor):
         columns = dict(slots)
         for name in self.blocked:
             if name in names:
-                columns[name] = self._decoded_column(name, slots)
+                columns[name] = self._decoded_column(name, slots, gs)
         return self.inner.values_of_leaves(gs, ps, columns, per_leaf, names)
 
-    def _decoded_column(self, name: str, slots: Any) -> list[Tensor | None]:
-        """A slot of all leaves."""
-        both = (name, name + SCALE)
-        columns = [slots[key] for key in both]
-        rows = zip(*columns, strict=True)
+    def _decoded_column(self, name: str, slots: Any, gs: Any) -> list[Tensor | None]:
+        """A slot of all leaves that have an update."""
+        both = (name, name + SCALE, "g")
+        rows = zip(slots[both[0]], slots[both[1]], gs, strict=True)
         leaves = [dict(zip(both, row, strict=True)) for row in rows]
         return [self._decoded_slot(name, leaf) for leaf in leaves]
 
@@ -187,9 +191,14 @@ def _laid_out(x: Tensor, scales: Tensor) -> Tensor:
     return x if in_rows else x.reshape(-1)
 
 
-def _fits(x: Any, codes: Tensor) -> bool:
+def _shape(codec: Codec, codes: Tensor, g: Tensor) -> torch.Size:
+    """The shape of a slot: that of its codes, or where these are packed that of the update."""
+    return codes.shape if codec.packed == 1 else g.shape
+
+
+def _fits(x: Any, shape: torch.Size) -> bool:
     """Whether a rule has returned a slot of the right shape. If not, `OneTensor` says so."""
-    return isinstance(x, Tensor) and x.shape == codes.shape
+    return isinstance(x, Tensor) and x.shape == shape
 
 
 class Coded(Leafwise):
@@ -200,6 +209,7 @@ class Coded(Leafwise):
         inner: Leafwise,
         codecs: Mapping[str, Codec],
         choice: Choice,
+        key: Tensor,
     ) -> None:
         self.__dict__.update(vars(copy.copy(inner)))
         for kept in ("_entries", "_once_a_step"):
@@ -211,8 +221,18 @@ class Coded(Leafwise):
         self.slots, self.blocks = dict(inner.slots), {}
         for name, codec in rule.blocked.items():
             self.slots[name + SCALE] = codec.first_scales
-            self.blocks[name + SCALE] = (1, codec.block)
+            self.blocks[name + SCALE] = Block(1, codec.block, codec.of_scales)
+            if codec.packed > 1:
+                self.blocks[name] = Block(1, codec.packed, codec.dtype)
         self.stored = tuple(codecs.items())
+        self.bits = rule.bits
+        if self.bits.names:
+            self.once, self.is_constant = self.bits.once(inner.once, key), False
+
+    def drawn(
+        self, now: Mapping[str, Any], like: PyTree, slots: dict[str, list[Any]]
+    ) -> dict[str, Any]:
+        return self.bits.drawn(now, like, slots) if self.bits.names else {}
 
     def _init(self, params: PyTree) -> StageState:
         return self.encode(self.inner.init(params), params)
@@ -281,32 +301,49 @@ class Coded(Leafwise):
         for name, codec in self.codecs.items():
             column = tree.flatten(state.slots[name])[0]
             rows = zip(paths, ps, column, strict=True)
-            chosen = [i for i, row in enumerate(rows) if self._takes(*row)]
+            chosen = [i for i, row in enumerate(rows) if self._takes(codec, *row)]
             if not codec.block:
                 for i in chosen:
                     column[i] = column[i].to(codec.dtype)
                 slots[name] = tree.unflatten(spec, column)
                 continue
-            scales = [x if x is None else _no_scales(x) for x in column]
+            scales = [x if x is None else _no_scales(codec, x) for x in column]
             stored = sharded.write(codec, [column[i] for i in chosen])
             for i, (codes, of_codes) in zip(chosen, stored, strict=True):
                 column[i], scales[i] = codes, of_codes
             slots[name] = tree.unflatten(spec, column)
             slots[name + SCALE] = tree.unflatten(spec, scales)
-        return StageState(state.shared, slots)
+        first = self.once.first(params) if self.bits.names else {}
+        return StageState({**first, **state.shared}, slots)
 
     def _takes(
         self,
+        codec: Codec,
         path: Path,
         p: Tensor | None,
         x: Any,
     ) -> bool:
         """Whether the slot of a leaf is stored in a code."""
-        return p is not None and takes(x) and self.choice(path, p)
+        if p is None or not takes(x) or not self.choice(path, p):
+            return False
+        if tree.is_sharded(x):
+            sharded.check_takes(codec)
+        if codec.packed > 1:
+            self._check_shape(codec, path, p, x)
+        return codec.packed == 1 or not p.is_complex()
+
+    def _check_shape(self, codec: Codec, path: Path, p: Tensor, x: Tensor) -> None:
+        """Raise ValueError for a slot whose shape could not be told from packed codes."""
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{self.name}: a slot at {path!r} has shape {tuple(x.shape)}, and the parameter "
+                f"{tuple(p.shape)}. The code {codec.name!r} is for slots of the parameter's shape: "
+                "name another code for this one."
+            )
 
 
-def _no_scales(x: Tensor) -> Tensor:
-    return torch.zeros(0, dtype=torch.float32, device=x.device)
+def _no_scales(codec: Codec, x: Tensor) -> Tensor:
+    return torch.zeros(0, dtype=codec.of_scales, device=x.device)
 
 
 def takes(x: Tensor) -> bool:

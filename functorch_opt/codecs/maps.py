@@ -36,9 +36,12 @@ _UNIT = [5.0 ** (e - 8) / 512 for e in range(9)]
 """What a place of each octave is worth, 18 times."""
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 levels of a map in increasing order, float64."""
-    below = [_decade(k, signed) for k in range(DECADES)]
+def dynamic_map(
+    signed: bool,
+    decades: int = DECADES,
+) -> Tensor:
+    """The levels of a map in increasing order, float64: 256 of them, or 16 of three decades."""
+    below = [_decade(k, signed, decades) for k in range(decades)]
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     zero = torch.zeros_like(one)
     if not signed:
@@ -48,18 +51,25 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.cat([negative, zero, *below, one])
 
 
-def _decade(k: int, signed: bool) -> Tensor:
+def _decade(
+    k: int,
+    signed: bool,
+    decades: int,
+) -> Tensor:
     """The levels of a decade, the lowest being 0: the middles of equal parts of it."""
     n = 2**k if signed else 2 ** (k + 1)
     edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64, device="cpu")
     twice = edges[1:] + edges[:-1]
-    return 10.0 ** (k + 1 - DECADES) * twice / 2
+    return 10.0 ** (k + 1 - decades) * twice / 2
 
 
 # ---- worked out ----------------------------------------------------------------------------------
 
 
-def levels(codes: Tensor, unsigned: Tensor) -> Tensor:
+def levels(
+    codes: Tensor,
+    unsigned: Tensor,
+) -> Tensor:
     """The level of each code.
 
     Args:
@@ -114,7 +124,10 @@ def _top() -> tuple[_Top, float]:
 _TOP, _TOP_UNSIGNED = _top()
 
 
-def nearest(y: Tensor, unsigned: Tensor) -> Tensor:
+def nearest(
+    y: Tensor,
+    unsigned: Tensor,
+) -> Tensor:
     """The code of the level nearest to each number between -1 and 1, uint8.
 
     Within the rounding of a few operations: a number may get the second nearest level if it is
@@ -188,7 +201,10 @@ def _tables() -> Tables:
     return Tables(of_codes.flatten(), first.flatten(), bounds.flatten())
 
 
-def _bounds(of_codes: Tensor, unsigned: Tensor) -> Tensor:
+def _bounds(
+    of_codes: Tensor,
+    unsigned: Tensor,
+) -> Tensor:
     """The largest number that `nearest` gives each code. It is near the middle between levels."""
     codes = torch.arange(255, device="cpu")
     middle = (of_codes[:, 1:] + of_codes[:, :-1]) / 2
@@ -217,14 +233,20 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def levels_looked_up(codes: Tensor, unsigned: Tensor) -> Tensor:
+def levels_looked_up(
+    codes: Tensor,
+    unsigned: Tensor,
+) -> Tensor:
     """The same as `levels`."""
     place = codes.to(torch.int32)
     place += unsigned.to(torch.int32) * 256
     return _taken(tables_on(codes.device).levels, place)
 
 
-def nearest_looked_up(y: Tensor, unsigned: Tensor) -> Tensor:
+def nearest_looked_up(
+    y: Tensor,
+    unsigned: Tensor,
+) -> Tensor:
     """The same as `nearest`. What can be worked out in place is: memory is what takes the time."""
     tables, is_unsigned = tables_on(y.device), unsigned.to(torch.int32)
     key = y.view(torch.int32) >> _SHIFT
@@ -241,5 +263,8 @@ def nearest_looked_up(y: Tensor, unsigned: Tensor) -> Tensor:
     return place.to(torch.uint8)
 
 
-def _taken(table: Tensor, places: Tensor) -> Tensor:
+def _taken(
+    table: Tensor,
+    places: Tensor,
+) -> Tensor:
     return table.index_select(0, places.flatten()).view(places.shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Ranks, _places, _rows_at, layout_of
 from functorch_opt._core.owned import _on, owner_of
-from functorch_opt.codecs.codec import Codec
+from functorch_opt.codecs.codec import BFLOAT16, DYNAMIC, Codec
 
 PIECE = 131_072
 """How many elements are encoded at a time."""
@@ -246,20 +246,34 @@ def read(
     codec: Codec,
     codes: Any,
     scales: Any,
+    shape: torch.Size | None = None,
 ) -> Any:
-    """The inverse of `write`, of one slot, but for rounding."""
+    """The inverse of `write`, of one slot, but for rounding.
+
+    `shape` is that of the slot. Only packed codes have another one.
+    """
+    shape = codes.shape if shape is None else shape
     if is_parted(codes):
         given = sharding.whole(scales)
         mine = sharding.part_of(codes)
         x = decoded(mine, Part(codes), codec, given)
         return sharding.join(x, codes)
     if not sharding.is_sharded(codes):
-        return codec.read_whole(codes, sharding.whole(scales))
+        return codec.read_whole(codes, sharding.whole(scales), shape)
     local = codes.to_local()
     x = local.float()
     if local.numel():
-        x = codec.read_whole(local, scales.to_local())
+        x = codec.read_whole(local, scales.to_local(), local.shape)
     return _on(codes.device_mesh, x, codes.shape)
+
+
+def check_takes(codec: Codec) -> None:
+    """Raise TypeError if slots of sharded parameters cannot be stored in this code."""
+    if codec not in (DYNAMIC, BFLOAT16):
+        raise TypeError(
+            f"stored: slots of sharded parameters cannot be stored as {codec.name!r}. Write "
+            f"{DYNAMIC.name!r} or {BFLOAT16.name!r}."
+        )
 
 
 def is_parted(x: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt import tree
+from functorch_opt import random, tree
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.groups import Groups
 from functorch_opt._core.inject import Injected
@@ -51,6 +52,7 @@ def stored(
     codes: Codes = "8bit",
     *,
     where: Choice = large_matrices,
+    key: Tensor | int = 0,
 ) -> GradientTransformation:
     """`inner`, whose slots are stored in fewer bytes.
 
@@ -60,8 +62,11 @@ def stored(
     with sums over its tensor, or one that needs all of it, sees it whole; so does `update`, which
     is pure.
 
-        "8bit"      one byte an element, and a float32 scale for each block of 256
-        "bfloat16"  two bytes, rounded to nearest
+        "8bit"                 one byte an element, and a float32 scale for each block of 256
+        "4bit"                 half a byte, and a float32 scale for each block of 128
+        "float8"               one byte, and a bfloat16 scale for each block of 128
+        "bfloat16"             two bytes, rounded to nearest
+        "bfloat16_stochastic"  two bytes, rounded up or down at random
 
     A block of ``"8bit"`` is 256 consecutive elements of the flattened tensor. Its scale s is the
     largest ``|x|`` of it, and the code is the nearest level of ``x / s`` in the dynamic map. If no
@@ -70,12 +75,25 @@ def stored(
     numbers at hand, at every step. A block with an infinity or a NaN has no finite number
     afterwards. Numbers below 2.7e-7 of the largest one become 0.
 
+    ``"4bit"`` does the same with 16 levels. A block of which all numbers are positive has the levels
+    1/16, 2/16, ..., 1, without a 0, and any other one a dynamic map of three decades. ``"float8"`` has
+    the format e4m3fn, and scales that are powers of two. In a block without negative numbers neither
+    makes a positive number 0. A number of ``"4bit"`` may be off by a sixth of the largest of its
+    block, so train with it and look at the loss before you rely on it.
+
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
-    ``mu_scale``. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+    ``mu_scale``. The codes of ``"4bit"`` are a vector of half as many bytes. On leaves that are not
+    chosen ``mu`` is what it was, and ``mu_scale`` is empty.
 
     Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
     decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
-    moment, by its name.
+    moment, by its name, and ``"bfloat16_stochastic"`` to the second.
+
+    Rounding at random keeps such steps on average, as in `stochastic_round`: the expected value of
+    what is stored is the number itself. Each stage keeps a key for it, ``rounding_key``, and a
+    count, so its bits are the same in every execution and after a restart. In a step they take four
+    bytes for each element of two slots, which is more than the slots are smaller by. Where memory
+    in the middle of a step counts, take another code.
 
     Not stored in a code are: slots that are stored in one already; slots of wrappers (such as a
     master copy); slots of complex tensors, and of those with one element or none; and, unless
@@ -90,14 +108,19 @@ def stored(
         inner: any transformation. What is made of rules in it is looked into.
         codes: the code of all slots that start at zero, or ``{slot: code}`` for slots by name.
         where: a function of path and parameter that chooses leaves; see `large_matrices`.
+        key: int64 [2], see `functorch_opt.random.key`, or a seed, for rounding at random. Each stage
+            has a key of its own, made of this one and of its place in `inner`.
 
     Raises:
         NotImplementedError: (by ``update``) a leaf that is chosen is sharded, in ``torch.compile``.
-        TypeError: `inner` is not a transformation.
-        ValueError: a code or a slot that there is not; no slot that starts at zero.
+        TypeError: (by ``init``) a leaf that is chosen is sharded, and the code is neither ``"8bit"`` nor
+            ``"bfloat16"``; `inner` is not a transformation; something that is not a key.
+        ValueError: a code or a slot that there is not; no slot that starts at zero; (by ``init``) a
+            slot for ``"4bit"`` that has not the shape of its parameter.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, arXiv:2110.02861,
-    sections 2 and 3. bitsandbytes decides once for each slot which map it has; and a block whose
+    sections 2 and 3. Li et al., "Memory Efficient Optimizers with 4-bit States", 2023,
+    arXiv:2309.01507, sections 3 and 4. bitsandbytes decides once for each slot which map it has; and a block whose
     largest number is negative there loses 0.7% of it at every step.
 
     Example:
@@ -119,9 +142,9 @@ def stored(
         raise TypeError(
             f"stored takes a transformation, e.g. adamw(1e-3); got {type(inner).__name__} {inner!r}."
         )
-    wanted = _codecs(codes)
+    wanted, first = _codecs(codes), random.as_key(key)
     found: dict[str, bool] = {}
-    tx = _rebuilt(inner, lambda rule: _coded(rule, wanted, where, found))
+    tx = _rebuilt(inner, lambda rule, at: _coded(rule, wanted, where, found, first, at))
     named = wanted if wanted.keys() - {""} else {}
     for name in named:
         if name not in found:
@@ -151,8 +174,13 @@ def _coded(
     wanted: Mapping[str, Codec],
     where: Choice,
     found: dict[str, bool],
+    key: Tensor,
+    at: str,
 ) -> Leafwise:
-    """A rule with the slots that are `wanted` in a code; in `found`, whether each one is."""
+    """A rule with the slots that are `wanted` in a code; in `found`, whether each one is.
+
+    Of the key it has one of its own, by its place `at`.
+    """
     if isinstance(rule, Coded):
         found.update(dict.fromkeys(rule.codecs, True))
         return rule
@@ -165,7 +193,10 @@ def _coded(
         if codec is not None:
             found[slot] = True
             codecs[slot] = codec
-    return Coded(rule, codecs, where) if codecs else rule
+    if not codecs:
+        return rule
+    number = zlib.crc32(f"{at}/{rule.name}".encode())
+    return Coded(rule, codecs, where, random.fold_in(key, number))
 
 
 def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
@@ -181,21 +212,24 @@ def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
     return x.shape == p.shape and x.is_floating_point() and not x.any()
 
 
-def _rebuilt(tx: Any, f: Callable[[Leafwise], Leafwise]) -> Any:
-    """`tx`, with `f` applied to all rules in it."""
+def _rebuilt(tx: Any, f: Callable[[Leafwise, str], Leafwise], at: str = "") -> Any:
+    """`tx`, with `f` applied to all rules in it, and to the place of each."""
     if isinstance(tx, Leafwise):
-        return f(tx)
+        return f(tx, at)
     new = copy.copy(tx)
     vars(new).pop("_entries", None)
     if isinstance(tx, Chain):
-        new.stages = {name: _rebuilt(stage, f) for name, stage in tx.stages.items()}
+        stages = tx.stages.items()
+        new.stages = {name: _rebuilt(of, f, f"{at}/{name}") for name, of in stages}
         new.passes = new._passes()
     elif isinstance(tx, Groups):
-        new.inside = {label: _rebuilt(of, f) for label, of in tx.inside.items()}
+        inside = tx.inside.items()
+        new.inside = {label: _rebuilt(of, f, f"{at}/{label}") for label, of in inside}
     elif isinstance(tx, Injected):
-        _rebuilt(tx.factory(**tx.fixed, **tx.numbers), f)  # to say what is wrong at once
+        # At once, to say what is wrong.
+        _rebuilt(tx.factory(**tx.fixed, **tx.numbers), f, at)
         vars(new).pop("_made", None)
-        new.factory = lambda **given: _rebuilt(tx.factory(**given), f)
+        new.factory = lambda **given: _rebuilt(tx.factory(**given), f, at)
     elif isinstance(getattr(tx, "inner", None), GradientTransformation):
-        new.inner = _rebuilt(tx.inner, f)
+        new.inner = _rebuilt(tx.inner, f, at)
     return new

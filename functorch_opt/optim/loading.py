@@ -11,7 +11,9 @@ from torch import Tensor
 
 from functorch_opt._core.checkpoint import LEFT_OVER, Fit
 from functorch_opt.codecs.convert import converted
+from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.checkpoint import Expected, check_form, expectations, fitted
+from functorch_opt.optim.foreign import in_float32
 from functorch_opt.optim.owned import with_owners
 
 
@@ -74,7 +76,7 @@ def load(
 def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
     """Take over the tensors of a state dict whose groups are loaded already."""
     for k, group in enumerate(optimizer.param_groups):
-        if "state" not in optimizer._own:
+        if "state" not in optimizer._of(group)._own:
             group.pop("state", None)  # slots are stored here as usual, whatever was saved
         try:
             optimizer._check_group(group, loaded=True)
@@ -87,7 +89,8 @@ def _fill(optimizer: Any, given: dict[str, Any]) -> Fit:
     of_params = [expected.get(p, {}) for p in params]
     mine, others = _parted(given)
     mine = _recoded(mine, of_params)
-    entries, found = fitted(mine, params, of_params, optimizer._uncounted)
+    optional = {*optimizer._uncounted, *rounding_keys(of_params)}
+    entries, found = fitted(mine, params, of_params, optional)
     with_owners(entries, of_params, params)
     state: defaultdict[Any, Any] = defaultdict(dict)
     for p, entry in zip(params, entries, strict=True):
@@ -124,10 +127,14 @@ def _recoded(
     numbers = [number for group in given["param_groups"] for number in group["params"]]
     state = dict(given["state"])
     for number, keys in zip(numbers, expected, strict=False):
+        if state.get(number):
+            state[number] = in_float32(state[number], keys, number)
+    there = {key for entry in state.values() for key in entry}
+    for number, keys in zip(numbers, expected, strict=False):
         entry = state.get(number)
         if entry:
             wanted = {key: of.like for key, of in keys.items()}
-            state[number] = converted(entry, wanted)
+            state[number] = converted(entry, wanted, there)
     return {**given, "state": state}
 
 
@@ -145,3 +152,8 @@ def _expected(optimizer: Any) -> dict[Tensor, dict[str, Expected]]:
             ) from error
         expected |= zip(params, keys, strict=True)
     return expected
+
+
+def rounding_keys(expected: list[dict[str, Expected]]) -> set[str]:
+    """The keys of slots that are rounded at random. One that a checkpoint lacks is made anew."""
+    return {key for keys in expected for key in keys if key.endswith(KEY)}

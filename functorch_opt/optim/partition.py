@@ -12,6 +12,7 @@ from torch import Tensor
 from functorch_opt._core.groups import check_takes_path_and_leaf
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.adapter import Optimizer
+from functorch_opt.optim.codes import AS_USUAL, check_code
 from functorch_opt.optim.options import arguments, is_open
 from functorch_opt.optim.param_groups import SCALE
 from functorch_opt.optim.recipe import made
@@ -20,24 +21,34 @@ from functorch_opt.optim.which import told
 __all__ = ["Partition"]
 
 Labels = Mapping[str, str] | Callable[[str, Tensor], str]
+Codes = str | Mapping[str, str]
 
 
 class Algorithm:
     """One algorithm of a `Partition`: how its chain is made, and what its options are."""
 
-    def __init__(self, label: str, tx: Any) -> None:
+    def __init__(
+        self,
+        label: str,
+        tx: Any,
+        code: str | None = None,
+    ) -> None:
         tx, hyper = opened(tx)
         try:
             given = arguments(tx, hyper)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{label!r}: {error}") from error
         self._recipe = (tx, given.fixed, given.rate, given.has_momentum)
-        self.defaults = {"algorithm": label, **given.defaults}
+        of_state = {} if code is None else {"state": code}
+        self.defaults = {"algorithm": label, **given.defaults, **of_state}
         self._own = tuple(self.defaults)
         self._numbers = frozenset(("lr", *given.numbers))
         self._optional = frozenset(filter(is_open(given.defaults), given.defaults))
 
-    def completed(self, group: dict[str, Any]) -> dict[str, Any]:
+    def completed(
+        self,
+        group: dict[str, Any],
+    ) -> dict[str, Any]:
         """A group with all options of this algorithm."""
         group = dict(group)
         rate = self._recipe[2]
@@ -69,6 +80,28 @@ def opened(tx: Any) -> tuple[Any, dict[str, Any]]:
     return function, dict(bound.arguments)
 
 
+def code_of(
+    state: Codes | None,
+    labels: Iterable[str],
+) -> dict[str, str | None]:
+    """The code of the slots of each algorithm; None for all: it is no option.
+
+    Raises:
+        ValueError: a code that there is not, or a label that has no transformation.
+    """
+    labels = [*labels]
+    if state is None:
+        return dict.fromkeys(labels)
+    codes = dict.fromkeys(labels, state) if isinstance(state, str) else dict(state)
+    for label, code in codes.items():
+        check_code(code)
+        if label not in labels:
+            raise ValueError(
+                f"state has the label {label!r}; the transformations are for {labels}."
+            )
+    return {label: codes.get(label, AS_USUAL) for label in labels}
+
+
 class Partition(Optimizer):
     """Several algorithms as one optimizer: each parameter has that of its label.
 
@@ -91,6 +124,9 @@ class Partition(Optimizer):
             and parameter, such as `matrix_labels` makes, or ``{path: label}``. The path of a
             parameter without a name is its number.
         compile: run the step in place through `compiled_step`, with one pass for each algorithm.
+        state: how slots are stored, such as ``"8bit"``, or ``{label: code}``; see
+            `functorch_opt.stored`. Given here, it is also an option of the groups. An algorithm that
+            has no label there stores them as usual, which is called ``"float32"``.
         owners: whether each parameter is stepped by one rank of many; see `Optimizer`.
 
     A group with a factor, such as the ``lr_scale`` that `layer_decay` gives, and without the option
@@ -98,8 +134,8 @@ class Partition(Optimizer):
 
     Raises:
         ValueError: a parameter without a label, or with one that has no transformation; an option
-            that only another algorithm has; an option outside its range; a state dict whose groups
-            are of other algorithms.
+            that only another algorithm has; an option outside its range; a code that there is not,
+            or for an algorithm without slots; a state dict whose groups are of other algorithms.
         TypeError: what is no transformation; an option of another type.
 
     Example:
@@ -114,6 +150,12 @@ class Partition(Optimizer):
         adamw 0.0003 ['0.weight', '1.bias']
         >>> opt.param_groups[1]["b2"], "b2" in opt.param_groups[0]
         (0.999, False)
+        >>> codes = {"muon": "8bit"}
+        >>> opt = fo.optim.Partition(
+        ...     model.named_parameters(), transforms, labels, state=codes
+        ... )
+        >>> [group["state"] for group in opt.param_groups]
+        ['8bit', 'float32']
     """
 
     def __init__(
@@ -123,6 +165,7 @@ class Partition(Optimizer):
         param_labels: Labels | None = None,
         *,
         compile: bool = False,
+        state: Codes | None = None,
         owners: bool = False,
     ) -> None:
         if not isinstance(transforms, Mapping) or not transforms:
@@ -132,7 +175,7 @@ class Partition(Optimizer):
             )
         if callable(param_labels):
             check_takes_path_and_leaf("param_labels", param_labels)
-        self._begin(params, transforms, param_labels, compile, owners)
+        self._begin(params, transforms, param_labels, compile, state, owners)
 
     @torch._disable_dynamo
     def _begin(
@@ -141,9 +184,11 @@ class Partition(Optimizer):
         transforms: Mapping[str, Any],
         param_labels: Labels | None,
         compile: bool,
+        state: Codes | None,
         owners: bool,
     ) -> None:
-        algorithms = {label: Algorithm(label, tx) for label, tx in transforms.items()}
+        codes, txs = code_of(state, transforms), transforms.items()
+        algorithms = {label: Algorithm(label, tx, codes[label]) for label, tx in txs}
         self._algorithms, self._labels = algorithms, param_labels
         first, *_ = algorithms.values()
         # Schedulers look here for a momentum.
@@ -152,7 +197,10 @@ class Partition(Optimizer):
             defaults["momentum"] = None
         self._setup(params, defaults, (), compile, owners=owners)
 
-    def _of(self, group: dict[str, Any]) -> Algorithm:
+    def _of(
+        self,
+        group: dict[str, Any],
+    ) -> Algorithm:
         label = group.get("algorithm")
         if label not in self._algorithms:
             raise ValueError(
@@ -162,12 +210,18 @@ class Partition(Optimizer):
         return self._algorithms[label]
 
     def _chain(
-        self, *args: Any, algorithm: str, **options: Any
+        self,
+        *args: Any,
+        algorithm: str,
+        **options: Any,
     ) -> GradientTransformation:
         return made(self._algorithms[algorithm]._recipe, options)
 
     @torch._disable_dynamo
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(
+        self,
+        param_group: dict[str, Any],
+    ) -> None:
         """Add a group, or one for each algorithm that its parameters have labels of.
 
         Args:
@@ -189,7 +243,10 @@ class Partition(Optimizer):
             del self.param_groups[before:]
             raise
 
-    def _by_algorithm(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _by_algorithm(
+        self,
+        group: dict[str, Any],
+    ) -> Iterator[dict[str, Any]]:
         """The group with all of its options, as several where its parameters have several labels."""
         params = group.get("params")
         if "algorithm" in group:
@@ -211,7 +268,11 @@ class Partition(Optimizer):
                 mine["name"] = f"{group['name']}, {label}"
             yield self._completed(mine)
 
-    def _label(self, path: str, p: Tensor) -> str:
+    def _label(
+        self,
+        path: str,
+        p: Tensor,
+    ) -> str:
         labels = self._labels
         if labels is None:
             raise ValueError(
@@ -227,7 +288,10 @@ class Partition(Optimizer):
             )
         return label
 
-    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _completed(
+        self,
+        group: dict[str, Any],
+    ) -> dict[str, Any]:
         mine = self._of(group)
         group = mine.completed(group)
         known = {name for of in self._algorithms.values() for name in of.defaults}
@@ -239,7 +303,10 @@ class Partition(Optimizer):
         return group
 
     def load_state_dict(
-        self, state_dict: dict[str, Any], *, strict: bool = False
+        self,
+        state_dict: dict[str, Any],
+        *,
+        strict: bool = False,
     ) -> None:
         """As `Optimizer.load_state_dict`; the groups must be of the same algorithms, in order.
 
@@ -260,7 +327,10 @@ class Partition(Optimizer):
         private = {"_algorithms": self._algorithms, "_labels": self._labels}
         return {**super().__getstate__(), **private}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(
+        self,
+        state: dict[str, Any],
+    ) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.update(self._of(group).completed(group))

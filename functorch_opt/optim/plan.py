@@ -22,6 +22,7 @@ from functorch_opt._execution.flat import rules_at
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
+from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.closure import extra_of
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
@@ -366,6 +367,7 @@ class Plan:
 
     def _own_draws(self, place: Place, first: Tensor) -> Tensor:
         """The first value of a tensor of the state; a noise key is this bucket's own."""
-        is_key = place.kind == "joint" and place.path.rpartition("/")[2] == "key"
+        name = place.path.rpartition("/")[2]
+        is_key = place.kind == "joint" and name in ("key", KEY)
         is_key = is_key and first.dtype is torch.int64 and first.shape == (2,)
         return random.fold_in(first, self.place) if is_key and self.place else first

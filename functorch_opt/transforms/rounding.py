@@ -82,14 +82,29 @@ def stochastic_round(key: Tensor | int) -> GradientTransformation:
 
     def rule(g, p, noise, eps, tiny):
         exact = p + g
-        # The largest power of two that is at most |exact|: its exponent, with no other bits.
-        exponent = exact.to(torch.float32).view(torch.int32) & 0x7F800000
-        power = exponent.view(torch.float32)
-        spacing = torch.where(eps > 0, torch.maximum(power, tiny) * eps, 1.0)
-        steps = exact / spacing
-        below = torch.floor(steps)
-        rounded = (below + (noise < steps - below)) * spacing
-        new = torch.where(exact.isfinite(), rounded, exact)
+        power = torch.maximum(power_below(exact), tiny)
+        spacing = torch.where(eps > 0, power * eps, 1.0)
+        new = neighbour(exact, spacing, noise)
         return torch.where(eps > 0, new - p, g)
 
     return leafwise(rule, prepare, shared={"key": random.as_key(key)})
+
+
+def power_below(x: Tensor) -> Tensor:
+    """The largest power of two that is at most ``|x|``: its exponent, with no other bits."""
+    exponent = x.to(torch.float32).view(torch.int32) & 0x7F800000
+    return exponent.view(torch.float32)
+
+
+def neighbour(exact: Tensor, spacing: Tensor, noise: Tensor) -> Tensor:
+    """One of the two multiples of `spacing` around each number, whose average is the number.
+
+    Args:
+        exact: what is rounded.
+        spacing: how far the numbers of the other dtype are apart there.
+        noise: uniform in [0, 1).
+    """
+    steps = exact / spacing
+    below = torch.floor(steps)
+    rounded = (below + (noise < steps - below)) * spacing
+    return torch.where(exact.isfinite(), rounded, exact)
