@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 ALONE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 
-.PHONY: help demo test test-fast test-slow quick next parity fuzz owners clients lint types gallery docs dist ci clean
+.PHONY: help demo test test-fast test-slow quick next parity fuzz owners codes clients lint types gallery docs dist ci clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -49,6 +49,9 @@ fuzz: $(VENV)/.test ## 10,000 random programs: every execution against update; F
 owners: $(VENV)/.test ## sharded matrices on 2 and 4 ranks: what is sent and worked on, and every test of it
 	$(ALONE) PYTHONPATH=.:tests $(BIN)/python tests/distributed/owners.py
 	$(ALONE) $(BIN)/python -m pytest -q -rs tests/distributed
+
+codes: $(VENV)/.test ## the laws of every code around every row that has slots: an hour
+	FO_EVERY_CODE=1 $(ALONE) $(BIN)/python -m pytest -q -rs tests/test_codecs.py
 
 # These files lean on what is private to torch, which changes from one release to the next.
 COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py) tests/lowered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -273,20 +274,24 @@ def kept(state: Any, slot: str, x: np.ndarray) -> np.ndarray:
 # ---- the laws ------------------------------------------------------------------------------------
 
 
-def with_slots(codes: str, usual: set[str] | None = None) -> list[Any]:
-    """Each row that has slots which start at zero, with these stored in a code.
+EVERY_CODE = "FO_EVERY_CODE" in os.environ
+"""Whether the laws run for every code around every row, which takes an hour: `make codes`."""
 
-    Options of rows are slow, and rows that are not `usual`, if any are named.
+
+def with_slots(codes: str, names: set[str] | None = None) -> list[Any]:
+    """Each row that has slots which start at zero, with these stored in a code. Options are slow.
+
+    If `names` are given, only those rows, unless all were asked for.
     """
     found = []
-    for row in ROWS:
+    rows = [row for row in ROWS if names is None or EVERY_CODE or row.name in names]
+    for row in rows:
         for i, variant in enumerate(row.variants):
             try:
                 fo.stored(row.build(variant), codes)
             except ValueError:
                 continue
-            is_slow = bool(i) or (usual is not None and row.name not in usual)
-            slow = [pytest.mark.slow] if is_slow else []
+            slow = [pytest.mark.slow] if i else []
             name = f"{row.name}{i or ''}-{codes}"
             stored = stored_row(row, codes)
             found.append(pytest.param(stored, variant, id=name, marks=slow))
@@ -334,7 +339,7 @@ SAMPLE = {"adamw", "lion", "trace", "lamb", "adafactor", "muon", "soap", "MultiS
 """Elementwise rules, rules with sums, matrix rules, and a gate."""
 sample = [case for case in CASES if case.values[0].name in SAMPLE and not case.marks]
 OTHERS = [code for code in CODECS if code != "8bit"]
-others = [case for code in OTHERS for case in with_slots(code, usual=SAMPLE)]
+others = [case for code in OTHERS for case in with_slots(code, SAMPLE)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
