@@ -218,8 +218,7 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and any(lr is other["lr"] for other in others):
+        if isinstance(lr := group["lr"], Tensor) and any(lr is x["lr"] for x in others):
             group["lr"] = lr.clone()
 
     def _check(self, options: dict[str, Any]) -> None:
