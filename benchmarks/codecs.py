@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import functorch_opt as fo
 from benchmarks import record, report
 from benchmarks.fewer_steps import MLP, digits
+from functorch_opt.codecs.codec import CODECS
 
-CODES = ("float32", "bfloat16", "8bit")
+CODES = ("float32", *CODECS)
 SEEDS, STEPS, BATCH, WINDOW = 5, 400, 64, 20
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "AdamW": lambda params, **given: fo.optim.AdamW(params, lr=3e-3, **given),
@@ -38,7 +39,7 @@ def run(args: Namespace) -> dict[str, Any]:
     seeds, steps, size = (2, 3, 64) if args.quick else (SEEDS, STEPS, SIZE)
     rows = []
     for name in args.rows or ROWS:
-        usual = None
+        usual, stored_usually = None, 0.0
         for code in CODES:
             losses = [
                 trained(OPTIMIZERS[name], code, seed, steps) for seed in range(seeds)
@@ -46,8 +47,10 @@ def run(args: Namespace) -> dict[str, Any]:
             eager, stored = step_of(OPTIMIZERS[name], code, size, compile=False)
             compiled, _ = step_of(OPTIMIZERS[name], code, size, compile=True)
             usual = usual or (eager, compiled)
+            stored_usually = stored_usually or stored
             loss = torch.tensor(losses, dtype=torch.float64)
-            row = {"row": name, "state": code, "bytes": stored}
+            expected = round(stored_usually / 4) * bytes_of(code)
+            row = {"row": name, "state": code, "bytes": stored, "predicted": expected}
             row |= {"time": eager / usual[0], "compiled": compiled / usual[1]}
             rows.append({**row, "loss": loss.mean().item(), "spread": loss.std().item()})
     result = record.header("codecs") | {"rows": rows}
@@ -55,6 +58,7 @@ def run(args: Namespace) -> dict[str, Any]:
         (
             row["row"],
             row["state"],
+            f"{row['predicted']:.2f}",
             f"{row['bytes']:.2f}",
             f"{row['time']:.1f}",
             f"{row['compiled']:.1f}",
@@ -62,10 +66,19 @@ def run(args: Namespace) -> dict[str, Any]:
         )
         for row in rows
     ]
-    head = ("", "state", "bytes a parameter", "eager step", "compiled step", "loss")
+    head = ("", "state", "predicted", "bytes", "eager step", "compiled step", "loss")
     report.table("slots in fewer bytes", head, shown, numbers_from=2)
     record.write(args.out / "codecs.json", result)
     return result
+
+
+def bytes_of(code: str) -> float:
+    """The bytes of a slot for each element of a large tensor."""
+    if code not in CODECS:
+        return 4
+    codec = CODECS[code]
+    of_scales = codec.of_scales.itemsize / codec.block if codec.block else 0
+    return codec.dtype.itemsize / codec.packed + of_scales
 
 
 def trained(make: Callable[..., Any], code: str, seed: int, steps: int) -> float:

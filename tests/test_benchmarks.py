@@ -35,6 +35,7 @@ from benchmarks import (  # noqa: E402
     shapes,
     timing,
 )
+from functorch_opt.codecs.codec import CODECS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of the peers are not ours
 
@@ -424,5 +425,6 @@ def test_what_is_measured_as_on_is_on() -> None:
 def test_rehearsal_of_codecs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits need it: the group demo")
     rows = run(tmp_path, "codecs", "--rows", "AdamW")["rows"]
-    assert [row["state"] for row in rows] == ["float32", "bfloat16", "8bit"]
-    assert [round(row["bytes"]) for row in rows] == [8, 4, 2]
+    assert {row["state"] for row in rows} == {"float32", *CODECS}
+    for row in rows:
+        assert row["bytes"] == pytest.approx(row["predicted"], rel=0.01)

@@ -327,7 +327,7 @@ class Coded(Leafwise):
         if p is None or not takes(x) or not self.choice(path, p):
             return False
         if tree.is_sharded(x):
-            sharded.check_takes(codec)
+            sharded.check_takes(codec, x, self.kind)
         if codec.packed > 1:
             self._check_shape(codec, path, p, x)
         return codec.packed == 1 or not p.is_complex()

@@ -267,12 +267,17 @@ def read(
     return _on(codes.device_mesh, x, codes.shape)
 
 
-def check_takes(codec: Codec) -> None:
-    """Raise TypeError if slots of sharded parameters cannot be stored in this code."""
+def check_takes(codec: Codec, x: Any, kind: str) -> None:
+    """Raise TypeError if this slot, of a sharded parameter or of an owner, has no code like this."""
     if codec not in (DYNAMIC, BFLOAT16):
         raise TypeError(
             f"stored: slots of sharded parameters cannot be stored as {codec.name!r}. Write "
             f"{DYNAMIC.name!r} or {BFLOAT16.name!r}."
+        )
+    if codec.block and kind == "elementwise" and owner_of(x) is not None:
+        raise TypeError(
+            "stored: with owners=True, slots of elementwise rules cannot be stored as "
+            f"{codec.name!r}. Write {BFLOAT16.name!r}, or leave owners out."
         )
 
 

@@ -253,7 +253,11 @@ def refused(rank: int) -> list[str]:
     def memory() -> None:
         fo.with_owners(fo.scale_by_lbfgs()).init(ps)
 
-    for f in (derivative, no_params, function, memory):
+    def codes() -> None:
+        coded = fo.stored(fo.adam(0.1), where=lambda path, p: True)
+        fo.with_owners(coded).init(ps)
+
+    for f in (derivative, no_params, function, memory, codes):
         with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
             f()
         errors.append(f"{caught.type.__name__}: {caught.value}")

@@ -20,6 +20,7 @@ REFUSED = {
     "lbfgs",
     "scale_by_lbfgs",
     *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
+    "stored",
 }
 """What needs all parameters on one rank, or cut."""
 
@@ -135,11 +136,12 @@ def test_an_error_of_an_owner_is_raised_on_every_rank(
 
 
 def test_what_it_cannot_do_is_an_error(ranks) -> None:
-    derivative, no_params, function, memory = ranks(2).run(replicas.refused)[0]
+    derivative, no_params, function, memory, codes = ranks(2).run(replicas.refused)[0]
     assert "TypeError: scale_by_lbfgs takes no parameters with owners" in memory
     assert "NotImplementedError: with_owners: no derivative" in derivative
     assert "ValueError: with_owners needs the parameters" in no_params
     assert "TypeError: with_owners: value_fn is a function" in function
+    assert "TypeError: stored: with owners=True" in codes
 
 
 def test_in_one_process_nothing_is_divided() -> None:
