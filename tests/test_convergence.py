@@ -260,6 +260,7 @@ WRAPPERS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
 
 ELSEWHERE = {
     "freeze": "it holds parameters where they are: test_wrappers.py",
+    "with_owners": "in one process it is what is inside: distributed/test_replicas.py",
 }
 """Rows of the optimizers and wrappers that come down nowhere here, and why."""
 

@@ -383,7 +383,6 @@ HYPERPARAMETERS = [
     hyper(fo.scale_by_psgd_kron, "probability", 1.5, ValueError, r"must be in \(0, 1\]", key=0),
     hyper(fo.scale_by_psgd_kron, "max_size", -1, ValueError, "must be a whole number from 0", key=0),
     hyper(fo.schedule_free_adamw, "warmup_steps", 1.5, ValueError, "must be a whole number from 0"),
-    hyper(fo.scale_by_sm3, "b2", 1.5, ValueError, r"must be in \[0, 1\]"),
     hyper(fo.adamw, "weight_decay", -0.1, ValueError, r"must be in \[0, inf\)", learning_rate=0.1),
     hyper(fo.lion, "b2", 1, ValueError, r"must be in \[0, 1\)", learning_rate=0.1),
     hyper(fo.trace, "decay", -0.1, ValueError, r"must be in \[0, inf\)"),

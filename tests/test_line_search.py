@@ -439,7 +439,7 @@ WRONG = {
     ),
     "no gradient kept": (
         lambda: fo.value_and_grad_from_state(torch.sum)(
-            P, fo.scale_by_backtracking_linesearch(5).init(P)
+            P, state=fo.scale_by_backtracking_linesearch(5).init(P)
         ),
         KeyError,
         "nothing is called 'grad'",

@@ -88,8 +88,8 @@ def part_of(x: Any, like: Any = None) -> Any:
 
     Args:
         x: anything.
-        like: the tensor whose layout is taken, by default `x` itself. An `x` of another shape has
-            no parts: every rank gets the whole.
+        like: the tensor whose layout is taken, by default `x` itself. An `x` of another shape, or one
+            that is an ordinary number, has no parts: every rank gets the whole.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -99,6 +99,8 @@ def part_of(x: Any, like: Any = None) -> Any:
     like = x if like is None else like
     if not is_sharded(like) or not isinstance(x, Tensor) or x.shape != like.shape:
         return whole(x)
+    if not x.dim() and not is_sharded(x):
+        return x  # a number of the step, which all ranks read
     if is_owned(x) and not is_owned(like):
         x = everybodys_copy(x)
     x = x if is_sharded(x) else cut(x, like)
