@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -195,8 +194,16 @@ def _coded(
             codecs[slot] = codec
     if not codecs:
         return rule
-    number = zlib.crc32(f"{at}/{rule.name}".encode())
+    number = _number_of(f"{at}/{rule.name}")
     return Coded(rule, codecs, where, random.fold_in(key, number))
+
+
+def _number_of(text: str) -> int:
+    """A number for a text, the same in every process. Dynamo can trace it, unlike a checksum."""
+    number = 0
+    for letter in text:
+        number = (31 * number + ord(letter)) % 2**31
+    return number
 
 
 def starts_at_zero(first: Callable[[Tensor], Tensor]) -> bool:
