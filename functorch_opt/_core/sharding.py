@@ -106,9 +106,8 @@ def part_of(x: Any, like: Any = None) -> Any:
     x = x if is_sharded(x) else cut(x, like)
     part = _laid_out(x, _settled(like)).to_local()
     if owner_of(like) is not None and not is_here(like):
-        return part.flatten()[
-            :0
-        ]  # torch leaves the rest of the ranks one number of a shape ()
+        # Of a shape () torch leaves the rest of the ranks one number.
+        return part.flatten()[:0]
     return part
 
 

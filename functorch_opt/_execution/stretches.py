@@ -68,7 +68,7 @@ class Stretches(Whole):
         if len(small) == len(leaves):
             return
         body, _ = plain(body, narrow)
-        parts = [part_of(body, first, end) for first, end, _ in self.stretches]
+        parts = [body_of(body, first, end) for first, end, _ in self.stretches]
         for leaf in leaves:
             if leaf[1].numel() > most:
                 self._go(Leaf(leaf, body), parts, narrow)
@@ -134,7 +134,7 @@ def _whole(part: Body, args: list[Tensor], narrow: bool) -> Tensor:
     return u.contiguous()
 
 
-def part_of(body: Body, first: int, end: int) -> Body:
+def body_of(body: Body, first: int, end: int) -> Body:
     """Some of the entries of `body`, as a body.
 
     Unless they are the last, the update that comes out of them is written behind their rows.

@@ -109,7 +109,7 @@ class Stored(OneTensor):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As for any rule. Of sharded tensors the rule is told which part it sees."""
         if self.kind == "elementwise" and self.blocked and tree.is_sharded(g):
-            now = now | {PART: part_of(g)}
+            now = now | {PART: part_here(g)}
         return super().apply(g, p, slots, now, dtype, exact)
 
     def bounds(
@@ -121,7 +121,7 @@ class Stored(OneTensor):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """For each slot of a sharded tensor that is in a code, the bounds of what it becomes here."""
-        part = part_of(g)
+        part = part_here(g)
         found: dict[str, Tensor] = {}
 
         def look(
@@ -169,7 +169,7 @@ class Stored(OneTensor):
         return [self._decoded_slot(name, leaf) for leaf in leaves]
 
 
-def part_of(g: Any) -> sharded.Part:
+def part_here(g: Any) -> sharded.Part:
     """Where this rank's part of `g` is in the whole."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(

@@ -88,12 +88,14 @@ def test_37_all_of_them_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(segments, "Program", Counted)
     monkeypatch.setattr(segments, "PROGRAMS", segments.Programs())
     one, many = make_net(), make_net()
-    by_hand(many, compile=True)
+    # With the default eps a gradient near 0 makes a step of any size of its rounding.
+    options = {**OPTIONS, "eps": 1e-4}
+    by_hand(many, compile=True, eps=1e-4)
     pairs = zip(
-        train(many), train(one, fo.optim.AdamW(one.parameters(), **OPTIONS)), strict=True
+        train(many), train(one, fo.optim.AdamW(one.parameters(), **options)), strict=True
     )
     for p, expected in pairs:
-        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
     assert len(compiled) == 1
 
 
