@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import sharding, structure
+from functorch_opt._core import structure
+from functorch_opt._core.exchange import grouped
+from functorch_opt.privacy import ranks
 from functorch_opt.tree import PyTree
 
 __all__ = ["ClippedSum", "clip_and_sum"]
@@ -57,7 +59,8 @@ def clip_and_sum(
 
     Args:
         grads: a tree of tensors [B, ...], as `per_example_grads` gives. None leaves stay None. B
-            may be 0.
+            may be 0. They may be DTensors: with ``Shard(0)`` the ranks divide the examples, and with
+            other cuts each rank has parts of the gradient of each example.
         l2_norm_clip: C, greater than 0; infinity does not clip. With a tree of them, parts of an
             example are clipped by their own norms. An entry stands for all that is below it, as in
             ``{"encoder": 1.0, "head": 0.5}``. With one for each tensor it is
@@ -67,7 +70,9 @@ def clip_and_sum(
 
     Raises:
         ValueError: leaves have different B; a leaf has no axis of examples; `weights` has another
-            shape; a C is not greater than 0.
+            shape; a C is not greater than 0; the examples of two leaves are not divided alike.
+        TypeError: a leaf lies with an owner, or is cut in another way than by ``Shard``.
+        NotImplementedError: a derivative would go from one rank to another.
 
     Source: Abadi et al., 2016, alg. 1. For parts: McMahan et al., "Learning Differentially Private
     Recurrent Language Models", 2018, sec. 3.
@@ -80,9 +85,10 @@ def clip_and_sum(
         ({'w': tensor([0.9000, 1.2000])}, tensor([5.0000, 0.5000]))
     """
     gs, spec = structure.flatten_tensors(grads, "grads")
-    sharding.refuse_sharded("clip_and_sum", gs)
     n = examples(grads, "grads")
     check_weights(weights, n)
+    division = ranks.of_gradients("clip_and_sum", gs, n)
+    weights = division.weights_here(weights)
     bounds, bounds_spec = tree.flatten(l2_norm_clip)
     check_bounds(l2_norm_clip, finite=False)
     names = ("l2_norm_clip", "grads")
@@ -90,17 +96,20 @@ def clip_and_sum(
     structure.broadcast(l2_norm_clip, grads, names=names)
     numbers = tree.unflatten(bounds_spec, list(range(len(bounds))))
     part = structure.broadcast(numbers, grads, names=names)
+    present = [i for i, g in enumerate(gs) if g is not None]
+    each = ranks.norms([gs[i] for i in present], division)
+    of_part = grouped(present, lambda i: part[i])
+    norm_of = dict(zip(present, each, strict=True))
     norms, factors = [], []
     for k, bound in enumerate(bounds):
-        pairs = zip(gs, part, strict=True)
-        mine = [g for g, j in pairs if j == k and g is not None]
-        norm = _norms(mine, n, weights)
+        mine = [norm_of[i] for i in of_part.get(k, [])]
+        norm = _joined(mine, division.here, weights)
         factor = _factor(norm, bound)
-        norms.append(norm)
+        norms.append(division.of_examples(norm))
         factors.append(factor if weights is None else factor * weights)
     total: list[Tensor | None] = []
     for g, k in zip(gs, part, strict=True):
-        total.append(None if g is None else _weighted_sum(factors[k], g))
+        total.append(None if g is None else ranks.summed(factors[k], g))
     return ClippedSum(
         tree.unflatten(spec, total), tree.unflatten(bounds_spec, norms), l2_norm_clip
     )
@@ -116,20 +125,11 @@ def _factor(norm: Tensor, bound: Any) -> Tensor:
     return torch.where(closed, 0.0, factor)
 
 
-def _norms(gs: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
+def _joined(each: list[Tensor], n: int, weights: Tensor | None) -> Tensor:
     """The norm of each of `n` examples, over all tensors together."""
-    rows = [g.reshape(n, math.prod(g.shape[1:])) for g in gs]
-    each = [
-        torch.linalg.vector_norm(row, dim=1, dtype=tree.at_least_float32(row.dtype))
-        for row in rows
-    ] or [torch.zeros(n, dtype=torch.float32)]
+    each = each or [torch.zeros(n, dtype=torch.float32)]
     norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norm if weights is None else norm * weights.abs()
-
-
-def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
-    g = g.to(tree.at_least_float32(g.dtype))
-    return torch.tensordot(factors.to(g.dtype), g, 1)
 
 
 def examples(batch: PyTree, name: str) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._core.transformation import Scalar
+from functorch_opt.privacy import ranks
 from functorch_opt.tree import PyTree
 
 __all__ = ["per_example_global_norm_clip", "per_example_layer_norm_clip"]
@@ -29,7 +30,6 @@ def per_example_global_norm_clip(
 
     Raises:
         ValueError: the leaves have no first axis, or not the same number of examples.
-        NotImplementedError: some leaf is sharded.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, alg. 1.
 
@@ -39,12 +39,13 @@ def per_example_global_norm_clip(
         >>> fo.per_example_global_norm_clip(grads, 1.0)
         ([tensor([0.6000, 0.8000])], tensor(1))
     """
-    check_examples("per_example_global_norm_clip", grads)
-    squares = [norms(g) ** 2 for g in tree.leaves(grads)]
+    here = tree.leaves(grads)
+    division = check_examples("per_example_global_norm_clip", here)
+    squares = [norm**2 for norm in ranks.norms(here, division)]
     norm = torch.stack(squares).sum(0).sqrt()
     by = factors(norm, l2_norm_clip)
-    total = tree.map(lambda g: weighted_sum(g, by), grads)
-    return total, (by < 1).sum()
+    total = tree.map(lambda g: ranks.summed(by, g), grads)
+    return total, clipped(by, division)
 
 
 def per_example_layer_norm_clip(
@@ -65,7 +66,6 @@ def per_example_layer_norm_clip(
 
     Raises:
         ValueError: the leaves have no first axis, or not the same number of examples.
-        NotImplementedError: some leaf is sharded.
 
     Source: McMahan, Ramage, Talwar & Zhang, "Learning Differentially Private Recurrent Language
     Models", 2018, sec. 3.
@@ -76,24 +76,23 @@ def per_example_layer_norm_clip(
         >>> fo.per_example_layer_norm_clip(grads, 2**0.5)
         ([tensor([0.6000, 0.8000]), tensor([1.1000])], [tensor(1), tensor(0)])
     """
-    check_examples("per_example_layer_norm_clip", grads)
     here = tree.leaves(grads)
+    division = check_examples("per_example_layer_norm_clip", here)
+    lengths = iter(ranks.norms(here, division))
     number = len(here)
-    total = sum(g[0].numel() for g in here)
+    total = sum(g.shape[1:].numel() for g in here)
 
-    def clipped(g: Tensor) -> Tensor:
-        share = 1 / number if uniform else g[0].numel() / total
-        return factors(norms(g), global_l2_norm_clip * share**0.5)
+    def of_leaf(g: Tensor) -> Tensor:
+        share = 1 / number if uniform else g.shape[1:].numel() / total
+        return factors(next(lengths), global_l2_norm_clip * share**0.5)
 
-    by = tree.map(clipped, grads)
-    counts = tree.map(lambda of_leaf: (of_leaf < 1).sum(), by)
-    return tree.map(weighted_sum, grads, by), counts
+    by = tree.map(of_leaf, grads)
+    counts = tree.map(lambda of_leaf: clipped(of_leaf, division), by)
+    return tree.map(lambda g, of_leaf: ranks.summed(of_leaf, g), grads, by), counts
 
 
-def check_examples(name: str, grads: PyTree) -> None:
-    """Raise ValueError for leaves that are not of the same examples."""
-    here = tree.leaves(grads)
-    sharding.refuse_sharded(name, here)
+def check_examples(name: str, here: list[Tensor]) -> ranks.Division:
+    """How the examples are divided. Raise ValueError for leaves of different examples."""
     numbers = {g.shape[0] if g.dim() else None for g in here}
     if len(numbers) != 1 or None in numbers:
         shapes = ", ".join(str(tuple(g.shape)) for g in here)
@@ -101,13 +100,7 @@ def check_examples(name: str, grads: PyTree) -> None:
             f"{name} takes gradients with an axis of examples, which comes first and has the "
             f"same size in all of them; got the shapes {shapes or 'of no tensor'}."
         )
-
-
-def norms(g: Tensor) -> Tensor:
-    """The norm of each example's part of a leaf, at least float32."""
-    wide = g.to(tree.at_least_float32(g.dtype))
-    rows = wide.unsqueeze(1).flatten(1)
-    return torch.linalg.vector_norm(rows, dim=1)
+    return ranks.of_gradients(name, here, len(here[0]))
 
 
 def factors(lengths: Tensor, bound: Scalar) -> Tensor:
@@ -117,5 +110,7 @@ def factors(lengths: Tensor, bound: Scalar) -> Tensor:
     )
 
 
-def weighted_sum(g: Tensor, by: Tensor) -> Tensor:
-    return torch.tensordot(by.to(g.dtype), g, 1)
+def clipped(by: Tensor, division: ranks.Division) -> Tensor:
+    """How many examples, of all ranks, are multiplied by less than 1."""
+    number: Tensor = sharding.whole(division.total((by < 1).sum()))
+    return number

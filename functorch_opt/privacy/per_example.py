@@ -9,7 +9,7 @@ training. It is called with batches of one example, under `torch.func.vmap`. Use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch.func import grad_and_value, vmap
 
 from functorch_opt import tree
 from functorch_opt._core import structure
+from functorch_opt._core.sharding import part_of, whole
 from functorch_opt.privacy.aggregate import (
     ClippedSum,
     Norms,
@@ -26,6 +27,7 @@ from functorch_opt.privacy.aggregate import (
     clip_and_sum,
     examples,
 )
+from functorch_opt.privacy.ranks import Division, of_batch
 from functorch_opt.tree import PyTree
 
 __all__ = ["clipped_grad_sum", "per_example_grads"]
@@ -56,10 +58,14 @@ def per_example_grads(
     Returns:
         ``(params, *batch) -> grads``. The `batch` consists of trees of tensors [B, ...]; let `loss`
         close over what is not per example. The `grads` have the structure of `params`, with tensors
-        [B, ...].
+        [B, ...]. If the batch consists of DTensors with ``Shard(0)``, each rank works on its own
+        examples, and the gradients are DTensors that are divided in the same way. Sharded `params`
+        are gathered for it.
 
     Raises:
-        ValueError: `chunk_size` below 1; tensors with different B.
+        ValueError: `chunk_size` below 1; tensors with different B; a batch of ordinary tensors for
+            sharded `params`, or one that is not divided by examples.
+        NotImplementedError: a derivative would go from one rank to another.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -73,15 +79,12 @@ def per_example_grads(
     _check_chunk_size(chunk_size)
 
     def grads(params: PyTree, *batch: PyTree) -> PyTree:
+        params, batch, division = _here("per_example_grads", params, batch)
         chunks = [
             _of_chunk(loss, params, chunk, randomness)[0]
             for chunk, _ in _chunks(batch, None, chunk_size)
         ]
-        return (
-            chunks[0]
-            if len(chunks) == 1
-            else tree.map(lambda *gs: torch.cat(gs), *chunks)
-        )
+        return tree.map(lambda *gs: division.of_examples(_cat(gs)), *chunks)
 
     return grads
 
@@ -98,7 +101,8 @@ def clipped_grad_sum(
 
     The result is that of ``clip_and_sum(per_example_grads(loss)(params, *batch), l2_norm_clip,
     weights)``, with the loss of every example. Each chunk is clipped and added before the next one
-    begins.
+    begins. Of a batch that the ranks divide, the sum is that over all ranks, as a DTensor, and the
+    norms and losses are divided as the batch is.
 
     Args:
         loss: ``(params, *batch) -> scalar``, see `per_example_grads`.
@@ -114,6 +118,7 @@ def clipped_grad_sum(
 
     Raises:
         ValueError: `chunk_size` below 1; tensors with different B; what `clip_and_sum` raises.
+        NotImplementedError, ValueError: with many ranks, see `per_example_grads`.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -136,22 +141,41 @@ def clipped_grad_sum(
     def clipped(
         params: PyTree, *batch: PyTree, weights: Tensor | None = None
     ) -> ClippedSum:
+        n = examples(batch, "batch")
+        check_weights(weights, n)
+        params, batch, division = _here("clipped_grad_sum", params, batch)
         total: Any = None
         norms, values = [], []
-        for chunk, w in _chunks(batch, weights, chunk_size):
+        for chunk, w in _chunks(batch, division.weights_here(weights), chunk_size):
             # It is a call of its own, so that its gradients are freed before the next one.
             part, losses = of_chunk(params, chunk, w)
             total = part.sum if total is None else tree.map(torch.add, total, part.sum)
             norms.append(part.norms)
             values.append(losses)
         return ClippedSum(
-            total,
-            tree.map(lambda *ns: torch.cat(ns), *norms),
+            tree.map(division.total, total),
+            tree.map(lambda *ns: division.of_examples(_cat(ns)), *norms),
             l2_norm_clip,
-            torch.cat(values),
+            division.of_examples(_cat(values)),
         )
 
     return clipped
+
+
+def _here(
+    name: str,
+    params: PyTree,
+    batch: tuple[PyTree, ...],
+) -> tuple[PyTree, tuple[PyTree, ...], Division]:
+    """The whole parameters, this rank's examples of the batch, and how the batch is divided."""
+    examples(batch, "batch")
+    ps, xs = tree.leaves(params), tree.leaves(batch)
+    division = of_batch(name, ps, xs)
+    return tree.map(whole, params), tree.map(part_of, batch), division
+
+
+def _cat(chunks: Sequence[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
 
 
 def _chunks(
@@ -159,7 +183,6 @@ def _chunks(
 ) -> Iterator[tuple[tuple[PyTree, ...], Tensor | None]]:
     """The batch, some examples at a time. An empty batch is a chunk of its own."""
     n = examples(batch, "batch")
-    check_weights(weights, n)
     size = n if chunk_size is None else min(chunk_size, n)
     for begin in range(0, n, size) if n else [0]:
         chunk = slice(begin, begin + size)

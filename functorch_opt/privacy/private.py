@@ -27,6 +27,7 @@ from functorch_opt._core.transformation import (
 )
 from functorch_opt.optimizers.adam import scale_by_adam
 from functorch_opt.privacy.aggregate import ClippedSum, Norms, check_bounds, clip_and_sum
+from functorch_opt.privacy.ranks import laid_out
 from functorch_opt.transforms.momentum import trace
 from functorch_opt.transforms.noise import add_noise
 from functorch_opt.transforms.scale import scale_by_learning_rate
@@ -57,7 +58,8 @@ def differentially_private_aggregate(
 
     Its updates are gradients with an axis of examples in front, as `per_example_grads` returns
     them. They may also be a `ClippedSum`, which `clipped_grad_sum` computes without ever holding
-    all gradients.
+    all gradients. If the ranks divide the examples (DTensors with ``Shard(0)``), their sum is taken
+    over all ranks, laid out as the parameters are, and the noise is added once.
 
     Args:
         l2_norm_clip: C, greater than 0. With a tree of them, parts of an example are clipped by
@@ -73,7 +75,8 @@ def differentially_private_aggregate(
 
     Raises:
         ValueError: a number is out of its range; updates have no axis of examples; a sum was
-            clipped to another norm; there is no example and no `expected_batch_size`.
+            clipped to another norm; there is no example and no `expected_batch_size`; the examples
+            are divided on another mesh than the parameters.
 
     Source: Abadi et al., 2016, alg. 1; optax.contrib. In optax an example whose gradient is not
     finite is not clipped; here it makes the update NaN.
@@ -113,10 +116,20 @@ def differentially_private_aggregate(
                 "there is no example to average over. "
                 "Give expected_batch_size: the update of an empty batch is noise alone."
             )
-        total, state = noise.update(clipped.sum, state, params)
+        total = _laid_out(clipped.sum, params)
+        total, state = noise.update(total, state, params)
         return tree.map(lambda g: g / size, total), state
 
     return GradientTransformation(noise.init, update)
+
+
+def _laid_out(sums: PyTree, params: PyTree | None) -> PyTree:
+    """The sums over the examples of all ranks, each laid out as its parameter."""
+    if params is None:
+        return sums
+    xs, spec = structure.flatten_tensors(sums, "updates")
+    ps = structure.match(sums, spec, params, names=("updates", "params"))
+    return tree.unflatten(spec, laid_out(xs, ps))
 
 
 def _norm_of(bounds: list[Any]) -> float | Tensor:

@@ -21,8 +21,9 @@ REFUSED = {
     "scale_by_lbfgs",
     *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
     "stored",
+    *("differentially_private_aggregate", "dp_adam", "dp_sgd"),
 }
-"""What needs all parameters on one rank, or cut."""
+"""What needs all parameters on one rank, or cut, or gradients of examples in front of it."""
 
 
 @pytest.mark.slow
