@@ -5,6 +5,7 @@ Here are what the rule reads, the dtype in which it computes, and the checks of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -238,15 +239,25 @@ def sums_of_leaves(
     sums: Sums, rows: list[dict[str, Any] | None], gs: list[Any]
 ) -> dict[str, list[Any]]:
     """The sums over each leaf. Those over sharded leaves are joined over the ranks."""
-    found = []
+    in_parts = sharding.any_sharded(gs)
+    found: list[dict[str, Any]] = []
+    errors: list[Exception] = []
     for values in rows:
         if values is None:
             found.append(dict.fromkeys(sums.functions))
             continue
-        of = sums.of(values, sharding.any_sharded(gs)).items()
-        found.append({name: _as_tensor(x, values["g"]) for name, x in of})
-    if sharding.any_sharded(gs):
-        return sums.joined_over_ranks(found, gs)
+        try:
+            of = sums.of(values, in_parts)
+        except Exception as error:
+            if not in_parts or torch.compiler.is_compiling():
+                raise
+            errors.append(
+                error
+            )  # the other ranks wait for a message, and learn of it there
+            of = dict.fromkeys(sums.functions, math.nan)
+        found.append({name: _as_tensor(x, values["g"]) for name, x in of.items()})
+    if in_parts:
+        return sums.joined_over_ranks(found, gs, errors)
     return {name: [row[name] for row in found] for name in sums.functions}
 
 

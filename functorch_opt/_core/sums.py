@@ -84,27 +84,44 @@ class Sums:
             )
 
     def joined_over_ranks(
-        self, rows: list[dict[str, Any]], leaves: list[Any]
+        self,
+        rows: list[dict[str, Any]],
+        leaves: list[Any],
+        errors: list[Exception],
     ) -> dict[str, list[Any]]:
         """The sums over whole leaves, from those of the ranks.
 
-        Sums go in one message, and maxima in another.
+        Sums go in one message, and maxima in another. Every message ends with a number that says
+        whether a function has failed on its sender, so that no rank goes on alone.
+
+        Raises:
+            RuntimeError: there were `errors` on another rank. The first own one is raised as it is.
         """
         whole: dict[str, list[Any]] = {}
+        failed: list[Any] = []
+        likes, flags = _flags(leaves, bool(errors))
         for maximum, join in (
             (False, sharding.sum_over_ranks),
             (True, largest_over_ranks),
         ):
             pairs = zip(self.functions, self.largest, strict=True)
             names = [key for key, is_largest in pairs if is_largest is maximum]
-            if names:
-                values = join(
-                    [row[key] for key in names for row in rows], leaves * len(names)
-                )
-                columns = [
-                    values[k * len(leaves) :][: len(leaves)] for k in range(len(names))
-                ]
-                whole |= dict(zip(names, columns, strict=True))
+            if not names:
+                continue
+            mine = [row[key] for key in names for row in rows]
+            values = join([*mine, *flags], [*leaves * len(names), *likes])
+            columns = [
+                values[k * len(leaves) :][: len(leaves)] for k in range(len(names))
+            ]
+            whole |= dict(zip(names, columns, strict=True))
+            failed = values[len(mine) :]
+        if errors:
+            raise errors[0]
+        if any(_is_raised(flag) for flag in failed):
+            raise RuntimeError(
+                f"{self.name}: a function in sums or totals failed on another rank, whose own "
+                "error says why."
+            )
         return whole
 
     def over_all(self, columns: Mapping[str, list[Any]]) -> dict[str, Tensor]:
@@ -124,6 +141,28 @@ class Sums:
     def _order(self, columns: Mapping[str, list[Any]]) -> list[bool]:
         of = dict(zip(self.functions, self.largest, strict=True))
         return [of[key] for key in columns]
+
+
+def _flags(leaves: list[Any], failed: bool) -> tuple[list[Any], list[Tensor]]:
+    """For each layout a leaf that has it, and a number of this rank: 1 if something has `failed`.
+
+    The number is in the widest dtype, and so is the message. A rank that has failed does not know
+    the dtypes of the others' numbers. In a graph there are none, for a graph cannot look at them.
+    """
+    if torch.compiler.is_compiling():
+        return [], []
+    likes = [like for like, _ in sharding.by_layout(leaves)]
+    devices = [like.device for like in likes]
+    flags = [
+        torch.full((), float(failed), dtype=numerics.real_dtype(device), device=device)
+        for device in devices
+    ]
+    return likes, flags
+
+
+def _is_raised(flag: Tensor) -> bool:
+    """Whether a rank has failed. Elsewhere than on a CPU to look would wait for the device."""
+    return flag.device.type == "cpu" and bool(flag > 0)
 
 
 def _with_an_element(x: Any) -> Any:

@@ -184,6 +184,48 @@ def fails_on_the_owner(rank: int) -> str:
     return ""
 
 
+def fails_in_a_sum(rank: int, kind: str, where: str, stateful: bool) -> tuple[str, str]:
+    """The error of a function in sums or totals that fails on one rank, in its last tensor, as every
+    rank gets it; and what a step says afterwards.
+    """
+    fails = [True]
+
+    def of(g: Tensor) -> Tensor:
+        if fails[0] and g.numel() and dist.get_rank() == 1 and g.shape[-1] == 3:
+            raise ValueError("three columns")
+        return g.float().square().sum() if g.shape[-1] == 3 else g.square().sum()
+
+    given = {kind: {"of": of, "top": fo.largest(of)}}
+    prepare = (lambda of: {"x": of}) if kind == "totals" else None
+    rule = (lambda g, x: g * x) if kind == "totals" else (lambda g, of, top: g * of)
+    tx = fo.leafwise(rule, prepare, **given)
+    gs = drawn(0, {"a": (4, 2), "b": (4, 3), "c": (4, 3)})
+    if where == "sharded":
+        gs = {n: place(g, mesh(), [Shard(0)]) for n, g in gs.items()}
+    else:
+        tx = tx if stateful else fo.with_owners(tx)
+    params = {n: nn.Parameter(g.clone()) for n, g in gs.items()}
+    options = {"owners": True} if where == "owners" else {}
+    opt = fo.optim.Optimizer(params.items(), tx, **options) if stateful else None
+    state = None if stateful else tx.init(gs)
+
+    def step() -> str:
+        try:
+            if opt is None:
+                tx.update(gs, state, gs)
+                return ""
+            for n, p in params.items():
+                p.grad = gs[n]
+            opt.step()
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    first = step()
+    fails[0] = False
+    return first, step()
+
+
 # ---- a run that is ended and goes on -------------------------------------------------------------
 
 

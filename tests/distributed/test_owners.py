@@ -96,6 +96,35 @@ def test_an_error_of_the_owner_is_raised_on_every_rank(ranks) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "where", "stateful"),
+    [
+        ("totals", "sharded", False),
+        ("totals", "sharded", True),
+        ("totals", "owners", False),
+        ("totals", "owners", True),
+        ("sums", "sharded", False),
+        ("sums", "sharded", True),
+    ],
+)
+def test_an_error_in_a_sum_is_raised_on_every_rank(
+    ranks, kind: str, where: str, stateful: bool
+) -> None:
+    """Nobody waits for a message that never comes, and the next step is an ordinary one."""
+    seen = ranks(2).run(owners.fails_in_a_sum, kind, where, stateful, timeout=60)
+    errors, afterwards = zip(*seen, strict=True)
+    assert sum("ValueError: three columns" in error for error in errors) == 1
+    assert (
+        sum(
+            "RuntimeError: fails_in_a_sum: a function in sums or totals failed on another"
+            in error
+            for error in errors
+        )
+        == 1
+    )
+    assert afterwards == ("", "")
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
