@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 PREFIX = "owner among "
+OWNED = "a tensor with an owner"
+"""What an error calls it."""
 
 
 @functools.lru_cache
@@ -194,7 +196,7 @@ def _sharers(x: Any) -> tuple[int, ...]:
 
 def everybodys_rows(row: Tensor, like: Any) -> Tensor:
     """The numbers that each of the ranks has among which one owns `like`: a row for each rank."""
-    _refuse_derivative(row)
+    refuse_derivatives(OWNED, [row])
     ranks = _sharers(like)
     rows = [torch.empty_like(row) for _ in ranks]
     dist.all_gather(rows, row, group=group_of(ranks))
@@ -204,7 +206,7 @@ def everybodys_rows(row: Tensor, like: Any) -> Tensor:
 def everybodys_copy(x: Any) -> Tensor:
     """What its owner has, on all the ranks among which it is one. All of them call it."""
     owner = owner_of(x)
-    _refuse_derivative(x)
+    refuse_derivatives(OWNED, [x])
     local = x.to_local()
     if local.is_meta:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
@@ -217,11 +219,11 @@ def everybodys_copy(x: Any) -> Tensor:
     return found
 
 
-def _refuse_derivative(x: Tensor) -> None:
-    """Raise NotImplementedError where a derivative, or a graph, would go through a message."""
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+def refuse_derivatives(name: str, tensors: Sequence[Any]) -> None:
+    """Raise NotImplementedError in a graph, or where a derivative is wanted."""
+    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling() or (wanted and torch.is_grad_enabled()):
         raise NotImplementedError(
-            "a tensor with an owner lies with one rank: no derivative goes through it, and no "
-            "graph can have it. Give the transformation x.full_tensor() of sharded tensors, or "
-            "leave its update out of torch.compile."
+            f"{name}: no derivative goes through messages, and no graph has them. Leave {name} "
+            "out of what is differentiated or given to torch.compile; or detach the gradients."
         )

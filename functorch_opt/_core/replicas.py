@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -110,13 +109,3 @@ def known_owner(slots: Sequence[Any]) -> int | None:
     """The owner of these slots of a tensor; None if they have none."""
     owned = filter(sharding.is_owned, slots)
     return next((owner_of(x) for x in owned), None)
-
-
-def refuse_derivatives(name: str, tensors: Sequence[Any]) -> None:
-    """Raise NotImplementedError in a graph, or where a derivative is wanted."""
-    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling() or (wanted and torch.is_grad_enabled()):
-        raise NotImplementedError(
-            f"{name}: no derivative goes through messages, and no graph has them. Leave {name} "
-            "out of what is differentiated or given to torch.compile; or detach the gradients."
-        )

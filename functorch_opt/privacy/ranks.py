@@ -15,8 +15,7 @@ from torch import Tensor
 
 from functorch_opt._core import numerics, sharding
 from functorch_opt._core.exchange import grouped
-from functorch_opt._core.owned import joined
-from functorch_opt._core.replicas import refuse_derivatives
+from functorch_opt._core.owned import joined, refuse_derivatives
 
 
 class Division(NamedTuple):

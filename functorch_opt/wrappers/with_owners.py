@@ -9,7 +9,8 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import numerics, structure
 from functorch_opt._core.on_owner import errors_kept
-from functorch_opt._core.replicas import Replicas, is_one_process, refuse_derivatives
+from functorch_opt._core.owned import refuse_derivatives
+from functorch_opt._core.replicas import Replicas, is_one_process
 from functorch_opt._core.transformation import GradientTransformation, transformation
 
 __all__ = ["with_owners"]

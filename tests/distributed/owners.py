@@ -229,10 +229,27 @@ def fails_in_a_sum(rank: int, kind: str, where: str, stateful: bool) -> tuple[st
 # ---- a run that is ended and goes on -------------------------------------------------------------
 
 
+def in_8_bits(inner: Any) -> Any:
+    return fo.stored(inner, where=lambda path, p: True)
+
+
+SMALL = {"a": (6, 5), "b": (4, 4), "c": (3, 7)}
+RUNS: dict[str, tuple[Callable[[], Any], dict[str, tuple[int, ...]]]] = {
+    "soap": (lambda: fo.scale_by_soap(frequency=2), SMALL),
+    "soap in 8 bits": (lambda: in_8_bits(fo.scale_by_soap(frequency=2)), SMALL),
+    # Blocks of 256 elements begin and end in the middle of rows, and of what a rank has.
+    "adam in 8 bits": (
+        lambda: in_8_bits(fo.scale_by_adam()),
+        {"a": (38, 37), "b": (9, 150), "c": (3, 7)},
+    ),
+}
+"""A rule, and the shapes of what it trains."""
+
+
 def train(
-    rank: int, shape: tuple[int, ...], steps: range, folder: str, dies: bool
+    rank: int, rule: str, shape: tuple[int, ...], steps: range, folder: str, dies: bool
 ) -> list[Any]:
-    """Train a network, from the last checkpoint in `folder` if there is one, and write one after
+    """Train tensors, from the last checkpoint in `folder` if there is one, and write one after
     every second step. With `dies` the last rank is killed before the last step.
 
     The gradients are given, so that meshes of any form must give the same bits.
@@ -241,16 +258,14 @@ def train(
     for n in shape:
         size *= n
     where = init_device_mesh("cpu", shape) if size > 1 else None
-    shapes = {"a": (6, 5), "b": (4, 4), "c": (3, 7)}
+    make, shapes = RUNS[rule]
     placements = [Replicate()] * (len(shape) - 1) + [Shard(0)]
 
     def put(x: Tensor) -> Tensor:
         return place(x, where, placements) if where else x
 
     ps = {n: nn.Parameter(put(x)) for n, x in drawn(0, shapes).items()}
-    opt = fo.optim.Optimizer(
-        ps.items(), fo.chain(fo.scale_by_soap(frequency=2), fo.sgd(0.1))
-    )
+    opt = fo.optim.Optimizer(ps.items(), fo.chain(make(), fo.sgd(0.1)))
     opt.init_state()
     at = Path(folder)
     done = max(
@@ -270,6 +285,8 @@ def train(
         opt.step()
         if (k + 1) % 2 == 0:
             dcp.save(_saved(ps, opt), checkpoint_id=at / str(k + 1))
+    kept = [x.dtype for of in opt.state.values() for x in of.values()]
+    assert (torch.uint8 in kept) == ("8 bits" in rule)
     return [tree.whole(p.detach()).tolist() for p in ps.values()]
 
 
@@ -283,7 +300,7 @@ def _saved(ps: dict[str, Any], opt: Any) -> dict[str, Any]:
 def functional(rank: int, folder: str, saves: bool) -> float:
     """A functional state of SOAP, whose tensors lie with owners, is written as it is; or it is read
     on the ranks that there are now, and a step made: how far from one process."""
-    shapes = {"a": (6, 5), "b": (4, 4), "c": (3, 7)}
+    shapes = SMALL
     tx = fo.soap(0.1, frequency=1)
 
     def put(of: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -129,23 +129,27 @@ def test_an_error_in_a_sum_is_raised_on_every_rank(
 
 
 @pytest.mark.slow
-def test_a_rank_is_killed_and_meshes_of_another_form_go_on(ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", owners.RUNS)
+def test_a_rank_is_killed_and_meshes_of_another_form_go_on(
+    ranks, tmp_path: Path, rule: str
+) -> None:
     """All go on from the last checkpoint, bit for bit, and on fewer ranks too."""
     (tmp_path / "run").mkdir()
     (tmp_path / "whole").mkdir()
     run, whole = str(tmp_path / "run"), str(tmp_path / "whole")
+    train = owners.train
     with pytest.raises(AssertionError, match=r"has died|no answer|closed|reset"):
-        ranks(4).run(owners.train, (4,), range(5), run, True, timeout=60)
+        ranks(4).run(train, rule, (4,), range(5), run, True, timeout=60)
     assert sorted(x.name for x in (tmp_path / "run").iterdir()) == ["2", "4"]
-    expected = ranks(4).run(owners.train, (4,), range(6), whole, False)
-    assert ranks(4).run(owners.train, (2, 2), range(6), run, False) == expected
+    expected = ranks(4).run(train, rule, (4,), range(6), whole, False)
+    assert ranks(4).run(train, rule, (2, 2), range(6), run, False) == expected
     assert (
-        ranks(2).run(owners.train, (2,), range(8), run, False)
-        == ranks(4).run(owners.train, (4,), range(8), whole, False)[:2]
+        ranks(2).run(train, rule, (2,), range(8), run, False)
+        == ranks(4).run(train, rule, (4,), range(8), whole, False)[:2]
     )
     assert (
-        ranks(1).run(owners.train, (1,), range(10), run, False)
-        == ranks(4).run(owners.train, (2, 2), range(10), whole, False)[:1]
+        ranks(1).run(train, rule, (1,), range(10), run, False)
+        == ranks(4).run(train, rule, (2, 2), range(10), whole, False)[:1]
     )
 
 
