@@ -37,6 +37,11 @@ def errors_kept() -> Iterator[list[Exception]]:
         _ERRORS.found = outside
 
 
+def has_failed() -> bool:
+    """Whether an error is kept, so that what has been worked out is of no use."""
+    return bool(_ERRORS.found)
+
+
 def on_owner(
     apply: Callable[..., Any],
     g: Any,

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functorch_opt import random, tree
 from functorch_opt._core.checkpoint import state_dict
+from functorch_opt._core.on_owner import has_failed
 from functorch_opt._core.sharding import any_sharded
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep
@@ -220,6 +221,8 @@ class Plan:
 
         def act() -> None:
             last = write or worked_out()
+            if has_failed():
+                return
             if began:
                 step.keep(state)
             last()

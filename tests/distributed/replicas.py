@@ -234,6 +234,32 @@ def a_rule_fails(rank: int, kind: str, stateful: bool) -> str:
     return ""
 
 
+def a_whole_step_fails(rank: int) -> tuple[str, bool]:
+    """The error of a step that is worked out before it is written, since its rehearsal fails; and
+    whether the parameter whose rule failed is as it was.
+    """
+
+    def rule(g: Tensor) -> Tensor:
+        if g.shape not in [(50, 2), (40, 2)]:
+            raise ValueError("few numbers")
+        if g.shape == (50, 2):
+            raise ValueError("fifty rows")
+        return g
+
+    params = {"a": torch.ones(50, 2), "b": torch.ones(40, 2)}
+    params = {n: torch.nn.Parameter(p) for n, p in params.items()}
+    tx = fo.chain(fo.leafwise(rule), fo.scale(0.1))
+    opt = fo.optim.Optimizer(params.items(), tx, owners=True)
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    error = ""
+    try:
+        opt.step()
+    except (ValueError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, bool((params["a"] == 1).all())
+
+
 def refused(rank: int) -> list[str]:
     """The errors of what `with_owners` cannot do."""
     tx, ps = fo.with_owners(fo.adam(0.1)), {"w": torch.ones(2), "b": torch.ones(3)}

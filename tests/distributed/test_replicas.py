@@ -136,6 +136,15 @@ def test_an_error_of_an_owner_is_raised_on_every_rank(
     assert sum("failed on rank" in error for error in errors) == 1
 
 
+def test_an_error_of_a_step_that_is_worked_out_first(ranks) -> None:
+    errors, unchanged = zip(
+        *ranks(2).run(replicas.a_whole_step_fails, timeout=60), strict=True
+    )
+    assert sum(error == "ValueError: fifty rows" for error in errors) == 1
+    assert sum("failed on rank" in error for error in errors) == 1
+    assert all(unchanged)
+
+
 def test_what_it_cannot_do_is_an_error(ranks) -> None:
     derivative, no_params, function, memory, codes = ranks(2).run(replicas.refused)[0]
     assert "TypeError: scale_by_lbfgs takes no parameters with owners" in memory
