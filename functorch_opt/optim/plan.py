@@ -209,18 +209,12 @@ class Plan:
         if tx is self.tx and self._goes_in_place(params, loss):
             in_place = self._in_place(step, gradients, extra, state if began else None)
             return self._sent_to_all(step, in_place)
-
-        def worked_out() -> Callable[[], None]:
-            ps = self.tree([p.detach() for p in tensors])
-            updates, new = tx.update(self.tree(gradients), step.old, ps, **extra)
-            us = dict(zip(self.order, tree.flatten(updates)[0], strict=True))
-            return step.writes([us[i] for i in moved], step.changed(new))
-
+        work = partial(step.worked_out, tx, self.tree(gradients), extra)
         # With owners another rank may be making its step in place, and waits for an error in act.
-        write = None if self.replicas else worked_out()
+        write = None if self.replicas else work()
 
         def act() -> None:
-            last = write or worked_out()
+            last = write or work()
             if has_failed():
                 return
             if began:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import sharding
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.places import apart, assemble, check_leaf, differences
 from functorch_opt.tree import PyTree
 
@@ -59,6 +60,19 @@ class Step:
             if entry:
                 state[p].update(entry)
         self.entries = [state.get(p, NOTHING) for p in self.params]
+
+    def worked_out(
+        self,
+        tx: GradientTransformation,
+        grads: PyTree,
+        extra: dict[str, Any],
+    ) -> Callable[[], None]:
+        """Work out the update of the whole tree. What is returned writes it."""
+        plan = self.plan
+        ps = plan.tree([p.detach() for p in self.tensors])
+        updates, new = tx.update(grads, self.old, ps, **extra)
+        us = dict(zip(plan.order, tree.flatten(updates)[0], strict=True))
+        return self.writes([us[i] for i in self.moved], self.changed(new))
 
     def writes(self, us: list[Tensor], changed: Changed) -> Callable[[], None]:
         """What writes updates and state, once nothing can fail any more.
