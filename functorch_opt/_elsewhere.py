@@ -39,7 +39,6 @@ NAMES = {
     "cosine_similarity": "`torch.nn.functional.cosine_similarity`",
     "ctc_loss": "`torch.nn.functional.ctc_loss`",
     "ctc_loss_with_forward_probs": _LOSS,
-    "dpsgd": "`dp_sgd`",
     "generalized_kl_divergence": _LOSS,
     "hinge_loss": _LOSS,
     "huber_loss": "`torch.nn.functional.huber_loss`",

@@ -160,7 +160,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "functorch_opt.privacy.private": (
         "differentially_private_aggregate",
         "dp_adam",
-        "dp_sgd",
+        "dpsgd",
         "poisson_sample",
     ),
     "functorch_opt.schedules.curves": (

@@ -1256,8 +1256,8 @@ ROWS = [
         apart=True,
     ),
     Row(
-        "dp_sgd",
-        lambda **given: of_three_examples(fo.dp_sgd(**given)),
+        "dpsgd",
+        lambda **given: of_three_examples(fo.dpsgd(**given)),
         {**LR, **DP},
         ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
         keyed=True,

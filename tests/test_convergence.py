@@ -40,7 +40,7 @@ RATES: dict[str, Any] = {
     "dog": 1.0,
     "dowg": 1.0,
     "dp_adam": 0.3,
-    "dp_sgd": 0.002,
+    "dpsgd": 0.002,
     "fromage": 0.003,
     "lamb": 0.01,
     "lars": 3.0,
@@ -104,7 +104,7 @@ def of_one_example(
 
 OTHERS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
     "dp_adam": lambda rate: of_one_example(fo.dp_adam, rate),
-    "dp_sgd": lambda rate: of_one_example(fo.dp_sgd, rate, momentum=0.9),
+    "dpsgd": lambda rate: of_one_example(fo.dpsgd, rate, momentum=0.9),
     "hyperball": lambda rate: fo.chain(fo.scale_by_adam(), fo.hyperball(rate)),
     "lbfgs": lambda rate: fo.lbfgs(),
     "polyak_sgd": lambda rate: fo.polyak_sgd(rate),

@@ -388,7 +388,7 @@ def test_one_graph() -> None:
 
     loss, params, x, y = problem("mlp", "cross entropy", 5)
     clipped_grads = fo.clipped_grad_sum(loss, 0.1, 2)
-    tx = fo.dp_sgd(0.1, 0.1, 1.0, key=0, momentum=0.9, expected_batch_size=5.0)
+    tx = fo.dpsgd(0.1, 0.1, 1.0, key=0, momentum=0.9, expected_batch_size=5.0)
 
     def step(params: Any, state: Any, x: Tensor, y: Tensor) -> Any:
         clipped = clipped_grads(params, x, y)

@@ -334,10 +334,10 @@ def test_private_aggregate(bound: float, size: float | None) -> None:
     train_privately(tx, lambda p: lambda t, g, p: p + g, bound, size)
 
 
-@compares("dp_sgd", reference=PLAIN, remark=SILENT)
+@compares("dpsgd", reference=PLAIN, remark=SILENT)
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize(("bound", "size"), OF_PRIVACY)
-def test_dp_sgd(bound: float, size: float | None, momentum: float | None) -> None:
+def test_dpsgd(bound: float, size: float | None, momentum: float | None) -> None:
     def make(p: Tensor) -> Callable:
         buffer = torch.zeros_like(p)
 
@@ -349,7 +349,7 @@ def test_dp_sgd(bound: float, size: float | None, momentum: float | None) -> Non
         return step
 
     options = {"momentum": momentum, "expected_batch_size": size}
-    tx = fo.dp_sgd(0.1, bound, 0.0, key=0, **options)
+    tx = fo.dpsgd(0.1, bound, 0.0, key=0, **options)
     train_privately(tx, make, bound, size)
 
 

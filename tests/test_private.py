@@ -80,7 +80,7 @@ def test_gradients_and_their_clipped_sum_give_the_same_step() -> None:
         return F.cross_entropy(functional_call(model, ps, x), y)
 
     each, clipped = fo.per_example_grads(loss), fo.clipped_grad_sum(loss, C, chunk_size=3)
-    for make in (fo.dp_sgd, fo.dp_adam):
+    for make in (fo.dpsgd, fo.dp_adam):
         tx = make(0.1, C, SIGMA, key=1, expected_batch_size=8)
         ends = []
         for gradients in (each, clipped):
@@ -128,7 +128,7 @@ def test_noise_by_a_schedule() -> None:
 
 def test_an_empty_batch_is_its_noise() -> None:
     ps = params()
-    tx = fo.dp_sgd(1.0, C, SIGMA, key=3, expected_batch_size=4)
+    tx = fo.dpsgd(1.0, C, SIGMA, key=3, expected_batch_size=4)
     empty = {name: p.new_zeros(0, *p.shape) for name, p in ps.items()}
     zeros = {name: p.new_zeros(2, *p.shape) for name, p in ps.items()}
     updates, state = tx.update(empty, tx.init(ps), ps)
@@ -139,7 +139,7 @@ def test_an_empty_batch_is_its_noise() -> None:
     with pytest.raises(
         ValueError, match=r"no example to average over\. Give expected_batch_size"
     ):
-        fo.dp_sgd(1.0, C, SIGMA, key=3).update(empty, tx.init(ps), ps)
+        fo.dpsgd(1.0, C, SIGMA, key=3).update(empty, tx.init(ps), ps)
 
 
 def test_one_example_moves_the_sum_by_c_at_most() -> None:
@@ -174,7 +174,7 @@ def test_dp_adam_is_adam_on_private_gradients() -> None:
         assert all(torch.equal(updates[name], expected[name]) for name in ps)
 
 
-@pytest.mark.parametrize("make", [fo.dp_sgd, fo.dp_adam])
+@pytest.mark.parametrize("make", [fo.dpsgd, fo.dp_adam])
 def test_repr_reads_as_the_call_and_pickles(
     make: Callable[..., fo.GradientTransformation],
 ) -> None:
@@ -207,12 +207,12 @@ def one_update(updates: Any, bound: Any = C, ps: Any = P, **given: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: fo.dp_sgd(0.1, 0.0, 1.0, 0), ValueError, r"l2_norm_clip must be greater than 0 and finite; got 0\.0"),
-        (lambda: fo.dp_sgd(0.1, math.inf, 1.0, 0), ValueError, "l2_norm_clip must be greater than 0 and finite; got inf"),
-        (lambda: fo.dp_sgd(0.1, 1.0, -1.0, 0), ValueError, r"noise_multiplier must be in \[0, inf\); got -1.0"),
-        (lambda: fo.dp_sgd(0.1, 1.0, 1.0, 0, expected_batch_size=0), ValueError, r"expected_batch_size must be in \(0, inf\); got 0"),
-        (lambda: fo.dp_sgd(0.1, 1.0, 1.0, 0, momentum=-1.0), ValueError, "momentum must be"),
-        (lambda: fo.dp_sgd(0.1, 1.0, 1.0, 0.5), TypeError, "seed must be a whole number"),
+        (lambda: fo.dpsgd(0.1, 0.0, 1.0, 0), ValueError, r"l2_norm_clip must be greater than 0 and finite; got 0\.0"),
+        (lambda: fo.dpsgd(0.1, math.inf, 1.0, 0), ValueError, "l2_norm_clip must be greater than 0 and finite; got inf"),
+        (lambda: fo.dpsgd(0.1, 1.0, -1.0, 0), ValueError, r"noise_multiplier must be in \[0, inf\); got -1.0"),
+        (lambda: fo.dpsgd(0.1, 1.0, 1.0, 0, expected_batch_size=0), ValueError, r"expected_batch_size must be in \(0, inf\); got 0"),
+        (lambda: fo.dpsgd(0.1, 1.0, 1.0, 0, momentum=-1.0), ValueError, "momentum must be"),
+        (lambda: fo.dpsgd(0.1, 1.0, 1.0, 0.5), TypeError, "seed must be a whole number"),
         (lambda: one_update({"w": torch.ones(3, 2)}), ValueError, r"'w' has shape \(3, 2\) and its parameter \(3, 2\).*\('B', 3, 2\)"),
         (lambda: one_update({"v": torch.ones(4, 3, 2)}), ValueError, "updates and params differ in structure"),
         (lambda: one_update({"w": torch.tensor(1.0)}, ps=None), ValueError, "every tensor of grads must.*'w': a scalar"),
@@ -330,14 +330,14 @@ def test_clipping_is_optaxs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*seed.* is deprecated:DeprecationWarning")
-def test_dp_sgd_without_noise_is_optaxs() -> None:
+def test_dpsgd_without_noise_is_optaxs() -> None:
     optax = pytest.importorskip("optax")
     from optax import contrib
 
     ps = {name: p.float() for name, p in params().items()}
     for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
         ours, theirs = (
-            fo.dp_sgd(0.1, C, 0.0, key=0, **options),
+            fo.dpsgd(0.1, C, 0.0, key=0, **options),
             contrib.dpsgd(0.1, C, 0.0, 0, **options),
         )
         mine, state = ps, ours.init(ps)
@@ -409,7 +409,7 @@ def test_without_noise_it_is_opacus_to_rounding(parts: bool, momentum: float) ->
         return scaled_loss(functional_call(model, ps, x), y)
 
     gradients = fo.clipped_grad_sum(loss, bound, chunk_size=3)
-    tx = fo.dp_sgd(
+    tx = fo.dpsgd(
         1e-4, bound, 0.0, key=0, momentum=momentum or None, expected_batch_size=10
     )
     state, over = tx.init(ps), []
@@ -447,7 +447,7 @@ def test_with_noise_it_is_opacus_in_distribution() -> None:
     theirs = pytest.importorskip("opacus").GradSampleModule(net())
     opt = opacus_optimizer(theirs, C, SIGMA, lr=1.0)
     ps = {name: p.detach().clone() for name, p in net().named_parameters()}
-    tx = fo.dp_sgd(1.0, C, SIGMA, key=21, expected_batch_size=10)
+    tx = fo.dpsgd(1.0, C, SIGMA, key=21, expected_batch_size=10)
     state, moved = tx.init(ps), ([], [])
     for _ in range(40):
         before = [p.detach().clone() for p in theirs.parameters()]

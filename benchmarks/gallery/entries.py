@@ -134,7 +134,7 @@ ADVICE = (
     "**Batches of thousands:** `lamb`, `lars`, `lion`, or `muon`.",
     "**No noise at all:** `lbfgs`. It is far ahead there, and lost with minibatches.",
     "**A game of two players:** `optimistic_gradient_descent`, `optimistic_adam_v2`.",
-    "**Data of persons:** `dp_sgd`, `dp_adam`.",
+    "**Data of persons:** `dpsgd`, `dp_adam`.",
     "**Not sure:** [sweep](guide-sweep.md) three of them on your problem, each at its own learning "
     "rate. One vmapped run does it.",
 )
@@ -926,10 +926,10 @@ ENTRIES = (
         peers="optax.noisy_sgd",
     ),
     Entry(
-        "dp_sgd",
+        "dpsgd",
         "DP-SGD",
         "noise",
-        ("differentially_private_aggregate", "dp_sgd"),
+        ("differentially_private_aggregate", "dpsgd"),
         "Data of persons: what is learned from one of them is bounded by a number, `fo.privacy_spent`. "
         "It takes the gradients of single examples.",
         "`l2_norm_clip`, `noise_multiplier`, and a large batch, drawn by `fo.poisson_sample`.",

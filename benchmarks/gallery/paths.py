@@ -25,7 +25,7 @@ from benchmarks.gallery.entries import Entry
 STEPS = 200
 RATES = torch.logspace(-4, 1, 61, dtype=torch.float64)
 EXAMPLES = 4
-OF_EXAMPLES = {"dp_sgd", "dp_adam"}
+OF_EXAMPLES = {"dpsgd", "dp_adam"}
 
 
 @dataclass(frozen=True)

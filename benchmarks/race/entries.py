@@ -63,9 +63,9 @@ OTHER: dict[str, dict[str, tuple[float, ...]]] = {
 """One more hyperparameter, with two values, where the authors say that it is tuned."""
 
 LEFT_OUT = {
-    "differentially_private_aggregate": "it is a stage of `dp_sgd`",
+    "differentially_private_aggregate": "it is a stage of `dpsgd`",
     "dp_adam": "it takes gradients of single examples, and adds noise for privacy",
-    "dp_sgd": "it takes gradients of single examples, and adds noise for privacy",
+    "dpsgd": "it takes gradients of single examples, and adds noise for privacy",
     "hyperball": "it is the last stage of an optimizer; `muonh` is one with it",
     "lbfgs": "its line search asks for the loss several times a step, "
     "and steps are what is counted",

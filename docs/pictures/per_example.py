@@ -74,7 +74,7 @@ def private_run(sigma: float, steps: int, every: int) -> list[tuple[float, float
     """Pairs of epsilon and accuracy on the 397 digits that were not trained on."""
     x, y = digits()
     train, test = slice(0, 1400), slice(1400, None)
-    tx = fo.dp_sgd(0.2, CLIP, sigma, key=2, momentum=0.9, expected_batch_size=BATCH)
+    tx = fo.dpsgd(0.2, CLIP, sigma, key=2, momentum=0.9, expected_batch_size=BATCH)
     clipped_grads = fo.clipped_grad_sum(loss, CLIP, chunk_size=64)
     params, found, sampling = start(), [], fo.random.key(3)
     state = tx.init(params)

@@ -36,7 +36,7 @@ from functorch_opt.tree import PyTree
 __all__ = [
     "differentially_private_aggregate",
     "dp_adam",
-    "dp_sgd",
+    "dpsgd",
     "poisson_sample",
 ]
 
@@ -184,7 +184,7 @@ def _with_examples(updates: PyTree, params: PyTree | None) -> PyTree:
 
 
 @transformation
-def dp_sgd(
+def dpsgd(
     learning_rate: ScalarOrSchedule,
     l2_norm_clip: Norms,
     noise_multiplier: ScalarOrSchedule,
@@ -207,12 +207,12 @@ def dp_sgd(
         nesterov: look one step ahead.
         expected_batch_size: B; needed under Poisson sampling.
 
-    Source: Abadi et al., 2016, alg. 1. In optax.contrib it is called ``dpsgd``.
+    Source: Abadi et al., 2016, alg. 1. It is optax.contrib.dpsgd.
 
     Example:
         >>> import torch, functorch_opt as fo
         >>> noise = {"l2_norm_clip": 1.0, "noise_multiplier": 1.1, "key": 0}
-        >>> tx = fo.dp_sgd(0.1, **noise, expected_batch_size=2)
+        >>> tx = fo.dpsgd(0.1, **noise, expected_batch_size=2)
         >>> params = torch.zeros(2)
         >>> updates, _ = tx.update(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), tx.init(params), params)
         >>> updates

@@ -87,9 +87,6 @@ ARGUMENTS = {
 }
 """Functions whose arguments are not optax's, and why; a default of `adopt` is a function of each."""
 
-RENAMED = {"dpsgd": "dp_sgd"}
-"""What has optax's arguments under another name."""
-
 
 def public(module: Any) -> set[str]:
     return {
@@ -232,8 +229,8 @@ def pairs() -> dict[str, tuple[Any, Any]]:
     found = {}
     for module in (optax, optax.contrib):
         for name in public(module):
-            if RENAMED.get(name, name) in dir(fo):
-                found[name] = getattr(fo, RENAMED.get(name, name)), getattr(module, name)
+            if name in dir(fo):
+                found[name] = getattr(fo, name), getattr(module, name)
     for folder in ("projections", "tree"):
         ours, theirs = getattr(fo, folder), getattr(optax, folder)
         for name in public(theirs) & {*dir(ours)}:

@@ -1305,7 +1305,7 @@ DIVERGENCES = {
     "add_noise": "other random numbers (Philox from a key in the state, not Threefry): only the variance schedule is compared, below",
     "noisy_sgd": "as add_noise",
     **dict.fromkeys(
-        ("differentially_private_aggregate", "dp_adam", "dp_sgd"),
+        ("differentially_private_aggregate", "dp_adam", "dpsgd"),
         "optax has none outside of contrib: see test_private.py",
     ),
     **dict.fromkeys(
