@@ -68,11 +68,9 @@ NAMES = {
     "softmax_cross_entropy_with_integer_labels": _CROSS_ENTROPY,
     "squared_error": "`torch.nn.functional.mse_loss`",
     "stateless_with_tree_map": "`leafwise`",
-    "tree_map_params": "`functorch_opt.tree.map_params`",
     "update_infinity_moment": _OF_TREES,
     "update_moment": _OF_TREES,
     "update_moment_per_elem_norm": _OF_TREES,
-    "with_extra_args_support": "not needed: a stage gets the extra arguments that it names",
 }
 """Names of ``optax`` and ``optax.contrib``; the names of states end in ``State``."""
 

@@ -9,7 +9,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "functorch_opt._core.leaf": ("Each",),
     "functorch_opt._core.points": ("eval_params",),
     "functorch_opt._core.rule": ("every", "identity", "leafwise"),
-    "functorch_opt._core.state": ("StageState", "describe", "get"),
+    "functorch_opt._core.state": ("StageState", "describe", "get", "tree_map_params"),
     "functorch_opt._core.sums": ("largest",),
     "functorch_opt._core.transformation": (
         "GradientTransformation",
@@ -18,6 +18,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "apply_updates",
         "stateless",
         "transformation",
+        "with_extra_args_support",
     ),
     "functorch_opt._core.wrap": ("wrap",),
     "functorch_opt._execution.compiled": ("compiled_step",),

@@ -890,6 +890,12 @@ ROWS = [
     ),
     Row("stochastic_round", fo.stochastic_round, keyed=True, rounds=True),
     Row("trace", fo.trace, {"decay": 0.9}, ({}, {"nesterov": True}, {"dampening": 0.5})),
+    Row(
+        "with_extra_args_support",
+        lambda learning_rate: fo.with_extra_args_support(fo.adam(learning_rate)),
+        LR,
+        written=False,
+    ),
     Row("wrap", with_a_heavy_ball, {**LR, "decay": 0.5}, written=False),
     Row("zero_nans", fo.zero_nans),
     # wrappers
@@ -1600,6 +1606,7 @@ NOT_TRANSFORMATIONS = {
     "report_plot",
     "report_table",
     "routing_table",
+    "tree_map_params",
     "scale_gradient",
     "skip_large_updates",
     "skip_not_finite",

@@ -66,6 +66,48 @@ def test_extra_arguments_reach_the_stages_that_declare_them(wrap) -> None:
         tx.update(GRADS, tx.init(PARAMS), PARAMS, valeu=3.0)
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda: fo.adam(0.1),
+        lambda: fo.chain(fo.clip(1.0), fo.adam(0.1)),
+        lambda: fo.chain(fo.adam(0.1), scale_by_value()),
+        lambda: fo.inject_hyperparams(fo.adam)(0.1),
+        lambda: fo.masked(fo.adam(0.1), True),
+        lambda: fo.MultiSteps(fo.adam(0.1), 1, should_skip_update_fn=fo.skip_not_finite),
+        lambda: fo.stateless(lambda updates, params: tree.map(torch.neg, updates)),
+    ],
+    ids=["rules", "chain", "reads", "injected", "masked", "gate", "functions"],
+)
+def test_extra_arguments_that_nothing_reads_are_ignored_on_request(of) -> None:
+    """By `update`, and by a compiled step; the transformation that was given stays strict."""
+    tx = of()
+    lenient = fo.with_extra_args_support(tx)
+    state, known = tx.init(PARAMS), {"value": torch.tensor(3.0)}
+    read = {name: known[name] for name in tx.extra_args}
+    updates, new = tx.update(GRADS, state, PARAMS, **read)
+    theirs, kept = lenient.update(GRADS, state, PARAMS, **known, other="anything")
+    torch.testing.assert_close(theirs, updates, rtol=0, atol=0)
+    torch.testing.assert_close(kept, new, rtol=0, atol=0)
+    assert repr(lenient) == f"with_extra_args_support({tx!r})"
+    assert (lenient.name, lenient.extra_args) == (tx.name, tx.extra_args)
+    with pytest.raises(TypeError, match="got other, which no stage reads"):
+        tx.update(GRADS, state, PARAMS, **read, other="anything")
+
+
+def test_a_step_ignores_extra_arguments_on_request() -> None:
+    tx = fo.chain(fo.adam(0.1), fo.reduce_on_plateau())
+    lenient = fo.with_extra_args_support(tx)
+    params, state = tree.map(torch.clone, PARAMS), lenient.init(PARAMS)
+    value = torch.tensor(1.0)
+    updates, _ = tx.update(GRADS, state, PARAMS, value=value)
+    step = fo.compiled_step(lenient)
+    moved, _ = step(params, GRADS, state, value=value, grad=GRADS)
+    torch.testing.assert_close(moved, fo.apply_updates(PARAMS, updates))
+    with pytest.raises(TypeError, match="reads value"):
+        lenient.update(GRADS, lenient.init(PARAMS), PARAMS, grad=GRADS)
+
+
 def test_an_optional_extra_argument_may_be_left_out() -> None:
     tx = fo.chain(count_calls(), fo.scale(2.0), scale_by_value())
     assert tx.extra_args == {"bonus": False, "value": True}

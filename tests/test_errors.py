@@ -277,6 +277,8 @@ ARGUMENTS = [
          TypeError, "chain", "values", "Declared extra arguments: flag, value"),
     Case("extra-undeclared-none", lambda: update(fo.adam(0.1), params(), value=1),
          TypeError, "adam", "got value", "Declared extra arguments: none"),
+    Case("extra-support", lambda: partial(fo.with_extra_args_support, fo.adam),
+         TypeError, "takes a transformation", "function", r"e\.g\. adamw"),
     Case("extra-missing", lambda: update(reads_value(), params(), flag=1),
          TypeError, "chain", "reads value", r"value=\.\.\."),
     Case("extra-missing-masked", lambda: update(fo.masked(reads_value(), True), params()),

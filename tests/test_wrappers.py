@@ -497,6 +497,7 @@ def test_what_belongs_to_parameters_is_mapped_with_them() -> None:
         lambda path, p: "a" if p.ndim > 1 else "b",
     )
     names = {"enc": {"w": "W", "b": "B"}, "out": "O"}
+    assert tree.map_params is fo.tree_map_params
     seen = []
 
     def shown(slot, name):
@@ -504,12 +505,12 @@ def test_what_belongs_to_parameters_is_mapped_with_them() -> None:
         return slot + 1
 
     state = tx.init(params)
-    new = tree.map_params(tx, shown, state, names)
+    new = fo.tree_map_params(tx, shown, state, names)
     assert sorted(seen) == [((2,), "B")] * 2 + [((3, 2), "W")] * 2
     assert (fo.get(new, "mu")["enc/w"] == 1).all()
     same(fo.get(new, "slow")["enc/b"], params["enc"]["b"] + 1)
     assert fo.get(new, "scale_by_adam/count") == 0
-    counted = tree.map_params(
+    counted = fo.tree_map_params(
         tx, lambda slot: slot, state, transform_non_params=lambda x: x + 5
     )
     assert fo.get(counted, "scale_by_adam/count") == 5

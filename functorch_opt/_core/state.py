@@ -21,7 +21,7 @@ from functorch_opt._core.structure import (
     unflatten,
 )
 
-__all__ = ["StageState", "describe", "get"]
+__all__ = ["StageState", "describe", "get", "tree_map_params"]
 
 
 class StageState(NamedTuple):
@@ -188,7 +188,7 @@ def set(state: PyTree, /, **values: Any) -> PyTree:
     return new
 
 
-def map_params(
+def tree_map_params(
     initable: Any,
     f: Callable[..., Any],
     state: PyTree,
@@ -199,6 +199,7 @@ def map_params(
     """`f` of every tensor of a state that belongs to a parameter.
 
     These are the slots. Some have another shape than their parameter, such as a number for each.
+    In `functorch_opt.tree` the same function is called ``map_params``, as in optax.
 
     Args:
         initable: the transformation. It is not needed, and is here for the order of optax.
@@ -212,7 +213,7 @@ def map_params(
         >>> import torch, functorch_opt as fo
         >>> tx = fo.adam(0.1)
         >>> state = tx.init({"w": torch.zeros(2)})
-        >>> state = fo.tree.map_params(tx, torch.Tensor.double, state)
+        >>> state = fo.tree_map_params(tx, torch.Tensor.double, state)
         >>> fo.get(state, "mu"), fo.get(state, "count")
         ({'w': tensor([0., 0.], dtype=torch.float64)}, tensor(0))
     """

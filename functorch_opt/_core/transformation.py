@@ -26,6 +26,7 @@ __all__ = [
     "apply_updates",
     "stateless",
     "transformation",
+    "with_extra_args_support",
 ]
 
 Scalar = float | Tensor
@@ -134,6 +135,8 @@ class GradientTransformation(Expression):
     """
 
     last: bool = False
+    ignores: bool = False
+    """Whether extra arguments that nothing reads are no error."""
 
     def __init__(
         self,
@@ -184,17 +187,21 @@ class GradientTransformation(Expression):
             ValueError: structures or shapes that do not fit, params missing, the state of another
                 transformation.
         """
-        self.check_extra(extra)
-        return self._update(updates, state, params, **extra)
+        return self._update(updates, state, params, **self.read_of(extra))
 
-    def check_extra(self, extra: dict[str, Any]) -> None:
-        """Raise TypeError for an extra argument that is undeclared, or required and missing."""
+    def read_of(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Those of the extra arguments that ``update`` reads.
+
+        Raises:
+            TypeError: one is undeclared, unless these are ignored; one is required and missing.
+        """
         undeclared = [name for name in extra if name not in self.extra_args]
-        if undeclared:
+        if undeclared and not self.ignores:
             declared = ", ".join(sorted(self.extra_args)) or "none"
             raise TypeError(
                 f"{self.name}.update got {', '.join(undeclared)}, which no stage reads. "
-                f"Declared extra arguments: {declared}."
+                f"Declared extra arguments: {declared}. "
+                "With with_extra_args_support(...) around it, others are ignored."
             )
         missing = [
             name
@@ -207,6 +214,9 @@ class GradientTransformation(Expression):
                 f"{self.name} reads {', '.join(missing)}: "
                 f"call update(updates, state, params, {given})."
             )
+        if not undeclared:
+            return extra
+        return {name: value for name, value in extra.items() if name in self.extra_args}
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -380,3 +390,37 @@ def stateless(f: Callable[[PyTree, PyTree | None], PyTree]) -> GradientTransform
     return GradientTransformation(
         lambda params: (), lambda updates, state, params: (f(updates, params), state)
     )
+
+
+def with_extra_args_support(tx: T) -> T:
+    """The same transformation, which ignores extra arguments that it does not read.
+
+    Every transformation takes extra arguments, and hands them to the stages that name them. One
+    that no stage names is an error, because it may be misspelt. A training loop for any optimizer,
+    which gives ``value=loss`` to all of them, is written with this. Give it the whole chain: what is
+    around it, such as another chain, still takes only the arguments that are read.
+
+    Args:
+        tx: any transformation. It stays as it is, and its state has the same form.
+
+    Raises:
+        TypeError: `tx` is not a transformation.
+
+    Source: optax.with_extra_args_support.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.with_extra_args_support(fo.sgd(1.0))
+        >>> params = [torch.zeros(1)]
+        >>> tx.update([torch.ones(1)], tx.init(params), params, value=torch.tensor(0.5))[0]
+        [tensor([-1.])]
+    """
+    if not isinstance(tx, GradientTransformation):
+        raise TypeError(
+            "with_extra_args_support takes a transformation, e.g. adamw(1e-3); "
+            f"got {type(tx).__name__} {tx!r}."
+        )
+    made: T = object.__new__(type(tx))
+    vars(made).update(vars(tx))
+    made.ignores, made.call = True, (with_extra_args_support, (tx,), {})
+    return made

@@ -139,7 +139,7 @@ class CompiledStep:
     def __call__(
         self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        self.tx.check_extra(extra)
+        extra = self.tx.read_of(extra)
         if torch.compiler.is_compiling():
             return traced(self.tx, params, grads, state, extra, self.donate)
         if not self.donate:

@@ -63,7 +63,7 @@ class ModelsStep:
     def __call__(
         self, params: PyTree, grads: PyTree, state: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        self.tx.check_extra(extra)
+        extra = self.tx.read_of(extra)
         if torch.compiler.is_compiling():
             return self._traced(params, grads, state, extra)
         if not self.donate:

@@ -269,7 +269,7 @@ class Plan:
         state: State | None,
     ) -> Callable[[], None]:
         """The step as one pass over memory. Whatever can fail by then has not failed."""
-        self.tx.check_extra(extra)
+        extra = self.tx.read_of(extra)
 
         def act() -> None:
             params, run = step.tensors, self.in_place

@@ -24,6 +24,7 @@ HEAD = "| optax | here |\n|---|---|\n"
 ARGUMENTS_HEAD = "| name | arguments |\n|---|---|\n"
 AS_NOISE = "the key has no default, and comes after `*`; no deprecated `seed=`"
 NONE_IS_ZERO = "`weight_decay=0.0` in place of None, so that a group can set it"
+NO_IS_LEAF = "no `is_leaf=`: what a leaf is does not change"
 NO_VERBOSE = "nothing is printed: no `verbose=`"
 OF_AUTHORS = (
     "`growth_rate=` and `use_bias_correction=` are ours: they are the authors'; no "
@@ -80,7 +81,8 @@ ARGUMENTS = {
     "snapshot": "`is_tree=` is ours: the form of a state is known before the first update",
     "sophia": "`key=` is ours, `hessian_diagonal_fn=` is a plain function, and nothing is printed",
     "trace": "`dampening=` is ours, for torch's numbers",
-    "tree.map_params": "no `is_leaf=`: what a leaf is does not change",
+    "tree.map_params": NO_IS_LEAF,
+    "tree_map_params": NO_IS_LEAF,
     "tree.set": "values by name only, without `filtering=`",
     "tree.sum": "no `associative_reduction=`, which is for another compiler",
     "tree.zeros_like": "a function of one tensor",

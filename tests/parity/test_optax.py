@@ -585,6 +585,13 @@ CASES: list[Case] = [
         lambda o: o.scale_by_yogi(0.0, 0.0, 1.0),
         **HUNDRED,
     ),
+    *same(
+        "with_extra_args_support",
+        lambda o: o.with_extra_args_support(o.adam(0.1)),
+        lambda o: o.with_extra_args_support(o.sgd(decay(o), 0.9)),
+        lambda o: o.chain(o.with_extra_args_support(o.clip(0.5)), o.lion(0.01)),
+        lambda o: o.with_extra_args_support(o.chain(o.adamw(0.1), o.ema(0.9))),
+    ),
     *same("set_to_zero", lambda o: o.set_to_zero(), moves=False),
     *pair(
         "stateless",
