@@ -29,6 +29,8 @@ class Asked(GradientTransformation):
     """What can be asked of `MultiSteps`, as in optax."""
 
     k: K
+    inner_opt: GradientTransformation
+    """The optimizer that makes the steps."""
 
     def gradient_transformation(self) -> GradientTransformation:
         """Itself: here it is a transformation already."""
@@ -54,7 +56,7 @@ class Asked(GradientTransformation):
 class AskedWrap(Asked, Wrap):
     """A `MultiSteps` that is a wrap."""
 
-    def __init__(self, made: Wrap, k: K) -> None:
+    def __init__(self, made: Wrap, k: K, opt: GradientTransformation) -> None:
         Wrap.__init__(
             self,
             made.inner,
@@ -66,20 +68,20 @@ class AskedWrap(Asked, Wrap):
             made.init_with,
             made.last,
         )
-        self.k = k
+        self.k, self.inner_opt = k, opt
 
 
 class AskedGate(Asked, Gate):
     """A `MultiSteps` that leaves gradients out."""
 
-    def __init__(self, made: Gate, k: K) -> None:
+    def __init__(self, made: Gate, k: K, opt: GradientTransformation) -> None:
         Gate.__init__(
             self,
             made.inner,
             made.once,
             made.otherwise,
         )
-        self.k = k
+        self.k, self.inner_opt = k, opt
         self.why = made.why
         self.skips = made.skips
 
@@ -113,8 +115,9 @@ def MultiSteps(
     last small batch of the training: the step is made with what has been gathered until then, and
     the next k steps begin anew.
 
-    What it returns has two methods of optax's class: ``has_updated(state)`` says whether the last
-    update was a step of `opt`, and ``gradient_transformation()`` returns the transformation itself.
+    What it returns has what optax's class has: ``has_updated(state)`` says whether the last update
+    was a step of `opt`, ``gradient_transformation()`` returns the transformation itself, and
+    ``inner_opt`` is `opt`.
 
     Args:
         opt: the optimizer that makes the steps.
@@ -161,9 +164,9 @@ def MultiSteps(
         counter = None
         tx = every_kth(opt, k, use_grad_mean)
     if should_skip_update_fn is None:
-        return AskedWrap(tx, k)
+        return AskedWrap(tx, k, opt)
     has_flush, counter = counter is not None, counter or Counter(k)
-    return AskedGate(left_out(tx, should_skip_update_fn, counter, has_flush), k)
+    return AskedGate(left_out(tx, should_skip_update_fn, counter, has_flush), k, opt)
 
 
 def every_kth(opt: GradientTransformation, k: int, use_grad_mean: bool) -> Wrap:

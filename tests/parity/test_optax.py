@@ -1525,6 +1525,8 @@ def test_multi_steps_says_as_optax_whether_it_has_updated(make: Any) -> None:
     ours, theirs = make(fo), make(optax)
     assert ours.gradient_transformation() is ours
     state, their_state = ours.init(PARAMS), theirs.init(to_jax(PARAMS))
+    assert repr(ours.inner_opt) == "adam(0.1)"
+    assert ours.gradient_transformation() is ours
     said = [bool(ours.has_updated(state))]
     expected = [bool(theirs.has_updated(their_state))]
     for g in SOME_NOT_FINITE[:12]:
