@@ -92,7 +92,6 @@ FOLDERS = {
 
 OF_TREE = {
     "dtype": "each leaf has its own: `leaf.dtype`",
-    "get": "`functorch_opt.get`",
     "get_all_with_path": "`functorch_opt.state_dict`, all values by path",
     "split_key_like": "`functorch_opt.random.split`",
     "unwrap_random_key_data": "not needed: a key is a tensor",

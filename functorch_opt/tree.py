@@ -44,7 +44,7 @@ from functorch_opt._core.numerics import (
     zeros_like,
 )
 from functorch_opt._core.sharding import is_sharded, part_of, whole
-from functorch_opt._core.state import set
+from functorch_opt._core.state import get, set
 from functorch_opt._core.state import tree_map_params as map_params
 from functorch_opt._core.structure import PyTree, flatten, leaves, map, paths, unflatten
 from functorch_opt._elsewhere import missing
@@ -68,6 +68,7 @@ __all__ = [
     "dot",
     "flatten",
     "full_like",
+    "get",
     "is_sharded",
     "leaves",
     "map",

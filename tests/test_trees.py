@@ -355,10 +355,12 @@ def test_get() -> None:
 
 
 def test_every_path_that_get_offers_can_be_given() -> None:
-    """A stage and its slot may have one name: the path of each finds it."""
+    """If a stage and its slot have one name, that is the slot, and each path finds its value."""
     state = fo.chain(fo.trace(0.9), fo.ema(0.9), fo.trace(0.5)).init(PARAMS)
     assert fo.get(state, "trace/trace") is state["trace"].slots["trace"]
-    assert fo.get(state, "trace") is state["trace"]
+    assert fo.get(state, "ema") is state["ema"].slots["ema"]
+    with pytest.raises(KeyError, match="it could be 'trace/trace', 'trace_1/trace'"):
+        fo.get(state, "trace")
     assert fo.get(state, "trace_1/trace") is state["trace_1"].slots["trace"]
 
 

@@ -486,6 +486,58 @@ def test_values_of_a_state_are_set_wherever_they_are() -> None:
         tree.set(state, lr=0.5)
 
 
+def test_filters_choose_among_values_of_one_name() -> None:
+    """optax has the same functions with the same arguments, and another form of path."""
+    assert tree.get is fo.get
+    tx = fo.chain(fo.trace(0.9), fo.scale_by_adam(), fo.trace(0.5))
+    state = tx.init(PARAMS)
+    with pytest.raises(KeyError, match="'trace' is ambiguous"):
+        tree.get(state, "trace", filtering=lambda path, value: "trace" in path)
+    held = tree.map(torch.ones_like, PARAMS)
+
+    seen = {}
+
+    def is_second(path, value):
+        seen[path] = value
+        return path.startswith("trace_1/")
+
+    new = tree.set(state, is_second, trace=held)
+    assert seen.keys() == {"trace/trace", "trace_1/trace"}
+    assert all(fo.get(state, path) is value for path, value in seen.items())
+    assert tree.get(new, "trace", filtering=is_second) is held
+    same(new["trace"].slots, state["trace"].slots)
+    assert tree.get(state, "learning_rate", 0.5) == 0.5
+    assert tree.get(state, "count", None, lambda path, value: False) is None
+    for ask in (
+        tree.get,
+        lambda state, name, filtering: tree.set(state, filtering, mu=0),
+    ):
+        with pytest.raises(KeyError, match=r"'mu' .* for which `filtering` says True"):
+            ask(state, "mu", filtering=lambda path, value: False)
+
+
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: fo.masked(tx, True)])
+def test_a_value_comes_before_the_stage_of_its_name(around) -> None:
+    """As in optax, where a stage has no name: the momentum of sgd is ``trace``."""
+    tx = around(fo.sgd(0.1, momentum=0.9))
+    state = tx.init(PARAMS)
+    assert tree.paths(tree.get(state, "trace")) == tree.paths(PARAMS)
+    held = tree.map(torch.ones_like, tree.get(state, "trace"))
+    new = tree.set(state, trace=held)
+    assert tree.get(new, "trace") is held
+    assert tree.paths(new) == tree.paths(state)
+    tx.update(PARAMS, new, PARAMS)
+
+
+def test_a_parameter_may_have_the_name_of_a_value() -> None:
+    params = {"count": torch.ones(2), "mu": torch.ones(3)}
+    state = fo.adam(0.1).init(params)
+    new = tree.set(state, count=torch.tensor(7))
+    assert tree.get(new, "count") == 7
+    assert tree.get(new, "mu").keys() == params.keys()
+    same(tree.get(new, "mu"), tree.get(state, "mu"))
+
+
 def test_what_belongs_to_parameters_is_mapped_with_them() -> None:
     """Also in a group, where a slot is a flat dict; counts stay, or have a function of their own."""
     params = {"enc": {"w": draw(3, 2), "b": draw(2)}, "out": None}

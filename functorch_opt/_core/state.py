@@ -5,7 +5,7 @@ Here are what one stage keeps, how a value is found by its name, and a table of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -73,14 +73,25 @@ def check_around(
     )
 
 
-def get(state: PyTree, name: str) -> Any:
-    """The value called `name` in an optimizer state, at any depth.
+def get(
+    tree: PyTree,
+    key: str,
+    default: Any = KeyError,
+    filtering: Callable[[Path, Any], bool] | None = None,
+) -> Any:
+    """The value called `key` in an optimizer state, at any depth.
+
+    In `functorch_opt.tree` the same function is there too, as in optax.
 
     Args:
-        state: what ``tx.init`` or ``tx.update`` returned.
-        name: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter
+        tree: what ``tx.init`` or ``tx.update`` returned.
+        key: a slot (``"mu"``), a shared value (``"count"``), a hyperparameter
             (``"learning_rate"``) or a stage; or the end of its path, where the name alone is
-            ambiguous (``"scale_by_adam/count"``).
+            ambiguous (``"scale_by_adam/count"``). If a stage has a value of its own name, as
+            `trace` and `ema` have, that is meant.
+        default: what to return if nothing has that name. By default that is an error.
+        filtering: a function of the path, ``"adam/scale_by_adam/count"``, and of the value. Values
+            of which it says False are passed over.
 
     Returns:
         For a slot, a tree of the structure of the params. Inside of ``masked`` or ``partition`` it
@@ -88,8 +99,8 @@ def get(state: PyTree, name: str) -> Any:
         tensor.
 
     Raises:
-        KeyError: nothing has that name (the message lists the names there are), or several values
-            have it (the message lists their paths).
+        KeyError: nothing has that name, and there is no `default` (the message lists the names
+            there are); or several values have it (the message lists their paths).
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -99,21 +110,37 @@ def get(state: PyTree, name: str) -> Any:
         {'w': tensor([0., 0.]), 'b': tensor(0.)}
         >>> fo.get(state, "adam/scale_by_adam/count")
         tensor(0)
+        >>> fo.get(state, "hyperparams", None) is None
+        True
     """
-    known = dict(entries(state))
-    hits = (
-        [name] if name in known else [path for path in known if path.endswith("/" + name)]
-    )
+    known = dict(entries(tree))
+    named = [path for path in known if f"/{path}".endswith(f"/{key}")]
+    hits = [*dict.fromkeys(_value_at(path, known) for path in named)]
+    if key in hits:  # it is a whole path
+        hits = [key]
+    if filtering is not None:
+        hits = [path for path in hits if filtering(path, known[path])]
     if len(hits) == 1:
         return known[hits[0]]
     if hits:
         raise KeyError(
-            f"{name!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. "
+            f"{key!r} is ambiguous in this state: it could be {', '.join(_reprs(hits))}. "
             "Give one of these paths."
         )
-    raise KeyError(
-        f"nothing is called {name!r} in this state; it holds {', '.join(_reprs(known))}."
-    )
+    if default is KeyError:
+        raise KeyError(_nothing(key, filtering, known))
+    return default
+
+
+def _value_at(path: Path, known: Collection[Path]) -> Path:
+    """The path of the value that a stage has under its own name, if there is one."""
+    inside = _join(path, path.rpartition("/")[2])
+    return inside if inside in known else path
+
+
+def _nothing(key: str, filtering: Any, known: Iterable[Path]) -> str:
+    of = "" if filtering is None else " for which `filtering` says True"
+    return f"nothing is called {key!r} in this state{of}; it holds {', '.join(_reprs(known))}."
 
 
 def _reprs(names: Any) -> list[str]:
@@ -139,31 +166,48 @@ def _join(path: Path, name: str) -> Path:
     return f"{path}/{name}" if path else name
 
 
-def rebuilt(node: PyTree, f: Callable[[str, Any], Any], name: str = "") -> PyTree:
-    """A state in which `f` has made each named value anew, of its name and what it is.
+def rebuilt(node: PyTree, f: Callable[[Path, Any], Any], path: Path = "") -> PyTree:
+    """A state in which `f` has made each named value anew, of its path and what it is.
 
-    If `f` returns `NotImplemented`, the value stays, and what is inside of it is looked at.
+    If `f` returns `NotImplemented`, the value stays, and what is inside of it is looked at. As in
+    `entries`, nothing inside of a slot has a name.
     """
-    made = f(name, node) if name else NotImplemented
-    if made is not NotImplemented:
-        return made
+
+    def made(name: str, value: Any) -> Any:
+        here = _join(path, name)
+        new = f(here, value)
+        return rebuilt(value, f, here) if new is NotImplemented else new
+
+    def kept(name: str, value: Any) -> Any:
+        new = f(_join(path, name), value)
+        return value if new is NotImplemented else new
+
     if isinstance(node, StageState):
-        return StageState(rebuilt(node.shared, f), rebuilt(node.slots, f))
+        shared = {name: kept(name, value) for name, value in node.shared.items()}
+        slots = {name: kept(name, value) for name, value in node.slots.items()}
+        return StageState(shared, slots)
     below = parts(node)
     if below is None:
         return node
-    return with_parts(node, [rebuilt(child, f, str(key)) for key, child in below])
+    return with_parts(node, [made(str(key), child) for key, child in below])
 
 
-def set(state: PyTree, /, **values: Any) -> PyTree:
+def set(
+    tree: PyTree,
+    filtering: Callable[[Path, Any], bool] | None = None,
+    /,
+    **kwargs: Any,
+) -> PyTree:
     """A state in which everything of these names has these values.
 
     Args:
-        state: what ``tx.init`` or ``tx.update`` returned.
-        **values: the names, as for `functorch_opt.get`, and what takes the place of what is there.
+        tree: what ``tx.init`` or ``tx.update`` returned.
+        filtering: a function of the path, ``"adam/scale_by_adam/count"``, and of the value. Values
+            of which it says False stay.
+        **kwargs: the names, as for `functorch_opt.get`, and what takes the place of what is there.
 
     Raises:
-        KeyError: nothing has such a name.
+        KeyError: nothing has such a name, or nothing for which `filtering` says True.
 
     Example:
         >>> import torch, functorch_opt as fo
@@ -172,19 +216,20 @@ def set(state: PyTree, /, **values: Any) -> PyTree:
         tensor(0.5000)
     """
     seen: list[str] = []
+    known = [path for path, _ in entries(tree)]
 
-    def changed(name: str, value: Any) -> Any:
-        if name not in values:
+    def changed(path: Path, value: Any) -> Any:
+        name = path.rpartition("/")[2]
+        if name not in kwargs or _value_at(path, known) != path:
+            return NotImplemented
+        if filtering is not None and not filtering(path, value):
             return NotImplemented
         seen.append(name)
-        return values[name]
+        return kwargs[name]
 
-    new = rebuilt(state, changed)
-    if missing := [name for name in values if name not in seen]:
-        known = [path for path, _ in entries(state)]
-        raise KeyError(
-            f"nothing is called {missing[0]!r} in this state; it holds {', '.join(_reprs(known))}."
-        )
+    new = rebuilt(tree, changed)
+    if missing := [name for name in kwargs if name not in seen]:
+        raise KeyError(_nothing(missing[0], filtering, known))
     return new
 
 

@@ -81,9 +81,9 @@ ARGUMENTS = {
     "snapshot": "`is_tree=` is ours: the form of a state is known before the first update",
     "sophia": "`key=` is ours, `hessian_diagonal_fn=` is a plain function, and nothing is printed",
     "trace": "`dampening=` is ours, for torch's numbers",
+    "tree.get": "a name that nothing has is an error without a `default=`",
     "tree.map_params": NO_IS_LEAF,
     "tree_map_params": NO_IS_LEAF,
-    "tree.set": "values by name only, without `filtering=`",
     "tree.sum": "no `associative_reduction=`, which is for another compiler",
     "tree.zeros_like": "a function of one tensor",
 }

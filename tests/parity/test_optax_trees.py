@@ -105,6 +105,7 @@ ARITHMETIC: dict[str, list[tuple]] = {
 }
 OTHERS = {
     **OF_TREE,
+    "get": "compared in test_wrappers.py: as map_params",
     "map_params": "compared in test_wrappers.py: the form of a state is another one",
     "random_like": "compared below: other draws, of the same form",
     "set": "compared in test_wrappers.py: as map_params",
