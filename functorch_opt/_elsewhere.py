@@ -17,6 +17,7 @@ _CROSS_ENTROPY = "`torch.nn.functional.cross_entropy`"
 
 NAMES = {
     "ApplyEvery": STATES,
+    "ArrayTree": _TREES,
     "GaLoreDimensionNumbers": "`MatrixDims`",
     "GradientTransformationExtraArgs": "`GradientTransformation`: extra arguments are declared by naming them",
     "LookaheadParams": "`eval_params`: the slow weights are in the state",

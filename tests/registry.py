@@ -1361,6 +1361,7 @@ ROWS = [
             {},
             {"use_bias_correction": True, "growth_rate": 1.02},
             {"safeguard_warmup": True, "betas": (0.5, 0.9), "beta3": 0.7},
+            {"weight_decay_mask": kernels},
         ),
     ),
     Row("radam", fo.radam, {**LR, **ADAM}, ({}, {"variant": "torch"})),

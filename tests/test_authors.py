@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -781,6 +782,32 @@ def test_prodigy_is_that_of_its_authors(options: tuple) -> None:
         use_bias_correction=corrected,
     )
     assert_same(train(tx), train_whole(plain_prodigy(*options)))
+
+
+def only_vectors(path: str, p: Tensor) -> bool:
+    return path in ("b", "scale")
+
+
+@compares(
+    "prodigy",
+    reference="plain: the authors' code",
+    remark="optax 0.2.8 has other numbers",
+)
+@pytest.mark.parametrize(
+    "mask", [{name: only_vectors(name, p) for name, p in draw(0).items()}, only_vectors]
+)
+def test_prodigy_decays_where_the_mask_says(mask: Any) -> None:
+    """The mask is that of optax after 0.2.8; in the authors' package it is a group without decay."""
+    decay = of_elements((0.0, 0.3))
+    given = (0.5, (0.9, 0.99), None, 1e-3, 1.0, decay, False, 1.5, True)
+    tx = fo.prodigy(
+        *(0.5, (0.9, 0.99), None, 1e-8, 1e-3, 1.0, 0.3, False, mask),
+        growth_rate=1.5,
+        use_bias_correction=True,
+    )
+    expected = train_whole(plain_prodigy(*given))
+    assert_same(train(tx), expected)
+    assert_same(train(fo.masked(tx, True)), expected)
 
 
 # ---- Prodigy of groups, and Schedule-Free around it, the authors' packages -----------------------------------------------------

@@ -1263,6 +1263,7 @@ class Prodigy(Ready):
         estim_lr_coef: ScalarOrSchedule = 1.0,
         weight_decay: ScalarOrSchedule = 0.0,
         safeguard_warmup: bool = False,
+        weight_decay_mask: MaskOrFn | None = None,
         *,
         growth_rate: ScalarOrSchedule | None = None,
         use_bias_correction: bool = False,

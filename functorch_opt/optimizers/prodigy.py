@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.groups import MaskOrFn, masked
 from functorch_opt._core.numerics import copied
-from functorch_opt._core.rule import leafwise
+from functorch_opt._core.rule import identity, leafwise
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
@@ -46,6 +47,7 @@ def prodigy(
     estim_lr_coef: ScalarOrSchedule = 1.0,
     weight_decay: ScalarOrSchedule = 0.0,
     safeguard_warmup: bool = False,
+    weight_decay_mask: MaskOrFn | None = None,
     *,
     growth_rate: ScalarOrSchedule | None = None,
     use_bias_correction: bool = False,
@@ -68,6 +70,7 @@ def prodigy(
         estim_lr_coef: multiplies the estimate.
         weight_decay: decoupled, multiplied by the learning rate and d.
         safeguard_warmup: leave the learning rate out of s, for a long warm-up.
+        weight_decay_mask: which parameters decay, see `masked`; by default all.
         growth_rate: how many times larger d may become in one step, 1 or greater; by default there
             is no bound.
         use_bias_correction: as in Adam.
@@ -100,7 +103,7 @@ def prodigy(
     hyper = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "b3": b3, "eps": eps}
     hyper |= {"d0": estim_lr0, "coef": estim_lr_coef, "weight_decay": weight_decay}
     hyper |= {} if growth_rate is None else {"growth_rate": growth_rate}
-    return with_estimate(hyper, safeguard_warmup, use_bias_correction)
+    return with_estimate(hyper, safeguard_warmup, use_bias_correction, weight_decay_mask)
 
 
 class Estimate(NamedTuple):
@@ -152,12 +155,51 @@ def estimated(
     return Estimate(step_size, size, prepare)
 
 
+def of_masked(prepare: Callable[..., Any], mask: MaskOrFn) -> Callable[..., Any]:
+    """`prepare`, which gives each parameter its own decay: none if the mask leaves it out."""
+    choice = masked(identity(), mask)
+
+    def prepare_each(
+        params,
+        weight_decay,
+        came,
+        size,
+        steps,
+        d,
+        top,
+        r,
+        d0,
+        learning_rate,
+        b1,
+        b2,
+        b3,
+        coef,
+        growth_rate,
+    ):
+        now, new = prepare(
+            came, size, steps, d, top, r, d0, learning_rate, b1, b2, b3, coef, growth_rate
+        )
+        ps = tree.flatten(params)[0]
+        labels = choice.assigned(params, tree.paths(params), ps, True)
+        decays = torch.tensor([float(label == "inner") for label in labels])
+        decays = decays.to(device=d.device, dtype=d.dtype)
+        return {**now, "weight_decay": weight_decay * decays}, new
+
+    return prepare_each
+
+
 def with_estimate(
-    hyper: dict[str, ScalarOrSchedule], safeguard_warmup: bool, use_bias_correction: bool
+    hyper: dict[str, ScalarOrSchedule],
+    safeguard_warmup: bool,
+    use_bias_correction: bool,
+    weight_decay_mask: MaskOrFn | None,
 ) -> GradientTransformation:
     """The rule."""
     bounded = "growth_rate" in hyper
     of = estimated(bounded, safeguard_warmup, use_bias_correction)
+    prepare = of.prepare
+    if weight_decay_mask is not None:
+        prepare = of_masked(prepare, weight_decay_mask)
 
     def came(g, p, start, steps, d, d0, learning_rate, b1, b2):
         a = of.a(steps, d, d0, learning_rate, b1, b2)
@@ -170,7 +212,7 @@ def with_estimate(
 
     return leafwise(
         rule,
-        of.prepare,
+        prepare,
         slots={**dict.fromkeys(("mu", "nu", "s"), tree.zeros_like), "start": copied},
         shared=first_estimate(),
         hyper={"growth_rate": 1.0, **hyper},
