@@ -61,7 +61,7 @@ NAMES = {
     "safe_norm": "`functorch_opt.tree.norm`, whose derivative is finite at zero",
     "safe_root_mean_squares": "`(x.square().mean() + functorch_opt.tree.TINY).sqrt()`",
     "safe_softmax_cross_entropy": _LOSS,
-    "schedule_free_eval_params": "`eval_params`",
+    "schedule_free_eval_params": "`eval_params(tx, state, params)`: a decay that it needs is not in the state",
     "sigmoid_binary_cross_entropy": "`torch.nn.functional.binary_cross_entropy_with_logits`",
     "sigmoid_focal_loss": _LOSS,
     "smooth_labels": "`torch.nn.functional.cross_entropy(..., label_smoothing=alpha)`",
