@@ -76,7 +76,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "functorch_opt.optimizers.fira": ("fira", "scale_by_fira"),
     "functorch_opt.optimizers.focus": ("focus", "scale_by_focus"),
     "functorch_opt.optimizers.galore": ("galore", "scale_by_galore"),
-    "functorch_opt.optimizers.grams": ("grams",),
+    "functorch_opt.optimizers.grams": ("grams", "scale_by_grams"),
     "functorch_opt.optimizers.hyperball": ("hyperball", "muonh"),
     "functorch_opt.optimizers.kl_shampoo": (
         "kl_shampoo",

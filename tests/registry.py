@@ -558,6 +558,7 @@ ROWS = [
         {**ADAM, "eps_root": 1e-3},
         ({}, {"eps_root": 0.0}),
     ),
+    Row("scale_by_grams", fo.scale_by_grams, ADAM, smooth=False),
     Row(
         "scale_by_lbfgs",
         fo.scale_by_lbfgs,

@@ -339,7 +339,9 @@ def plain_grams(lr: float, b1: float, b2: float, eps: float, wd: float):
     return make
 
 
-@compares("grams", "gradient_signs", reference="plain: the authors' code")
+@compares(
+    "grams", "gradient_signs", "scale_by_grams", reference="plain: the authors' code"
+)
 @pytest.mark.parametrize("options", OPTIONS_OF_ADAMW)
 def test_grams_is_that_of_its_authors(options: tuple[float, ...]) -> None:
     lr, b1, b2, eps, wd = options

@@ -796,7 +796,7 @@ class GaLore(Ready):
 class Grams(Ready):
     """`functorch_opt.grams` as a class.
 
-    Grams: `gradient_signs` of `scale_by_adam`, decoupled weight decay, the learning rate.
+    Grams: `scale_by_grams`, decoupled weight decay, the learning rate.
 
     The source, and what each argument means, are there. Numbers are options of the groups.
     """

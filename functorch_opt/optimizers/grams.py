@@ -22,7 +22,38 @@ from functorch_opt.transforms.cautious import gradient_signs
 from functorch_opt.transforms.decay import add_decayed_weights
 from functorch_opt.transforms.scale import scale_by_learning_rate
 
-__all__ = ["grams"]
+__all__ = ["grams", "scale_by_grams"]
+
+
+@transformation
+def scale_by_grams(
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-6,
+    eps_root: ScalarOrSchedule = 0.0,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """``u = |m/c1| / (sqrt(nu/c2) + eps) sign(g)``: `gradient_signs` of `scale_by_adam`.
+
+    The rule is at the top of `functorch_opt.optimizers.grams`. For another optimizer than Adam
+    take `gradient_signs`.
+
+    Args:
+        b1, b2, eps, eps_root, mu_dtype: see `scale_by_adam`.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Cao et al., 2024.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.scale_by_grams()
+        >>> _, state = tx.update([torch.tensor([1.0, 1.0])], tx.init([torch.zeros(2)]))
+        >>> tx.update([torch.tensor([1.0, -1.0])], state)[0]
+        [tensor([ 1.0000, -0.0526])]
+    """
+    return gradient_signs(scale_by_adam(b1, b2, eps, eps_root, mu_dtype), flip_sign=False)
 
 
 @transformation
@@ -36,7 +67,7 @@ def grams(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: MaskOrFn | None = None,
 ) -> GradientTransformation:
-    """Grams: `gradient_signs` of `scale_by_adam`, decoupled weight decay, the learning rate.
+    """Grams: `scale_by_grams`, decoupled weight decay, the learning rate.
 
     Args:
         learning_rate: 0 or greater, or a schedule.
@@ -58,7 +89,7 @@ def grams(
         [tensor([-1.0000,  0.0526])]
     """
     return chain(
-        gradient_signs(scale_by_adam(b1, b2, eps, eps_root, mu_dtype), flip_sign=False),
+        scale_by_grams(b1, b2, eps, eps_root, mu_dtype),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )

@@ -1333,7 +1333,7 @@ DIVERGENCES = {
         "see test_optax_line_search.py",
     ),
     **dict.fromkeys(("cautious", "gradient_signs"), "optax has none"),
-    "grams": "optax has none",
+    **dict.fromkeys(("grams", "scale_by_grams"), "optax has none"),
     "cautious_weight_decay": "optax has none",
     **dict.fromkeys(("laprop", "scale_by_laprop"), "optax has none"),
     **dict.fromkeys(("stable_adamw", "scale_by_stable_adamw"), "optax has none"),
