@@ -23,6 +23,7 @@ from functorch_opt.optim.radam import *
 from functorch_opt.optim.ready import *
 from functorch_opt.optim.rprop import *
 from functorch_opt.optim.rules import *
+from functorch_opt.optim.sam import *
 from functorch_opt.optim.sgd import *
 from functorch_opt.optim.torchs import *
 from functorch_opt.optim.unfreezing import *

@@ -113,7 +113,7 @@ class Adafactor(TorchNamed):
             step_by_torchs_adafactor(lr, eps2, d, weight_decay),
         )
 
-    def _check_parameter(self, p: Tensor) -> None:
+    def _check_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         if p.is_complex():
             raise RuntimeError(
                 "Adafactor does not support complex parameters; "

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from functorch_opt._core.points import has_point
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.closure import called, loss_of
 from functorch_opt.optim.codes import check_code, in_code, with_scales
 from functorch_opt.optim.evaluation import held, points_of
 from functorch_opt.optim.loading import load
@@ -95,7 +96,8 @@ class Optimizer(torch.optim.Optimizer):
             ready transformation only ``lr``.
 
     Raises:
-        TypeError: `tx` is neither; an argument that the function does not take.
+        TypeError: `tx` is neither; an argument that the function does not take; (by `step`) a
+            function that looks at the value of an argument that is an option of the groups.
         ValueError: a hyperparameter outside its range; names that are not unique.
         RuntimeError: (by `step`) it is being captured as a CUDA graph, and not `capturable`.
 
@@ -263,14 +265,16 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss; called with gradients enabled,
                 before any gradient is read. A transformation that reads ``value``
-                (`scale_by_polyak`) gets this loss, and one that reads ``grad`` the gradients.
+                (`scale_by_polyak`) gets this loss, and one that reads ``grad`` the gradients. For
+                one that reads ``grad_fn`` (`sam` with `opaque_mode`) it is called again, while the
+                parameters have other values.
 
         Returns:
             What `closure` returned, or None.
 
         Raises:
-            TypeError: the transformation reads ``value`` and there is no closure; it reads
-                something else, such as the ``value_fn`` of a line search, which a closure cannot
+            TypeError: the transformation reads ``value`` or ``grad_fn`` and there is no closure; it
+                reads something else, such as the ``value_fn`` of a line search, which a closure cannot
                 be; a gradient of a parameter that is not floating or complex.
         """
         if self._evaluating:
@@ -278,12 +282,9 @@ class Optimizer(torch.optim.Optimizer):
                 "the parameters hold their averages: step after leaving eval_params()."
             )
         self._called["step"] = True
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         with torch.no_grad():
-            self._advance(loss)
+            self._advance(called(loss, closure, self._groups))
         return loss
 
     # To see that steps come before theirs, torch's schedulers put a wrapper around step, which

@@ -11,6 +11,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.counts import is_capturing
+from functorch_opt.optim.derived import Recording
 from functorch_opt.optim.numbers import Groups, Numbers, is_capturable
 from functorch_opt.tree import PyTree
 
@@ -38,7 +39,9 @@ def with_numbers(
     hosts = [] if on_device else [torch.device("cpu")]
     for of_numbers in (*hosts, device):
         numbers = Numbers(names, groups, order, of_numbers)
-        tx = make(numbers.buffers)
+        with Recording(numbers.buffers) as recording:
+            tx = make(numbers.buffers)
+        numbers.derived = recording.operations
         if of_numbers == device or _works(tx, numbers, groups, few):
             break
     return numbers, tx

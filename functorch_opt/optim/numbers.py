@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import numerics
+from functorch_opt.optim.derived import Operation
 from functorch_opt.optim.options import check_number
 
 Groups = list[dict[str, Any]]
@@ -45,6 +46,8 @@ class Numbers:
         self.written: dict[str, list[Any]] = {}
         self.given: list[Any] = []
         """All that was written last, if nothing of it can change by itself."""
+        self.derived: list[Operation] = []
+        """What the transformation was made of, beside the buffers."""
 
     def check_first_state(self, init: Callable[[], Any], name: str) -> None:
         """Raise ValueError where a first state depends on a number that differs between groups:
@@ -67,6 +70,7 @@ class Numbers:
         buffer = self.buffers[option]
         for part in buffer if isinstance(buffer, tuple) else (buffer,):
             part.fill_(value)
+        self._derive()
         self.written.pop(option, None)
         self.given = []
         return tree.leaves(init())
@@ -99,7 +103,13 @@ class Numbers:
             else:
                 _write(target, values, of_all, self.order)
             self.written[name] = values if plain else []
+        self._derive()
         self.given = given if all(map(_is_plain, given)) else []
+
+    def _derive(self) -> None:
+        """Work out again what was worked out of the buffers."""
+        for operation in self.derived:
+            operation.again()
 
     def read(self, groups: Groups) -> dict[str, Any]:
         """The hyperparameters as `write` writes them, in new tensors."""

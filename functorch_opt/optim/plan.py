@@ -24,7 +24,7 @@ from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.codecs.rounded import KEY
-from functorch_opt.optim.closure import extra_of
+from functorch_opt.optim.closure import extra_of, rehearsed
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.numbers import Groups
@@ -258,7 +258,8 @@ class Plan:
         few = [*map(small, params)]
         ps = self.tree(few)
         state = self.tx.init(ps)
-        new = self.tx.update(ps, state, ps, **self._extra(loss, few))[1]
+        extra = self._extra(rehearsed(loss), few)
+        new = self.tx.update(ps, state, ps, **extra)[1]
         differences(self.numbered, state, new)
 
     def _in_place(
@@ -333,7 +334,7 @@ class Plan:
 
     def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
-        return extra_of(self.tx, loss, self.tree(grads)) if self.tx.extra_args else {}
+        return extra_of(self, loss, self.tree(grads)) if self.tx.extra_args else {}
 
     def _complete(
         self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]

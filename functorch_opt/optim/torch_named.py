@@ -106,15 +106,16 @@ class TorchNamed(Optimizer):
                     )
         super()._check(options)
 
-    def _check_parameter(self, p: Tensor) -> None:
-        """Raise an error, torch's, for what cannot be a parameter of this class."""
+    def _check_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise an error, torch's, for what cannot be a parameter of a group of this class."""
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            for p in self.param_groups[-1]["params"]:
-                self._check_parameter(p)
+            group = self.param_groups[-1]
+            for p in group["params"]:
+                self._check_parameter(p, group)
         except Exception:
             self.param_groups.pop()
             raise

@@ -35,7 +35,7 @@ from functorch_opt._core.transformation import (
 from functorch_opt._core.wrap import wrap
 from functorch_opt.transforms.scale import (
     normalize,
-    scale,
+    scale_by_learning_rate,
     scale_by_param_size,
 )
 
@@ -117,7 +117,8 @@ def asam(
     """`sam`, whose adversarial step is longer for large parameters, so that their scale is nothing.
 
     The rule is at the top of `functorch_opt.wrappers.sam`. The adversarial step is that of
-    ``chain(scale_by_param_size(eta), normalize(), scale_by_param_size(eta), scale(-rho))``.
+    ``chain(scale_by_param_size(eta), normalize(), scale_by_param_size(eta),
+    scale_by_learning_rate(rho))``.
 
     Args:
         optimizer: it makes the steps that remain.
@@ -146,7 +147,7 @@ def asam(
     sized = scale_by_param_size(eta)
     if mask is not None:
         sized = masked(sized, mask)
-    adversary = chain(sized, normalize(), sized, scale(-rho))
+    adversary = chain(sized, normalize(), sized, scale_by_learning_rate(rho))
     return sam(optimizer, adversary, sync_period, True, opaque_mode)
 
 
