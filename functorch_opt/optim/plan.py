@@ -24,6 +24,7 @@ from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.codecs.rounded import KEY
+from functorch_opt.optim.alike import check_groups
 from functorch_opt.optim.closure import extra_of, rehearsed
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
@@ -89,7 +90,7 @@ class Plan:
         """Whether all is worked out before anything is written; None: that is not known yet."""
         self.always_counts = always_counts(self.tx)
 
-        self.numbers.check_first_state(lambda: self.tx.init(few), self.tx.name)
+        check_groups(make, self.numbers, groups, self.tx, few)
         self._lay_out(on_meta(params), rename)
         self.rules = rules_at(self.tx, self.numbered, any_sharded(self.given(params)))
         self._settle(params, state)

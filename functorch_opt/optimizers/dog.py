@@ -61,7 +61,8 @@ def scale_by_dog(
     """``u = r / sqrt(G + eps) g``, with one step size for all parameters.
 
     The rule is at the top of `functorch_opt.optimizers.dog`. The authors evaluate with an average
-    of the parameters: see `params_ema`.
+    of the parameters: see `params_ema`. Their code has a step size for each group: for that give
+    each its own by `partition`.
 
     Args:
         init_step: how the first step is chosen. ``("heuristic", a)``: r is at least ``a (1 + norm(first
