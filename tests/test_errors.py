@@ -753,3 +753,34 @@ def test_training_goes_on_after_an_error(tx: fo.GradientTransformation) -> None:
         torch.equal(a, b)
         for a, b in zip(tree.leaves(again), tree.leaves(expected), strict=True)
     )
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError, torch.linalg.LinAlgError, RuntimeError]
+)
+def test_an_error_of_a_rule_comes_out_as_it_is(error: type, stateful: bool) -> None:
+    """Also beside a slot of another shape than the parameter, if that is its own shape."""
+    calls = []
+
+    def rule(g, factor):
+        calls.append(1)
+        if len(calls) > 4:
+            raise error("from the rule")
+        return g, {"factor": factor}
+
+    slots = {"factor": lambda p: torch.eye(p.shape[0])}
+    tx = fo.leafwise(rule, slots=slots, kind="tensorwise")
+    w = torch.nn.Parameter(torch.ones(3, 2))
+    opt = fo.optim.Optimizer([w], tx)
+
+    def train(state) -> None:
+        for _ in range(12):
+            w.grad = torch.ones(3, 2)
+            if stateful:
+                opt.step()
+            else:
+                _, state = tx.update([w.grad], state)
+
+    with pytest.raises(error, match="from the rule"):
+        train(tx.init([w.detach()]))

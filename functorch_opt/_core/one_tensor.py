@@ -45,7 +45,8 @@ class OneTensor:
         rare: Every | None,
         kind: Kind,
     ) -> None:
-        self.name, self.rule, self.slot_names, self.kind = name, rule, tuple(slots), kind
+        self.name, self.rule, self.slots, self.kind = name, rule, slots, kind
+        self.slot_names = tuple(slots)
         self.sums, self.has_sums = Sums(name, sums), bool(sums)
         self.work = rare.work if rare else None
         self.rule_reads = positional(rule)
@@ -116,7 +117,7 @@ class OneTensor:
         try:
             result = self.result(values)
         except RuntimeError as error:
-            self._explain(error, g, slots, dtype)
+            self._explain(error, g, slots)
             raise
         if not slots:
             return self._leave(result, g, "the update", g, pairs), {}
@@ -145,20 +146,28 @@ class OneTensor:
             return {}
         return {name: enter(values[name], dtype, pairs) for name in names}
 
-    def _explain(
-        self, error: RuntimeError, g: Tensor, slots: dict[str, Tensor], dtype: torch.dtype
-    ) -> None:
+    def _explain(self, error: RuntimeError, g: Tensor, slots: dict[str, Tensor]) -> None:
         """Raise Misfit if an error of the rule comes from slots that do not fit the update."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return
         others = [
             f"{name}, {slot.dtype} of shape {tuple(slot.shape)}"
             for name, slot in slots.items()
-            if slot.shape != g.shape or slot.is_complex() != dtype.is_complex
+            if not self._fits(name, slot, g)
         ]
         if others:
             raise Misfit(
                 f"is {g.dtype} of shape {tuple(g.shape)}, and the state has {', '.join(others)}. "
                 "Is the state that of other params?"
             ) from error
+
+    def _fits(self, name: str, slot: Tensor, g: Tensor) -> bool:
+        """Whether a slot is as the first one of a parameter like `g` would be."""
+        try:
+            first = self.slots[name](g)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return slot.shape == first.shape and slot.is_complex() == first.is_complex()
 
     def check_pair(self, result: Any) -> None:
         """Raise TypeError if a rule with slots did not return an update and all its slots."""

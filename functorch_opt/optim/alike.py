@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.closure import for_a_rehearsal
 from functorch_opt.optim.numbers import Groups, Numbers
 from functorch_opt.tree import PyTree
 
@@ -64,8 +64,7 @@ def first_of(value: Any) -> Any:
 
 def grows(tx: GradientTransformation, few: PyTree) -> str | None:
     """The path of a value of the state that is one number first, and several after an update."""
-    given = {"grad": few, "value": torch.ones(()), "grad_fn": lambda at, _: at}
-    extra = {name: given[name] for name in tx.extra_args if name in given}
+    extra = for_a_rehearsal(tx, few)
     state = tx.init(few)
     try:
         new = state_dict(tx.update(few, state, few, **extra)[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.evaluation import held
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.tree import PyTree
@@ -131,3 +132,9 @@ def extra_of(plan: Plan, loss: Any, grads: PyTree) -> dict[str, Any]:
         if required and name not in given:
             raise TypeError(f"{tx!r} reads {name}. {CURES.get(name, FUNCTIONAL)}")
     return {name: value for name, value in given.items() if name in tx.extra_args}
+
+
+def for_a_rehearsal(tx: GradientTransformation, few: PyTree) -> dict[str, Any]:
+    """The extra arguments that `tx` reads, where a few numbers stand for the gradients."""
+    given = {"grad": few, "value": torch.ones(()), "grad_fn": lambda at, _: at}
+    return {name: given[name] for name in tx.extra_args if name in given}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.closure import for_a_rehearsal
 from functorch_opt.optim.counts import is_capturing
 from functorch_opt.optim.derived import Recording
 from functorch_opt.optim.numbers import Groups, Numbers, is_capturable
@@ -52,8 +53,7 @@ def _works(
 ) -> bool:
     """Whether a step of a few numbers for each parameter does not fail."""
     numbers.write(groups)
-    given = {"grad": few, "value": torch.ones(())}
-    extra = {name: given[name] for name in tx.extra_args if name in given}
+    extra = for_a_rehearsal(tx, few)
     try:
         state = tree.map(_count_on_host, tx.init(few))
         tx.update(few, state, few, **extra)
