@@ -310,6 +310,18 @@ def test_an_argument_of_the_same_name_is_an_error() -> None:
         fo.optim.SAM(make_model().parameters(), fo.sgd, rho=-1.0, lr=0.1)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_step_inside_of_a_compiled_function_is_an_error(compile: bool) -> None:
+    """A graph knows no closure that is called again."""
+    model = make_model()
+    opt = fo.optim.SAM(model.parameters(), fo.sgd, lr=0.05, compile=compile)
+    opt.init_state()
+    closure, before = closure_of(model, opt, 0), values(model)
+    with pytest.raises(TypeError, match="outside of functions that torch compiles"):
+        torch.compile(lambda: opt.step(closure), backend="eager")()
+    assert_same(values(model), before, 0.0)
+
+
 def test_the_model_of_the_closure_may_be_compiled() -> None:
     model, reference = make_model(), make_model()
     opt = fo.optim.SAM(model.parameters(), fo.sgd, rho=0.1, lr=0.05)

@@ -23,23 +23,22 @@ class SAM(Optimizer):
 
     ``opt.step(closure)`` calls the closure, moves the parameters by `rho` up the gradient, calls it
     again, moves them back, and makes the step of the optimizer with the second gradients. The norm of
-    the gradient is that of all groups. The step returns the first loss, and afterwards ``p.grad`` is
-    the first gradient. The closure must clear the gradients, call ``backward`` and return the loss;
-    what else it does (dropout, the averages of batch norm) happens twice. Under DDP and FSDP2 it
-    averages both gradients over the ranks.
+    the gradient is that of all groups. The step returns the first loss. The closure must
+    clear the gradients, call ``backward`` and return the loss; what else it does (dropout, the
+    averages of batch norm) happens twice. Under DDP and FSDP2 it averages both gradients over the
+    ranks.
 
     torch's `GradScaler` takes no closure, so train in bfloat16, or make two steps in turn with
     ``Optimizer(params, functorch_opt.sam(...))``, which needs none.
 
     Args:
         params: parameters, named parameters or groups. `rho` may differ between groups; a group
-            without learning rate is still moved up the gradient.
+            whose learning rate is 0 is still moved up the gradient for the second evaluation.
         tx: the optimizer, a transformation or a function that returns one, as in `Optimizer`.
         rho: the length of the step up the gradient, 0 or greater.
         adaptive: whether it is that of `functorch_opt.asam`, with its eta, which does not depend on
             the scale of the parameters. Then `rho` is usually 10 times as large.
-        compile, state, capturable, owners: see `Optimizer`. With `owners` among several ranks a step
-            is an error.
+        compile, state: see `Optimizer`.
         **hyper: arguments of the function; see `Optimizer`.
 
     Raises:
@@ -72,8 +71,6 @@ class SAM(Optimizer):
         *,
         compile: bool = False,
         state: str | None = None,
-        capturable: bool = False,
-        owners: bool = False,
         **hyper: Any,
     ) -> None:
         given = arguments(tx, hyper)
@@ -85,15 +82,8 @@ class SAM(Optimizer):
                 f"{shown(recipe)}(learning_rate)."
             )
         defaults = {**given.defaults, "rho": rho, "adaptive": adaptive}
-        self._setup(
-            params,
-            {**defaults, **({"capturable": True} if capturable else {})},
-            ("lr", *given.numbers, "rho"),
-            compile,
-            recipe,
-            state,
-            owners,
-        )
+        numbers = ("lr", *given.numbers, "rho")
+        self._setup(params, defaults, numbers, compile, recipe, state)
 
     def _chain(self, rho: Any, adaptive: bool, **options: Any) -> GradientTransformation:
         optimizer = made(self._recipe, options)

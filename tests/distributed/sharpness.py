@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from scenarios import STEPS, batch, gathered, loss, make_net, my_rows, shard
 from torch import nn
@@ -25,8 +23,8 @@ def train(net: nn.Module, opt: torch.optim.Optimizer, mine: slice = slice(None))
         opt.step(closure)
 
 
-def optimizer(net: nn.Module, **how: Any) -> torch.optim.Optimizer:
-    return fo.optim.SAM(net.parameters(), fo.adamw, rho=0.3, lr=0.05, **how)
+def optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    return fo.optim.SAM(net.parameters(), fo.adamw, rho=0.3, lr=0.05)
 
 
 def run(rank: int, how: str) -> dict[str, float]:
@@ -52,8 +50,11 @@ def run(rank: int, how: str) -> dict[str, float]:
 def refused(rank: int) -> str:
     net = make_net()
     before = gathered(net)
+    adversary = fo.chain(fo.normalize(), fo.sgd(0.3))
+    tx = fo.sam(fo.adamw(0.05), adversary, opaque_mode=True)
+    opt = fo.optim.Optimizer(net.parameters(), tx, owners=True)
     try:
-        train(DistributedDataParallel(net), optimizer(net, owners=True), my_rows(rank))
+        train(DistributedDataParallel(net), opt, my_rows(rank))
     except ValueError as error:
         assert all(torch.equal(x, before[name]) for name, x in gathered(net).items())
         return str(error)
