@@ -171,19 +171,30 @@ class Body:
             return None
         for before, of in zip(self.now, now, strict=True):
             if before.keys() != of.keys() or not all(
-                map(_is_of_kind, before.values(), of.values())
+                map(is_of_kind, before.values(), of.values())
             ):
                 return None
-        new = copy.copy(self)
-        vars(new).pop("with_constants", None)
-        vars(new).pop("narrowed", None)
-        new.now = now
-        new.shared = [
+        return self.filled(now)
+
+    def filled(self, now: list[dict[str, Any]]) -> Body:
+        """The same entries with other values, which are of the same kinds."""
+        shared = [
             {name: of[name] for name in mine}
             for mine, of in zip(self.shared, now, strict=True)
         ]
-        pairs = zip(new.shared, self.exact, strict=True)
-        new.scalars = [x for pair in pairs for of in pair for x in of.values()]
+        pairs = zip(shared, self.exact, strict=True)
+        new = self.given_scalars(
+            [x for pair in pairs for of in pair for x in of.values()]
+        )
+        new.now, new.shared = now, shared
+        return new
+
+    def given_scalars(self, scalars: list[Tensor]) -> Body:
+        """The same entries with other scalars, for compiled code, which asks for nothing else."""
+        new = copy.copy(self)
+        vars(new).pop("with_constants", None)
+        vars(new).pop("narrowed", None)
+        new.scalars = scalars
         return new
 
     @cached_property
@@ -362,7 +373,7 @@ class _Leaf:
             self.new.append((place, x))  # type: ignore[arg-type]
 
 
-def _is_of_kind(before: Any, x: Any) -> bool:
+def is_of_kind(before: Any, x: Any) -> bool:
     """Whether code that was made for one value takes another as it is."""
     if x is before:
         return True

@@ -24,8 +24,9 @@ from functorch_opt import tree
 from functorch_opt._core import structure
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation, apply_updates
+from functorch_opt._execution.again import Again, Way, goes_one_way
 from functorch_opt._execution.body import Body, Columns
-from functorch_opt._execution.flat import RuleAt, go_flat
+from functorch_opt._execution.flat import Form, New, RuleAt, form_of, go_flat, new_of
 from functorch_opt._execution.memory import (
     apart_from_params,
     check_memory,
@@ -50,6 +51,8 @@ from functorch_opt.tree import PyTree
 
 __all__ = ["compiled_step"]
 
+Job = tuple[Segment, Columns, Body]
+"""Code, the leaves that it gets, and the rules with their values."""
 MODELS = 8
 """How many models a step remembers, for which it is used in turn."""
 
@@ -127,6 +130,10 @@ class CompiledStep:
         self.dtypes: OrderedDict[Any, torch.dtype | None] = OrderedDict()
         self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
         self.returned: list[PyTree] = []
+        self.form: Form | None = None
+        self.again: Again | None = None
+        self.went: list[Segment] = []
+        """The code that the last step went through."""
         self.said: set[str] = set()
         self.lock = threading.Lock()
 
@@ -171,14 +178,21 @@ class CompiledStep:
         """
         view, ps = self.view(params)
         us = structure.match(params, view.spec, grads, names=("params", "grads"))
+        form = self.form if known else None
+        leaves = form.leaves(state, view) if form else None
+        if form and leaves is not None:
+            new = self.run_flat(form.rules, view, ps, us, leaves, extra)
+            moved = form.with_new(leaves, new)
+            return overwritten(state, moved) if self.capturable else moved
         if not known:
             state = with_memory_of_its_own(state, [*ps, *us])
-        walk = self._walk(view, ps, us, extra, known)
+        walk = self._walk(view, ps, apart_from_params(us, ps), extra, known)
         with self._drawing():
-            new = walk.look(self.tx, state, view)
+            after = walk.look(self.tx, state, view)
             walk.go()
             self._apply(walk, add=True)
-        return overwritten(state, new()) if self.capturable else new()
+        self.form = form_of(self.tx, state, view, walk.sharded)
+        return overwritten(state, after()) if self.capturable else after()
 
     def run_flat(
         self,
@@ -188,22 +202,43 @@ class CompiledStep:
         us: list[Any],
         state: list[Any],
         extra: dict[str, Any],
-    ) -> list[tuple[int, Any]]:
+    ) -> New:
         """What `run` does, for the `rules` of a chain and leaves that are in lists.
 
         Returns:
             What of the state is new, by its place in the list. Slots are overwritten.
         """
+        us = apart_from_params(us, ps)
+        again = self.again
+        if again is not None and again.rules is rules and not extra:
+            with self._drawing():
+                found = again.go(us, ps, state)
+            if found is not None:
+                return found
         walk = self._walk(view, ps, us, extra, True)
         with self._drawing():
-            new = go_flat(walk, rules, state, view)
-            self._apply(walk, add=True)
-        return [
-            (k, mine[name])
-            for rule, mine in zip(rules, new, strict=True)
-            for name, k in rule.shared.items()
-            if mine[name] is not state[k]
-        ]
+            shared = go_flat(walk, rules, state, view)
+            waiting = walk.waiting
+            jobs = self._apply(walk, add=True)
+        self._remember(rules, walk, waiting, jobs, state)
+        return new_of(rules, shared, state)
+
+    def _remember(
+        self,
+        rules: list[RuleAt],
+        walk: Walk,
+        waiting: list[Waiting],
+        jobs: list[Job],
+        state: list[Any],
+    ) -> None:
+        """Keep the way of this step, if the one before went through the same code."""
+        before, self.went = self.went, [segment for segment, _, _ in jobs]
+        if len(jobs) != 1 or before != self.went:
+            return
+        segment, _, body = jobs[0]
+        way = Way(waiting, segment, body)
+        if goes_one_way(rules, walk, way):
+            self.again = Again(rules, way, state, self.backend)
 
     def _walk(
         self,
@@ -213,10 +248,9 @@ class CompiledStep:
         extra: dict[str, Any],
         known: bool,
     ) -> Walk:
-        us = apart_from_params(us, ps)
-        flush, aside = partial(self._apply, add=False), self._aside
+        flush: Any = partial(self._apply, add=False)
         once = None if self.backend == IN_PIECES else self.backend
-        return Walk(view, ps, us, extra, flush, aside, known, once)
+        return Walk(view, ps, us, extra, flush, self._aside, known, once)
 
     def _drawing(self) -> AbstractContextManager[Any]:
         """Where random numbers are drawn by compiled code, if anything is compiled."""
@@ -238,11 +272,11 @@ class CompiledStep:
 
     # ---- what waits ------------------------------------------------------------------------------
 
-    def _apply(self, walk: Walk, add: bool) -> None:
-        """Apply what waits to the updates; `add` them to the parameters."""
+    def _apply(self, walk: Walk, add: bool) -> list[Job]:
+        """Apply what waits to the updates; `add` them to the parameters. What was done for that."""
         waiting, walk.waiting = walk.waiting, []
         if not waiting and not add:
-            return
+            return []
         jobs = [
             self._job(walk, waiting, route, add) for route in self._routes(walk, waiting)
         ]
@@ -250,10 +284,9 @@ class CompiledStep:
             segment.check(columns)
         for segment, columns, body in jobs:
             segment.run(columns, body)
+        return jobs
 
-    def _job(
-        self, walk: Walk, waiting: list[Waiting], route: Route, add: bool
-    ) -> tuple[Segment, Columns, Body]:
+    def _job(self, walk: Walk, waiting: list[Waiting], route: Route, add: bool) -> Job:
         """The code for a route, the leaves that it gets, and their scalars."""
         mine = [waiting[k] for k in route.waiting]
         us = [*picked(walk.us, route.leaves)]

@@ -16,6 +16,9 @@ from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Walk
 from functorch_opt.tree import PyTree
 
+New = list[tuple[int, Any]]
+"""What of a state is new, by its place in the list of its leaves."""
+
 
 class RuleAt(NamedTuple):
     """A rule, and the places of its shared values and of the leaves of its slots."""
@@ -49,6 +52,48 @@ def rules_at(
             return None
         rules += found
     return rules
+
+
+class Form(NamedTuple):
+    """The state of a chain of rules, for params that are seen by `view`."""
+
+    rules: list[RuleAt]
+    view: View
+    spec: Any
+
+    def leaves(self, state: PyTree, view: View) -> list[Any] | None:
+        """The leaves of a state for params of this view; None if it has another structure."""
+        try:
+            return self.spec.flatten_up_to(state) if view is self.view else None
+        except (TypeError, ValueError):
+            return None
+
+    def with_new(self, leaves: list[Any], new: New) -> PyTree:
+        """The state of these leaves, with others in the place of some."""
+        leaves = [*leaves]
+        for k, x in new:
+            leaves[k] = x
+        return tree.unflatten(self.spec, leaves)
+
+
+def form_of(
+    tx: GradientTransformation, state: PyTree, view: View, sharded: bool
+) -> Form | None:
+    """The form of a state of `tx`; None if `tx` is no chain of rules."""
+    leaves, spec = tree.flatten(state)
+    numbered = tree.unflatten(spec, [*range(len(leaves))])
+    rules = rules_at(tx, numbered, sharded)
+    return None if rules is None else Form(rules, view, spec)
+
+
+def new_of(rules: list[RuleAt], new: list[dict[str, Any]], state: list[Any]) -> New:
+    """What of the shared values is new, by its place in the list of the state."""
+    return [
+        (k, mine[name])
+        for rule, mine in zip(rules, new, strict=True)
+        for name, k in rule.shared.items()
+        if mine[name] is not state[k]
+    ]
 
 
 def go_flat(

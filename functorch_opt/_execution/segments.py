@@ -109,7 +109,7 @@ class Segment:
     ) -> None:
         self.body, self.backend, self.remember = body, backend, remember
         self.around = surroundings()
-        self.present = [u is not None for u in columns[0]]
+        self.absent = [i for i, u in enumerate(columns[0]) if u is None]
         self.sharded = not body.whole and sharding.any_sharded(columns[1])
         sorts = self._sorts(columns, where)
         self.eager = sorts.pop(None, [])
@@ -212,6 +212,8 @@ class Segment:
         self.forget()
         programs = [part.program for part in self.parts]
         self.has_kernel = any(getattr(x, "kernel", None) is not None for x in programs)
+        self.is_direct = not self.eager and all(isinstance(x, Program) for x in programs)
+        """Whether all leaves go through compiled code, which takes its scalars as they are."""
 
     def forget(self) -> None:
         """Let go of the tensors that it was used for last."""
@@ -276,9 +278,10 @@ class Segment:
 
     def knows(self, columns: Columns) -> bool:
         """Whether these leaves are of the kind that it was made for."""
-        if [
-            u is not None for u in columns[0]
-        ] != self.present or self.around != surroundings():
+        us = columns[0]
+        if self.around != surroundings() or any(us[i] is not None for i in self.absent):
+            return False
+        if any(us[i] is None for i in self.eager):
             return False
         if not self.compiled:
             return True

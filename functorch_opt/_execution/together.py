@@ -106,7 +106,7 @@ class Share:
     @property
     def is_alone(self) -> bool:
         """Whether it is made of single numbers on a device where that pays."""
-        if not all(map(_is_number, self.inputs)):
+        if not all(map(is_number, self.inputs)):
             return False
         devices = {x.device for x in self.inputs}
         if not devices:
@@ -116,7 +116,7 @@ class Share:
     @property
     def key(self) -> Any:
         """What it computes; None if nobody can tell."""
-        meanings = _meanings(self.tx)
+        meanings = meanings_of(self.tx)
         functions = tuple([meaning.now() for meaning in meanings])
         if any(meaning.unknown for meaning in meanings):
             return None
@@ -198,25 +198,32 @@ class Together:
         shares, self.shares = self.shares, []
         if not shares:
             return
-        keys = [share.key for share in shares]
         inputs = [x for share in shares for x in share.inputs]
-        if None in keys:
-            _fill(shares, _all(shares, inputs))
-            return
-        key = tuple(keys), str(self.backend), surroundings()
-        if key in KNOWN:
-            KNOWN.move_to_end(key)
-            joint = KNOWN[key]
-            _fill(shares, joint(inputs) if joint else _all(shares, inputs))
-            return
+        joint = program_of(shares, inputs, self.backend)
+        _fill(shares, joint(inputs) if joint else _all(shares, inputs))
+
+
+def program_of(shares: list[Share], inputs: list[Tensor], backend: Any) -> Joint | None:
+    """The shares as one program, kept for as long as they compute the same; None: there is none.
+
+    Args:
+        shares: what is worked out.
+        inputs: those of all shares.
+        backend: compiles.
+    """
+    keys = [share.key for share in shares]
+    if None in keys:
+        return None
+    key = tuple(keys), str(backend), surroundings()
+    if key not in KNOWN:
         inputs = told_apart(inputs)
         with Reads() as reads:
             results = _all(shares, inputs)
-        made = None if reads.seen else _made(shares, inputs, results, self.backend)
-        KNOWN[key] = made
+        KNOWN[key] = None if reads.seen else _made(shares, inputs, results, backend)
         while len(KNOWN) > KEPT:
             KNOWN.popitem(last=False)
-        _fill(shares, results)
+    KNOWN.move_to_end(key)
+    return KNOWN[key]
 
 
 Results = list[Worked]
@@ -247,25 +254,29 @@ class Joint:
             again = _flat(_all(shares, args[:n]))
             return [(n + i, again[k]) for i, k in enumerate(self.new)]
 
-        examples = [*inputs, *self._empty()]
+        examples = [*inputs, *self.empty()]
         self.program = Program(f, examples, 1, backend)
         for k in (*self.same, *self.new):
             self.values[k] = None
 
-    def _empty(self) -> list[Tensor]:
+    def empty(self) -> list[Tensor]:
+        """Where what is new is written."""
         return [
             torch.empty((), dtype=dtype, device=device) for dtype, device in self.kinds
         ]
 
-    def __call__(self, inputs: list[Tensor]) -> Results:
-        outputs = self._empty()
+    def values_of(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Any]:
+        """What all shares work out of their inputs, in a row. What is new is in `outputs`."""
         self.program([*inputs, *outputs])
         values = [*self.values]
         for k, i in self.same.items():
             values[k] = inputs[i]
         for k, x in zip(self.new, outputs, strict=True):
             values[k] = x
-        left = iter(values)
+        return values
+
+    def __call__(self, inputs: list[Tensor]) -> Results:
+        left = iter(self.values_of(inputs, self.empty()))
         found = []
         for now, shared in self.names:
             read = {name: next(left) for name in now}
@@ -280,14 +291,14 @@ def _made(
     """The shares as one program, or None."""
     family = []
     for share in shares:
-        functions = [meaning.function for meaning in _meanings(share.tx)]
+        functions = [meaning.function for meaning in meanings_of(share.tx)]
         family += [getattr(f, "__code__", type(f)) for f in functions]
     KNOWN.made[tuple(family)] += 1
     if KNOWN.made[tuple(family)] > MOST:
         warn_uncompiled(WHAT, TooMany())
         return None
     tensors = [x for x in _flat(results) if isinstance(x, Tensor)]
-    if not all(map(_is_number, tensors)):
+    if not all(map(is_number, tensors)):
         return None
     try:
         return Joint(shares, inputs, results, backend)
@@ -358,11 +369,11 @@ def _flat(results: Results) -> list[Any]:
     return values
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
     return type(x) in PLAIN and not x.dim()
 
 
-def _meanings(tx: Leafwise) -> list[Meaning]:
+def meanings_of(tx: Leafwise) -> list[Meaning]:
     """What the functions of a stage compute that are run once a step."""
     kept = vars(tx).get("_once_a_step")
     if kept is None:

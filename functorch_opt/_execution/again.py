@@ -1,0 +1,239 @@
+"""A step that goes the way of the one before.
+
+Most steps of a training differ in numbers only. To find the way of a step anew (which rules there
+are, which tensors they get, which code serves these) takes longer than small tensors take to be
+stepped. So the way is kept, and what it depends on is asked at every step: what the functions of
+all stages compute, what the tensors are, and of what kind is what the stages work out.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import count
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_opt._core.rule import Leafwise
+from functorch_opt._core.sharding import PLAIN
+from functorch_opt._execution.body import Body, Columns, entry_of, is_of_kind
+from functorch_opt._execution.flat import New, RuleAt
+from functorch_opt._execution.guards import Meaning
+from functorch_opt._execution.segments import IN_PIECES, Segment, Watched
+from functorch_opt._execution.together import (
+    DEVICES,
+    Joint,
+    Share,
+    is_number,
+    meanings_of,
+    program_of,
+)
+from functorch_opt._execution.waiting import Waiting
+from functorch_opt._execution.walk import Walk
+
+STEPS = 1000
+"""After so many steps what stages work out once a step is compiled, on a CPU too.
+
+That takes more than a second, and then saves a tenth of a millisecond at every step.
+"""
+
+
+class Way(NamedTuple):
+    """What one step has found out: its rules with their values, and the code for all leaves."""
+
+    waiting: list[Waiting]
+    segment: Segment
+    body: Body
+
+
+class Again:
+    """The steps of a chain that go one way.
+
+    Args:
+        rules: the rules of the chain; `goes_one_way` is true of them.
+        way: what a step has found out.
+        state: the leaves of the state that the step began with.
+        backend: compiles.
+    """
+
+    def __init__(
+        self, rules: list[RuleAt], way: Way, state: list[Any], backend: Any
+    ) -> None:
+        self.rules, self.segment, self.body = rules, way.segment, way.body
+        self.backend, self.lock = backend, threading.Lock()
+        n = len(way.segment.where)
+        self.shares = [Share(at.tx, _shared(at, state), {}, n, 0) for at in rules]
+        self.inputs = Watched(self._inputs(state))
+        self.meanings = [meaning for at in rules for meaning in _meanings(at.tx)]
+        self.keys = [meaning.now() for meaning in self.meanings]
+        self.now = [each.now for each in way.waiting]
+        known = [x for now in self.now for x in now.values()]
+        self.wide = [x for x in known if _has_entries(x)]
+        self.rows = [[*x.unbind()] for x in self.wide]
+        self.memory = [x.data_ptr() for x in self.wide]
+        self.joint: Joint | None = None
+        self.kept: list[tuple[Tensor, bool]] = []
+        """What it writes; True for shared values, which are new tensors after every step."""
+        self.joined: list[int] = []
+        """The shares that the joint program works out; the others are worked out behind them."""
+        on_device = any(isinstance(x, Tensor) and x.device.type in DEVICES for x in known)
+        self.left = 0 if on_device else STEPS
+        """How many steps are made before what is worked out once a step is compiled."""
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Find the place of each value among those that all shares give."""
+        self.apart = [k for k in range(len(self.shares)) if k not in self.joined]
+        self.read: list[dict[str, int]] = [{} for _ in self.shares]
+        self.new: list[tuple[int, int]] = []
+        place = count()
+        for k in (*self.joined, *self.apart):
+            self.read[k] = dict(zip(self.now[k], place, strict=False))
+            self.new += zip(self.rules[k].shared.values(), place, strict=False)
+        self.constants = [x for of in self.body.exact for x in of.values()]
+        self.scalars: list[int] = []
+        for read, shared, exact in zip(
+            self.read, self.body.shared, self.body.exact, strict=True
+        ):
+            self.scalars += [read[name] for name in shared]
+            self.scalars += [next(place) for _ in exact]
+
+    def go(self, us: list[Any], ps: list[Any], state: list[Any]) -> New | None:
+        """Make a step, and return what of the state is new. None: it goes another way.
+
+        Args:
+            us: the gradients.
+            ps: the parameters. They are overwritten, and so are the slots.
+            state: the leaves of the state.
+        """
+        inputs = self._inputs(state)
+        if not (self._means_the_same() and self.inputs.are_like(inputs)):
+            return None
+        slots = [
+            [None if k is None else state[k] for k in column]
+            for at in self.rules
+            for column in at.slots.values()
+        ]
+        columns = [us, ps, *slots, *self.rows]
+        if not self.segment.knows(columns):
+            return None
+        with self.lock:  # numbers may be written where those of the last step were
+            values = self._values(inputs)
+            if self.apart and not self._are_of_kind(values):
+                return None
+            self.segment.check(columns)
+            self.segment.run(columns, self._filled(values))
+        return [(k, values[i]) for k, i in self.new if values[i] is not state[k]]
+
+    def _inputs(self, state: list[Any]) -> Columns:
+        """What each share is worked out of."""
+        return [
+            [*[state[k] for k in at.shared.values()], *share.varying.values()]
+            for at, share in zip(self.rules, self.shares, strict=True)
+        ]
+
+    def _means_the_same(self) -> bool:
+        """Whether all functions compute what they did, of the same numbers of each leaf's own."""
+        if [meaning.now() for meaning in self.meanings] != self.keys:
+            return False
+        return not self.wide or self.memory == [x.data_ptr() for x in self.wide]
+
+    def _are_of_kind(self, values: list[Any]) -> bool:
+        """Whether the code takes these values in the place of those that it was made for."""
+        for before, read in zip(self.now, self.read, strict=True):
+            now = [values[i] for i in read.values()]
+            if not all(map(_can_replace, before.values(), now)):
+                return False
+        return True
+
+    def _filled(self, values: list[Any]) -> Body:
+        """The rules with these values."""
+        if self.segment.is_direct:
+            given = [*values, *self.constants]
+            scalars = [given[i] for i in self.scalars]
+            if not all(map(is_, scalars, self.body.scalars)):
+                self.body = self.body.given_scalars(scalars)
+            return self.body
+        return self.body.filled(
+            [{name: values[i] for name, i in read.items()} for read in self.read]
+        )
+
+    def _values(self, inputs: Columns) -> list[Any]:
+        """What all stages work out once a step: what rules read, and the next shared values."""
+        self.left -= 1
+        if self.left == -1:
+            self._join(inputs)
+        values: list[Any] = []
+        if self.joint is not None:
+            of_all = [x for k in self.joined for x in inputs[k]]
+            kept = self.kept
+            outputs = [torch.empty_like(x) if is_new else x for x, is_new in kept]
+            values += self.joint.values_of(of_all, outputs)
+        for k in self.apart:
+            now, shared = self.shares[k].worked_out(inputs[k])
+            values += now.values()
+            values += shared.values()
+        return values
+
+    def _join(self, inputs: Columns) -> None:
+        """Make one program of the shares that are made of single numbers, if it can be made."""
+        joined = [k for k, share in enumerate(self.shares) if _is_of_numbers(share)]
+        if self.backend == IN_PIECES or not joined:
+            return
+        of_all = [x for k in joined for x in inputs[k]]
+        shares = [self.shares[k] for k in joined]
+        self.joint = program_of(shares, of_all, self.backend)
+        if self.joint is not None:
+            self.joined = joined
+            self._lay_out()
+            new = {i for _, i in self.new}
+            pairs = zip(self.joint.empty(), self.joint.new, strict=True)
+            self.kept = [(x, i in new) for x, i in pairs]
+
+
+def goes_one_way(rules: list[RuleAt], walk: Walk, way: Way) -> bool:
+    """Whether nothing of these rules depends on what tensors hold, and all wait for one pass."""
+    if len(way.waiting) != len(rules) or walk.sharded or walk.extra:
+        return False
+    return all(map(_works_alone, rules, way.waiting))
+
+
+def _works_alone(at: RuleAt, each: Waiting) -> bool:
+    """Whether what a rule reads is made of its shared values and hyperparameters."""
+    tx = at.tx
+    if tx.looks_around or tx.due is not None or "params" in tx.once.reads:
+        return False
+    given = {id(x) for x in tx.once.varying.values()}
+    return each.entry is entry_of("rule", tx) and all(
+        _is_plain(x) or (_has_entries(x) and id(x) in given) for x in each.now.values()
+    )
+
+
+def _shared(at: RuleAt, state: list[Any]) -> dict[str, Any]:
+    return {name: state[k] for name, k in at.shared.items()}
+
+
+def _meanings(tx: Leafwise) -> list[Meaning]:
+    return [*meanings_of(tx), *entry_of("rule", tx).meanings]
+
+
+def _has_entries(x: Any) -> bool:
+    """Whether it has an entry for each leaf."""
+    return type(x) in PLAIN and x.dim() == 1
+
+
+def _is_plain(x: Any) -> bool:
+    return is_number(x) or isinstance(x, (bool, int, float))
+
+
+def _can_replace(before: Any, x: Any) -> bool:
+    """Whether code that was made for one value takes the other."""
+    return x is before or (is_of_kind(before, x) and not _has_entries(x))
+
+
+def _is_of_numbers(share: Share) -> bool:
+    """Whether it can be worked out by a program: of single numbers on one device."""
+    devices = {x.device for x in share.inputs if isinstance(x, Tensor)}
+    return all(map(is_number, share.inputs)) and len(devices) < 2
