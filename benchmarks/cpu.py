@@ -33,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.contenders import Contender, Unavailable, draw, gradients, same
 from benchmarks.timing import in_turns, summary
+from functorch_opt._execution import again
 
 
 class Row(NamedTuple):
@@ -48,6 +49,8 @@ class Row(NamedTuple):
 
 AVERAGED = {"slots": 3, "norm": True}
 ONE_SLOT = {"slots": 1}
+SETTLED = 2
+"""Steps after which those are timed that a training has after some thousand steps."""
 RANDOM = (1,)
 
 ROWS = {
@@ -261,6 +264,7 @@ def prepare(
 
 
 def measure(name: str, row: Row, rounds: int, seconds: float) -> dict[str, Any]:
+    again.STEPS = SETTLED
     ready, notes, differences = prepare(row, seconds)
     run, size = floor.adamw(shapes.numel(row.shapes), **row.floor)
     work = {**{name: contender.step for name, contender in ready.items()}, "floor": run}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import functorch_opt as fo
 from functorch_opt import tree
-from functorch_opt._execution import c_function, kernel, part, segments
+from functorch_opt._execution import again, c_function, kernel, part, segments
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.segments import PROGRAMS
@@ -59,8 +59,14 @@ def said_once(apart: bool) -> AbstractContextManager[Any]:
 
 
 @pytest.mark.parametrize(("row", "variant"), CASES)
-def test_step_equals_update_and_apply(row: Row, variant: dict) -> None:
-    """Also if it may not overwrite what it is given. Both share what is traced."""
+def test_step_equals_update_and_apply(
+    row: Row, variant: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it may not overwrite what it is given. Both share what is traced.
+
+    What is worked out once a step is compiled as soon as two steps went the same way.
+    """
+    monkeypatch.setattr(again, "STEPS", 0)
     tx = row.build(variant)
     for donate in (True, False):
         step = CompiledStep(tx, donate, backend="eager")
@@ -72,7 +78,7 @@ def equals_update_and_apply(
 ) -> None:
     ps, mine = params(), params()
     state, ours = tx.init(ps), tx.init(mine)
-    for i in range(3):
+    for i in range(4):
         before = tree.map(torch.clone, (mine, ours))
         ps, state = eagerly(tx, ps, state, grads(i))
         with said_once(apart and i == 0):

@@ -19,13 +19,13 @@ from torch import Tensor
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.sharding import PLAIN
 from functorch_opt._execution.body import Body, Columns, entry_of, is_of_kind
-from functorch_opt._execution.flat import New, RuleAt
+from functorch_opt._execution.flat import New, RuleAt, taking
 from functorch_opt._execution.guards import Meaning
 from functorch_opt._execution.segments import IN_PIECES, Segment, Watched
 from functorch_opt._execution.together import (
-    DEVICES,
     Joint,
     Share,
+    costs_a_launch,
     is_number,
     meanings_of,
     program_of,
@@ -33,10 +33,11 @@ from functorch_opt._execution.together import (
 from functorch_opt._execution.waiting import Waiting
 from functorch_opt._execution.walk import Walk
 
-STEPS = 1000
+STEPS = 5000
 """After so many steps what stages work out once a step is compiled, on a CPU too.
 
-That takes more than a second, and then saves a tenth of a millisecond at every step.
+That takes about a second, unless the code lies on disk, and then saves less than a tenth of a
+millisecond at every step.
 """
 
 
@@ -65,6 +66,7 @@ class Again:
         self.backend, self.lock = backend, threading.Lock()
         n = len(way.segment.where)
         self.shares = [Share(at.tx, _shared(at, state), {}, n, 0) for at in rules]
+        self.slots = [taking(of) for at in rules for of in at.slots.values()]
         self.inputs = Watched(self._inputs(state))
         self.meanings = [meaning for at in rules for meaning in _meanings(at.tx)]
         self.keys = [meaning.now() for meaning in self.meanings]
@@ -78,8 +80,8 @@ class Again:
         """What it writes; True for shared values, which are new tensors after every step."""
         self.joined: list[int] = []
         """The shares that the joint program works out; the others are worked out behind them."""
-        on_device = any(isinstance(x, Tensor) and x.device.type in DEVICES for x in known)
-        self.left = 0 if on_device else STEPS
+        tensors = [x for x in known if isinstance(x, Tensor)]
+        self.left = 0 if any(costs_a_launch(x.device) for x in tensors) else STEPS
         """How many steps are made before what is worked out once a step is compiled."""
         self._lay_out()
 
@@ -111,11 +113,7 @@ class Again:
         inputs = self._inputs(state)
         if not (self._means_the_same() and self.inputs.are_like(inputs)):
             return None
-        slots = [
-            [None if k is None else state[k] for k in column]
-            for at in self.rules
-            for column in at.slots.values()
-        ]
+        slots = [take(state) for take in self.slots]
         columns = [us, ps, *slots, *self.rows]
         if not self.segment.knows(columns):
             return None
@@ -235,5 +233,6 @@ def _can_replace(before: Any, x: Any) -> bool:
 
 def _is_of_numbers(share: Share) -> bool:
     """Whether it can be worked out by a program: of single numbers on one device."""
-    devices = {x.device for x in share.inputs if isinstance(x, Tensor)}
-    return all(map(is_number, share.inputs)) and len(devices) < 2
+    if not all(map(is_number, share.inputs)):
+        return False
+    return len({x.device for x in share.inputs}) == 1

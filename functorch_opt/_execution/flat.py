@@ -6,6 +6,8 @@ them, and no tree of them is built and taken apart again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from functorch_opt import tree
@@ -26,6 +28,14 @@ class RuleAt(NamedTuple):
     tx: Leafwise
     shared: dict[str, int]
     slots: dict[str, list[Any]]
+
+
+def taking(places: Sequence[int | None]) -> Callable[[list[Any]], list[Any]]:
+    """A function that gives the values at these places of a list; None where a place is None."""
+    if len(places) < 2 or None in places:
+        return lambda values: [None if k is None else values[k] for k in places]
+    take = itemgetter(*places)
+    return lambda values: [*take(values)]
 
 
 def rules_at(

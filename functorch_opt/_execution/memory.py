@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import sharding
-from functorch_opt._execution.table import addresses
+from functorch_opt._execution.table import addresses, overlap
 from functorch_opt._execution.walk import Walk
 from functorch_opt._execution.writes import apart_from, memory_of
 from functorch_opt.tree import PyTree
@@ -35,12 +35,12 @@ def with_memory_of_its_own(state: PyTree, others: list[Any]) -> PyTree:
 def apart_from_params(us: list[Any], ps: list[Any]) -> list[Any]:
     """The gradients, with copies of those that are a parameter's memory."""
     try:
-        overlap = addresses(us) & addresses(ps)
+        if not overlap(ps, us):
+            return us
     except RuntimeError:
         return us  # sparse tensors have no memory of their own; they are refused later
-    if not overlap:
-        return us
-    return [u.clone() if u is not None and u.data_ptr() in overlap else u for u in us]
+    written = addresses(ps)
+    return [u.clone() if u is not None and u.data_ptr() in written else u for u in us]
 
 
 def check_memory(walk: Walk) -> None:

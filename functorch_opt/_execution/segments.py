@@ -117,6 +117,7 @@ class Segment:
             say_if_in_parts(body, columns, self.eager)
         self.where = where
         self.compiled = [i for indices in sorts.values() for i in indices]
+        self.is_everything = self.compiled == [*range(len(columns[0]))]
         mine = self._mine(columns)
         # What may have any strides is copied if it must be; what is written to lies as it must.
         free = [0, *range(2 + body.n_slots, len(columns))]
@@ -179,7 +180,7 @@ class Segment:
 
     def _mine(self, columns: Columns) -> Columns:
         """The columns with the entries of compiled leaves only, of sharded ones the shards."""
-        if self.compiled != list(range(len(columns[0]))):
+        if not self.is_everything:
             columns = [[column[i] for i in self.compiled] for column in columns]
         return (
             [list(map(_local, column)) for column in columns] if self.sharded else columns

@@ -23,6 +23,7 @@ MOST = 64
 """Arguments that a kernel may have."""
 
 _LOOP = r"""
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -67,13 +68,26 @@ static PyObject* identity(PyObject* columns) {
     return PyBytes_FromStringAndSize(bytes, words.size() * sizeof(void*));
 }
 
+// Whether an entry of the second list lies where one of the first does.
+static PyObject* overlap(PyObject* columns) {
+    std::unordered_set<void*> seen;
+    PyObject* column = PyTuple_GET_ITEM(columns, 0);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(column); i++)
+        seen.insert(word(PyList_GET_ITEM(column, i)));
+    seen.erase(nullptr);
+    column = PyTuple_GET_ITEM(columns, 1);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(column); i++)
+        if (seen.count(word(PyList_GET_ITEM(column, i)))) Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
+}
+
 // Call a kernel for every row of the columns.
 static PyObject* run(PyObject* args) {
     void* kernel = PyLong_AsVoidPtr(PyTuple_GET_ITEM(args, 0));
     const Py_ssize_t rows = PyLong_AsSsize_t(PyTuple_GET_ITEM(args, 1));
     const int threads = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(args, 2)));
     PyObject* columns = PyTuple_GET_ITEM(args, 3);
-    if (!kernel) return identity(columns);
+    if (!kernel) return rows ? overlap(columns) : identity(columns);
     const size_t width = PyTuple_GET_SIZE(columns);
     if (width > MOST) throw std::runtime_error("too many arguments");
     std::vector<void*> table(rows * width);
@@ -162,8 +176,8 @@ def identity(columns: list[list[Any]]) -> bytes:
     return loop()(0, 0, 1, tuple(columns))
 
 
-def addresses(xs: list[Any]) -> set[int]:
-    """Where the memory of these tensors is; entries may be None.
+def overlap(xs: list[Any], ys: list[Any]) -> bool:
+    """Whether one of `ys` lies where one of `xs` does; entries may be None.
 
     Where the loop has been compiled, it looks, which is faster.
 
@@ -171,7 +185,11 @@ def addresses(xs: list[Any]) -> set[int]:
         RuntimeError: one has no memory that can be told, for it is sparse.
     """
     if loop.cache_info().currsize:
-        words = memoryview(identity([xs])).cast("P")
-        return {*words[1::2].tolist()} - {0}
+        return bool(loop()(0, 1, 1, (xs, ys)))
+    return not addresses(xs).isdisjoint(addresses(ys))
+
+
+def addresses(xs: list[Any]) -> set[int]:
+    """Where the memory of these tensors is; entries may be None."""
     there = filter(_IS_THERE, xs)
     return {*map(Tensor.data_ptr, there)} - {0}

@@ -111,7 +111,7 @@ class Share:
         devices = {x.device for x in self.inputs}
         if not devices:
             return self.asked > 0
-        return len(devices) == 1 and devices.pop().type in DEVICES
+        return len(devices) == 1 and all(map(costs_a_launch, devices))
 
     @property
     def key(self) -> Any:
@@ -176,7 +176,7 @@ class Together:
         gs = [x for x in updates.leaves if x is not None] if tx.looks_around else []
         if tx.looks_around and not (updates.are_settled and gs):
             return None
-        if not any(x.device.type in DEVICES for x in (*gs[:1], *shared.values())):
+        if not any(costs_a_launch(x.device) for x in (*gs[:1], *shared.values())):
             return None
         share = Share(tx, shared, extra, len(updates.leaves), len(gs))
         if not share.is_alone or (gs and not _asks_norm(share, updates)):
@@ -367,6 +367,11 @@ def _flat(results: Results) -> list[Any]:
         values += worked.now.values()
         values += worked.shared.values()
     return values
+
+
+def costs_a_launch(device: torch.device) -> bool:
+    """Whether an operation on one number is a launch there."""
+    return device.type in DEVICES
 
 
 def is_number(x: Any) -> bool:

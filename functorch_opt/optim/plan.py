@@ -26,6 +26,7 @@ from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.alike import check_groups
 from functorch_opt.optim.closure import extra_of, rehearsed
+from functorch_opt.optim.contents import Contents
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.numbers import Groups
@@ -86,6 +87,8 @@ class Plan:
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.view = self.in_place.view(few)[0]
         self.checked = False
+        self.contents: Contents | None = None
+        """Where the state is among what the entries of the last step held."""
         self.is_whole = True if not compile and overlap(params) else None
         """Whether all is worked out before anything is written; None: that is not known yet."""
         self.always_counts = always_counts(self.tx)
@@ -199,11 +202,12 @@ class Plan:
         refuse_capture(self.counts.capturable, params[0])
         gradients = [p.grad for p in params]
         moved = [i for i, g in enumerate(gradients) if g is not None]
-        for i in moved:
+        layouts = {gradients[i].layout for i in moved}
+        for i in moved if self.left_out or layouts != {torch.strided} else ():
             if i in self.left_out or gradients[i].layout is not torch.strided:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
         entries, began = self.entries(state, params, moved)
-        flat = self.values(entries, moved)
+        flat = self.values(entries, moved, None if began else self.contents)
         tensors, gradients = self.given(params), self.given(gradients)
         step = Step(self, params, moved, entries, flat, tensors)
         extra = self._extra(loss, gradients)
@@ -295,7 +299,12 @@ class Plan:
         """The state of each parameter, and whether some of it begins with this step."""
         entries = entries_of(state, params)
         self.counts.move(entries)
+        if self.contents is not None and self.contents.fit(entries, moved):
+            return entries, False
+        self.contents = None
         if not self._lacks(entries, set(moved)):
+            if not torch.compiler.is_compiling():
+                self.contents = Contents(entries, moved, self.where, self.counts.keys)
             return entries, False
         entries = [dict(entry) for entry in entries]
         self._complete(entries, params, moved)
@@ -312,20 +321,27 @@ class Plan:
         absent = [self.flat[k] for k, x in zip(self.kept, there, strict=True) if not x]
         return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
 
-    def values(self, entries: list[dict[str, Any]], moved: list[int]) -> list[Any]:
+    def values(
+        self,
+        entries: list[dict[str, Any]],
+        moved: list[int],
+        contents: Contents | None = None,
+    ) -> list[Any]:
         """The tensors of the functional state, in the order of its leaves."""
         flat: list[Any] = [None] * len(self.flat)
-        kept = [entries[i].get(key) for i, key in self.where]
+        if contents is None:
+            kept = [entries[i].get(key) for i, key in self.where]
+            counts = {key: [entries[i][key] for i in moved] for _, key in self.counted}
+        else:
+            given = contents.values(entries)
+            kept = contents.kept(given)
+            counts = {key: contents.counts[key](given) for _, key in self.counted}
         for k, x in zip(self.kept, kept, strict=True):
             flat[k] = x
+        leaves = [self.leaf[i] for i in moved]
         own = {
-            key: self.counts.own(
-                key,
-                [entries[i][key] for i in moved],
-                [self.leaf[i] for i in moved],
-                len(entries),
-            )
-            for _, key in self.counted
+            key: self.counts.own(key, of, leaves, len(entries))
+            for key, of in counts.items()
         }
         for k, key in self.counted:
             flat[k] = own[key]
