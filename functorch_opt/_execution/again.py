@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from itertools import count
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +41,64 @@ millisecond at every step.
 """
 
 
-class Way(NamedTuple):
-    """What one step has found out: its rules with their values, and the code for all leaves."""
+MISSES = 8
+"""After so many steps in a row that went another way, the way of a step is not kept any more."""
 
-    waiting: list[Waiting]
-    segment: Segment
-    body: Body
+Job = tuple[Segment, Columns, Body]
+"""Code, the leaves that it gets, and the rules with their values."""
+
+
+class Ways:
+    """The way of the last step of a chain of rules. `backend` compiles."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.again: Again | None = None
+        self.went: list[Segment] = []
+        """The code that the last step went through."""
+        self.missed = 0
+        """How often in a row a step went another way than the one before."""
+
+    def go(
+        self,
+        rules: list[RuleAt],
+        us: list[Any],
+        ps: list[Any],
+        state: list[Any],
+        extra: dict[str, Any],
+    ) -> New | None:
+        """Make a step, and return what of the state is new. None: it goes another way."""
+        again = self.again
+        if again is None or again.rules is not rules or extra:
+            return None
+        new = again.go(us, ps, state)
+        if new is None:
+            self.again = None
+        self.missed = self.missed + 1 if new is None else 0
+        return new
+
+    def remember(
+        self,
+        rules: list[RuleAt],
+        walk: Walk,
+        waiting: list[Waiting],
+        jobs: list[Job],
+        state: list[Any],
+    ) -> None:
+        """Keep the way of this step, if the one before went through the same code.
+
+        Args:
+            rules: those of the chain.
+            walk: the step.
+            waiting: the rules with their values, as they waited in the end.
+            jobs: what was done then.
+            state: the leaves of the state that the step began with.
+        """
+        before, self.went = self.went, [segment for segment, _, _ in jobs]
+        if len(jobs) != 1 or before != self.went or self.missed == MISSES:
+            return
+        if goes_one_way(rules, walk, waiting):
+            self.again = Again(rules, waiting, jobs[0], state, self.backend)
 
 
 class Again:
@@ -54,23 +106,30 @@ class Again:
 
     Args:
         rules: the rules of the chain; `goes_one_way` is true of them.
-        way: what a step has found out.
+        waiting: the rules with the values of a step.
+        job: what that step did.
         state: the leaves of the state that the step began with.
         backend: compiles.
     """
 
     def __init__(
-        self, rules: list[RuleAt], way: Way, state: list[Any], backend: Any
+        self,
+        rules: list[RuleAt],
+        waiting: list[Waiting],
+        job: Job,
+        state: list[Any],
+        backend: Any,
     ) -> None:
-        self.rules, self.segment, self.body = rules, way.segment, way.body
+        self.rules = rules
+        self.segment, _, self.body = job
         self.backend, self.lock = backend, threading.Lock()
-        n = len(way.segment.where)
+        n = len(self.segment.where)
         self.shares = [Share(at.tx, _shared(at, state), {}, n, 0) for at in rules]
         self.slots = [taking(of) for at in rules for of in at.slots.values()]
         self.inputs = Watched(self._inputs(state))
         self.meanings = [meaning for at in rules for meaning in _meanings(at.tx)]
         self.keys = [meaning.now() for meaning in self.meanings]
-        self.now = [each.now for each in way.waiting]
+        self.now = [each.now for each in waiting]
         known = [x for now in self.now for x in now.values()]
         self.wide = [x for x in known if _has_entries(x)]
         self.rows = [[*x.unbind()] for x in self.wide]
@@ -191,11 +250,11 @@ class Again:
             self.kept = [(x, i in new) for x, i in pairs]
 
 
-def goes_one_way(rules: list[RuleAt], walk: Walk, way: Way) -> bool:
+def goes_one_way(rules: list[RuleAt], walk: Walk, waiting: list[Waiting]) -> bool:
     """Whether nothing of these rules depends on what tensors hold, and all wait for one pass."""
-    if len(way.waiting) != len(rules) or walk.sharded or walk.extra:
+    if len(waiting) != len(rules) or walk.sharded or walk.extra:
         return False
-    return all(map(_works_alone, rules, way.waiting))
+    return all(map(_works_alone, rules, waiting))
 
 
 def _works_alone(at: RuleAt, each: Waiting) -> bool:

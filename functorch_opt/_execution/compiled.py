@@ -18,13 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import structure
 from functorch_opt._core.rule import Leafwise
-from functorch_opt._core.transformation import GradientTransformation, apply_updates
-from functorch_opt._execution.again import Again, Way, goes_one_way
+from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._execution.again import Job, Ways
+from functorch_opt._execution.as_operations import traced
 from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.flat import Form, New, RuleAt, form_of, go_flat, new_of
 from functorch_opt._execution.memory import (
@@ -45,14 +45,12 @@ from functorch_opt._execution.segments import (
 )
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
-from functorch_opt._execution.writes import apart_from, computed, memory_of
+from functorch_opt._execution.writes import apart_from, memory_of
 from functorch_opt.random import philox
 from functorch_opt.tree import PyTree
 
 __all__ = ["compiled_step"]
 
-Job = tuple[Segment, Columns, Body]
-"""Code, the leaves that it gets, and the rules with their values."""
 MODELS = 8
 """How many models a step remembers, for which it is used in turn."""
 
@@ -131,9 +129,7 @@ class CompiledStep:
         self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
         self.returned: list[PyTree] = []
         self.form: Form | None = None
-        self.again: Again | None = None
-        self.went: list[Segment] = []
-        """The code that the last step went through."""
+        self.ways = Ways(backend)
         self.said: set[str] = set()
         self.lock = threading.Lock()
 
@@ -209,36 +205,16 @@ class CompiledStep:
             What of the state is new, by its place in the list. Slots are overwritten.
         """
         us = apart_from_params(us, ps)
-        again = self.again
-        if again is not None and again.rules is rules and not extra:
-            with self._drawing():
-                found = again.go(us, ps, state)
+        with self._drawing():
+            found = self.ways.go(rules, us, ps, state, extra)
             if found is not None:
                 return found
-        walk = self._walk(view, ps, us, extra, True)
-        with self._drawing():
+            walk = self._walk(view, ps, us, extra, True)
             shared = go_flat(walk, rules, state, view)
             waiting = walk.waiting
             jobs = self._apply(walk, add=True)
-        self._remember(rules, walk, waiting, jobs, state)
+        self.ways.remember(rules, walk, waiting, jobs, state)
         return new_of(rules, shared, state)
-
-    def _remember(
-        self,
-        rules: list[RuleAt],
-        walk: Walk,
-        waiting: list[Waiting],
-        jobs: list[Job],
-        state: list[Any],
-    ) -> None:
-        """Keep the way of this step, if the one before went through the same code."""
-        before, self.went = self.went, [segment for segment, _, _ in jobs]
-        if len(jobs) != 1 or before != self.went:
-            return
-        segment, _, body = jobs[0]
-        way = Way(waiting, segment, body)
-        if goes_one_way(rules, walk, way):
-            self.again = Again(rules, way, state, self.backend)
 
     def _walk(
         self,
@@ -410,24 +386,3 @@ def _forget(segments: Iterable[Segment], used: Segment) -> None:
     for segment in segments:
         if segment is not used:
             segment.forget()
-
-
-# ---- in a graph ----------------------------------------------------------------------------------
-
-
-def traced(
-    tx: GradientTransformation,
-    params: PyTree,
-    grads: PyTree,
-    state: PyTree,
-    extra: dict[str, Any],
-    donate: bool,
-) -> tuple[PyTree, PyTree]:
-    """The step as operations of a graph that somebody else compiles."""
-    updates, new = tx.update(grads, state, params, **extra)
-    moved = apply_updates(params, updates)
-    if not donate:
-        return moved, new
-    # A slot may be the memory of a parameter, which a graph cannot see. So the state is new.
-    new = tree.map(computed, new)
-    return tree.map(Tensor.copy_, params, moved), new

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from functorch_opt._execution.flat import taking
+
+if TYPE_CHECKING:
+    from functorch_opt.optim.plan import Plan
 
 Entries = list[dict[str, Any]]
 
@@ -46,3 +49,47 @@ class Contents:
     def values(entries: Entries) -> list[Any]:
         """All values, one after another."""
         return [x for entry in entries for x in entry.values()]
+
+
+def lacks(plan: Plan, entries: Entries, moved: set[int]) -> bool:
+    """Whether a value has to be made: of a parameter that moves, or one that all share."""
+    for key in plan.counts.keys:
+        if not all(key in entries[i] for i in moved):
+            return True
+    there = [key in entries[i] for i, key in plan.where]
+    if all(there):
+        return False
+    absent = [plan.flat[k] for k, x in zip(plan.kept, there, strict=True) if not x]
+    return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
+
+
+def leaves_of(
+    plan: Plan, entries: Entries, moved: list[int], contents: Contents | None = None
+) -> list[Any]:
+    """The tensors of the functional state, in the order of its leaves.
+
+    Args:
+        plan: knows which they are.
+        entries: what there is of each parameter.
+        moved: the numbers of the parameters that move.
+        contents: where all is, if these are the entries that it was made for.
+    """
+    if contents is None:
+        kept = [entries[i].get(key) for i, key in plan.where]
+        counts = {key: [entries[i][key] for i in moved] for _, key in plan.counted}
+    else:
+        given = contents.values(entries)
+        kept = contents.kept(given)
+        counts = {key: contents.counts[key](given) for _, key in plan.counted}
+    flat: list[Any] = [None] * len(plan.flat)
+    for k, x in zip(plan.kept, kept, strict=True):
+        flat[k] = x
+    leaves = [plan.leaf[i] for i in moved]
+    own = {
+        key: plan.counts.own(key, of, leaves, len(entries)) for key, of in counts.items()
+    }
+    for k, key in plan.counted:
+        flat[k] = own[key]
+    for k, key in plan.clocked:
+        flat[k] = plan.counts.time(key, entries)
+    return flat

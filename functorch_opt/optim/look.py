@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt.optim.contents import leaves_of
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import refuse_gradient
 from functorch_opt.optim.plan import Plan
@@ -69,7 +70,7 @@ def look_at(
         if i in plan.left_out or gradients[i].layout is not torch.strided:
             refuse_gradient(plan.tx.name, plan.paths[i], params[i], gradients[i])
     entries, _ = plan.entries(state, params, moved)
-    old = tree.unflatten(plan.spec, plan.values(entries, moved))
+    old = tree.unflatten(plan.spec, leaves_of(plan, entries, moved))
     grads = plan.tree(plan.given(gradients))
     values = plan.tree(plan.given([p.detach() for p in params]))
     look.step(plan.tx, grads, old, values, plan._extra(loss, grads))

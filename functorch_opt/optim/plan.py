@@ -26,7 +26,7 @@ from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.alike import check_groups
 from functorch_opt.optim.closure import extra_of, rehearsed
-from functorch_opt.optim.contents import Contents
+from functorch_opt.optim.contents import Contents, lacks, leaves_of
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.numbers import Groups
@@ -51,6 +51,9 @@ Make = Callable[[dict[str, Any]], GradientTransformation]
 class Plan:
     """What is worked out once for a bucket of groups: its transformation, and where its state
     lives."""
+
+    contents: Contents | None = None
+    """Where the state is among what the entries of the last step held."""
 
     def __init__(
         self,
@@ -87,8 +90,6 @@ class Plan:
         self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
         self.view = self.in_place.view(few)[0]
         self.checked = False
-        self.contents: Contents | None = None
-        """Where the state is among what the entries of the last step held."""
         self.is_whole = True if not compile and overlap(params) else None
         """Whether all is worked out before anything is written; None: that is not known yet."""
         self.always_counts = always_counts(self.tx)
@@ -207,7 +208,7 @@ class Plan:
             if i in self.left_out or gradients[i].layout is not torch.strided:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
         entries, began = self.entries(state, params, moved)
-        flat = self.values(entries, moved, None if began else self.contents)
+        flat = leaves_of(self, entries, moved, None if began else self.contents)
         tensors, gradients = self.given(params), self.given(gradients)
         step = Step(self, params, moved, entries, flat, tensors)
         extra = self._extra(loss, gradients)
@@ -302,52 +303,13 @@ class Plan:
         if self.contents is not None and self.contents.fit(entries, moved):
             return entries, False
         self.contents = None
-        if not self._lacks(entries, set(moved)):
+        if not lacks(self, entries, set(moved)):
             if not torch.compiler.is_compiling():
                 self.contents = Contents(entries, moved, self.where, self.counts.keys)
             return entries, False
         entries = [dict(entry) for entry in entries]
         self._complete(entries, params, moved)
         return entries, True
-
-    def _lacks(self, entries: list[dict[str, Any]], moved: set[int]) -> bool:
-        """Whether a value has to be made: of a parameter that moves, or one that all share."""
-        for key in self.counts.keys:
-            if not all(key in entries[i] for i in moved):
-                return True
-        there = [key in entries[i] for i, key in self.where]
-        if all(there):
-            return False
-        absent = [self.flat[k] for k, x in zip(self.kept, there, strict=True) if not x]
-        return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
-
-    def values(
-        self,
-        entries: list[dict[str, Any]],
-        moved: list[int],
-        contents: Contents | None = None,
-    ) -> list[Any]:
-        """The tensors of the functional state, in the order of its leaves."""
-        flat: list[Any] = [None] * len(self.flat)
-        if contents is None:
-            kept = [entries[i].get(key) for i, key in self.where]
-            counts = {key: [entries[i][key] for i in moved] for _, key in self.counted}
-        else:
-            given = contents.values(entries)
-            kept = contents.kept(given)
-            counts = {key: contents.counts[key](given) for _, key in self.counted}
-        for k, x in zip(self.kept, kept, strict=True):
-            flat[k] = x
-        leaves = [self.leaf[i] for i in moved]
-        own = {
-            key: self.counts.own(key, of, leaves, len(entries))
-            for key, of in counts.items()
-        }
-        for k, key in self.counted:
-            flat[k] = own[key]
-        for k, key in self.clocked:
-            flat[k] = self.counts.time(key, entries)
-        return flat
 
     def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
