@@ -20,12 +20,12 @@ SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 3, 2), "d": ()}
 RATE = 0.1
 
 
-def drawn(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def drawn(seed: int, names: str = "abcd") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in SHAPES.items()
+    drawn = {
+        name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
     }
+    return {name: drawn[name] for name in names}
 
 
 class Went:
@@ -93,21 +93,29 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("leaves", ["abc", "abcd"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_it_gives_the_numbers_of_update(
-    name: str, joint: bool, backend: str, went: Went, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    backend: str,
+    joint: bool,
+    leaves: str,
+    went: Went,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether what is worked out once a step is compiled or not."""
+    """Whether what is worked out once a step is compiled or not; with a tensor of one element, which
+    runs eagerly, and without one.
+    """
     monkeypatch.setattr(again, "STEPS", 2 if joint else 1000)
     tx = CHAINS[name]()
     step = CompiledStep(tx, True, backend)
-    mine, ps = drawn(0), drawn(0)
+    mine, ps = drawn(0, leaves), drawn(0, leaves)
     ours, state = tx.init(mine), tx.init(ps)
     for i in range(8):
-        updates, state = tx.update(drawn(i + 1), state, ps)
+        updates, state = tx.update(drawn(i + 1, leaves), state, ps)
         ps = fo.apply_updates(ps, updates)
-        mine, ours = step(mine, drawn(i + 1), ours)
+        mine, ours = step(mine, drawn(i + 1, leaves), ours)
         torch.testing.assert_close(mine, ps, rtol=1e-6, atol=1e-6)
         for x, y in zip(tree.leaves(ours), tree.leaves(state), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)

@@ -39,8 +39,6 @@ STEPS = 5000
 That takes about a second, unless the code lies on disk, and then saves less than a tenth of a
 millisecond at every step.
 """
-
-
 MISSES = 8
 """After so many steps in a row that went another way, the way of a step is not kept any more."""
 
@@ -207,32 +205,37 @@ class Again:
 
     def _filled(self, values: list[Any]) -> Body:
         """The rules with these values."""
-        if self.segment.is_direct:
-            given = [*values, *self.constants]
-            scalars = [given[i] for i in self.scalars]
-            if not all(map(is_, scalars, self.body.scalars)):
-                self.body = self.body.given_scalars(scalars)
-            return self.body
-        return self.body.filled(
-            [{name: values[i] for name, i in read.items()} for read in self.read]
-        )
+        if not self.segment.is_direct:
+            places = [read.items() for read in self.read]
+            now = [{name: values[i] for name, i in of} for of in places]
+            return self.body.filled(now)
+        given = [*values, *self.constants]
+        scalars = [given[i] for i in self.scalars]
+        if all(map(is_, scalars, self.body.scalars)):
+            self.body.forget_values()
+        else:
+            self.body = self.body.given_scalars(scalars)
+        return self.body
 
     def _values(self, inputs: Columns) -> list[Any]:
         """What all stages work out once a step: what rules read, and the next shared values."""
         self.left -= 1
         if self.left == -1:
             self._join(inputs)
-        values: list[Any] = []
-        if self.joint is not None:
-            of_all = [x for k in self.joined for x in inputs[k]]
-            kept = self.kept
-            outputs = [torch.empty_like(x) if is_new else x for x, is_new in kept]
-            values += self.joint.values_of(of_all, outputs)
+        values = self._of_joint(self.joint, inputs) if self.joint else []
         for k in self.apart:
             now, shared = self.shares[k].worked_out(inputs[k])
             values += now.values()
             values += shared.values()
         return values
+
+    def _of_joint(self, joint: Joint, inputs: Columns) -> list[Any]:
+        """What the joint program works out."""
+        of_all = [x for k in self.joined for x in inputs[k]]
+        outputs = []
+        for x, is_new in self.kept:
+            outputs.append(torch.empty_like(x) if is_new else x)
+        return joint.values_of(of_all, outputs)
 
     def _join(self, inputs: Columns) -> None:
         """Make one program of the shares that are made of single numbers, if it can be made."""
@@ -241,13 +244,14 @@ class Again:
             return
         of_all = [x for k in joined for x in inputs[k]]
         shares = [self.shares[k] for k in joined]
-        self.joint = program_of(shares, of_all, self.backend)
-        if self.joint is not None:
-            self.joined = joined
-            self._lay_out()
-            new = {i for _, i in self.new}
-            pairs = zip(self.joint.empty(), self.joint.new, strict=True)
-            self.kept = [(x, i in new) for x, i in pairs]
+        joint = program_of(shares, of_all, self.backend)
+        if joint is None:
+            return
+        self.joint, self.joined = joint, joined
+        self._lay_out()
+        new = {i for _, i in self.new}
+        for x, i in zip(joint.empty(), joint.new, strict=True):
+            self.kept.append((x, i in new))
 
 
 def goes_one_way(rules: list[RuleAt], walk: Walk, waiting: list[Waiting]) -> bool:
@@ -262,10 +266,11 @@ def _works_alone(at: RuleAt, each: Waiting) -> bool:
     tx = at.tx
     if tx.looks_around or tx.due is not None or "params" in tx.once.reads:
         return False
+    if each.entry is not entry_of("rule", tx):
+        return False
     given = {id(x) for x in tx.once.varying.values()}
-    return each.entry is entry_of("rule", tx) and all(
-        _is_plain(x) or (_has_entries(x) and id(x) in given) for x in each.now.values()
-    )
+    others = [x for x in each.now.values() if not _is_plain(x)]
+    return all(map(_has_entries, others)) and given.issuperset(map(id, others))
 
 
 def _shared(at: RuleAt, state: list[Any]) -> dict[str, Any]:

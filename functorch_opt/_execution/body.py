@@ -192,10 +192,14 @@ class Body:
     def given_scalars(self, scalars: list[Tensor]) -> Body:
         """The same entries with other scalars, for compiled code, which asks for nothing else."""
         new = copy.copy(self)
-        vars(new).pop("with_constants", None)
-        vars(new).pop("narrowed", None)
+        new.forget_values()
         new.scalars = scalars
         return new
+
+    def forget_values(self) -> None:
+        """Let go of what was worked out of the values of scalars: they hold others now."""
+        vars(self).pop("with_constants", None)
+        vars(self).pop("narrowed", None)
 
     @cached_property
     def with_constants(self) -> Body:

@@ -9,7 +9,6 @@ same rules eagerly. Of sharded tensors elementwise rules see the shards.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
 from functorch_opt._execution.part import Part
 from functorch_opt._execution.pieces import Whole
+from functorch_opt._execution.programs import PROGRAMS
 from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
 from functorch_opt._execution.stretches import eagerly
 from functorch_opt._execution.table import identity
@@ -41,47 +41,6 @@ LARGE = 16_384
 """Elements from which on it pays to wake other threads."""
 MOST = 32
 """Programs of the same rules for the same tensors, before one stops making more of them."""
-
-
-class Programs(OrderedDict[Any, list[Any]]):
-    """Compiled code, for all steps of this process: the same rules are compiled once.
-
-    It is bounded, so that code which nobody uses any more is let go. `first` has the numbers that
-    rules were compiled with first; with other numbers they become inputs. Where that cannot be
-    compiled, the rules are in `constant_only`.
-    """
-
-    most = 512
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: OrderedDict[Any, Any] = OrderedDict()
-        self.constant_only: set[Any] = set()
-        self.made: Counter[Any] = Counter()
-
-    def of(self, key: Any) -> list[Any]:
-        """The programs under `key`, which is now the one that was used last."""
-        found = self.setdefault(key, [])
-        self.move_to_end(key)
-        while len(self) > self.most:
-            self.popitem(last=False)
-        return found
-
-    def wants_inputs(self, body: Body) -> bool:
-        """Whether the numbers of `body` are others than those that its rules were compiled with."""
-        first = self.first.setdefault(body.base, body.numbers)
-        if len(self.first) > 2 * self.most:
-            self.first.popitem(last=False)
-        return first != body.numbers and body.base not in self.constant_only
-
-    def clear(self) -> None:
-        super().clear()
-        self.first.clear()
-        self.constant_only.clear()
-        self.made.clear()
-
-
-PROGRAMS = Programs()
 
 
 class NeedsConstants(Exception):
