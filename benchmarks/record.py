@@ -27,6 +27,8 @@ PACKAGES = (
     "torchopt",
     "heavyball",
     "opacus",
+    "torchao",
+    "bitsandbytes",
     "numpy",
 )
 

@@ -33,6 +33,7 @@ from benchmarks import (  # noqa: E402
     ordinary,
     report,
     shapes,
+    slot_bytes,
     timing,
 )
 from functorch_opt.codecs.codec import CODECS  # noqa: E402
@@ -424,7 +425,25 @@ def test_what_is_measured_as_on_is_on() -> None:
 @pytest.mark.slow
 def test_rehearsal_of_codecs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits need it: the group demo")
-    rows = run(tmp_path, "codecs", "--rows", "AdamW")["rows"]
-    assert {row["state"] for row in rows} == {"float32", *CODECS}
-    for row in rows:
+    found = run(tmp_path, "codecs", "--rows", "AdamW")
+    rows = {row["state"]: row for row in found["rows"]}
+    assert rows.keys() >= {"float32", *CODECS}
+    for state in CODECS:
+        row = rows[state]
         assert row["bytes"] == pytest.approx(row["predicted"], rel=0.01)
+        assert row["digits"]["loss"] < 3
+    for entry in found["bytes"][0].values():
+        if entry != "AdamW":
+            assert entry["bytes"] == pytest.approx(entry["predicted"], rel=0.01)
+
+
+def test_the_bytes_of_every_optimizer_are_those_that_are_predicted() -> None:
+    """A code for which an optimizer has no slot is an error, and its cell is empty."""
+    classes = slot_bytes.every_class()
+    assert {"AdamW", "Muon", "SOAP", "Lion"} < classes.keys()
+    (soap,) = slot_bytes.measured(("float32", "8bit"), ["SOAP"])
+    assert soap["8bit"]["bytes"] == pytest.approx(soap["8bit"]["predicted"])
+    assert soap["8bit"]["bytes"] == pytest.approx(16 + 2 * (1 + 4 / 256))
+    (sgd,) = slot_bytes.measured(("8bit",), ["SGD"])
+    assert sgd["8bit"]["bytes"] is None
+    assert slot_bytes.cell(predicted=2.0, bytes=3.0) == "3.00 (2.00 predicted)"
