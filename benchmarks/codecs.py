@@ -24,8 +24,8 @@ from benchmarks.fewer_steps import GPT, Task, digits, text
 from functorch_opt.codecs.codec import CODECS
 
 CODES = ("float32", *CODECS)
-SEEDS, WINDOW = 5, 20
-STEPS, BATCHES = {"digits": 400, "text": 200}, {"digits": 64, "text": 16}
+SEEDS, WINDOW = 3, 20
+STEPS, BATCHES = {"digits": 400, "text": 120}, {"digits": 64, "text": 16}
 """Of the trainings, by the task."""
 SIZE = 1024
 """Rows and columns of the matrix whose step is timed."""
@@ -102,6 +102,7 @@ def run(args: Namespace) -> dict[str, Any]:
         tasks[task] = replace(of, steps=steps, batch=BATCHES[task])
     for name in args.rows or ROWS:
         result["rows"] += rows_of(name, tasks, seeds, size)
+        record.write(args.out / "codecs.json", result)  # for those who stop it
     show(result["rows"])
     result["bytes"] = slot_bytes.measured(CODES, args.rows)
     slot_bytes.show(result["bytes"], CODES)
@@ -122,6 +123,7 @@ def rows_of(
     peers = peers_of(name)
     rows = []
     for state, make in report.track([*ours.items(), *peers.items()], name):
+        report.say(f"{name}, {state}")
         row = {"row": name, "state": state}
         row |= times(make, size, is_ours=state in ours)
         if state in ours:
