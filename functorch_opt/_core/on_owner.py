@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from functorch_opt._core.owned import is_here
-from functorch_opt._core.sharding import join, part_of
+from functorch_opt._core.sharding import is_sharded, join, part_of
 
 
 class _Errors(threading.local):
@@ -56,7 +56,8 @@ def on_owner(
     if not is_here(g):
         return unchanged
     near = {name: part_of(x, g) for name, x in now.items()}
-    mine = {name: x.to_local() for name, x in slots.items()}
+    # The scales of a slot that is in no code are an empty tensor, which has no owner.
+    mine = {name: x.to_local() if is_sharded(x) else x for name, x in slots.items()}
     near_p = None if p is None else p.to_local()
     try:
         u, new = apply(g.to_local(), near_p, mine, near, dtype, *rest)
@@ -65,7 +66,10 @@ def on_owner(
             raise
         _ERRORS.found.append(error)
         return unchanged
-    return join(u, g), {name: join(new[name], old) for name, old in slots.items()}
+    kept = {}
+    for name, old in slots.items():
+        kept[name] = join(new[name], old) if is_sharded(old) else old
+    return join(u, g), kept
 
 
 def update_dtype(g: Any, dtype: torch.dtype) -> torch.dtype:

@@ -16,8 +16,8 @@ class Codec:
     """How a slot is stored.
 
     A codec of a `block` keeps codes of the slot's own shape, and a scale for each block of so many
-    elements, in the order of the flat index of the whole tensor. Where codes are `packed` they are a
-    vector. A codec without a block keeps the slot in another dtype.
+    elements, in the order of the flat index of the whole tensor. Where codes are `packed`, the last
+    dimension is shorter; see `shape_of_codes`. A codec without a block keeps the slot in another dtype.
     """
 
     name: str
@@ -47,6 +47,21 @@ class Codec:
     ) -> Tensor:
         """The scales of a slot of zeros."""
         return p.new_zeros(self.n_blocks(p.numel()), dtype=self.of_scales)
+
+    def shape_of_codes(
+        self,
+        shape: torch.Size,
+    ) -> torch.Size:
+        """The shape of the codes of a slot.
+
+        Packed codes have a part of its last dimension, if that can be divided; otherwise they are a
+        vector.
+        """
+        if self.packed == 1:
+            return shape
+        if shape[-1] % self.packed:
+            return torch.Size([-(-shape.numel() // self.packed)])
+        return torch.Size([*shape[:-1], shape[-1] // self.packed])
 
     # ---- in rows --------------------------------------------------------------------------------
 
@@ -84,10 +99,9 @@ class Codec:
         self,
         x: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Codes of the shape of `x`, or packed ones as a vector; and its scales as a vector."""
+        """Codes, and scales as a vector."""
         codes, scales = self.write(x.reshape(-1), self.n_blocks(x.numel()))
-        if self.packed == 1:
-            codes = codes.reshape(x.shape)
+        codes = codes.reshape(self.shape_of_codes(x.shape))
         return codes, scales.to(self.of_scales)
 
     def read_whole(

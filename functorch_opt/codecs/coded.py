@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
+from functorch_opt._core import sharding
 from functorch_opt._core.leaf import Each, working_dtype
 from functorch_opt._core.one_tensor import OneTensor, leaf_values
 from functorch_opt._core.rule import Block, Leafwise
@@ -68,7 +69,8 @@ class Stored(OneTensor):
         if values["g"] is None or codes is None or codes.dtype is not codec.dtype:
             return codes
         if tree.is_sharded(codes):
-            return sharded.read(codec, codes, values[name + SCALE])
+            scales, shape = values[name + SCALE], values["g"].shape
+            return sharded.read(codec, codes, scales, shape)
         scales = _real(values[name + SCALE])
         if part := values.get(PART):
             x = sharded.decoded(codes, part, codec, scales.float())
@@ -108,9 +110,40 @@ class Stored(OneTensor):
         exact: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As for any rule. Of sharded tensors the rule is told which part it sees."""
-        if self.kind == "elementwise" and self.blocked and tree.is_sharded(g):
-            now = now | {PART: part_here(g)}
-        return super().apply(g, p, slots, now, dtype, exact)
+        if not self._sees_a_part(g):
+            return super().apply(g, p, slots, now, dtype, exact)
+        now = now | {PART: part_here(g)}
+        u, new = super().apply(g, p, self._unpacked(slots, g), now, dtype, exact)
+        return u, self._packed(new, slots)
+
+    def _sees_a_part(self, g: Tensor) -> bool:
+        """Whether the rule sees this rank's part of a tensor whose slots are in blocks."""
+        is_cut = tree.is_sharded(g) and not sharding.is_owned(g)
+        return is_cut and self.kind == "elementwise" and bool(self.blocked)
+
+    def _unpacked(
+        self,
+        slots: dict[str, Tensor],
+        g: Tensor,
+    ) -> dict[str, Tensor]:
+        """The slots of a sharded tensor, with a code for each element of it."""
+        found = dict(slots)
+        for name, codec in self.blocked.items():
+            if slots[name].dtype is codec.dtype:
+                found[name] = sharded.unpacked(codec, slots[name], g.shape)
+        return found
+
+    def _packed(
+        self,
+        new: dict[str, Tensor],
+        old: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The inverse of `_unpacked`, of new slots."""
+        found = dict(new)
+        for name, codec in self.blocked.items():
+            if old[name].dtype is codec.dtype:
+                found[name] = sharded.packed(codec, new[name])
+        return found
 
     def bounds(
         self,
@@ -138,7 +171,7 @@ class Stored(OneTensor):
                 if slots[name].dtype is codec.dtype:
                     found[name] = sharded.bounds(result[1][name], part, codec)
 
-        sharded.seen(look, g, p, slots, now)
+        sharded.seen(look, g, p, self._unpacked(slots, g), now)
         return found
 
     def result(self, values: dict[str, Any]) -> Any:
@@ -274,7 +307,7 @@ class Coded(Leafwise):
         """For each slot, the bounds of all leaves; a number that nobody reads where it has none."""
         found: dict[tuple[str, int], Tensor] = {}
         for i, g in enumerate(gs):
-            if not tree.is_sharded(g):
+            if not tree.is_sharded(g) or sharding.is_owned(g):
                 continue
             p = ps[i] if "p" in self.reads else None
             mine = {name: column[i] for name, column in slots.items()}
@@ -327,7 +360,7 @@ class Coded(Leafwise):
         if p is None or not takes(x) or not self.choice(path, p):
             return False
         if tree.is_sharded(x):
-            sharded.check_takes(codec, x, self.kind)
+            sharded.check_takes(codec, x, path)
         if codec.packed > 1:
             self._check_shape(codec, path, p, x)
         return codec.packed == 1 or not p.is_complex()

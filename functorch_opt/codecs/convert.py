@@ -134,7 +134,7 @@ def _shape(
     saved: Slot,
     wanted: Slot,
 ) -> torch.Size | None:
-    """The shape of a slot, if it can be told: packed codes are a vector."""
+    """The shape of a slot, if it can be told: packed codes have another one."""
     assert saved.x is not None
     if codec.packed == 1:
         return saved.x.shape

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from functorch_opt._core import sharding
 from functorch_opt._core.exchange import Ranks, _places, _rows_at, layout_of
-from functorch_opt._core.owned import _on, owner_of
-from functorch_opt.codecs.codec import BFLOAT16, DYNAMIC, Codec
+from functorch_opt._core.owned import _on, joined, owner_of
+from functorch_opt._core.structure import Path
+from functorch_opt.codecs import four_bit
+from functorch_opt.codecs.codec import DYNAMIC, Codec
 
 PIECE = 131_072
 """How many elements are encoded at a time."""
@@ -216,14 +218,18 @@ def _written(
     if bounds is not None:
         mine = sharding.part_of(x)
         codes, scales = encoded(mine, Part(x), codec, bounds)
-        return sharding.join(codes, x), sharding._everywhere(scales, x)
+        scales = scales.to(codec.of_scales)
+        codes = packed(codec, sharding.join(codes, x))
+        return codes, sharding._everywhere(scales, x)
     if not sharding.is_sharded(x):
         return codec.write_whole(x)
     if owner_of(x) is not None:
         return _written_by_owner(codec, x)
     # Only shapes are asked for.
-    scales = torch.empty(codec.n_blocks(x.numel()), device="meta")
-    return x.to(codec.dtype), sharding._everywhere(scales, x)
+    n_blocks = codec.n_blocks(x.numel())
+    scales = torch.empty(n_blocks, dtype=codec.of_scales, device="meta")
+    codes = packed(codec, x.to(codec.dtype))
+    return codes, sharding._everywhere(scales, x)
 
 
 def _written_by_owner(
@@ -234,12 +240,13 @@ def _written_by_owner(
     n_blocks = codec.n_blocks(x.numel())
     local = x.to_local()
     codes = local.to(codec.dtype)
-    scales = local.new_empty(0, dtype=torch.float32)
+    scales = local.new_empty(0, dtype=codec.of_scales)
     if local.numel():
         codes, scales = codec.write_whole(local)
     one = x.device_mesh
     n_scales = torch.Size([n_blocks])
-    return _on(one, codes, x.shape), _on(one, scales, n_scales)
+    shape = codec.shape_of_codes(x.shape)
+    return _on(one, codes, shape), _on(one, scales, n_scales)
 
 
 def read(
@@ -254,7 +261,8 @@ def read(
     """
     shape = codes.shape if shape is None else shape
     if is_parted(codes):
-        given = sharding.whole(scales)
+        given = sharding.whole(scales).float()
+        codes = unpacked(codec, codes, shape)
         mine = sharding.part_of(codes)
         x = decoded(mine, Part(codes), codec, given)
         return sharding.join(x, codes)
@@ -263,21 +271,83 @@ def read(
     local = codes.to_local()
     x = local.float()
     if local.numel():
-        x = codec.read_whole(local, scales.to_local(), local.shape)
-    return _on(codes.device_mesh, x, codes.shape)
+        x = codec.read_whole(local, scales.to_local(), shape)
+    return _on(codes.device_mesh, x, shape)
 
 
-def check_takes(codec: Codec, x: Any, kind: str) -> None:
-    """Raise TypeError if this slot, of a sharded parameter or of an owner, has no code like this."""
-    if codec not in (DYNAMIC, BFLOAT16):
+# ---- two codes in a byte -------------------------------------------------------------------------
+
+
+def packed(
+    codec: Codec,
+    codes: Any,
+) -> Any:
+    """Codes of the shape of a sharded slot, as they are kept. Each rank packs its part."""
+    if codec.packed == 1:
+        return codes
+    mine = codes.to_local()
+    mine = mine[..., ::2] if mine.is_meta else four_bit.packed(mine)
+    return _laid_out_as(codes, mine, codec.shape_of_codes(codes.shape))
+
+
+def unpacked(
+    codec: Codec,
+    codes: Any,
+    shape: torch.Size,
+) -> Any:
+    """The inverse of `packed`: a code for each element of a slot of this `shape`."""
+    if codec.packed == 1:
+        return codes
+    mine = codes.to_local()
+    mine = four_bit.unpacked(mine, codec.packed * mine.shape[-1])
+    return _laid_out_as(codes, mine, shape)
+
+
+def _laid_out_as(
+    like: Any,
+    mine: Tensor,
+    shape: torch.Size,
+) -> Any:
+    """The DTensor of this shape of which `mine` is this rank's part, with the layout of `like`."""
+    whole = torch.empty(shape, device="meta")
+    placements = sharding._settled(like)
+    return joined(mine.contiguous(), like.device_mesh, placements, whole)
+
+
+def _parts_of_last_dim(x: Any) -> list[int]:
+    """How many elements of the last dimension of a sharded tensor there are on its ranks."""
+    last = x.dim() - 1
+    sizes = [x.shape[-1]]
+    for n, at in zip(x.device_mesh.shape, sharding._settled(x), strict=True):
+        if at.is_shard(last):
+            sizes = [part for size in sizes for part in _cut(size, n)]
+    return sizes
+
+
+def _cut(
+    size: int,
+    n: int,
+) -> list[int]:
+    """The sizes of the parts that `n` ranks have of so many elements."""
+    most = -(-size // n)
+    return [min(most, max(0, size - k * most)) for k in range(n)]
+
+
+def check_takes(
+    codec: Codec,
+    x: Any,
+    path: Path,
+) -> None:
+    """Raise TypeError if the ranks have parts of this slot that cannot be packed."""
+    if owner_of(x) is not None:
+        return
+    sizes = _parts_of_last_dim(x)
+    if any(size % codec.packed for size in sizes):
         raise TypeError(
-            f"stored: slots of sharded parameters cannot be stored as {codec.name!r}. Write "
-            f"{DYNAMIC.name!r} or {BFLOAT16.name!r}."
-        )
-    if codec.block and kind == "elementwise" and owner_of(x) is not None:
-        raise TypeError(
-            "stored: with owners=True, slots of elementwise rules cannot be stored as "
-            f"{codec.name!r}. Write {BFLOAT16.name!r}, or leave owners out."
+            f"stored: a slot at {path!r} cannot be stored as {codec.name!r}. Its shape is "
+            f"{tuple(x.shape)}, and the ranks have {sorted({*sizes})} elements of its last "
+            f"dimension. Two codes lie in a byte, so these must be even. Write {DYNAMIC.name!r}, or "
+            "leave the parameter out by `where`."
         )
 
 

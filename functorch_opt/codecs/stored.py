@@ -81,8 +81,8 @@ def stored(
     block, so train with it and look at the loss before you rely on it.
 
     The state of the slot ``mu`` becomes ``mu``, with the codes in the shape of the parameter, and
-    ``mu_scale``. The codes of ``"4bit"`` are a vector of half as many bytes. On leaves that are not
-    chosen ``mu`` is what it was, and ``mu_scale`` is empty.
+    ``mu_scale``. Of ``"4bit"`` two codes are in a byte: the last dimension is half as long, or if it
+    is odd, the codes are a vector. On leaves that are not chosen ``mu`` is what it was, and ``mu_scale`` is empty.
 
     Rounding to nearest in bfloat16 loses steps below 1/512 of a number. A second moment with a
     decay of 0.999 moves by less than that, and stays too large. Give ``"bfloat16"`` to the first
@@ -101,7 +101,9 @@ def stored(
 
     Of sharded tensors codes lie with the parameter and scales on every rank. Blocks are those of the
     whole tensor, and codes and scales those of one process. The ranks exchange the bounds of all
-    blocks in one message, before the rule, which is therefore worked out twice.
+    blocks in one message, before the rule, which is therefore worked out twice. The codes in bfloat16
+    have no blocks and send nothing; random bits are drawn by the place in the whole tensor. For
+    ``"4bit"`` each rank's part of the last dimension must be even.
 
     Args:
         inner: any transformation. What is made of rules in it is looked into.
@@ -112,8 +114,8 @@ def stored(
 
     Raises:
         NotImplementedError: (by ``update``) a leaf that is chosen is sharded, in ``torch.compile``.
-        TypeError: (by ``init``) a leaf that is chosen is sharded, and the code is neither ``"8bit"`` nor
-            ``"bfloat16"``; `inner` is not a transformation; something that is not a key.
+        TypeError: (by ``init``) a leaf that is chosen for ``"4bit"`` is sharded, and a rank has an odd
+            part of its last dimension; `inner` is not a transformation; something that is not a key.
         ValueError: a code or a slot that there is not; no slot that starts at zero; (by ``init``) a
             slot for ``"4bit"`` that has not the shape of its parameter.
 

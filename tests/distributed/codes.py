@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 import functorch_opt as fo
 from functorch_opt import tree
 from functorch_opt._core.checkpoint import state_dict
+from functorch_opt.codecs.codec import CODECS
 
 # ---- the functional layer: given gradients -------------------------------------------------------
 
@@ -38,6 +39,9 @@ SHAPES = {
     "empty": (0, 4),
     "plain": (20, 30),
 }
+
+EVEN = {"matrix": (37, 48), "conv": (5, 33, 8), "few": (3, 4)}
+"""Shapes whose last dimension, and each rank's part of it, has whole bytes of two codes."""
 
 CHAINS: dict[str, Callable[[], fo.GradientTransformation]] = {
     "adamw": lambda: fo.chain(fo.clip(1.0), fo.adamw(0.1)),
@@ -70,15 +74,16 @@ def summed() -> fo.GradientTransformation:
     )
 
 
-def transformation(name: str) -> fo.GradientTransformation:
-    codes: Any = {"nu": "8bit"} if name == "one slot of two" else "8bit"
+def transformation(name: str, code: str = "8bit") -> fo.GradientTransformation:
+    codes: Any = {"nu": code} if name == "one slot of two" else code
     return fo.stored(CHAINS[name](), codes, where=everywhere)
 
 
-def drawn(step: int, nan: bool = False) -> dict[str, Tensor]:
+def drawn(step: int, nan: bool = False, even: bool = False) -> dict[str, Tensor]:
     """Gradients with blocks of one sign among them, and blocks of zeros."""
     generator = torch.Generator().manual_seed(step)
-    given = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+    shapes = SHAPES | EVEN if even else SHAPES
+    given = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     given["vector"][:300] = given["vector"][:300].abs()
     given["vector"][300:600] = 0
     given["conv"] = -given["conv"].abs()
@@ -96,11 +101,12 @@ def places() -> dict[str, Any]:
     return found
 
 
-def three_steps(rank: int, name: str, layout: str) -> dict[str, Any]:
+def three_steps(rank: int, name: str, layout: str, code: str = "8bit") -> dict[str, Any]:
     """What differs between three steps of ``update``, or of ``compiled_step``, on shards and on
     whole tensors.
     """
-    tx, where = transformation(name), places()[layout]
+    tx, where = transformation(name, code), places()[layout]
+    low = CODECS[code].dtype
 
     def put(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -108,12 +114,13 @@ def three_steps(rank: int, name: str, layout: str) -> dict[str, Any]:
             for n, x in tensors.items()
         }
 
-    ps = drawn(0)
+    even = code == "4bit"
+    ps = drawn(0, even=even)
     state = tx.init(ps)
     shards, in_place = (put(ps), tx.init(put(ps))), (put(ps), tx.init(put(ps)))
     step = scenarios.traced_step(tx)
     for k in (1, 2, 3):
-        gs = drawn(k)
+        gs = drawn(k, even=even)
         us, state = tx.update(gs, state, ps)
         ps = fo.apply_updates(ps, us)
         us, held = tx.update(put(gs), shards[1], shards[0])
@@ -125,7 +132,7 @@ def three_steps(rank: int, name: str, layout: str) -> dict[str, Any]:
     return {
         "update": off(expected, shards),
         "in place": off(expected, in_place),
-        "coded": sum(x.dtype is torch.uint8 for x in expected.values()),
+        "coded": sum(x.dtype is low for x in expected.values()),
     }
 
 
@@ -197,19 +204,34 @@ def in_a_graph(rank: int) -> str:
     return ""
 
 
-def recoded(rank: int) -> dict[str, float]:
+def recoded(rank: int, code: str) -> dict[str, float]:
     """A float32 state of shards goes into codes and back: beside the same of whole tensors."""
     plain, where = fo.adamw(0.1), places()["rows"]
-    small = fo.stored(plain, where=everywhere)
+    small = fo.stored(plain, code, where=everywhere)
+    even = code == "4bit"
     found = []
     for put in (lambda x: x, lambda x: scenarios.place(x, *where)):
-        ps, gs = [{n: put(x) for n, x in drawn(k).items()} for k in (0, 1)]
+        ps, gs = [put_all(put, drawn(k, even=even)) for k in (0, 1)]
         _, state = plain.update(gs, plain.init(ps), ps)
         fresh = small.init(ps)
         coded = fo.load_state_dict(fresh, fo.recoded(fo.state_dict(state), fresh))
         back = fo.recoded(fo.state_dict(coded), state)
         found.append((state_dict(coded), back))
     return {**off(found[0][0], found[1][0]), **off(found[0][1], found[1][1])}
+
+
+def put_all(put: Callable[[Tensor], Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {n: put(x) for n, x in tensors.items()}
+
+
+def half_a_byte(rank: int) -> str:
+    """The error of a matrix whose rows have no whole number of bytes on a rank."""
+    tx, where = transformation("adamw", "4bit"), places()["columns"]
+    try:
+        tx.init({"layer/w": scenarios.place(torch.ones(8, 46), *where)})
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 # ---- the stateful optimizers ---------------------------------------------------------------------
@@ -227,9 +249,10 @@ class Net(nn.Module):
         return self.out(torch.tanh(self.down(torch.tanh(self.up(x)))))
 
 
-def make_net(seed: int = 0) -> Net:
+def make_net(seed: int = 0, code: str = "8bit") -> Net:
+    """Two codes in a byte take an even width."""
     torch.manual_seed(seed)
-    return Net()
+    return Net(702 if code == "4bit" else 701)
 
 
 def sharded(net: Net) -> Net:
@@ -238,14 +261,15 @@ def sharded(net: Net) -> Net:
     return fully_shard(net, mesh=scenarios.mesh())
 
 
-def optimizers(net: nn.Module, name: str, **options: Any) -> list[torch.optim.Optimizer]:
+def optimizers(
+    net: nn.Module, name: str, state: str = "8bit", **options: Any
+) -> list[torch.optim.Optimizer]:
     if name == "AdamW":
-        options = {"state": "8bit", **options}
-        return [fo.optim.AdamW(net.parameters(), lr=0.01, **options)]
+        return [fo.optim.AdamW(net.parameters(), lr=0.01, state=state, **options)]
     matrices = [p for p in net.parameters() if p.numel() > 4096]
     rest = [p for p in net.parameters() if p.numel() <= 4096]
     return [
-        fo.optim.Muon(matrices, lr=0.01, state="8bit", **options),
+        fo.optim.Muon(matrices, lr=0.01, state=state, **options),
         fo.optim.AdamW(rest, lr=0.01, **options),
     ]
 
@@ -270,18 +294,18 @@ def everything(net: nn.Module, opts: list[torch.optim.Optimizer]) -> dict[str, T
     return found
 
 
-def under_fsdp(rank: int, name: str, compile: bool) -> dict[str, Any]:
-    alone, net = make_net(), sharded(make_net())
-    theirs = optimizers(alone, name)
+def under_fsdp(rank: int, name: str, compile: bool, code: str = "8bit") -> dict[str, Any]:
+    alone, net = make_net(code=code), sharded(make_net(code=code))
+    theirs = optimizers(alone, name, code)
     train(alone, theirs, range(5))
-    opts = optimizers(net, name, compile=compile)
+    opts = optimizers(net, name, code, compile=compile)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(net, opts, range(5))
     expected = everything(alone, theirs)
     return {
         "differ": off(expected, everything(net, opts)),
-        "coded": sum(x.dtype is torch.uint8 for x in expected.values()),
+        "coded": sum(x.dtype is CODECS[code].dtype for x in expected.values()),
         "warned": [str(w.message) for w in caught if "in a code" in str(w.message)],
     }
 
@@ -311,21 +335,21 @@ def tensor_parallel(rank: int) -> dict[str, float]:
     }
 
 
-def save(rank: int, name: str, folder: str) -> None:
-    net = sharded(make_net())
-    opts = optimizers(net, name)
+def save(rank: int, name: str, folder: str, code: str) -> None:
+    net = sharded(make_net(code=code))
+    opts = optimizers(net, name, code)
     train(net, opts, range(3))
     dcp.save(scenarios.checkpoint(net, opts), checkpoint_id=folder)
 
 
-def load(rank: int, name: str, folder: str) -> dict[str, float]:
+def load(rank: int, name: str, folder: str, code: str) -> dict[str, float]:
     """Go on with the ranks that there are now: what differs from a run of one process."""
-    alone = make_net()
-    theirs = optimizers(alone, name)
+    alone = make_net(code=code)
+    theirs = optimizers(alone, name, code)
     train(alone, theirs, range(6))
     one = torch.distributed.get_world_size() == 1
-    net = make_net(seed=1) if one else sharded(make_net(seed=1))
-    opts = optimizers(net, name)
+    net = make_net(1, code) if one else sharded(make_net(1, code))
+    opts = optimizers(net, name, code)
     state = scenarios.checkpoint(net, opts)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(

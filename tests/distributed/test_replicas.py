@@ -13,6 +13,7 @@ from registry import ROWS
 from scenarios import values
 
 import functorch_opt as fo
+from functorch_opt.codecs.codec import CODECS
 
 BYTES = 8 * sum(p.numel() for p in scenarios.make_net().parameters())
 """Bytes of the parameters of the small network."""
@@ -20,7 +21,6 @@ REFUSED = {
     "lbfgs",
     "scale_by_lbfgs",
     *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
-    "stored",
     *("differentially_private_aggregate", "dp_adam", "dp_sgd"),
 }
 """What needs all parameters on one rank, or cut, or gradients of examples in front of it."""
@@ -145,13 +145,26 @@ def test_an_error_of_a_step_that_is_worked_out_first(ranks) -> None:
     assert all(unchanged)
 
 
+@pytest.mark.parametrize("code", CODECS)
+def test_owners_keep_the_codes_of_one_process(ranks, code: str) -> None:
+    """To the bit; and so do the steps of the stateful optimizers."""
+    assert ranks(2).run(replicas.coded, code) == [{}, {}]
+    assert ranks(2).run(replicas.coded_step, code, False) == [{}, {}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["8bit", "4bit"])
+def test_owners_keep_codes_in_a_compiled_step(ranks, code: str) -> None:
+    for seen in ranks(2).run(replicas.coded_step, code, True):
+        assert max(seen.values(), default=0) == 0
+
+
 def test_what_it_cannot_do_is_an_error(ranks) -> None:
-    derivative, no_params, function, memory, codes = ranks(2).run(replicas.refused)[0]
+    derivative, no_params, function, memory = ranks(2).run(replicas.refused)[0]
     assert "TypeError: scale_by_lbfgs takes no parameters with owners" in memory
     assert "NotImplementedError: with_owners: no derivative" in derivative
     assert "ValueError: with_owners needs the parameters" in no_params
     assert "TypeError: with_owners: value_fn is a function" in function
-    assert "TypeError: stored: with owners=True" in codes
 
 
 def test_in_one_process_nothing_is_divided() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codes
 import pytest
 
+from functorch_opt.codecs.codec import CODECS
+
 pytestmark = pytest.mark.slow
 
 RUNS = [
@@ -18,11 +20,26 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "name", "layout"), RUNS)
+OTHERS = [
+    (2, "adamw", "rows"),
+    (2, "sums", "rows"),
+    (4, "adamw", "rows, cut twice"),
+    (4, "lion", "rows, columns"),
+    (4, "whole tensors", "rows, columns"),
+]
+"""What other codes than 8 bits go through."""
+ALL = [
+    *[(*run, "8bit") for run in RUNS],
+    *[(*run, code) for code in CODECS if code != "8bit" for run in OTHERS],
+    (2, "adamw", "columns", "4bit"),
+]
+
+
+@pytest.mark.parametrize(("world", "name", "layout", "code"), ALL)
 def test_shards_have_the_codes_of_whole_tensors(
-    ranks, world: int, name: str, layout: str
+    ranks, world: int, name: str, layout: str, code: str
 ) -> None:
-    for seen in ranks(world).run(codes.three_steps, name, layout):
+    for seen in ranks(world).run(codes.three_steps, name, layout, code):
         assert seen["coded"] >= 3
         assert seen["update"] == {}
         # In place an ordinary float32 tensor may go through other operations, and round otherwise.
@@ -58,20 +75,30 @@ def test_in_a_graph_it_is_an_error(ranks) -> None:
         assert "slots in a code of sharded parameters cannot be in a graph" in error
 
 
-def test_checkpoints_of_float32_are_converted(ranks) -> None:
-    assert ranks(2).run(codes.recoded) == [{}, {}]
+@pytest.mark.parametrize("code", CODECS)
+def test_checkpoints_of_float32_are_converted(ranks, code: str) -> None:
+    assert ranks(2).run(codes.recoded, code) == [{}, {}]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_under_fsdp_a_step_is_that_of_one_process(ranks, world: int) -> None:
-    for seen in ranks(world).run(codes.under_fsdp, "AdamW", False):
+def test_half_a_byte_is_an_error(ranks) -> None:
+    for error in ranks(2).run(codes.half_a_byte):
+        assert "a slot at 'layer/w' cannot be stored as '4bit'" in error
+        assert "(8, 46), and the ranks have [23] elements of its last dim" in error
+
+
+@pytest.mark.parametrize(
+    ("world", "code"), [(2, "8bit"), *[(4, code) for code in CODECS]]
+)
+def test_under_fsdp_a_step_is_that_of_one_process(ranks, world: int, code: str) -> None:
+    for seen in ranks(world).run(codes.under_fsdp, "AdamW", False, code):
         assert seen["coded"] == 4
         assert seen["differ"] == {}
         assert seen["warned"] == []
 
 
-def test_under_fsdp_owners_keep_codes(ranks) -> None:
-    for seen in ranks(2).run(codes.under_fsdp, "Muon", False):
+@pytest.mark.parametrize("code", CODECS)
+def test_under_fsdp_owners_keep_codes(ranks, code: str) -> None:
+    for seen in ranks(2).run(codes.under_fsdp, "Muon", False, code):
         assert seen["coded"] == 2
         assert seen["differ"] == {}
 
@@ -89,8 +116,17 @@ def test_under_tensor_parallelism(ranks) -> None:
         assert seen["parameters"] < 1e-9
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Muon"])
-def test_saved_on_four_ranks_loaded_on_two_and_on_one(ranks, tmp_path, name: str) -> None:
-    ranks(4).run(codes.save, name, str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *[("AdamW", code) for code in CODECS],
+        ("Muon", "8bit"),
+        ("Muon", "4bit"),
+    ],
+)
+def test_saved_on_four_ranks_loaded_on_two_and_on_one(
+    ranks, tmp_path, name: str, code: str
+) -> None:
+    ranks(4).run(codes.save, name, str(tmp_path), code)
     for world in (2, 1):
-        assert ranks(world).run(codes.load, name, str(tmp_path)) == [{}] * world
+        assert ranks(world).run(codes.load, name, str(tmp_path), code) == [{}] * world
