@@ -13,6 +13,7 @@ from functorch_opt.optim.adam import *
 from functorch_opt.optim.adapter import *
 from functorch_opt.optim.asgd import *
 from functorch_opt.optim.callbacks import *
+from functorch_opt.optim.exported import *
 from functorch_opt.optim.in_backward import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
