@@ -112,7 +112,7 @@ class Stored(OneTensor):
         """As for any rule. Of sharded tensors the rule is told which part it sees."""
         if not self._sees_a_part(g):
             return super().apply(g, p, slots, now, dtype, exact)
-        now = now | {PART: part_here(g)}
+        now = now | {PART: sharded.part_here(g)}
         u, new = super().apply(g, p, self._unpacked(slots, g), now, dtype, exact)
         return u, self._packed(new, slots)
 
@@ -154,7 +154,7 @@ class Stored(OneTensor):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """For each slot of a sharded tensor that is in a code, the bounds of what it becomes here."""
-        part = part_here(g)
+        part = sharded.part_here(g)
         found: dict[str, Tensor] = {}
 
         def look(
@@ -200,17 +200,6 @@ class Stored(OneTensor):
         rows = zip(slots[both[0]], slots[both[1]], gs, strict=True)
         leaves = [dict(zip(both, row, strict=True)) for row in rows]
         return [self._decoded_slot(name, leaf) for leaf in leaves]
-
-
-def part_here(g: Any) -> sharded.Part:
-    """Where this rank's part of `g` is in the whole."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "slots in a code of sharded parameters cannot be in a graph: their ranks exchange the "
-            "bounds of blocks. Leave this update out of torch.compile, or use fo.optim or "
-            "compiled_step."
-        )
-    return sharded.Part(g)
 
 
 def _real(x: Tensor) -> Tensor:

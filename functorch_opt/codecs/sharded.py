@@ -66,6 +66,17 @@ class Part:
         return index.view(-1)[begin:end]
 
 
+def part_here(g: Any) -> Part:
+    """Where this rank's part of `g` is in the whole."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "slots in a code of sharded parameters cannot be in a graph: their ranks exchange the "
+            "bounds of blocks. Leave this update out of torch.compile, or use fo.optim or "
+            "compiled_step."
+        )
+    return Part(g)
+
+
 class _Piece(NamedTuple):
     """Some elements of a part: where they begin and end, their blocks, and their places there."""
 
