@@ -207,6 +207,15 @@ def test_two_codes_lie_in_a_byte_as_in_torchao() -> None:
     assert scales.tolist() == [1.0]
 
 
+def test_packed_codes_have_half_of_the_last_dimension_if_that_is_even() -> None:
+    for shape, expected in {(3, 4, 6): (3, 4, 3), (6,): (3,), (3, 5): (8,)}.items():
+        x = torch.randn(shape)
+        codes, scales = FOUR_BITS.write_whole(x)
+        assert codes.shape == expected == FOUR_BITS.shape_of_codes(x.shape)
+        found = FOUR_BITS.read_whole(codes, scales, x.shape)
+        assert found.shape == shape and (found - x).abs().max() < 0.2 * x.abs().max()
+
+
 @pytest.mark.parametrize("codec", [FOUR_BITS, FLOAT8], ids=lambda codec: codec.name)
 def test_no_positive_number_of_a_second_moment_becomes_zero(codec: Codec) -> None:
     x = torch.rand(256, generator=torch.Generator().manual_seed(0)) ** 9 + 1e-30
