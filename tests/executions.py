@@ -13,7 +13,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -24,9 +24,12 @@ from torch import Tensor, nn
 
 import functorch_opt as fo
 from functorch_opt import tree
+from functorch_opt._core import gate
 from functorch_opt._execution import pieces, together
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.models import ModelsStep, stages_of
+from functorch_opt._execution.segments import IN_PIECES
+from functorch_opt._execution.walk import Walk
 from functorch_opt._execution.writes import memory_of
 
 Seen = list[dict[str, Tensor]]
@@ -143,17 +146,28 @@ def untouched(
 def compiled(donate: bool, backend: str, as_on_a_device: bool = False) -> Execution:
     """By `compiled_step`.
 
-    `as_on_a_device`, what stages work out once a step is compiled too, of all stages together.
+    `as_on_a_device`, what stages work out once a step is compiled too, of all stages together, and
+    the host knows no decision.
     """
 
     def execute(program: Program, plan: Plan) -> Seen:
         tx = plan.tx()
         step: Any = CompiledStep(tx, donate, backend)
-        devices = {"cpu"} if as_on_a_device else together.DEVICES
-        with mock.patch.object(together, "DEVICES", devices):
+        with undecided() if as_on_a_device else nullcontext():
             return run(plan, step if donate else untouched(step), tx)
 
     return execute
+
+
+@contextmanager
+def undecided() -> Iterator[None]:
+    """Numbers of the CPU count as those of a device."""
+    with (
+        mock.patch.object(together, "DEVICES", {"cpu"}),
+        mock.patch.object(Walk, "on_host", False),
+        mock.patch.object(gate, "known", return_value=None),
+    ):
+        yield
 
 
 def update_resumed(program: Program, plan: Plan) -> Seen:
@@ -424,6 +438,8 @@ EAGER: dict[str, Execution] = {
     "update, pure": update_is_pure,
     "compiled_step, donate, traced": compiled(True, "eager"),
     "compiled_step, donate=False, traced": compiled(False, "eager", as_on_a_device=True),
+    "compiled_step, donate, as on a device": compiled(True, "eager", as_on_a_device=True),
+    "in place, as on a device": compiled(True, IN_PIECES, as_on_a_device=True),
     "Optimizer": stateful(False),
     "Optimizer, gradients written over": stateful(False, written_over=True),
     "Optimizer, in pieces": stateful_in_pieces,

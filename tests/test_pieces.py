@@ -177,6 +177,17 @@ def test_sums_and_tensorwise_rules_see_whole_tensors() -> None:
     assert "Pieces" not in after(fo.scale_by_trust_ratio())
 
 
+def test_rules_with_sums_are_not_tried_in_pieces() -> None:
+    """A trial has positive numbers only, and of a sum that makes no number of a tensor it may see
+    nothing."""
+
+    def rule(g, p, n):
+        return torch.maximum(g, p / n)
+
+    tx = fo.leafwise(rule, sums={"n": lambda g: g.numel()})
+    assert after(tx) == {"Whole"}
+
+
 def test_numbers_of_each_leaf_are_those_of_its_elements() -> None:
     """What the groups of a stateful optimizer differ in is one number for each parameter."""
     given = draw(0)

@@ -26,7 +26,7 @@ from functorch_opt.tree import zeros_like
 
 Columns = list[list[Any]]
 """The updates, parameters, slots and rows of some leaves: a list of leaves for each."""
-Kind = Literal["rule", "enter", "leave", "zero", "open", "close"]
+Kind = Literal["rule", "enter", "leave", "zero", "open", "close", "shut"]
 Stage = Leafwise | Wrap | Gate
 ACTIVE = "_active"
 
@@ -38,8 +38,10 @@ class Entry:
     enter   From here on, stages see the update and parameter that a wrapper shows them.
     leave   The wrapper makes of their update its own.
     zero    The update becomes zero.
-    open    From here on, stages are behind a gate whose decision only the device knows.
-    close   The gate's decision chooses between their update and what it has instead.
+    open    From here on, stages are behind a gate whose decision only the device knows, and which
+            passes updates on if it is not open.
+    close   The decision chooses between their update and the one that came in.
+    shut    The same of a gate whose updates are zero if it is not open.
     """
 
     def __init__(self, kind: Kind, stage: Stage | None = None) -> None:
@@ -88,8 +90,7 @@ class Entry:
     def meaning(self) -> Any:
         """What it computes, as a key."""
         if not self.functions:
-            otherwise = self.stage.otherwise if isinstance(self.stage, Gate) else None
-            return self.kind, otherwise
+            return self.kind, None
         of_functions = tuple([meaning.now() for meaning in self.meanings])
         of_stage = self.slots, self.reads, self.rule_kind, self.stored
         return self.kind, of_functions, *of_stage
@@ -332,8 +333,9 @@ class _Leaf:
                 self.stack.append((self.u, now[ACTIVE]))
             elif isinstance(stage, Gate):
                 before, active = self.stack.pop()
-                instead = before if stage.otherwise == "pass" else zeros_like(before)
-                self.u = chosen(active, self.u, instead)  # type: ignore[assignment]
+                self.u = chosen(active, self.u, before)  # type: ignore[assignment]
+            elif entry.kind == "shut":
+                self.u = chosen(now[ACTIVE], self.u, zeros_like(self.u))  # type: ignore[assignment]
             else:
                 self.u = zero = zeros_like(self.u)
         if b.place is not None:

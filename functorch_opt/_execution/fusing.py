@@ -35,6 +35,15 @@ def can_be_fused(tx: Wrap, sharded: bool) -> bool:
     return fits_inside(tx.inner, tx.changes_g, tx.changes_p, sharded)
 
 
+def gate_fits(tx: Gate, sharded: bool) -> bool:
+    """Whether the stages behind a gate can be taken apart where only the device knows its decision.
+
+    Where the update is zero otherwise, it is made zero in the end, whatever has come between. But
+    the update that came in has to be there in the end, for one that is passed on.
+    """
+    return tx.otherwise == "zero" or fits_inside(tx.inner, True, False, sharded)
+
+
 def fits_inside(tx: GradientTransformation, g: bool, p: bool, sharded: bool) -> bool:
     if isinstance(tx, Gate) and not set(tx.once.reads) & {"updates", "params"}:
         return fits_inside(tx.inner, g, p, sharded)

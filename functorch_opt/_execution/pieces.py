@@ -128,7 +128,8 @@ class Rules(NamedTuple):
 def in_pieces(body: Body, leaf: list[Tensor], narrow: bool) -> Whole:
     """How tensors like those of `leaf` go through the rules."""
     slots = leaf[2 : 2 + body.n_slots]
-    if not all(x.dim() for x in [leaf[1], *slots]):
+    has_sums = any(entry.looks_beside for entry in body.entries)
+    if has_sums or not all(x.dim() for x in [leaf[1], *slots]):
         return Whole()
     try:
         return _pieces(body, leaf, narrow) or Whole()

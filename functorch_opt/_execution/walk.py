@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.gate import Gate
@@ -27,17 +26,17 @@ from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.state import StageState
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._core.wrap import Wrap
+from functorch_opt._execution.apart import run_apart
 from functorch_opt._execution.body import ACTIVE, Columns, Entry, entry_of
 from functorch_opt._execution.fusing import (
     can_be_fused,
-    fits_inside,
+    gate_fits,
     looks_first,
     made_once,
 )
 from functorch_opt._execution.together import Together, Updates
 from functorch_opt._execution.views import View, check_shapes
 from functorch_opt._execution.waiting import Door, NewState, Waiting, after_gate, both
-from functorch_opt._execution.writes import apart_from, memory_of, run_eagerly
 from functorch_opt.tree import PyTree
 
 _IS_THERE, _IS_CPU = partial(is_not, None), attrgetter("is_cpu")
@@ -112,9 +111,7 @@ class Walk:
             values, counter = tx.next(state, self.extra)
             inner = self.look(made_once(tx, values), state["inner"], view)
             return lambda: {"hyperparams": values, "inner": inner(), **counter}
-        if isinstance(tx, Gate) and (
-            self.on_host or fits_inside(tx.inner, True, False, self.sharded)
-        ):
+        if isinstance(tx, Gate) and (self.on_host or gate_fits(tx, self.sharded)):
             return self._gate(tx, state, view)
         if isinstance(tx, Wrap):
             return self._wrap(tx, state, view)
@@ -227,6 +224,13 @@ class Walk:
         """Whether no gate on the way waits for its decision."""
         return all(door.active is not None for door in self.doors)
 
+    def _is_undecided(self) -> bool:
+        """Whether the host will not know either if what is behind the gates works."""
+        flags = [door.active for door in self.doors]
+        return any(
+            isinstance(x, Tensor) or (x is None and not self.on_host) for x in flags
+        )
+
     def _wait(self, entry: Entry, view: View, slots: Any = None, now: Any = None) -> None:
         flags = [door.active for door in self.doors_now if door.active is not True]
         now = {} if now is None else now
@@ -267,15 +271,15 @@ class Walk:
             if reads:
                 self._do(lambda: self.flush(self), writes=True)
             self._do(decide)
-        known = isinstance(door.active, bool)
-        if not known:
+        known, passes = isinstance(door.active, bool), tx.otherwise == "pass"
+        if passes and not known:
             self._do(
                 lambda: self._open(tx, door, view), writes=self._mixes("elementwise")
             )
         self.doors.append(door)
         inner: NewState | None = None
         if door.active is not False:
-            self.settled = self.settled and known
+            self.settled = self.settled and (known or not passes)
             inner = self.look(tx.inner, state["inner"], view)
         elif tx.otherwise == "zero":
             self.settled = False
@@ -291,15 +295,22 @@ class Walk:
             )
 
     def _close(self, tx: Gate, door: Door, view: View) -> None:
-        if not isinstance(door.active, bool):
-            self.waiting.append(Waiting(entry_of("close", tx), view))
-        elif not door.active and tx.otherwise == "zero":
+        if door.active is True:
+            return
+        if tx.otherwise == "pass":
+            if door.active is not False:
+                self.waiting.append(Waiting(entry_of("close", tx), view))
+        elif door.active is False:
             self.waiting.append(Waiting(Entry("zero"), view))
+        else:
+            now = {ACTIVE: door.active}
+            self.waiting.append(Waiting(Entry("shut"), view, {}, now))
 
     def _wrap(self, tx: Wrap, state: PyTree, view: View) -> NewState:
         tx.check_state(state)
         if not can_be_fused(tx, self.sharded):
-            return self._wrap_apart(tx, state, view)
+            apart = self._other if self._is_undecided() else self._wrap_apart
+            return apart(tx, state, view)
         kept = state["kept"]
         columns = self._columns(tx, kept.slots, view)
         now, shared = self.wrap_scalars(tx, state, view)
@@ -357,32 +368,3 @@ class Walk:
                 self.doors_now = doors
                 action()
         self.todo = []
-
-
-def run_apart(outer: Walk, tx: Wrap, state: PyTree, view: View) -> PyTree:
-    """A wrapper whose inner transformation sees trees of its own, in a walk of its own."""
-    kept = state["kept"]
-    now, shared = outer.wrap_scalars(tx, state, view)
-    leaves = tx.leaves(view.tree(outer.us), view.tree(outer.ps), kept.slots, now)
-    seen, seen_params = leaves.before()
-    us, ps = [*outer.us], [*outer.ps]
-    view.write(us, tree.flatten(seen)[0])
-    view.write(ps, tree.flatten(seen_params)[0])
-    backend = outer.together.backend
-    walk = Walk(
-        outer.root, ps, us, outer.extra, outer.flush, outer.aside, outer.known, backend
-    )
-    walk.writes_params = False
-    walk.columns = [outer.ps, *outer.columns, *leaves.columns.values()]
-    inner = walk.look(tx.inner, state["inner"], view)
-    walk.go()
-    walk.flush(walk)
-    updates, slots = leaves.after(view.leaves(walk.us))
-    old = [x for column in leaves.columns.values() for x in column]
-    new = [x for name in leaves.columns for x in tree.flatten(slots[name])[0]]
-    written = {memory_of(x) for x in old} - {0}
-    moved = [apart_from(written, u) for u in tree.flatten(updates)[0]]
-    view.write(outer.us, moved)
-    writes = [(i, x) for i, x in enumerate(new) if x is not None]
-    run_eagerly(lambda _: writes, old)
-    return {"inner": inner(), "kept": StageState(shared, kept.slots)}

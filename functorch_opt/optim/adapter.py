@@ -27,13 +27,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functorch_opt._core.points import has_point
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt.optim.closure import called, loss_of
 from functorch_opt.optim.codes import check_code, in_code, with_scales
-from functorch_opt.optim.evaluation import held, points_of
+from functorch_opt.optim.evaluation import held, points_in
 from functorch_opt.optim.loading import load
 from functorch_opt.optim.look import look
+from functorch_opt.optim.loss_scale import leaves_it_to_the_step, step_scaled
 from functorch_opt.optim.numbers import decays, is_zero
 from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
@@ -126,6 +126,8 @@ class Optimizer(torch.optim.Optimizer):
     _sees_names: ClassVar = True
     """Whether a mask or a label may look at the names of parameters."""
     _evaluating = False
+    found_inf: Tensor | int | None = None
+    """What a `torch.amp.GradScaler` sets for the time of a step."""
 
     def __init__(
         self,
@@ -284,7 +286,11 @@ class Optimizer(torch.optim.Optimizer):
         self._called["step"] = True
         loss = loss_of(closure)
         with torch.no_grad():
-            self._advance(called(loss, closure, self._groups))
+            given = called(loss, closure, self._groups)
+            if self.found_inf is None:
+                self._advance(given)
+            else:
+                step_scaled(self, given)
         return loss
 
     # To see that steps come before theirs, torch's schedulers put a wrapper around step, which
@@ -401,18 +407,7 @@ class Optimizer(torch.optim.Optimizer):
             >>> w.item()
             6.0
         """
-        values: dict[Tensor, Tensor] = {}
-        averaging = False
-        with torch.no_grad():
-            for fixed, groups in self._trained_buckets():
-                plan = self._plan(fixed, groups)
-                averaging |= has_point(plan.tx)
-                values |= points_of(plan, groups, self.state)
-        if not averaging:
-            raise ValueError(
-                "nothing in this optimizer averages the parameters: "
-                "put params_ema(decay) last in the chain."
-            )
+        values = points_in(self)
         outside = self._evaluating
         with held(values):
             self._evaluating = True
@@ -493,7 +488,12 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- a step ----------------------------------------------------------------------------------
 
-    def _advance(self, loss: Any = None) -> None:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks: whether the step looks at ``found_inf`` by itself."""
+        return leaves_it_to_the_step(self._groups)
+
+    def _advance(self, loss: Any = None, active: Tensor | None = None) -> None:
         """Compute everything, then write everything: an error on the way leaves parameters and
         state as they were."""
         traced = torch.compiler.is_compiling()
@@ -507,7 +507,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         writes = [
             self._plan(fixed, groups).compute(
-                groups, self.state, self._maker(fixed), loss
+                groups, self.state, self._maker(fixed), loss, active
             )
             for fixed, groups in self._buckets()
             if any(p.grad is not None for group in groups for p in group["params"])

@@ -51,18 +51,6 @@ class Contents:
         return [x for entry in entries for x in entry.values()]
 
 
-def lacks(plan: Plan, entries: Entries, moved: set[int]) -> bool:
-    """Whether a value has to be made: of a parameter that moves, or one that all share."""
-    for key in plan.counts.keys:
-        if not all(key in entries[i] for i in moved):
-            return True
-    there = [key in entries[i] for i, key in plan.where]
-    if all(there):
-        return False
-    absent = [plan.flat[k] for k, x in zip(plan.kept, there, strict=True) if not x]
-    return any(x.kind == "joint" or x.whole or x.i in moved for x in absent)
-
-
 def leaves_of(
     plan: Plan, entries: Entries, moved: list[int], contents: Contents | None = None
 ) -> list[Any]:

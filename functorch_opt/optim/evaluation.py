@@ -16,7 +16,29 @@ from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.step import NOTHING, State
 
 if TYPE_CHECKING:
+    from functorch_opt.optim.adapter import Optimizer
     from functorch_opt.optim.plan import Plan
+
+
+def points_in(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """``{parameter: what to evaluate with}``, for those of an optimizer that have made a step.
+
+    Raises:
+        ValueError: nothing in the optimizer averages parameters.
+    """
+    values: dict[Tensor, Tensor] = {}
+    averaging = False
+    with torch.no_grad():
+        for fixed, groups in optimizer._trained_buckets():
+            plan = optimizer._plan(fixed, groups)
+            averaging |= has_point(plan.tx)
+            values |= points_of(plan, groups, optimizer.state)
+    if not averaging:
+        raise ValueError(
+            "nothing in this optimizer averages the parameters: "
+            "put params_ema(decay) last in the chain."
+        )
+    return values
 
 
 def points_of(plan: Plan, groups: Groups, state: State) -> dict[Tensor, Tensor]:

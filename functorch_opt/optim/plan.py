@@ -6,29 +6,28 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from functorch_opt import random, tree
-from functorch_opt._core.checkpoint import state_dict
+from functorch_opt import tree
 from functorch_opt._core.on_owner import has_failed
 from functorch_opt._core.sharding import any_sharded
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.flat import rules_at
 from functorch_opt._execution.fusing import always_counts
-from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt._execution.segments import IN_PIECES
-from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.alike import check_groups
+from functorch_opt.optim.beginning import complete, lacks
 from functorch_opt.optim.closure import extra_of, rehearsed
-from functorch_opt.optim.contents import Contents, lacks, leaves_of
+from functorch_opt.optim.contents import Contents, leaves_of
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
+from functorch_opt.optim.loss_scale import behind, if_finite
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import (
     can_be_trained,
@@ -39,7 +38,7 @@ from functorch_opt.optim.params import (
     refuse_gradient,
     small,
 )
-from functorch_opt.optim.places import Place, Places, differences
+from functorch_opt.optim.places import Places, differences
 from functorch_opt.optim.replicas import replicas_of, step_and_send
 from functorch_opt.optim.step import NOTHING, State, Step
 from functorch_opt.tree import PyTree
@@ -156,7 +155,7 @@ class Plan:
         params = [p for group in groups for p in group["params"]]
         trained = [i for i, p in enumerate(params) if p.requires_grad]
         entries = [dict(state.get(p, ())) for p in params]
-        self._complete(entries, params, trained)
+        complete(self, entries, params, trained)
         for p, entry in zip(params, entries, strict=True):
             if entry:
                 state[p].update(entry)
@@ -186,11 +185,17 @@ class Plan:
     # ---- a step ----------------------------------------------------------------------------------
 
     def compute(
-        self, groups: Groups, state: State, make: Make, loss: Any = None
+        self,
+        groups: Groups,
+        state: State,
+        make: Make,
+        loss: Any = None,
+        active: Tensor | None = None,
     ) -> Callable[[], None]:
         """Work out the step; nothing changes before the function that this returns is called.
 
-        `loss` is what a closure returned.
+        `loss` is what a closure returned. Where `active` is given and false, nothing is to change
+        then either.
         """
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             # Traced. Into new tensors: Dynamo may drop a write to a 0-dim float64 buffer
@@ -210,7 +215,7 @@ class Plan:
         entries, began = self.entries(state, params, moved)
         flat = leaves_of(self, entries, moved, None if began else self.contents)
         tensors, gradients = self.given(params), self.given(gradients)
-        step = Step(self, params, moved, entries, flat, tensors)
+        step = Step(self, params, moved, entries, flat, tensors, active)
         extra = self._extra(loss, gradients)
         if tx is self.tx and self._goes_in_place(params, loss):
             in_place = self._in_place(step, gradients, extra, state if began else None)
@@ -280,7 +285,9 @@ class Plan:
 
         def act() -> None:
             params, run = step.tensors, self.in_place
-            if self.checked and self.rules is not None:
+            if step.active is not None:
+                changed = step.changed(self._if_active(step, gradients, extra))
+            elif self.checked and self.rules is not None:
                 ps, us = self._leaves(params), self._leaves(gradients)
                 new = run.run_flat(self.rules, self.view, ps, us, step.flat, extra)
                 changed = step.checked(new)
@@ -293,6 +300,18 @@ class Plan:
             step.write_state(step.kept_apart([], changed, [])[1], True)
 
         return act
+
+    @cached_property
+    def _gated(self) -> CompiledStep:
+        return CompiledStep(if_finite(self.tx), True, self.in_place.backend)
+
+    def _if_active(
+        self, step: Step, gradients: list[Any], extra: dict[str, Any]
+    ) -> PyTree:
+        """The new state of a step behind a gate."""
+        trees = self.tree(step.tensors), self.tree(gradients)
+        given = {**extra, "is_finite": step.active}
+        return self._gated.run(*trees, behind(step.old), given, self.checked)["inner"]
 
     def entries(
         self, state: State, params: list[Tensor], moved: list[int]
@@ -308,47 +327,9 @@ class Plan:
                 self.contents = Contents(entries, moved, self.where, self.counts.keys)
             return entries, False
         entries = [dict(entry) for entry in entries]
-        self._complete(entries, params, moved)
+        complete(self, entries, params, moved)
         return entries, True
 
     def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""
         return extra_of(self, loss, self.tree(grads)) if self.tx.extra_args else {}
-
-    def _complete(
-        self, entries: list[dict[str, Any]], params: list[Tensor], moved: list[int]
-    ) -> None:
-        """Give first values to parameters that move and have none, and to what all share."""
-        has_grad = set(moved)
-
-        def is_needed(place: Any) -> bool:
-            if place.kind == "slot" and not place.whole and place.i not in has_grad:
-                return False
-            return place.kind in ("slot", "joint") and place.key not in entries[place.i]
-
-        absent = [place for place in self.flat if place and is_needed(place)]
-        slots = {(at.i, at.key) for at in self.flat if at and at.kind == "slot"}
-        for i in moved:
-            started = any((i, key) in slots for key in entries[i])
-            for key in self.counts.keys:
-                if key not in entries[i]:
-                    entries[i][key] = self.counts.first(key, started and key == "step")
-        if absent:
-            everything = any(place.kind == "joint" or place.whole for place in absent)
-            wanted = {place.i for place in absent}
-            given = [
-                p.detach() if everything or i in wanted else None
-                for i, p in enumerate(params)
-            ]
-            first = state_dict(self.tx.init(self.tree(self.given(given))))
-            mine = {place.path: first[place.path] for place in absent}
-            mine = with_memory_of_its_own(mine, params)
-            for place in absent:
-                entries[place.i][place.key] = self._own_draws(place, mine[place.path])
-
-    def _own_draws(self, place: Place, first: Tensor) -> Tensor:
-        """The first value of a tensor of the state; a noise key is this bucket's own."""
-        name = place.path.rpartition("/")[2]
-        is_key = place.kind == "joint" and name in ("key", KEY)
-        is_key = is_key and first.dtype is torch.int64 and first.shape == (2,)
-        return random.fold_in(first, self.place) if is_key and self.place else first

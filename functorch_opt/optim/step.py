@@ -11,6 +11,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import sharding
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt.optim.loss_scale import updated
 from functorch_opt.optim.places import apart, assemble, check_leaf, differences
 from functorch_opt.tree import PyTree
 
@@ -35,8 +36,11 @@ class Step:
         entries: list[dict[str, Any]],
         flat: list[Any],
         tensors: list[Any],
+        active: Tensor | None = None,
     ) -> None:
         self.plan, self.params, self.moved = plan, params, moved
+        self.active = active
+        """Whether the step is made, where only the device knows it; None: it is."""
         self.tensors = tensors
         """The parameters, or what this rank owns of them."""
         self.entries, self.flat = entries, flat
@@ -70,7 +74,7 @@ class Step:
         """Work out the update of the whole tree. What is returned writes it."""
         plan = self.plan
         ps = plan.tree([p.detach() for p in self.tensors])
-        updates, new = tx.update(grads, self.old, ps, **extra)
+        updates, new = updated(tx, (grads, self.old, ps), extra, self.active)
         us = dict(zip(plan.order, tree.flatten(updates)[0], strict=True))
         return self.writes([us[i] for i in self.moved], self.changed(new))
 
@@ -150,7 +154,7 @@ class Step:
     def _advance(self, k: int | None, found: dict[int, Any]) -> Any:
         """By how much a count went on: what update returned, less what it was given."""
         if k is None or (self.plan.always_counts and k in found):
-            return 1
+            return 1 if self.active is None else self.active.to(torch.int64)
         if k not in found:
             return 0
         by = found[k] - self.flat[k]
