@@ -107,9 +107,15 @@ def large() -> dict[str, Any]:
     return looked_at("--large", *LARGE)
 
 
-def looked_at(*arguments: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def scaled() -> dict[str, Any]:
+    """Stateful optimizers, by themselves and beside a `GradScaler`."""
+    return looked_at(script="scaled.py")
+
+
+def looked_at(*arguments: str, script: str = "rows.py") -> dict[str, Any]:
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "rows.py"), *arguments]
+    command = [sys.executable, str(HERE / script), *arguments]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -165,3 +171,16 @@ def test_a_norm_of_all_tensors_is_one_operation_and_one_launch(
 def test_what_takes_many_operations_once_a_step_is_listed(found: Any) -> None:
     many = {name for name in NAMES if len(found[name].get("operations", ())) > 3}
     assert many == MANY_OPERATIONS
+
+
+@pytest.mark.parametrize("name", ["adamw", "chain"])
+def test_beside_a_scaler_nobody_waits_and_nothing_is_launched_for_each_tensor(
+    scaled: Any, name: str
+) -> None:
+    """The kernels are as many; what comes on top is worked out once a step."""
+    alone, both = scaled[f"{name}, compiled"], scaled[f"{name}, compiled, scaled"]
+    assert alone["launches"] == both["launches"] == 5
+    assert both["operations"] - alone["operations"] <= 10
+    for kind in ("compiled", "eager"):
+        entry = scaled[f"{name}, {kind}, scaled"]
+        assert entry["hands_over"] and not entry["waits"]
