@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_opt._core.sharding import whole
+from functorch_opt._core.sharding import stacked, whole
 from functorch_opt._core.structure import PyTree, leaves, map
 
 Number = float | Tensor
@@ -149,7 +149,7 @@ def reduced(
     numbers = [of_leaf(whole(x)) for x in leaves(tree) if x.numel()]
     if not numbers:
         return None
-    return of_all(torch.stack(numbers))
+    return of_all(stacked(numbers))
 
 
 def sum(tree: PyTree) -> Tensor:

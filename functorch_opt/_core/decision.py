@@ -29,6 +29,8 @@ def chosen(flag: Any, new: Tensor | None, old: Tensor | None) -> Tensor | None:
         return old if new is None else new
     if isinstance(flag, bool):
         return new if flag else old
+    if flag.device != new.device and flag.device.type != "cpu":
+        flag = flag.to(new.device, non_blocking=new.device.type != "cpu")
     return torch.where(
         flag, new, old.to(new.dtype) if old.dtype is not new.dtype else old
     )

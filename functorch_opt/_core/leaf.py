@@ -189,24 +189,53 @@ class PerLeaf:
                 self.rows[name] = value
             else:
                 self.fixed[name] = value
-        self.cast: dict[torch.dtype, Parted] = {}
+        self.cast: dict[tuple[torch.dtype, torch.device | None], Parted] = {}
 
-    def at(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
-        fixed, rows = self.of(dtype)
+    def at(
+        self, i: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        fixed, rows = self.of(dtype, device)
         return fixed | _entries_of(rows, i) if rows else fixed
 
-    def raw(self, i: int) -> dict[str, Any]:
-        """What leaf `i` reads, as `prepare` returned it."""
-        return self.fixed | _entries_of(self.rows, i)
+    def raw(self, i: int, device: torch.device | None) -> dict[str, Any]:
+        """What leaf `i` reads, as `prepare` returned it, on `device` if one is given."""
+        values = self.fixed | _entries_of(self.rows, i)
+        if device is None:
+            return values
+        return {name: brought_to(x, device) for name, x in values.items()}
 
-    def of(self, dtype: torch.dtype) -> Parted:
-        """The values that are the same for all tensors, and those of which each has its own."""
-        if dtype not in self.cast:
+    def of(self, dtype: torch.dtype, device: torch.device | None = None) -> Parted:
+        """The values that are the same for all tensors, and those of which each has its own.
+
+        For leaves on one device of several they are brought to this `device`, once a step.
+        """
+        key = dtype, device
+        if key not in self.cast:
             real = _REAL.get(dtype, dtype)
-            fixed = {name: _to(value, real) for name, value in self.fixed.items()}
-            rows = {name: _row_to(row, real) for name, row in self.rows.items()}
-            self.cast[dtype] = fixed, rows
-        return self.cast[dtype]
+            fixed = {name: _to(value, real, device) for name, value in self.fixed.items()}
+            rows = {name: _row_to(row, real, device) for name, row in self.rows.items()}
+            self.cast[key] = fixed, rows
+        return self.cast[key]
+
+
+def places_of(xs: list[Any]) -> list[torch.device | None]:
+    """The device of each tensor, if they lie on several; otherwise None for each."""
+    found = {x.device for x in xs if x is not None}
+    if len(found) < 2:
+        return [None] * len(xs)
+    return [None if x is None else x.device for x in xs]
+
+
+def brought_to(x: Any, device: torch.device | None) -> Any:
+    """A value of the step on `device`, where something is given. What lies on the host can be read
+    from everywhere."""
+    is_elsewhere = (
+        isinstance(x, Tensor)
+        and device is not None
+        and x.device.type != "cpu"
+        and x.device != device
+    )
+    return x.to(device, non_blocking=device.type != "cpu") if is_elsewhere else x  # type: ignore[union-attr]
 
 
 def _entries_of(rows: Mapping[str, Any], i: int) -> dict[str, Any]:
@@ -214,11 +243,11 @@ def _entries_of(rows: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {name: row[i] for name, row in rows.items()}
 
 
-def _row_to(row: Any, dtype: torch.dtype) -> list[Any]:
+def _row_to(row: Any, dtype: torch.dtype, device: torch.device | None) -> list[Any]:
     """A row of values, in a list or a 1-dim tensor, cast to `dtype`."""
-    if isinstance(row, list):
-        return [_to(x, dtype) for x in row]
-    return list(_to(row, dtype).unbind())
+    if isinstance(row, list):  # they lie where their leaves do
+        return [_to(x, dtype, None) for x in row]
+    return list(_to(row, dtype, device).unbind())
 
 
 def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
@@ -240,7 +269,8 @@ def enter(x: Any, dtype: torch.dtype, pairs: bool) -> Any:
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
-def _to(value: Any, dtype: torch.dtype) -> Any:
+def _to(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
+    value = brought_to(value, device)
     return (
         value.to(dtype)
         if isinstance(value, Tensor) and value.is_floating_point()

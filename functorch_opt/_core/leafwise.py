@@ -20,6 +20,7 @@ from functorch_opt._core import owners, sharding, structure
 from functorch_opt._core.leaf import (
     Misfit,
     PerLeaf,
+    places_of,
     uniform_dtype,
     working_dtype,
     wrong_update,
@@ -155,20 +156,23 @@ def _leaf_by_leaf(
     dtypes: list[torch.dtype | None],
 ) -> list[Any]:
     """The updates that the rules make of all leaves; the new slots are kept in `running`."""
-    found = {dtype for dtype in dtypes if dtype is not None}
-    arguments = {
-        dtype: [stage.arguments(dtype, ps) for stage in running] for dtype in found
+    kinds = [*zip(dtypes, places_of(gs), strict=True)]
+    arguments: dict[Any, Any] = {
+        (dtype, device): [stage.arguments(dtype, device, ps) for stage in running]
+        for dtype, device in {*kinds}
+        if dtype is not None
     }
     new_columns = [column for stage in running for column in stage.new.values()]
     us: list[Any] = []
     stage = running[0]
     try:
-        for i, (g, p, dtype) in enumerate(zip(gs, ps, dtypes, strict=True)):
-            done = None if dtype is None else _quickly(running, arguments[dtype], i, g)
+        for i, (g, p, kind) in enumerate(zip(gs, ps, kinds, strict=True)):
+            rows = arguments.get(kind)
+            done = None if rows is None else _quickly(running, rows, i, g)
             if done is None:
                 u = g
                 for stage in running:
-                    u = stage.leaf(i, u, p)
+                    u = stage.leaf(i, u, p, kind[1])
             else:
                 u = done[0]
                 for column, x in zip(new_columns, done[1], strict=True):
@@ -252,9 +256,12 @@ class _Stage:
         dtype = working_dtype(gs[i], ps[i] if self.reads_p else None, *slots)
         return dtype, self.per_leaf.at(i, dtype)
 
-    def arguments(self, dtype: torch.dtype, ps: list[Any]) -> list[tuple[Any, ...]]:
-        """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`."""
-        fixed, rows = self.per_leaf.of(dtype)
+    def arguments(
+        self, dtype: torch.dtype, device: torch.device | None, ps: list[Any]
+    ) -> list[tuple[Any, ...]]:
+        """What the rule, and its sums, read beside ``g``, for each leaf that is of `dtype`, and on
+        `device` if there are several."""
+        fixed, rows = self.per_leaf.of(dtype, device)
         of_leaves = {"p": ps, **self.old, **rows}
         columns = [
             of_leaves[name] if name in of_leaves else [fixed[name]] * len(ps)
@@ -262,7 +269,13 @@ class _Stage:
         ]
         return list(zip(*columns, strict=True)) if columns else [()] * len(ps)
 
-    def leaf(self, i: int, g: Tensor | None, p: Tensor | None) -> Tensor | None:
+    def leaf(
+        self,
+        i: int,
+        g: Tensor | None,
+        p: Tensor | None,
+        device: torch.device | None,
+    ) -> Tensor | None:
         """The update that the rule makes of `g`; the new slots are kept."""
         slots = {name: column[i] for name, column in self.old.items()}
         u = None
@@ -271,7 +284,7 @@ class _Stage:
         elif g is not None:
             dtype = working_dtype(g, p if self.reads_p else None, *slots.values())
             u, slots = self.tx.on_tensor.apply(
-                g, p, slots, self.per_leaf.at(i, dtype), dtype
+                g, p, slots, self.per_leaf.at(i, dtype, device), dtype
             )
         for name, value in slots.items():
             self.new[name].append(value)

@@ -15,7 +15,14 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core import numerics, sharding
 from functorch_opt._core.decision import chosen, known
-from functorch_opt._core.leaf import Misfit, PerLeaf, enter, outline, working_dtype
+from functorch_opt._core.leaf import (
+    Misfit,
+    PerLeaf,
+    enter,
+    outline,
+    places_of,
+    working_dtype,
+)
 from functorch_opt._core.on_owner import on_owner
 from functorch_opt._core.sums import Sums
 from functorch_opt._core.transformation import positional
@@ -227,13 +234,13 @@ class OneTensor:
     ) -> list[dict[str, Any] | None]:
         """For each leaf, what functions of it read. Of sharded leaves it is this rank's part."""
         rows: list[dict[str, Any] | None] = []
-        for i, (g, p) in enumerate(zip(gs, ps, strict=True)):
+        for i, (g, p, at) in enumerate(zip(gs, ps, places_of(gs), strict=True)):
             if g is None:
                 rows.append(None)
                 continue
             held = {name: column[i] for name, column in slots.items()}
             dtype = working_dtype(g, p if "p" in names else None, *held.values())
-            all_values = {**per_leaf.at(i, dtype), **held, "g": g, "p": p}
+            all_values = {**per_leaf.at(i, dtype, at), **held, "g": g, "p": p}
             values = {name: tree.part_of(x, g) for name, x in all_values.items()}
             rows.append(values | self._entered(values, dtype, dtype.is_complex, names))
         return rows

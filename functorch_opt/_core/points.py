@@ -106,7 +106,7 @@ def _of_stage(tx: Leafwise | Wrap, state: Any, params: PyTree) -> Found:
         slots = {name: column[i] for name, column in columns.items() if name in reads}
         if p is None or any(x is None for x in slots.values()):
             continue
-        values = {**per_leaf.raw(i), **slots, "p": p}
+        values = {**per_leaf.raw(i, p.device), **slots, "p": p}
         x = tx.point(*[values[name] for name in reads])
         if x.shape != p.shape:
             raise ValueError(

@@ -348,6 +348,12 @@ def _over_ranks(
     return values
 
 
+def stacked(numbers: list[Tensor]) -> Tensor:
+    """One tensor of these, on the device of the first if they lie on several."""
+    here = numbers[0].device
+    return torch.stack([x.to(here) for x in numbers])
+
+
 def stack(norms: list[Tensor]) -> Tensor:
     widest = torch.float64 if torch.float64 in [n.dtype for n in norms] else torch.float32
-    return torch.stack([n if n.dtype is widest else n.to(widest) for n in norms])
+    return stacked([n.to(widest) for n in norms])

@@ -134,7 +134,7 @@ class Sums:
             if not present:  # no tensor has an update
                 totals[key] = torch.zeros((), dtype=torch.float64)
                 continue
-            values = torch.stack([x.to(_wide(x)) for x in present])
+            values = sharding.stacked([x.to(_wide(x)) for x in present])
             totals[key] = values.amax() if maximum else values.sum()
         return totals
 

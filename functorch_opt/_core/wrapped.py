@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core import structure
-from functorch_opt._core.leaf import PerLeaf
+from functorch_opt._core.leaf import PerLeaf, places_of
 from functorch_opt.tree import PyTree
 
 
@@ -99,7 +99,7 @@ class Leaves:
         }
         read = {name: now[name] for name in tx.reads if name in now}
         per_leaf = PerLeaf(updates, spec, read)
-        self.now = [per_leaf.raw(i) for i in range(len(gs))]
+        self.now = [per_leaf.raw(i, at) for i, at in enumerate(places_of(gs))]
 
     def before(self) -> tuple[PyTree, PyTree | None]:
         """The updates and parameters that the inner transformation sees."""

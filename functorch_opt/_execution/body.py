@@ -17,7 +17,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.decision import chosen
 from functorch_opt._core.gate import Gate
-from functorch_opt._core.leaf import Each, check_value, working_dtype
+from functorch_opt._core.leaf import Each, brought_to, check_value, working_dtype
 from functorch_opt._core.rule import Block, Leafwise
 from functorch_opt._core.wrap import Wrap
 from functorch_opt._execution.guards import Meaning
@@ -175,6 +175,12 @@ class Body:
                 map(is_of_kind, before.values(), of.values())
             ):
                 return None
+        return self.filled(now)
+
+    def on(self, device: torch.device) -> Body:
+        """The same for leaves on one of several devices: its values are brought there."""
+        pairs = [of.items() for of in self.now]
+        now = [{name: brought_to(x, device) for name, x in of} for of in pairs]
         return self.filled(now)
 
     def filled(self, now: list[dict[str, Any]]) -> Body:

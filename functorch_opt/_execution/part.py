@@ -20,11 +20,18 @@ SHARED = 65_536
 class Part:
     """Leaves that one program serves, `size` of them at a time.
 
-    They are `narrow` if they are computed in float32.
+    They are `narrow` if they are computed in float32. The `device` is given if there are several.
     """
 
-    def __init__(self, program: Program | Whole, size: int, narrow: bool) -> None:
+    def __init__(
+        self,
+        program: Program | Whole,
+        size: int,
+        narrow: bool,
+        device: torch.device | None,
+    ) -> None:
         self.program, self.size, self.narrow = program, size, narrow
+        self.device = device
         self.indices: list[int] = []
         self.sizes: list[tuple[int, ...]] = []
         self.elements = 0
@@ -50,6 +57,7 @@ class Part:
 
     def run(self, columns: Columns, body: Body) -> None:
         """Apply the body to these leaves."""
+        body = at_device(body, self.device)
         if len(self.indices) < len(columns[0]):
             columns = [[column[i] for i in self.indices] for column in columns]
         if isinstance(self.program, Whole):
@@ -96,6 +104,14 @@ class Part:
         scratch = [torch.empty(n, dtype=dtype) for n, dtype in self.scratch]
         given = [*columns, *scalars, *scratch, *self.columns_of_sizes]
         program.call(len(self.indices), self.threads, given)
+
+
+def at_device(body: Body, device: torch.device | None) -> Body:
+    """The body with its values on `device`, if one is given; on the host they are at hand for all."""
+    if device is None:
+        return body
+    elsewhere = {x.device for x in body.scalars} - {device, torch.device("cpu")}
+    return body.on(device) if elsewhere else body
 
 
 def _aligned(columns: Columns, body: Body) -> Columns:

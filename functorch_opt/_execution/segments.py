@@ -21,7 +21,7 @@ from functorch_opt._execution.body import Body, Columns
 from functorch_opt._execution.guards import surroundings
 from functorch_opt._execution.kernel import Program
 from functorch_opt._execution.launches import LANES, flat, has_lanes, is_aligned
-from functorch_opt._execution.part import Part
+from functorch_opt._execution.part import Part, at_device
 from functorch_opt._execution.pieces import Whole
 from functorch_opt._execution.programs import PROGRAMS
 from functorch_opt._execution.rows_of_blocks import has_size, in_rows, with_sizes_settled
@@ -147,6 +147,7 @@ class Segment:
 
     def _parts(self, sorts: dict[Any, list[int]], mine: Columns) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
+        several = len({sort[0] for sort in sorts}) > 1
         in_a_row = not (self.body.whole or self.body.row) and self.backend != IN_PIECES
         lie = flat if in_a_row else Tensor.contiguous
         columns = [[lie(x).contiguous() for x in column] for column in mine]
@@ -155,10 +156,10 @@ class Segment:
             of_program: dict[int, Part] = {}
             for i in indices:
                 leaf = [column[number[i]] for column in columns]
-                program, size = self._program(sort, leaf)
-                part = of_program.setdefault(
-                    id(program), Part(program, size, _narrow(leaf))
-                )
+                at = sort[0] if several else None
+                program, size = self._program(sort, leaf, at_device(self.body, at))
+                part = Part(program, size, _narrow(leaf), at)
+                part = of_program.setdefault(id(program), part)
                 part.indices.append(number[i])
                 part.sizes.append(program.sizes(leaf) if size == 1 else ())
                 part.elements += leaf[1].numel()
@@ -172,7 +173,9 @@ class Segment:
         self.forget()
         programs = [part.program for part in self.parts]
         self.has_kernel = any(getattr(x, "kernel", None) is not None for x in programs)
-        self.is_direct = not self.eager and all(isinstance(x, Program) for x in programs)
+        compiled = all(isinstance(x, Program) for x in programs)
+        on_one = all(part.device is None for part in self.parts)
+        self.is_direct = compiled and on_one and not self.eager
         """Whether all leaves go through compiled code, which takes its scalars as they are."""
 
     def forget(self) -> None:
@@ -184,20 +187,20 @@ class Segment:
         end = 2 + self.body.n_slots
         return mine[2:end], [*mine[:2], *mine[end:]]
 
-    def _program(self, sort: Any, leaf: list[Tensor]) -> tuple[Any, int]:
+    def _program(self, sort: Any, leaf: list[Tensor], body: Body) -> tuple[Any, int]:
         """A program for this leaf, and how many leaves it takes at a time."""
         device, threads = sort[:2]
         size = 1 if self.body.whole else BLOCK.get(device.type, LAUNCH)
         programs = PROGRAMS.of((self.body.key, sort, self.backend, self.around))
-        scalars = self.body.given(_narrow(leaf))
+        scalars = body.given(_narrow(leaf))
         if self.body.row:
             if not programs:
                 made = None if self.backend == IN_PIECES else self._made
-                programs.append(in_rows(self.body, leaf, scalars, made, threads, sort))
+                programs.append(in_rows(body, leaf, scalars, made, threads, sort))
             return programs[0], 1
         if self.backend == IN_PIECES:
             if not programs:
-                programs.append(eagerly(self.body, leaf, _narrow(leaf)))
+                programs.append(eagerly(body, leaf, _narrow(leaf)))
             return programs[0], 1
         wanted = [*leaf * size, *scalars]
         for program in programs:
@@ -282,8 +285,9 @@ class Segment:
         plain = body.with_constants if self.eager else body
         for i in self.eager:
             leaf = [column[i] for column in columns]
+            here = at_device(plain, leaf[1].device)
             try:
-                run_eagerly(plain, [*leaf, *plain.scalars])
+                run_eagerly(here, [*leaf, *here.scalars])
             except Misfit as misfit:
                 where = self.where[i]
                 raise ValueError(

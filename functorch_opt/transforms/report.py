@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt import tree
-from functorch_opt._core import numerics
+from functorch_opt._core import numerics, sharding
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.gate import Gate
 from functorch_opt._core.groups import Groups
@@ -243,7 +243,7 @@ def of_all(rows: list[Report]) -> Report:
     """The numbers of all parameters together."""
 
     def column(name: str) -> Tensor:
-        return torch.stack([row[name] for row in rows])
+        return sharding.stacked([row[name] for row in rows])
 
     sizes = column("numel")
     zeros = column("grad_zeros") * sizes
@@ -283,11 +283,11 @@ def of_stage(
         n += g.numel()
     if not came:
         return {}
-    out = torch.stack(went).norm()
+    out = sharding.stacked(went).norm()
     return {
-        f"scale/{name}": over(out, torch.stack(came).norm()),
-        f"share/{name}": over(torch.stack(added).norm(), out),
-        f"zeroed/{name}": torch.stack(zeroed).sum() / max(n, 1),
+        f"scale/{name}": over(out, sharding.stacked(came).norm()),
+        f"share/{name}": over(sharding.stacked(added).norm(), out),
+        f"zeroed/{name}": sharding.stacked(zeroed).sum() / max(n, 1),
     }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt._core.gate import gate
+from functorch_opt._core.sharding import stacked
 from functorch_opt._core.transformation import (
     GradientTransformation,
     Scalar,
@@ -85,7 +86,7 @@ def all_finite(updates):
     flags = [torch.isfinite(x).all() for x in leaves]
     if not flags:
         return torch.ones((), dtype=torch.bool)
-    return torch.stack(flags).all()
+    return stacked(flags).all()
 
 
 def skip_not_finite(
@@ -111,7 +112,7 @@ def skip_not_finite(
     """
     leaves = map(tree.whole, tree.leaves(updates))
     counts = [(~torch.isfinite(x)).sum() for x in leaves]
-    number = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
+    number = stacked(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
     return number > 0, {"should_skip": number > 0, "num_not_finite": number}
 
 

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: code is generated for it, and its kernels are interpreted.
+"""Two CUDA devices that are not there: code is generated for them, and its kernels are interpreted.
 
 `pretend` changes torch for the whole process, so it has a process of its own (`rows.py`). Tensors on
 the device are fake ones. What Inductor writes for them is real, and is loaded; where Triton would
@@ -176,7 +176,7 @@ def _torch() -> None:
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: 2,
         "current_device": lambda: 0,
         "get_device_properties": lambda device=None: CARD,
         "get_device_capability": lambda device=None: (9, 0),
@@ -208,7 +208,7 @@ def _torch() -> None:
         setattr(interface, name, staticmethod(answers[name]))
     interface.exchange_device = staticmethod(lambda i: 0)
     interface.maybe_exchange_device = staticmethod(lambda i: 0)
-    devices.caching_worker_device_properties["cuda"] = [CARD]  # type: ignore[list-item]
+    devices.caching_worker_device_properties["cuda"] = [CARD, CARD]  # type: ignore[list-item]
     devices.caching_worker_current_devices["cuda"] = 0
     if hasattr(fake, "init_gpu_context"):
         fake.init_gpu_context = lambda *args: None

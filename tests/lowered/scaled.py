@@ -1,7 +1,8 @@
 """Makes steps of stateful optimizers on a card that is pretended, and prints what they do there.
 
 ``python tests/lowered/scaled.py`` prints a line of JSON for each: an optimizer whose counts lie on
-the device, as it is and beside a `GradScaler`, which sets ``found_inf`` and ``grad_scale``.
+the device, as it is and beside a `GradScaler`, which sets ``found_inf`` and ``grad_scale``; and a
+step of parameters on two devices.
 """
 
 from __future__ import annotations
@@ -77,8 +78,24 @@ def look(tx: fo.GradientTransformation, compile: bool, is_scaled: bool) -> dict[
     }
 
 
+def of_two_devices(tx: fo.GradientTransformation) -> dict[str, Any]:
+    """What a compiled step does whose parameters lie on two devices."""
+    ps = [torch.empty(shape, device=f"cuda:{k // 4}") for k, shape in enumerate(SHAPES)]
+    grads = [torch.empty_like(p) for p in ps]
+    step, state = fo.compiled_step(tx), tx.init(ps)
+    ps, state = step(ps, grads, state)
+    pretended.LAUNCHED.clear()
+    with pretended.Counter() as seen:
+        step(ps, grads, state)
+    return {"launches": len(pretended.LAUNCHED), "waits": seen.waits}
+
+
 def main() -> None:
     pretend()
+    for name, tx in MADE.items():
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+            found = of_two_devices(tx)
+        print(json.dumps({"name": f"{name}, two devices", **found}), flush=True)
     for name, compile, is_scaled in itertools.product(MADE, (True, False), (True, False)):
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             found = look(MADE[name], compile, is_scaled)

@@ -184,3 +184,14 @@ def test_beside_a_scaler_nobody_waits_and_nothing_is_launched_for_each_tensor(
     for kind in ("compiled", "eager"):
         entry = scaled[f"{name}, {kind}, scaled"]
         assert entry["hands_over"] and not entry["waits"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "chain"])
+def test_parameters_on_two_devices_are_a_launch_a_block_on_each(
+    scaled: Any, name: str
+) -> None:
+    """Three and one tensors on each are three blocks of two. What is worked out once a step is
+    worked out on the first, and brought to the other."""
+    entry = scaled[f"{name}, two devices"]
+    assert 6 <= entry["launches"] <= 7
+    assert not entry["waits"]
