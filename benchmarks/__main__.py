@@ -106,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
         default="cuda",
         help="cpu for a rehearsal without events (default: cuda)",
     )
+    of["gpu"].add_argument(
+        "--short",
+        action="store_true",
+        help="two minutes, for after tuning: few rows, contenders and rounds",
+    )
     race.arguments(of["race"])
     return top
 
@@ -154,6 +159,8 @@ def wrong(result: dict[str, Any]) -> list[str]:
         for row in result["rows"]
         for name, entry in row.get("results", {row.get("name"): row}).items()
     ]
+    of_examples = result.get("per_example", {})
+    entries.append(({"title": "per-example"}, "functorch_opt", of_examples))
     return [
         f"check of {entry['name']}, {entry['dtype']}: {entry['error']}"
         for entry in failed

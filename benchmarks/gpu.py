@@ -23,6 +23,7 @@ from benchmarks import (
     floor,
     many_models,
     on_device,
+    per_example,
     record,
     report,
     shapes,
@@ -44,6 +45,7 @@ from benchmarks.contenders import (
     Unavailable,
     draw,
     gradients,
+    our_adamw,
     same,
 )
 from functorch_opt import tree
@@ -59,6 +61,7 @@ MODELS = {
     "gpt2": ("GPT-2 124M", shapes.GPT2),
     "resnet50": ("ResNet-50", shapes.RESNET50),
     "huge": ("32 of 2048x2048", shapes.HUGE),
+    "matrices": ("32 of 512x512", shapes.MATRICES),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETS = {
@@ -66,10 +69,12 @@ SETS = {
     for model, (title, of) in MODELS.items()
     for kind, dtype in DTYPES.items()
 }
-ROWS = ("check", *SETS, "models", "first")
-DEFAULT = ("check", "huge-fp32", "gpt2-fp32", "models")
+ROWS = ("check", *SETS, "models", "per-example", "first")
+DEFAULT = ("check", "huge-fp32", "gpt2-fp32", "matrices-fp32", "models", "per-example")
 """What fits eight minutes of a bare machine, for there code is compiled for the first time."""
-QUICK = (*SETS, "models")
+SHORT = ("huge-fp32", "gpt2-fp32")
+"""What fits two minutes, after something was tuned: in few rounds, and with few contenders."""
+QUICK = (*SETS, "models", "per-example")
 CHECK_SECONDS = 150
 
 
@@ -129,16 +134,48 @@ class Lamb(Chain):
         return fo.lamb(LR)
 
 
-class Muon(Chain):
-    name = f"{OURS}: Muon"
+class OfMatrices(Chain):
+    """An optimizer of matrices, of which one is given; AdamW for the rest."""
+
+    largest: ClassVar[int]
 
     def start(self) -> None:
-        if any(p.dim() != 2 for p in self.ps):
-            raise Unavailable("not all are matrices")
+        sizes = [n for p in self.ps if p.dim() == 2 for n in p.shape]
+        if not 0 < max(sizes, default=0) <= self.largest:
+            raise Unavailable(f"for matrices of up to {self.largest}")
         super().start()
 
+    def matrix(self) -> fo.GradientTransformation:
+        raise NotImplementedError
+
     def chain(self) -> fo.GradientTransformation:
+        transforms = {"matrices": self.matrix(), "rest": our_adamw()}
+        return fo.partition(
+            transforms, lambda path, p: "matrices" if p.dim() == 2 else "rest"
+        )
+
+
+class Muon(OfMatrices):
+    name, largest = f"{OURS}: Muon", 1 << 16
+
+    def matrix(self) -> fo.GradientTransformation:
         return fo.muon(LR)
+
+
+class Soap(OfMatrices):
+    name, largest = f"{OURS}: SOAP", 512
+
+    def matrix(self) -> fo.GradientTransformation:
+        return fo.soap(LR)
+
+
+class EightBit(Chain):
+    """Codes of one byte for the two moments; the scales of blocks of them are left out of the sum."""
+
+    name, moved = f"{OURS}: AdamW, state in 8 bits", 4
+
+    def chain(self) -> fo.GradientTransformation:
+        return fo.stored(our_adamw(), "8bit")
 
 
 class FusedCapturable(Fused):
@@ -221,7 +258,11 @@ CONTENDERS = (
     Lion,
     Lamb,
     Muon,
+    Soap,
+    EightBit,
 )
+SHORTLY = (Compiled, CompiledGraph, Adapter, Default, Fused, FusedGraph, Clipped)
+"""What a change of the compiled step is looked at with."""
 
 
 # ---- times ---------------------------------------------------------------------------------------
@@ -316,7 +357,7 @@ def eagerly(
 
 
 def prepare(
-    row: Set, device: str
+    row: Set, device: str, contenders: tuple[type[Contender], ...]
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Contenders after three steps; what is known of each: the first step's time, and how far it is
     from eager updates.
@@ -333,7 +374,7 @@ def prepare(
     expected = eagerly(Compiled, ps, feeds)
     ready: dict[str, Contender] = {}
     known: dict[str, dict[str, Any]] = {}
-    for make in report.track(CONTENDERS, f"{row.title}: check"):
+    for make in report.track(contenders, f"{row.title}: check"):
         if make is LowMoments and row.dtype == torch.float32:
             continue
         entry = known[make.name] = {}
@@ -370,7 +411,9 @@ def prepare(
 
 def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
     device, rounds = args.device, 2 if args.quick else args.rounds
-    ready, known = prepare(row, device)
+    if args.short:
+        rounds = min(rounds, 5)
+    ready, known = prepare(row, device, SHORTLY if args.short else CONTENDERS)
     n = shapes.numel(row.shapes)
     low = row.dtype.itemsize
     copy, copied = floor.copy(1 << (16 if args.quick else 28), device)
@@ -379,8 +422,8 @@ def measure(name: str, row: Set, args: Namespace) -> dict[str, Any]:
         label: contender.step for label, contender in ready.items()
     }
     work |= {"copy": copy, "floor": in_place}
-    for call in work.values():
-        milliseconds(call, device, 2)
+    for call in work.values():  # SOAP finds eigenbases at every tenth step, by other code
+        milliseconds(call, device, 12)
     times: dict[str, list[float]] = {label: [] for label in work}
     for _ in report.track(range(rounds), f"{row.title}: time"):
         for label, call in work.items():
@@ -473,7 +516,8 @@ def run(args: Namespace) -> dict[str, Any]:
             "No CUDA device, so nothing is measured. To rehearse the program: python -m benchmarks gpu --device cpu --quick"
         )
     result = record.header("gpu") | {"device": args.device, "rows": []}
-    names = args.rows or (QUICK if args.quick else DEFAULT)
+    usual = SHORT if args.short else DEFAULT
+    names = args.rows or (QUICK if args.quick else usual)
     if "check" in names:
         result["check"] = on_device.check(
             args, CHECK_SECONDS, min(14, os.cpu_count() or 1)
@@ -490,6 +534,10 @@ def run(args: Namespace) -> dict[str, Any]:
         n = 4 if args.quick else 64
         result["models"] = many_models.on_device(args.device, n, milliseconds)
         many_models.show_on_device(result["models"])
+    if "per-example" in names:
+        size = 8 if args.quick else 256
+        result["per_example"] = per_example.on_device(args.device, size, milliseconds)
+        per_example.show_on_device(result["per_example"])
     if "first" in names:
         cases = report.track((20, 150), "first steps in fresh processes")
         result["first_steps"] = [

@@ -183,6 +183,54 @@ def run(args: Namespace) -> dict[str, Any]:
     return result
 
 
+def on_device(
+    device: str, size: int, timed: Callable[[Callable[[], Any], str, int], float]
+) -> dict[str, Any]:
+    """The milliseconds of the clipped sum of a conv net, by `timed`, which makes some calls; and
+    how far it is from a loop over the examples."""
+    torch.manual_seed(0)
+    model, shape = conv()
+    x, y = torch.randn(size, *shape).to(device), torch.randint(10, (size,)).to(device)
+    model = model.to(device)
+    clipped = ours(size)(model, x, y)
+
+    def loop() -> list[Tensor]:
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for i in range(size):
+            gs = batch_gradient(model, x[i : i + 1], y[i : i + 1])()
+            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gs]))
+            torch._foreach_add_(total, [g * (BOUND / norm).clamp(max=1.0) for g in gs])
+        return total
+
+    off = [
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(clipped(), loop(), strict=True)
+    ]
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "functorch_opt": (clipped, 10),
+        "loop": (loop, 1),
+        "gradient of the batch": (batch_gradient(model, x, y), 10),
+    }
+    found: dict[str, Any] = {"examples": size, "difference": max(off)}
+    for name, (call, n) in calls.items():
+        timed(call, device, 1)
+        found[name] = timed(call, device, n)
+    if not max(off) <= 1e-3:
+        found["note"] = f"DIFFERENT NUMBERS: {max(off):.3g} of the largest"
+    return found
+
+
+def show_on_device(found: dict[str, Any]) -> None:
+    names = ("functorch_opt", "loop", "gradient of the batch")
+    rows = [
+        [name, f"{found[name]:.3f}", f"{found['loop'] / found[name]:.1f}"]
+        for name in names
+    ]
+    header = ["", "ms", "times as fast as a loop"]
+    title = f"Clipped gradients of {found['examples']} examples of a conv net"
+    report.table(title, header, rows, numbers_to=3)
+
+
 def _measure(row: str, size: int, rounds: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {}
     results: dict[str, dict[str, Any]] = {}

@@ -69,6 +69,8 @@ RESNET50 = resnet50()
 VIT_B16 = vit(layers=12, width=768, patch=16)
 
 LARGE: Shapes = [(1024, 1024)] * 32
+MATRICES: Shapes = [(512, 512)] * 32
+"""Of a size whose eigenbases a GPU finds in seconds."""
 HUGE: Shapes = [(2048, 2048)] * 32
 SMALL: Shapes = [(64, 64), (64,)] * 75
 MANY: Shapes = [(256,)] * 1000

@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     memory,
     monitored,
     ordinary,
+    per_example,
     report,
     shapes,
     slot_bytes,
@@ -347,12 +348,27 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["resnet50-fp32", "resnet50-bf16"])
+@pytest.mark.parametrize("row", ["resnet50-fp32", "resnet50-bf16", "matrices-fp32"])
 def test_rehearsal_of_the_gpu_program(tmp_path: Path, row: str) -> None:
     result = run(tmp_path, "gpu", "--device", "cpu", "--rows", row)["rows"][0]
     assert row in gpu.ROWS
     assert result["results"][contenders.OURS]["difference_over_tolerance"] <= 1
     assert "CUDA" in result["results"][gpu.CompiledGraph.name]["note"]
+
+
+@pytest.mark.slow
+def test_rehearsal_of_its_short_mode(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--short", "--rows", "huge-fp32")
+    found = run(tmp_path, "gpu", *options)["rows"][0]["results"]
+    assert set(found) == {make.name for make in gpu.SHORTLY}
+
+
+def test_clipped_gradients_on_a_device_are_those_of_a_loop() -> None:
+    found = per_example.on_device("cpu", 4, gpu.milliseconds)
+    assert found["difference"] < 1e-4 and "note" not in found
+    assert not __main__.wrong({"rows": [], "per_example": found})
+    wrong = __main__.wrong({"rows": [], "per_example": found | {"note": "DIFFERENT"}})
+    assert wrong == ["per-example: functorch_opt: DIFFERENT"]
 
 
 def test_through(tmp_path: Path) -> None:

@@ -224,8 +224,7 @@ def _other_norm(tree: PyTree, ord: Any) -> Tensor:
     if ord not in orders:
         raise ValueError(f"ord must be None, 1, 2 or inf; got {ord!r}.")
     p = orders[ord]
-    here = [_wide(whole(x)) for x in leaves(tree) if x.numel()]
-    norms = [torch.linalg.vector_norm(x, p) for x in here]
+    norms = _norms([whole(x) for x in leaves(tree) if x.numel()], p)
     if not norms:
         return torch.zeros((), dtype=torch.float32)
     return torch.linalg.vector_norm(stack(norms), p)
@@ -261,25 +260,25 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(at_least_float32(x.dtype)).flatten()
 
 
-def _norms(xs: list[Tensor]) -> list[Tensor]:
+def _norms(xs: list[Tensor], p: float = 2.0) -> list[Tensor]:
     """The norm of each: on a device that launches kernels, of all in a few launches."""
     if torch.compiler.is_compiling() or not xs or xs[0].device.type == "cpu":
-        return [_norm(x) for x in xs]
+        return [_norm(x, p) for x in xs]
     kinds = {(type(x), x.dtype, x.device) for x in xs}
     of_functorch = any(map(torch._C._functorch.is_functorch_wrapped_tensor, xs))
     first = xs[0]
     is_real = type(first) in PLAIN and not first.is_complex()
     if len(kinds) > 1 or not is_real or of_functorch:
-        return [_norm(x) for x in xs]
+        return [_norm(x, p) for x in xs]
     wide = at_least_float32(first.dtype)
-    return [*torch._foreach_norm(xs, 2, dtype=wide)]
+    return [*torch._foreach_norm(xs, p, dtype=wide)]
 
 
-def _norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor, p: float) -> Tensor:
     dtype = at_least_float32(x.dtype)
     if x.dtype is not dtype:
         x = x.to(dtype)
-    return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(x, p)
 
 
 def _norm_of(norms: list[Tensor]) -> Tensor:

@@ -282,10 +282,9 @@ class Segment:
                 mine[c] = [x.contiguous() for x in mine[c]]
             for part in self.parts:
                 part.run(mine, body)
-        plain = body.with_constants if self.eager else body
         for i in self.eager:
             leaf = [column[i] for column in columns]
-            here = at_device(plain, leaf[1].device)
+            here = at_device(body.with_constants, leaf[1].device)
             try:
                 run_eagerly(here, [*leaf, *here.scalars])
             except Misfit as misfit:

@@ -166,8 +166,8 @@ def zclip(
     check_range(0, float("inf"), eps=eps)
     check_whole(2, warmup_steps=warmup_steps)
 
-    def prepare(squares, mean, variance, seen, decay, threshold, eps):
-        norm = (squares + tree.TINY).sqrt().to(mean.dtype)
+    def prepare(updates, mean, variance, seen, decay, threshold, eps):
+        norm = (tree.norm(updates).to(mean.dtype) ** 2 + tree.TINY).sqrt()
         z = (norm - mean) / ((variance + tree.TINY).sqrt() + eps)
         warm = seen >= warmup_steps
         spike = warm & (z > threshold)
@@ -196,5 +196,4 @@ def zclip(
             "seen": torch.zeros((), dtype=torch.int64),
         },
         hyper={"decay": decay, "threshold": threshold, "eps": eps},
-        totals={"squares": lambda g: g.square().sum()},
     )

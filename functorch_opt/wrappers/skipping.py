@@ -82,11 +82,10 @@ def apply_if_finite(
 
 def all_finite(updates):
     """Whether every element of a tree is finite, a 0-dim bool tensor."""
-    leaves = map(tree.whole, tree.leaves(updates))
-    flags = [torch.isfinite(x).all() for x in leaves]
-    if not flags:
-        return torch.ones((), dtype=torch.bool)
-    return stacked(flags).all()
+    parts: list[Tensor] = []
+    for x in map(tree.whole, tree.leaves(updates)):  # the length of a number may overflow
+        parts += [x.real, x.imag] if x.is_complex() else [x]
+    return torch.isfinite(tree.norm(parts, torch.inf))
 
 
 def skip_not_finite(
