@@ -275,3 +275,53 @@ def test_a_step_that_keeps_what_it_is_given_cannot_be_captured() -> None:
         fo.compiled_step(fo.adam(0.1), donate=False, capturable=True)
     with pytest.raises(ValueError, match="models"):
         fo.compiled_step(fo.adam(0.1), models=True, capturable=True)
+
+
+# ---- a graph that somebody else compiles ---------------------------------------------------------
+
+
+def looked_at(seen: list[torch.fx.Node]) -> Any:
+    """A backend that compiles nothing, and keeps the operations of steps."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = graph.graph.nodes
+        seen.extend(node for node in nodes if "functorch_opt" in str(node.target))
+        return graph.forward
+
+    return backend
+
+
+def test_inductor_keeps_a_compiled_step_out_of_its_cuda_graphs() -> None:
+    """It reads numbers on the host, and so a replay would repeat them."""
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    ps, grads = params_and_grads(0)
+    optimizer = fo.optim.AdamW(ps, compile=True)
+    optimizer.init_state()
+    for p, g in zip(ps, grads[0], strict=True):
+        p.grad = g
+    seen: list[torch.fx.Node] = []
+    torch.compile(optimizer.step, backend=looked_at(seen), fullgraph=True)()
+    (node,) = seen
+    assert is_cudagraph_unsafe_fx_node(node)
+    writes = node.target._schema.arguments[0]  # type: ignore[union-attr]
+    assert writes.name == "params" and writes.alias_info.is_write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_training_step_may_be_compiled_with_reduce_overhead(compile: bool) -> None:
+    """On a CPU there are no graphs, and the numbers are those of ordinary steps; a learning rate
+    that changes is seen."""
+    (mine, grads), (theirs, _) = params_and_grads(0), params_and_grads(0)
+    ours, other = fo.optim.AdamW(mine, lr=0.1, compile=compile), fo.optim.AdamW(theirs)
+    ours.init_state()
+    step = torch.compile(ours.step, mode="reduce-overhead")
+    for k, gs in enumerate(grads[:4]):
+        rate = 0.1 / (1 + k)
+        ours.param_groups[0]["lr"] = other.param_groups[0]["lr"] = rate
+        for p, q, g in zip(mine, theirs, gs, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        step()
+        other.step()
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
