@@ -120,7 +120,8 @@ class Again:
     ) -> None:
         self.rules = rules
         self.segment, _, self.body = job
-        self.backend, self.lock = backend, threading.Lock()
+        self.backend = backend
+        self.lock = threading.Lock()
         n = len(self.segment.where)
         self.shares = [Share(at.tx, _shared(at, state), {}, n, 0) for at in rules]
         self.slots = [taking(of) for at in rules for of in at.slots.values()]
@@ -247,7 +248,8 @@ class Again:
         joint = program_of(shares, of_all, self.backend)
         if joint is None:
             return
-        self.joint, self.joined = joint, joined
+        self.joint = joint
+        self.joined = joined
         self._lay_out()
         new = {i for _, i in self.new}
         for x, i in zip(joint.empty(), joint.new, strict=True):

@@ -45,7 +45,8 @@ class Entry:
     """
 
     def __init__(self, kind: Kind, stage: Stage | None = None) -> None:
-        self.kind, self.stage = kind, stage
+        self.kind = kind
+        self.stage = stage
         self.name = stage.name if stage else kind
         self.slots: tuple[str, ...] = ()
         """The slots that it brings."""

@@ -66,7 +66,9 @@ class Segment:
         where: list[str],
         remember: bool,
     ) -> None:
-        self.body, self.backend, self.remember = body, backend, remember
+        self.body = body
+        self.backend = backend
+        self.remember = remember
         self.around = surroundings()
         self.absent = [i for i, u in enumerate(columns[0]) if u is None]
         self.sharded = not body.whole and sharding.any_sharded(columns[1])

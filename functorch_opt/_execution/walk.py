@@ -68,8 +68,13 @@ class Walk:
         backend: Any,
     ) -> None:
         self.together = Together(backend)
-        self.ps, self.us, self.extra, self.flush, self.aside = ps, us, extra, flush, aside
-        self.root, self.known = root, known
+        self.ps = ps
+        self.us = us
+        self.extra = extra
+        self.flush = flush
+        self.aside = aside
+        self.root = root
+        self.known = known
         self.waiting: list[Waiting] = []
         self.todo: list[tuple[list[Door], Callable[[], None]]] = []
         self.doors: list[Door] = []

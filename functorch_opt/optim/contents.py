@@ -31,7 +31,8 @@ class Contents:
         where: list[tuple[int, str]],
         counts: list[str],
     ) -> None:
-        self.keys, self.moved = [*map(tuple, entries)], moved
+        self.keys = [*map(tuple, entries)]
+        self.moved = moved
         place: dict[tuple[int, str], int] = {}
         for i, keys in enumerate(self.keys):
             for key in keys:

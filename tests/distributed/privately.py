@@ -185,7 +185,7 @@ def per_example(rank: int) -> float:
 def messages(rank: int) -> dict[str, int]:
     """How many messages there are for sums with ordinary parameters, and for norms of parts."""
     where, _, _ = layouts()["copies"]
-    ps, tx = start(), fo.dp_sgd(0.1, C, SIGMA, 3)
+    ps, tx = start(), fo.dpsgd(0.1, C, SIGMA, 3)
     batch = [place(part, where, [Shard(0)]) for part in examples(0)]
     state = tx.init(ps)
     sums = fo.clipped_grad_sum(loss, C)(ps, *batch)  # sends nothing: see `Division.total`
@@ -206,7 +206,7 @@ def refused(rank: int) -> list[str]:
     ps, sums = start(), fo.clipped_grad_sum(loss, C)
     cut = {name: place(p, where, [Shard(0)]) for name, p in ps.items()}
     mine = [place(part, where, [Shard(0)]) for part in (x, y)]
-    tx = fo.dp_sgd(0.1, C, SIGMA, 3)
+    tx = fo.dpsgd(0.1, C, SIGMA, 3)
     g = drawn(0, SHAPES)
     divided = place(g["w"], where, [Shard(0)])
     other = {n: place(p, mesh(2, 1), [Replicate()] * 2) for n, p in ps.items()}

@@ -21,7 +21,7 @@ REFUSED = {
     "lbfgs",
     "scale_by_lbfgs",
     *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
-    *("differentially_private_aggregate", "dp_adam", "dp_sgd"),
+    *("differentially_private_aggregate", "dp_adam", "dpsgd"),
 }
 """What needs all parameters on one rank, or cut, or gradients of examples in front of it."""
 
