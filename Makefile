@@ -54,7 +54,7 @@ codes: $(VENV)/.test ## the laws of every code around every row that has slots: 
 	FO_EVERY_CODE=1 $(ALONE) $(BIN)/python -m pytest -q -rs tests/test_codecs.py
 
 # These files lean on what is private to torch, which changes from one release to the next.
-COMPILED := $(addprefix tests/test_,compiled.py writes.py sums.py precision.py checks_compile.py) tests/lowered
+COMPILED := $(addprefix tests/test_,compiled.py again.py writes.py sums.py precision.py checks_compile.py) tests/lowered
 
 next: ## what compiles, with the torch of constraints-next.txt, in .venv-next
 	$(MAKE) --no-print-directory VENV=.venv-next CONSTRAINTS=constraints-next.txt .venv-next/.test
