@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -249,7 +250,8 @@ def test_state_that_is_replaced_or_cleared_between_steps(went: Went) -> None:
             ours.load_state_dict(ours.state_dict())
         if i == 7:
             first = ours.state[ps[0]]
-            ours.state[ps[0]] = dict(reversed(first.items()))
+            ours.state[ps[0]] = OrderedDict(reversed(first.items()))
+            ours.state[ps[0]].move_to_end("step")
         ours.step()
         theirs.step()
         for p, q in zip(ps, qs, strict=True):

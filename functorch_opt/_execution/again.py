@@ -241,9 +241,10 @@ class Again:
     def _join(self, inputs: Columns) -> None:
         """Make one program of the shares that are made of single numbers, if it can be made."""
         joined = [k for k, share in enumerate(self.shares) if _is_of_numbers(share)]
-        if self.backend == IN_PIECES or not joined:
-            return
         of_all = [x for k in joined for x in inputs[k]]
+        devices = {x.device for x in of_all}
+        if self.backend == IN_PIECES or len(devices) != 1:
+            return
         shares = [self.shares[k] for k in joined]
         joint = program_of(shares, of_all, self.backend)
         if joint is None:
@@ -298,7 +299,7 @@ def _can_replace(before: Any, x: Any) -> bool:
 
 
 def _is_of_numbers(share: Share) -> bool:
-    """Whether it can be worked out by a program: of single numbers on one device."""
+    """Whether it can be worked out by a program: of single numbers on one device, or of nothing."""
     if not all(map(is_number, share.inputs)):
         return False
-    return len({x.device for x in share.inputs}) == 1
+    return len({x.device for x in share.inputs}) < 2

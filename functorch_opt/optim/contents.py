@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from functorch_opt._execution.flat import taking
@@ -18,7 +19,7 @@ class Contents:
     While the entries have the same keys in the same order, nothing has to be looked up by its name.
 
     Args:
-        entries: what there is of each parameter, with nothing missing.
+        entries: what there is of each parameter, with nothing missing; `are_plain` is true of them.
         moved: the numbers of the parameters that move.
         where: of each kept tensor, the number of its parameter and the key.
         counts: the keys of the counts.
@@ -44,12 +45,19 @@ class Contents:
 
     def fit(self, entries: Entries, moved: list[int]) -> bool:
         """Whether all is where it was."""
-        return self.moved == moved and self.keys == [*map(tuple, entries)]
+        if self.moved != moved or not are_plain(entries):
+            return False
+        return self.keys == [*map(tuple, entries)]
 
     @staticmethod
     def values(entries: Entries) -> list[Any]:
         """All values, one after another."""
-        return [x for entry in entries for x in entry.values()]
+        return [*chain.from_iterable(map(dict.values, entries))]
+
+
+def are_plain(entries: Entries) -> bool:
+    """Whether all entries are dicts, and of no kind that keeps an order of its own."""
+    return {dict}.issuperset(map(type, entries))
 
 
 def leaves_of(

@@ -24,7 +24,7 @@ from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.alike import check_groups
 from functorch_opt.optim.beginning import complete, lacks
 from functorch_opt.optim.closure import extra_of, rehearsed
-from functorch_opt.optim.contents import Contents, leaves_of
+from functorch_opt.optim.contents import Contents, are_plain, leaves_of
 from functorch_opt.optim.counts import Counts
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.loss_scale import behind, if_finite
@@ -323,7 +323,7 @@ class Plan:
             return entries, False
         self.contents = None
         if not lacks(self, entries, set(moved)):
-            if not torch.compiler.is_compiling():
+            if are_plain(entries) and not torch.compiler.is_compiling():
                 self.contents = Contents(entries, moved, self.where, self.counts.keys)
             return entries, False
         entries = [dict(entry) for entry in entries]
