@@ -25,7 +25,8 @@ class Chain(GradientTransformation):
                     f"stage {i} of a chain must be a transformation, e.g. scale_by_adam(); "
                     f"got {type(stage).__name__} {stage!r}."
                 )
-            name, n = stage.name, 0
+            name = stage.name
+            n = 0
             while name in self.stages:
                 n += 1
                 name = f"{stage.name}_{n}"

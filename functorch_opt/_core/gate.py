@@ -26,7 +26,8 @@ class Gate(GradientTransformation):
 
     def __init__(self, inner: GradientTransformation, once: Once, otherwise: str) -> None:
         self.inner, self.once, self.otherwise = inner, once, otherwise
-        self.name, self.last = once.name, inner.last
+        self.name = once.name
+        self.last = inner.last
         self.extra_args = {**once.extra_args, **inner.extra_args}
 
     def explained(
@@ -38,7 +39,8 @@ class Gate(GradientTransformation):
 
         Nothing is said of one that leaves out no work of an optimizer: ``why=""``.
         """
-        self.why, self.skips = why, skips
+        self.why = why
+        self.skips = skips
         return self
 
     def rebuilt(

@@ -57,7 +57,8 @@ class Groups(GradientTransformation):
                     f"got {type(tx).__name__} {tx!r}."
                 )
         self.inside, self.labels, self.what = dict(inside), labels, what
-        self.otherwise, self.read = otherwise, read
+        self.otherwise = otherwise
+        self.read = read
         self.name, self.last = "groups", any(tx.last for tx in inside.values())
         self.extra_args = joined_arguments(inside.values())
 

@@ -30,7 +30,8 @@ class Factory(Expression):
     def __init__(
         self, factory: Callable[..., GradientTransformation], static_args: tuple[str, ...]
     ) -> None:
-        self.factory, self.static_args = factory, static_args
+        self.factory = factory
+        self.static_args = static_args
         given = {"static_args": static_args} if static_args else {}
         self.call = (inject_hyperparams, (factory,), given)
 
@@ -61,7 +62,8 @@ class Injected(GradientTransformation):
         scheduled = {name: value for name, value in numbers.items() if callable(value)}
         self.stateful = {n: of for n, of in scheduled.items() if is_stateful(of)}
         self.schedules = {n: of for n, of in scheduled.items() if n not in self.stateful}
-        self.name, self.last = factory.__name__, inner.last
+        self.name = factory.__name__
+        self.last = inner.last
         read = [inner.extra_args, *map(reads, self.stateful.values())]
         self.extra_args = {
             name: any(of.get(name, False) for of in read)

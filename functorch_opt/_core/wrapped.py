@@ -82,7 +82,8 @@ class Leaves:
         slots: Mapping[str, PyTree],
         now: Mapping[str, Any],
     ) -> None:
-        self.tx, self.spec = tx, spec
+        self.tx = tx
+        self.spec = spec
         self.gs, self.params, self.slots = gs, params, slots
         names = ("updates", "params")
         no_params = params is None

@@ -117,7 +117,8 @@ def _buffers(given: tuple[Any, ...], samples: list[Tensor]) -> list[Tensor]:
 
 def _sizes_of(x: Tensor, y: Tensor) -> Buffer | None:
     """What a buffer's length is made of, by its shapes for two sets of sizes; None: of more."""
-    number, sizes = 1, []
+    number = 1
+    sizes = []
     for n, other in zip(x.shape, y.shape, strict=True):
         if n == other:
             number *= n

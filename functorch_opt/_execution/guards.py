@@ -64,7 +64,8 @@ class Meaning:
         """Work out the key anew."""
         reader = _Reader()
         self.key = reader.value(self.function)
-        self.fixed, self.mutable = reader.fixed, reader.mutable
+        self.fixed = reader.fixed
+        self.mutable = reader.mutable
         self.unknown = reader.unknown
 
     def now(self) -> Any:

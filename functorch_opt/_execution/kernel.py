@@ -262,7 +262,8 @@ def _inductor(
         sizes = [inputs[i].shape[d] for i, d in places]
         _take(graph, sizes)
     else:
-        places, sizes = [], []
+        places = []
+        sizes = []
         options["fx_graph_cache"] = False
     with (
         nullcontext() if on_cpu else in_one_launch(graph.graph),

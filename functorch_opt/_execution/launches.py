@@ -148,7 +148,8 @@ class _Look:
     """Stands in for a kernel, and keeps what it is given."""
 
     def __init__(self, kernel: Any, looks: list[tuple[Any, Any, Any]]) -> None:
-        self.kernel, self.looks = kernel, looks
+        self.kernel = kernel
+        self.looks = looks
 
     def run(self, *args: Any, stream: Any = None, **others: Any) -> None:
         self.looks.append((self.kernel, args, others))

@@ -45,7 +45,8 @@ class ModelsStep:
     def __init__(
         self, tx: GradientTransformation, donate: bool, backend: Any = "inductor"
     ) -> None:
-        self.tx, self.donate = tx, donate
+        self.tx = tx
+        self.donate = donate
         _check_has_no_tensors(tx)
 
         def step(params: PyTree, state: PyTree, grads: PyTree, extra: PyTree) -> Any:
@@ -107,7 +108,8 @@ class OverModels:
     def __init__(
         self, f: Callable[..., Any], functions: list[Any], backend: Any = "inductor"
     ) -> None:
-        self.f, self.backend = f, backend
+        self.f = f
+        self.backend = backend
         self.meanings = [Meaning(function) for function in functions]
         self.made: OrderedDict[Any, list[Prepared]] = OrderedDict()
 
@@ -203,8 +205,10 @@ class Prepared:
     def __init__(
         self, function: OnTensors, program: Program | None, threads: int, watched: Watched
     ) -> None:
-        self.function, self.program = function, program
-        self.threads, self.watched = threads, watched
+        self.function = function
+        self.program = program
+        self.threads = threads
+        self.watched = watched
 
     def __call__(self, args: list[Tensor]) -> None:
         if self.program is None:

@@ -148,11 +148,13 @@ def most_of(x: Tensor, as_lists: bool = False) -> int:
 
 def _groups(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive leaves that make up a piece together. A large leaf is alone."""
-    first, total = 0, 0
+    first = 0
+    total = 0
     for i, n in enumerate(sizes):
         if i > first and total + n > most:
             yield first, i
-            first, total = i, 0
+            first = i
+            total = 0
         total += n
     yield first, len(sizes)
 

@@ -27,7 +27,8 @@ class Rows(Whole):
 
     def __init__(self, body: Body, program: Any = None) -> None:
         self.program = None if type(program) is Whole else program
-        self.blocks, self.row = body.blocks, body.row
+        self.blocks = body.blocks
+        self.row = body.row
 
     def run(
         self,

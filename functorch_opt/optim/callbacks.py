@@ -101,7 +101,8 @@ def _lightning_class() -> Any:
         """Logs `Optimizer.report`."""
 
         def __init__(self, every: int, prefix: str) -> None:
-            self.every, self.prefix = every, prefix
+            self.every = every
+            self.prefix = prefix
 
         def on_before_optimizer_step(
             self, trainer: Any, pl_module: Any, optimizer: Any

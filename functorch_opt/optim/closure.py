@@ -38,7 +38,8 @@ class Again:
 
     def __init__(self, loss: Any, closure: Closure, groups: Groups) -> None:
         """`loss` is what it returned, and `groups` has all parameters that it may look at."""
-        self.loss, self.closure = loss, closure
+        self.loss = loss
+        self.closure = closure
         self.everybody = [p for group in groups for p in group["params"]]
 
     def grad_fn(self, plan: Plan) -> GradFn:

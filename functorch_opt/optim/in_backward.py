@@ -132,7 +132,8 @@ class _Alone:
     """An optimizer of one parameter, which shares the state and the options of another."""
 
     def __init__(self, optimizer: Optimizer, group: int, i: int) -> None:
-        self.of, self.group = optimizer, group
+        self.of = optimizer
+        self.group = group
         of_group = optimizer.param_groups[group]
         self.p = of_group["params"][i]
         # A path is what it is in the tree of all parameters.

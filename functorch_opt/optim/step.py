@@ -43,7 +43,8 @@ class Step:
         """Whether the step is made, where only the device knows it; None: it is."""
         self.tensors = tensors
         """The parameters, or what this rank owns of them."""
-        self.entries, self.flat = entries, flat
+        self.entries = entries
+        self.flat = flat
         self._old: PyTree = None
 
     @property
@@ -132,7 +133,8 @@ class Step:
 
     def write_state(self, changed: Changed, in_place: bool) -> None:
         """Write slots and counts."""
-        plan, counts = self.plan, self.plan.counts
+        plan = self.plan
+        counts = self.plan.counts
         kinds = {k: plan.flat[k].kind for k, _ in changed}
         copies = [(self.flat[k], x) for k, x in changed if kinds[k] in ("slot", "joint")]
         _foreach(torch._foreach_copy_, Tensor.copy_, copies)

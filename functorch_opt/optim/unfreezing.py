@@ -68,7 +68,8 @@ class FreezeSchedule:
         state: Literal["keep", "drop"] = "keep",
     ) -> None:
         check_choice("keep", "drop", state=state)
-        self.optimizer, self.state = optimizer, state
+        self.optimizer = optimizer
+        self.state = state
         self.trained = {name: _span(name, when) for name, when in trained.items()}
         self.last_epoch = 0
         self._check_names()
