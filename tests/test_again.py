@@ -64,10 +64,11 @@ def reads_a_global(lr: float = 0.1) -> fo.GradientTransformation:
     return fo.leafwise(rule, prepare=prepare)
 
 
-def reads_a_number() -> fo.GradientTransformation:
+def reads_a_number(calls: list[int]) -> fo.GradientTransformation:
     """What prepare gives is a number of Python's, another at every step."""
 
     def prepare(count: Tensor) -> dict[str, Any]:
+        calls.append(1)
         return {"rate": 0.5 ** (1 + count.item())}
 
     def rule(g: Tensor, rate: float) -> Tensor:
@@ -121,10 +122,11 @@ def test_it_gives_the_numbers_of_update(
         for x, y in zip(tree.leaves(ours), tree.leaves(state), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
     assert went.other == 0
-    assert (step.ways.again is None) == (name == "noise")  # which looks at all updates
-    if step.ways.again is not None:
+    (ways,) = step.ways.values()
+    assert (ways.again is None) == (name == "noise")  # which looks at all updates
+    if ways.again is not None:
         assert went.same == 5
-        assert (step.ways.again.joint is not None) == (joint and name != "sgd")
+        assert (ways.again.joint is not None) == (joint and name != "sgd")
 
 
 def test_a_global_that_a_prepare_reads_may_change(
@@ -149,7 +151,8 @@ def test_a_global_that_a_prepare_reads_may_change(
 
 
 def test_a_number_that_changes_is_not_taken_for_the_one_before(went: Went) -> None:
-    tx = reads_a_number()
+    calls: list[int] = []
+    tx = reads_a_number(calls)
     step = CompiledStep(tx, True, "eager")
     mine = drawn(0)
     state = tx.init(mine)
@@ -159,6 +162,7 @@ def test_a_number_that_changes_is_not_taken_for_the_one_before(went: Went) -> No
         mine, state = step(mine, gs, state)
         for name, p in before.items():
             torch.testing.assert_close(mine[name], p - 0.5 ** (1 + i) * gs[name])
+    assert len(calls) == 15  # once a step
     assert went.same == 0
     assert went.other <= again.MISSES
 

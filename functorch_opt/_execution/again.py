@@ -25,6 +25,7 @@ from functorch_opt._execution.segments import IN_PIECES, Segment, Watched
 from functorch_opt._execution.together import (
     Joint,
     Share,
+    Worked,
     costs_a_launch,
     is_number,
     meanings_of,
@@ -47,9 +48,10 @@ Job = tuple[Segment, Columns, Body]
 
 
 class Ways:
-    """The way of the last step of a chain of rules. `backend` compiles."""
+    """The way of the last step of a chain of `rules`. `backend` compiles."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, rules: list[RuleAt], backend: Any) -> None:
+        self.rules = rules
         self.backend = backend
         self.again: Again | None = None
         self.went: list[Segment] = []
@@ -59,17 +61,15 @@ class Ways:
 
     def go(
         self,
-        rules: list[RuleAt],
         us: list[Any],
         ps: list[Any],
         state: list[Any],
-        extra: dict[str, Any],
+        worked: list[Worked],
     ) -> New | None:
-        """Make a step, and return what of the state is new. None: it goes another way."""
-        again = self.again
-        if again is None or again.rules is not rules or extra:
+        """As `Again.go`, if the way of a step is known."""
+        if self.again is None:
             return None
-        new = again.go(us, ps, state)
+        new = self.again.go(us, ps, state, worked)
         if new is None:
             self.again = None
         self.missed = self.missed + 1 if new is None else 0
@@ -77,7 +77,6 @@ class Ways:
 
     def remember(
         self,
-        rules: list[RuleAt],
         walk: Walk,
         waiting: list[Waiting],
         jobs: list[Job],
@@ -86,7 +85,6 @@ class Ways:
         """Keep the way of this step, if the one before went through the same code.
 
         Args:
-            rules: those of the chain.
             walk: the step.
             waiting: the rules with their values, as they waited in the end.
             jobs: what was done then.
@@ -95,8 +93,8 @@ class Ways:
         before, self.went = self.went, [segment for segment, _, _ in jobs]
         if len(jobs) != 1 or before != self.went or self.missed == MISSES:
             return
-        if goes_one_way(rules, walk, waiting):
-            self.again = Again(rules, waiting, jobs[0], state, self.backend)
+        if goes_one_way(self.rules, walk, waiting):
+            self.again = Again(self.rules, waiting, jobs[0], state, self.backend)
 
 
 class Again:
@@ -147,11 +145,14 @@ class Again:
         """Find the place of each value among those that all shares give."""
         self.apart = [k for k in range(len(self.shares)) if k not in self.joined]
         self.read: list[dict[str, int]] = [{} for _ in self.shares]
-        self.new: list[tuple[int, int]] = []
+        self.next: list[dict[str, int]] = [{} for _ in self.shares]
         place = count()
         for k in (*self.joined, *self.apart):
             self.read[k] = dict(zip(self.now[k], place, strict=False))
-            self.new += zip(self.rules[k].shared.values(), place, strict=False)
+            self.next[k] = dict(zip(self.rules[k].shared, place, strict=False))
+        self.new: list[tuple[int, int]] = []
+        for at, new in zip(self.rules, self.next, strict=True):
+            self.new += zip(at.shared.values(), new.values(), strict=True)
         self.constants = [x for of in self.body.exact for x in of.values()]
         self.scalars: list[int] = []
         for read, shared, exact in zip(
@@ -160,13 +161,21 @@ class Again:
             self.scalars += [read[name] for name in shared]
             self.scalars += [next(place) for _ in exact]
 
-    def go(self, us: list[Any], ps: list[Any], state: list[Any]) -> New | None:
+    def go(
+        self,
+        us: list[Any],
+        ps: list[Any],
+        state: list[Any],
+        worked: list[Worked],
+    ) -> New | None:
         """Make a step, and return what of the state is new. None: it goes another way.
 
         Args:
             us: the gradients.
             ps: the parameters. They are overwritten, and so are the slots.
             state: the leaves of the state.
+            worked: an empty list. If the step goes another way, it gets what each stage has worked
+                out, as far as this has been done: a `prepare` runs once a step.
         """
         inputs = self._inputs(state)
         if not (self._means_the_same() and self.inputs.are_like(inputs)):
@@ -178,6 +187,7 @@ class Again:
         with self.lock:  # numbers may be written where those of the last step were
             values = self._values(inputs)
             if self.apart and not self._are_of_kind(values):
+                worked += self._of_each(values)
                 return None
             self.segment.check(columns)
             self.segment.run(columns, self._filled(values))
@@ -203,6 +213,14 @@ class Again:
             if not all(map(_can_replace, before.values(), now)):
                 return False
         return True
+
+    def _of_each(self, values: list[Any]) -> list[Worked]:
+        """The values, by stage and name."""
+        found = []
+        for read, new in zip(self.read, self.next, strict=True):
+            now = {name: values[i] for name, i in read.items()}
+            found.append(Worked(now, {name: values[i] for name, i in new.items()}))
+        return found
 
     def _filled(self, values: list[Any]) -> Body:
         """The rules with these values."""

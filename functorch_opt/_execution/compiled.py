@@ -26,7 +26,7 @@ from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.again import Job, Ways
 from functorch_opt._execution.as_operations import traced
 from functorch_opt._execution.body import Body, Columns
-from functorch_opt._execution.flat import Form, New, RuleAt, form_of, go_flat, new_of
+from functorch_opt._execution.flat import New, RuleAt, form_of, go_flat, new_of
 from functorch_opt._execution.memory import (
     apart_from_params,
     check_memory,
@@ -43,6 +43,7 @@ from functorch_opt._execution.segments import (
     NeedsConstants,
     Segment,
 )
+from functorch_opt._execution.together import Worked
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Waiting, Walk
 from functorch_opt._execution.writes import apart_from, memory_of
@@ -128,8 +129,7 @@ class CompiledStep:
         self.dtypes: OrderedDict[Any, torch.dtype | None] = OrderedDict()
         self.routes: OrderedDict[Any, tuple[list[View], list[Route]]] = OrderedDict()
         self.returned: list[PyTree] = []
-        self.form: Form | None = None
-        self.ways = Ways(backend)
+        self.ways: OrderedDict[int, Ways] = OrderedDict()
         self.said: set[str] = set()
         self.lock = threading.Lock()
 
@@ -174,8 +174,8 @@ class CompiledStep:
         """
         view, ps = self.view(params)
         us = structure.match(params, view.spec, grads, names=("params", "grads"))
-        form = self.form if known else None
-        leaves = form.leaves(state, view) if form else None
+        form = view.form if known else None
+        leaves = form.leaves(state) if form else None
         if form and leaves is not None:
             new = self.run_flat(form.rules, view, ps, us, leaves, extra)
             moved = form.with_new(leaves, new)
@@ -187,7 +187,8 @@ class CompiledStep:
             after = walk.look(self.tx, state, view)
             walk.go()
             self._apply(walk, add=True)
-        self.form = form_of(self.tx, state, view, walk.sharded)
+        if known or view.form is None:
+            view.form = form_of(self.tx, state, walk.sharded)
         return overwritten(state, after()) if self.capturable else after()
 
     def run_flat(
@@ -205,16 +206,26 @@ class CompiledStep:
             What of the state is new, by its place in the list. Slots are overwritten.
         """
         us = apart_from_params(us, ps)
+        ways = self._ways(rules)
+        worked: list[Worked] = []
         with self._drawing():
-            found = self.ways.go(rules, us, ps, state, extra)
+            found = None if extra else ways.go(us, ps, state, worked)
             if found is not None:
                 return found
             walk = self._walk(view, ps, us, extra, True)
-            shared = go_flat(walk, rules, state, view)
+            shared = go_flat(walk, rules, state, view, worked)
             waiting = walk.waiting
             jobs = self._apply(walk, add=True)
-        self.ways.remember(rules, walk, waiting, jobs, state)
+        ways.remember(walk, waiting, jobs, state)
         return new_of(rules, shared, state)
+
+    def _ways(self, rules: list[RuleAt]) -> Ways:
+        """What is kept of the steps of these rules."""
+        with self.lock:
+            found = self.ways.setdefault(id(rules), Ways(rules, self.backend))
+            while len(self.ways) > MODELS:
+                self.ways.popitem(last=False)
+        return found
 
     def _walk(
         self,

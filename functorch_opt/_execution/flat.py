@@ -14,6 +14,7 @@ from functorch_opt import tree
 from functorch_opt._core.chain import Chain
 from functorch_opt._core.rule import Leafwise
 from functorch_opt._core.transformation import GradientTransformation
+from functorch_opt._execution.together import Worked
 from functorch_opt._execution.views import View
 from functorch_opt._execution.walk import Walk
 from functorch_opt.tree import PyTree
@@ -65,16 +66,15 @@ def rules_at(
 
 
 class Form(NamedTuple):
-    """The state of a chain of rules, for params that are seen by `view`."""
+    """The state of a chain of rules, for params of some structure."""
 
     rules: list[RuleAt]
-    view: View
     spec: Any
 
-    def leaves(self, state: PyTree, view: View) -> list[Any] | None:
-        """The leaves of a state for params of this view; None if it has another structure."""
+    def leaves(self, state: PyTree) -> list[Any] | None:
+        """The leaves of a state; None if it has another structure."""
         try:
-            return self.spec.flatten_up_to(state) if view is self.view else None
+            return self.spec.flatten_up_to(state)
         except (TypeError, ValueError):
             return None
 
@@ -86,14 +86,12 @@ class Form(NamedTuple):
         return tree.unflatten(self.spec, leaves)
 
 
-def form_of(
-    tx: GradientTransformation, state: PyTree, view: View, sharded: bool
-) -> Form | None:
+def form_of(tx: GradientTransformation, state: PyTree, sharded: bool) -> Form | None:
     """The form of a state of `tx`; None if `tx` is no chain of rules."""
     leaves, spec = tree.flatten(state)
     numbered = tree.unflatten(spec, [*range(len(leaves))])
     rules = rules_at(tx, numbered, sharded)
-    return None if rules is None else Form(rules, view, spec)
+    return None if rules is None else Form(rules, spec)
 
 
 def new_of(rules: list[RuleAt], new: list[dict[str, Any]], state: list[Any]) -> New:
@@ -111,16 +109,21 @@ def go_flat(
     rules: list[RuleAt],
     state: list[Any],
     view: View,
+    worked: list[Worked],
 ) -> list[Any]:
-    """Let `rules` wait, with their tensors from the list `state`; their next shared values."""
+    """Let `rules` wait, with their tensors from the list `state`; their next shared values.
+
+    What has been `worked` out for each of them is not worked out again; the list may be empty.
+    """
     new = []
-    for tx, shared, slots in rules:
+    given: list[Worked | None] = [*worked] or [None] * len(rules)
+    for (tx, shared, slots), known in zip(rules, given, strict=True):
         old = {name: state[k] for name, k in shared.items()}
         columns = {
             name: [None if k is None else state[k] for k in column]
             for name, column in slots.items()
         }
         walk.columns += columns.values()
-        new.append(walk.rule(tx, old, columns, view))
+        new.append(walk.rule(tx, old, columns, view, known))
     walk.go()
     return new

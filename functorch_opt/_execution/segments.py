@@ -244,6 +244,8 @@ class Segment:
     def knows(self, columns: Columns) -> bool:
         """Whether these leaves are of the kind that it was made for."""
         us = columns[0]
+        if len(us) != len(self.where):
+            return False
         if self.around != surroundings() or any(us[i] is not None for i in self.absent):
             return False
         if any(us[i] is None for i in self.eager):

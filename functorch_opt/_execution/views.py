@@ -22,11 +22,13 @@ class View:
         indices: which leaves of the whole tree they are.
         spec: the structure of the tree in which the stage sees them.
         is_root: whether that is the whole tree itself.
+        form: of the state of a step for these params, if it has been found.
     """
 
     def __init__(self, spec: Any, indices: list[int], is_root: bool) -> None:
         self.spec, self.indices, self.is_root = spec, indices, is_root
         self.parts: dict[Any, dict[str | None, View]] = {}
+        self.form: Any = None
 
     @cached_property
     def paths(self) -> list[str]:

@@ -34,7 +34,7 @@ from functorch_opt._execution.fusing import (
     looks_first,
     made_once,
 )
-from functorch_opt._execution.together import Together, Updates
+from functorch_opt._execution.together import Together, Updates, Worked
 from functorch_opt._execution.views import View, check_shapes
 from functorch_opt._execution.waiting import Door, NewState, Waiting, after_gate, both
 from functorch_opt.tree import PyTree
@@ -160,12 +160,16 @@ class Walk:
         old: dict[str, Tensor],
         columns: dict[str, list[Any]],
         view: View,
+        worked: Worked | None = None,
     ) -> dict[str, Tensor]:
-        """List a rule with these shared values and slots; the next shared values, once it is done."""
+        """List a rule with these shared values and slots; the next shared values, once it is done.
+
+        `worked` is what it works out once a step, if that has been done.
+        """
         first, self.settled = self.settled, False
         settled = first and self._is_certain() and not self.sharded
         us = Updates(view.leaves(self.us), lambda: view.tree(self.us), settled)
-        share = self.together.takes(tx, old, self.extra, us)
+        share = worked or self.together.takes(tx, old, self.extra, us)
         now: dict[str, Any] = share.now if share else {}
         shared: dict[str, Tensor] = share.shared if share else {}
         known = [share is not None]

@@ -69,7 +69,7 @@ def look_at(
     for i in moved:
         if i in plan.left_out or gradients[i].layout is not torch.strided:
             refuse_gradient(plan.tx.name, plan.paths[i], params[i], gradients[i])
-    entries, _ = plan.entries(state, params, moved)
+    entries, _, _ = plan.entries(state, params, moved)
     old = tree.unflatten(plan.spec, leaves_of(plan, entries, moved))
     grads = plan.tree(plan.given(gradients))
     values = plan.tree(plan.given([p.detach() for p in params]))

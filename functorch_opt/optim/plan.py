@@ -212,8 +212,8 @@ class Plan:
         for i in moved if self.left_out or layouts != {torch.strided} else ():
             if i in self.left_out or gradients[i].layout is not torch.strided:
                 refuse_gradient(self.tx.name, self.paths[i], params[i], gradients[i])
-        entries, began = self.entries(state, params, moved)
-        flat = leaves_of(self, entries, moved, None if began else self.contents)
+        entries, contents, began = self.entries(state, params, moved)
+        flat = leaves_of(self, entries, moved, contents)
         tensors, gradients = self.given(params), self.given(gradients)
         step = Step(self, params, moved, entries, flat, tensors, active)
         extra = self._extra(loss, gradients)
@@ -315,20 +315,23 @@ class Plan:
 
     def entries(
         self, state: State, params: list[Tensor], moved: list[int]
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """The state of each parameter, and whether some of it begins with this step."""
+    ) -> tuple[list[dict[str, Any]], Contents | None, bool]:
+        """The state of each parameter, where its tensors are if that is known, and whether some of
+        it begins with this step."""
         entries = entries_of(state, params)
         self.counts.move(entries)
-        if self.contents is not None and self.contents.fit(entries, moved):
-            return entries, False
-        self.contents = None
-        if not lacks(self, entries, set(moved)):
-            if are_plain(entries) and not torch.compiler.is_compiling():
-                self.contents = Contents(entries, moved, self.where, self.counts.keys)
-            return entries, False
-        entries = [dict(entry) for entry in entries]
-        complete(self, entries, params, moved)
-        return entries, True
+        traced = torch.compiler.is_compiling()
+        contents = None if traced else self.contents
+        if contents is not None and contents.fit(entries, moved):
+            return entries, contents, False
+        if lacks(self, entries, set(moved)):
+            entries = [dict(entry) for entry in entries]
+            complete(self, entries, params, moved)
+            return entries, None, True
+        if traced or not are_plain(entries):
+            return entries, None, False
+        self.contents = Contents(entries, moved, self.where, self.counts.keys)
+        return entries, self.contents, False
 
     def _extra(self, loss: Any, grads: list[Any]) -> dict[str, Any]:
         """What the transformation reads beside gradients, as far as a closure provides it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 
 import functorch_opt as fo
-from functorch_opt._execution import segments
+from functorch_opt._execution import programs, segments
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
@@ -86,7 +86,7 @@ def test_37_all_of_them_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -
             super().__init__(*args)
 
     monkeypatch.setattr(segments, "Program", Counted)
-    monkeypatch.setattr(segments, "PROGRAMS", segments.Programs())
+    monkeypatch.setattr(segments, "PROGRAMS", programs.Programs())
     one, many = make_net(), make_net()
     # With the default eps a gradient near 0 makes a step of any size of its rounding.
     options = {**OPTIONS, "eps": 1e-4}
