@@ -23,6 +23,7 @@ if _typing.TYPE_CHECKING:
     from functorch_opt._core.groups import *
     from functorch_opt._core.inject import *
     from functorch_opt._core.leaf import *
+    from functorch_opt._core.names_of_types import *
     from functorch_opt._core.points import *
     from functorch_opt._core.rule import *
     from functorch_opt._core.state import *

@@ -5,33 +5,23 @@ Who ports a script by its import meets them one by one, as errors. docs/migrate.
 
 from __future__ import annotations
 
+from functorch_opt._names import NAMES as _HERE
+
 SAME = "the same name, in `functorch_opt`"
 _SAME_NAMES = "the same names, in `functorch_opt`"
 STATES = "states are dicts by the name of the stage, and `StageState`: `get`, `describe`"
 _LOSS = "a loss, which is left out: torch has none"
-_PLAIN = "no name: plain functions"
 _OF_TREES = "the same name, in `functorch_opt.tree`"
-_TREES = "no name: trees of tensors are `functorch_opt.tree.PyTree`"
 _COUNTS = "`count + 1`: counts are int64"
 _CROSS_ENTROPY = "`torch.nn.functional.cross_entropy`"
 
 NAMES = {
     "ApplyEvery": STATES,
-    "ArrayTree": _TREES,
     "GaLoreDimensionNumbers": "`MatrixDims`",
-    "GradientTransformationExtraArgs": "`GradientTransformation`: extra arguments are declared by naming them",
     "LookaheadParams": "`eval_params`: the slow weights are in the state",
-    "MaskOrFn": "no name: a tree of bools, or a function of path and leaf",
     "MaskedNode": "no name: a part of a tree is a flat dict by path, without holes",
     "MuonDimensionNumbers": "`MatrixDims`",
-    "OptState": _TREES,
-    "Params": _TREES,
-    "Schedule": "no name: any function of the count",
     "ShouldSkipUpdateFunction": "no name: see `MultiSteps`",
-    "TransformInitFn": _PLAIN,
-    "TransformUpdateExtraArgsFn": _PLAIN,
-    "TransformUpdateFn": _PLAIN,
-    "Updates": _TREES,
     "WrappedSchedule": "not needed: `inject_hyperparams` takes functions of the count, and schedules with a state",
     "ZoomLinesearchInfo": STATES,
     "bias_correction": _OF_TREES,
@@ -43,7 +33,6 @@ NAMES = {
     "generalized_kl_divergence": _LOSS,
     "hinge_loss": _LOSS,
     "huber_loss": "`torch.nn.functional.huber_loss`",
-    "init_empty_state": "`lambda params: ()`",
     "inject_stateful_hyperparams": "`inject_hyperparams`",
     "kl_divergence": "`torch.nn.functional.kl_div`",
     "l2_loss": "`torch.nn.functional.mse_loss`, of which it is half",
@@ -68,7 +57,6 @@ NAMES = {
     "softmax_cross_entropy": _CROSS_ENTROPY,
     "softmax_cross_entropy_with_integer_labels": _CROSS_ENTROPY,
     "squared_error": "`torch.nn.functional.mse_loss`",
-    "stateless_with_tree_map": "`leafwise`",
     "update_infinity_moment": _OF_TREES,
     "update_moment": _OF_TREES,
     "update_moment_per_elem_norm": _OF_TREES,
@@ -104,7 +92,15 @@ OF_TREE = {
 def missing(module: str, name: str) -> AttributeError:
     """The error for a name that a module has not; of a name of optax it says what there is here."""
     said = f"module {module!r} has no attribute {name!r}"
-    known = OF_TREE if module.endswith("tree") else {**FOLDERS, **NAMES}
+    of_tree = module.endswith("tree")
+    if of_tree and name.startswith("tree_"):
+        bare = name.removeprefix("tree_")
+        return AttributeError(
+            f"{said}. Write functorch_opt.tree.{bare}, without a prefix."
+        )
+    if not of_tree and any(name in names for names in _HERE.values()):
+        return AttributeError(f"{said}. Write functorch_opt.{name}.")
+    known = OF_TREE if of_tree else {**FOLDERS, **NAMES}
     here = STATES if name.endswith("State") else known.get(name)
     if here is None:
         return AttributeError(said)

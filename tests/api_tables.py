@@ -38,18 +38,34 @@ def written_below(module: str, name: str) -> str:
 
 
 def what_it_does(full_name: str) -> str:
-    """The first sentence of the docstring, as the cell of a table."""
+    """The first sentence of the docstring, or of the string below, as the cell of a table."""
     module, _, name = full_name.rpartition(".")
     value = getattr(importlib.import_module(module), name)
-    written = inspect.getdoc(value) if callable(value) else None
-    text = written or written_below(SOURCES[full_name], name)
+    source = SOURCES.get(full_name)
+    text = written_below(source, name) if source else inspect.getdoc(value)
+    assert text, f"{full_name} has no docstring, or no line in SOURCES"
     sentence = re.split(r"(?<=[a-z)`\]]\.)\s|\n\n", text, maxsplit=1)[0]
     return " ".join(sentence.split()).rstrip(".:;").replace("``", "`")
 
 
+OPTAX_TYPES = (
+    "ArrayTree",
+    "OptState",
+    "Params",
+    "TransformInitFn",
+    "TransformUpdateExtraArgsFn",
+    "TransformUpdateFn",
+    "Updates",
+)
 SOURCES = {
+    **{
+        f"functorch_opt.{name}": "functorch_opt._core.names_of_types"
+        for name in OPTAX_TYPES
+    },
+    "functorch_opt.MaskOrFn": "functorch_opt._core.groups",
     "functorch_opt.Scalar": "functorch_opt._core.transformation",
     "functorch_opt.ScalarOrSchedule": "functorch_opt._core.transformation",
+    "functorch_opt.Schedule": "functorch_opt._core.transformation",
     "functorch_opt.tree.TINY": "functorch_opt._core.numerics",
     "functorch_opt.tree.PyTree": "functorch_opt._core.structure",
 }

@@ -108,6 +108,180 @@ def test_a_step_ignores_extra_arguments_on_request() -> None:
         lenient.update(GRADS, lenient.init(PARAMS), PARAMS, grad=GRADS)
 
 
+# ---- updates in the form of optax -------------------------------------------------------------------
+
+
+def of_optax() -> fo.GradientTransformation:
+    """``u -> value u``, with an ``update`` as in scripts for optax."""
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        del params, extra_args
+        return tree.map(lambda u: u * value, updates), state
+
+    return fo.GradientTransformationExtraArgs(fo.init_empty_state, update)
+
+
+def injected() -> fo.GradientTransformation:
+    def factory(step_size: float) -> fo.GradientTransformation:
+        return fo.chain(of_optax(), fo.scale(step_size))
+
+    return fo.inject_hyperparams(factory)(step_size=1.0)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        of_optax,
+        lambda: fo.chain(of_optax(), fo.scale(1.0)),
+        lambda: fo.masked(of_optax(), True),
+        lambda: fo.partition({"a": of_optax(), "b": of_optax()}, {"w": "a", "b": "b"}),
+        lambda: fo.MultiSteps(of_optax(), 1),
+        lambda: fo.flatten(of_optax()),
+        injected,
+    ],
+    ids=["alone", "chain", "masked", "partition", "gate", "flatten", "injected"],
+)
+def test_an_update_in_the_form_of_optax_gets_what_it_names(of) -> None:
+    tx, value = of(), torch.tensor(-3.0)
+    assert tx.extra_args == {"value": True}
+    wanted = tree.map(lambda g: -3 * g, GRADS)
+    updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=value)
+    torch.testing.assert_close(updates, wanted)
+    step, params = fo.compiled_step(tx), tree.map(torch.clone, PARAMS)
+    with pytest.warns(UserWarning, match="eagerly"):
+        params, _ = step(params, GRADS, state, value=value)
+    torch.testing.assert_close(params, fo.apply_updates(PARAMS, wanted))
+    with pytest.raises(TypeError, match="reads value: call update"):
+        tx.update(GRADS, state, PARAMS)
+
+
+def test_an_update_in_the_form_of_optax_ignores_the_others() -> None:
+    """Alone it does; a chain around it says that it would be lost."""
+    tx, value = of_optax(), torch.tensor(-3.0)
+    updates, _ = tx.update(GRADS, (), PARAMS, value=value, other="anything")
+    torch.testing.assert_close(updates, tree.map(lambda g: -3 * g, GRADS))
+    around = fo.chain(tx, fo.clip(1.0))
+    with pytest.raises(TypeError, match="got other, which no stage reads"):
+        around.update(GRADS, around.init(PARAMS), PARAMS, value=value, other="anything")
+    assert fo.with_extra_args_support(tx).extra_args == tx.extra_args
+
+
+def test_a_stateful_optimizer_gives_an_update_of_optax_its_value() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = fo.optim.Optimizer([p], fo.chain(of_optax(), fo.scale(-0.1)))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    value = torch.tensor(5.0)
+    torch.testing.assert_close(p.detach(), torch.tensor([1.0, -2.0]) * (1 - 0.2 * value))
+
+
+def by_position(updates, state, params=None, factor=2.0, *, value, bonus=0.0, **others):
+    return tree.map(lambda u: u * value * factor + bonus, updates), state
+
+
+def required(updates, state, params, value):
+    return tree.map(lambda u: u * value, updates), state
+
+
+def test_an_update_of_optax_may_name_arguments_by_position() -> None:
+    tx = fo.GradientTransformationExtraArgs(fo.init_empty_state, by_position)
+    assert tx.extra_args == {"factor": False, "value": True, "bonus": False}
+    updates, _ = tx.update(GRADS, (), PARAMS, factor=3.0, value=2.0, bonus=1.0)
+    torch.testing.assert_close(updates, tree.map(lambda g: 6 * g + 1, GRADS))
+    updates, _ = tx.update(GRADS, (), PARAMS, value=2.0)
+    torch.testing.assert_close(updates, tree.map(lambda g: 4 * g, GRADS))
+    tx = fo.GradientTransformationExtraArgs(fo.init_empty_state, required)
+    assert tx.extra_args == {"value": True}
+
+
+class Stateful:
+    """A method is an ``update`` too."""
+
+    def update(self, updates, state, params=None, value=2.0, **extra_args):
+        return tree.map(lambda u: u * value, updates), state
+
+
+def test_a_method_may_be_an_update_of_optax() -> None:
+    tx = fo.GradientTransformationExtraArgs(fo.init_empty_state, Stateful().update)
+    assert tx.extra_args == {"value": False}
+    updates, _ = tx.update(GRADS, (), PARAMS, value=3.0, other=1.0)
+    torch.testing.assert_close(updates, tree.map(lambda g: 3 * g, GRADS))
+
+
+def handing_on(inner, **options):
+    """A wrapper as in scripts for optax."""
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return tree.map(torch.neg, updates), state
+
+    return fo.GradientTransformationExtraArgs(inner.init, update, **options)
+
+
+def in_a_function(updates, state, params=None, **extra_args):
+    def double(u):
+        return u * extra_args.get("value", 2.0)
+
+    return tree.map(double, updates), state
+
+
+def test_a_wrapper_says_which_arguments_it_hands_on() -> None:
+    """It would be called without them, and the transformation inside has a default perhaps."""
+    inner = fo.chain(count_calls(), scale_by_value())
+    hands_on = r"update hands on \*\*extra_args.*extra_args=inner\.extra_args"
+    with pytest.raises(TypeError, match=hands_on):
+        handing_on(inner)
+    with pytest.raises(TypeError, match=r"in_a_function hands on \*\*extra_args"):
+        fo.GradientTransformationExtraArgs(fo.init_empty_state, in_a_function)
+    tx = fo.chain(handing_on(inner, extra_args=inner.extra_args), fo.scale(2.0))
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=3.0, bonus=1.0)
+    torch.testing.assert_close(updates, tree.map(lambda g: -6 * (g + 1), GRADS))
+
+
+@pytest.mark.parametrize("hands_on", [False, True])
+def test_an_update_of_optax_may_be_made_in_compiled_code(hands_on: bool) -> None:
+    def step(grads, params, value):
+        tx = handing_on(fo.identity()) if hands_on else fo.chain(of_optax())
+        return tx.update(grads, tx.init(params), params, value=value)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    if hands_on:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="hands on"):
+            compiled(GRADS, PARAMS, torch.tensor(3.0))
+        return
+    found = compiled(GRADS, PARAMS, torch.tensor(3.0))
+    torch.testing.assert_close(found, tree.map(lambda g: 3 * g, GRADS))
+
+
+# ---- transformations without state ------------------------------------------------------------------
+
+
+def test_a_function_of_one_update_is_called_with_or_without_its_parameter() -> None:
+    tx = fo.stateless_with_tree_map(lambda u, p: -u if p is None else u * p)
+    grads = {**GRADS, "b": None}
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert updates["b"] is None and state == ()
+    torch.testing.assert_close(updates["w"], GRADS["w"] * PARAMS["w"])
+    torch.testing.assert_close(tx.update(GRADS, ())[0], tree.map(torch.neg, GRADS))
+    with pytest.raises(ValueError, match="params"):
+        tx.update(GRADS, (), {"w": PARAMS["w"]})
+
+
+def test_an_empty_state_is_a_tree_without_leaves() -> None:
+    state = fo.init_empty_state(PARAMS)
+    assert state == fo.EmptyState() == ()
+    assert tree.leaves(state) == [] and fo.state_dict({"a": state}) == {}
+    tx = fo.chain(of_optax(), fo.adam(0.1))
+    saved = fo.state_dict(tx.init(PARAMS))
+    assert fo.load_state_dict(tx.init(PARAMS), saved)["of_optax"] == state
+
+
 def test_an_optional_extra_argument_may_be_left_out() -> None:
     tx = fo.chain(count_calls(), fo.scale(2.0), scale_by_value())
     assert tx.extra_args == {"bonus": False, "value": True}

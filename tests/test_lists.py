@@ -151,6 +151,8 @@ def test_pydoc_shows_the_api() -> None:
     assert shown == {name for name, value in api.items() if inspect.isfunction(value)}
     shown |= set(re.findall(r"^    class (\w+)\(", text, flags=re.MULTILINE))
     shown |= set(re.findall(r"^    (\w+) = ", data, flags=re.MULTILINE))
+    # From Python 3.11 on ``Any`` is a class, and another name for it is shown as one.
+    shown |= set(re.findall(r"^    (\w+) = class Any", text, flags=re.MULTILINE))
     assert set(api) <= shown, f"pydoc does not show {sorted(set(api) - shown)}"
 
 
@@ -201,6 +203,7 @@ FLOORS = {
     "_core/on_owner.py": 3,
     "_core/arithmetic.py": 3,
     "_core/numerics.py": 3,
+    "_core/names_of_types.py": 3,
     "_core/state.py": 3,
     "_core/checkpoint.py": 3,
     "random/": 3,

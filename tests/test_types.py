@@ -62,6 +62,26 @@ length: Tensor = fo.tree.norm(params) + fo.tree.zeros_like(params["weight"]).sum
 paths: list[str] = fo.tree.paths(params)
 noise: Tensor = fo.random.normal(fo.random.key(0), (3,))
 
+# Names of optax for annotations.
+def rescaled(
+    updates: fo.Updates,
+    state: fo.EmptyState,
+    params: fo.Params | None = None,
+    *,
+    value: Tensor,
+    **extra_args: Any,
+) -> tuple[fo.Updates, fo.EmptyState]:
+    return {name: u * value for name, u in updates.items()}, fo.EmptyState()
+
+
+init: fo.TransformInitFn = fo.init_empty_state
+change: fo.TransformUpdateExtraArgsFn = rescaled
+reads_value: fo.GradientTransformation = fo.GradientTransformationExtraArgs(init, change)
+kept: fo.OptState = reads_value.init(params)
+curve: fo.Schedule = lambda count: 0.1
+chosen: fo.MaskOrFn = lambda path, p: p.dim() > 1
+flipped = fo.stateless_with_tree_map(lambda u, p: -u)
+
 # Stateful optimizers.
 optimizer: torch.optim.Optimizer = fo.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.99))
 optimizer = fo.optim.SGD([{"params": model.parameters(), "lr": 0.1}], lr=0.2, nesterov=False)

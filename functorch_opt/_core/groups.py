@@ -16,9 +16,10 @@ from functorch_opt._core.structure import Path
 from functorch_opt._core.transformation import GradientTransformation, transformation
 from functorch_opt.tree import PyTree
 
-__all__ = ["masked", "partition"]
+__all__ = ["MaskOrFn", "masked", "partition"]
 
 MaskOrFn = PyTree | Callable[[Path, Tensor], bool]
+"""Which parameters: a tree of bools like the params or above them, or a function of path and leaf."""
 LabelsOrFn = PyTree | Callable[[Path, Tensor], str]
 
 

@@ -10,21 +10,28 @@ Everything else is convenience. Most transformations are one rule for one tensor
 
 from __future__ import annotations
 
+import dis
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from functorch_opt._core import structure
 from functorch_opt._core.structure import PyTree, flatten_tensors, match, paths, unflatten
 
 __all__ = [
+    "EmptyState",
     "GradientTransformation",
+    "GradientTransformationExtraArgs",
     "Scalar",
     "ScalarOrSchedule",
+    "Schedule",
     "apply_updates",
+    "init_empty_state",
     "stateless",
+    "stateless_with_tree_map",
     "transformation",
     "with_extra_args_support",
 ]
@@ -35,6 +42,7 @@ Scalar = float | Tensor
 A tensor can be vmapped over, differentiated, and changed without recompiling.
 """
 Schedule = Callable[[Tensor], Any]
+"""A function of the count that gives a hyperparameter; the count is an int64 tensor."""
 ScalarOrSchedule = Scalar | Schedule
 """A hyperparameter, or a function of the count that gives it."""
 
@@ -219,6 +227,53 @@ class GradientTransformation(Expression):
         return {name: value for name, value in extra.items() if name in self.extra_args}
 
 
+class GradientTransformationExtraArgs(GradientTransformation):
+    """A `GradientTransformation` from an ``update`` in the form that optax asks for.
+
+    There ``update`` takes every extra argument, reads those that it names, and leaves the others in
+    ``**extra_args``. Here it gets those that it names. The others are ignored, as they are with
+    `with_extra_args_support`, by this transformation only: a chain around it takes what its stages
+    name.
+
+    Args:
+        init: ``params -> state``.
+        update: ``(updates, state, params) -> (updates, state)``. It reads the arguments that it
+            names after ``params``, such as ``def update(updates, state, params=None, *, value,
+            **extra_args)``. One without a default is required.
+        extra_args: only for wrappers, whose ``update`` hands ``**extra_args`` on: the
+            ``extra_args`` of the transformation inside.
+        last: see `GradientTransformation`.
+
+    Raises:
+        TypeError: ``update`` does something with its ``**extra_args``, and `extra_args` does not say
+            which they are.
+
+    Source: optax.GradientTransformationExtraArgs.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> def update(updates, state, params=None, *, value, **extra_args):
+        ...     return [u * value for u in updates], state
+        >>> tx = fo.GradientTransformationExtraArgs(fo.init_empty_state, update)
+        >>> g, state = [torch.ones(1)], tx.init([torch.zeros(1)])
+        >>> tx.update(g, state, value=torch.tensor(3.0), grad=g)[0]
+        [tensor([3.])]
+    """
+
+    ignores = True
+
+    def __init__(
+        self,
+        init: Callable[[PyTree], PyTree],
+        update: Callable[..., tuple[PyTree, PyTree]],
+        *,
+        extra_args: Mapping[str, bool] | None = None,
+        last: bool = False,
+    ) -> None:
+        declared = named_after_params(update) if extra_args is None else extra_args
+        super().__init__(init, update, extra_args=declared, last=last)
+
+
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """``params + updates``, each sum rounded once to the dtype of the parameter.
 
@@ -281,8 +336,14 @@ def keyword_only(f: Any) -> dict[str, bool]:
         at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04)
         raise TypeError(
             f"{f.__qualname__} takes **{code.co_varnames[at]}; name the extra arguments it reads "
-            "after '*', or pass extra_args= for a wrapper."
+            "after '*', or pass extra_args= for a wrapper. GradientTransformationExtraArgs ignores "
+            "what it does not name."
         )
+    return _after_star(f)
+
+
+def _after_star(f: Any) -> dict[str, bool]:
+    code = _code(f)
     names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     if not names:
         return {}
@@ -292,6 +353,42 @@ def keyword_only(f: Any) -> dict[str, bool]:
         # The function is made inside of compiled code, and Dynamo does not know its defaults.
         defaults = {}
     return {name: name not in defaults for name in names}
+
+
+def named_after_params(update: Any) -> dict[str, bool]:
+    """The arguments that ``update(updates, state, params, ...)`` names after ``params``."""
+    code = _code(update)
+    if code.co_flags & 0x08:
+        at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04)
+        others = code.co_varnames[at]
+        if _uses(code, others):
+            raise TypeError(
+                f"{update.__qualname__} hands on **{others}, and nothing says which they are: "
+                "GradientTransformationExtraArgs(init, update, extra_args=inner.extra_args)."
+            )
+    first = 4 if hasattr(update, "__self__") else 3
+    names = code.co_varnames[first : code.co_argcount]
+    # Dynamo of torch 2.13 does not know the defaults of a function that is made in compiled code.
+    defaults = (update.__defaults__ or ()) if names else ()
+    required = names[: max(0, len(names) - len(defaults))]
+    by_position = {name: name in required for name in names}
+    return {**by_position, **_after_star(update)}
+
+
+def _uses(code: Any, name: str) -> bool:
+    """Whether the code does anything with an argument but ``del``."""
+    if name in code.co_cellvars:
+        return True
+    for step in dis.get_instructions(code):
+        # From Python 3.13 on one instruction may load two names.
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opname.startswith("LOAD_FAST") and name in names:
+            return True
+    return False
+
+
+# This is torch.compiler.assume_constant_result, for which torch would load its compiler at once.
+_uses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _code(f: Any) -> Any:
@@ -390,6 +487,66 @@ def stateless(f: Callable[[PyTree, PyTree | None], PyTree]) -> GradientTransform
     return GradientTransformation(
         lambda params: (), lambda updates, state, params: (f(updates, params), state)
     )
+
+
+class EmptyState(NamedTuple):
+    """The state of a transformation that keeps nothing, in an ``init`` of yours: ``EmptyState()``.
+
+    It is an empty tuple, and a tree without leaves. Stages of this library have ``()``.
+    """
+
+
+def init_empty_state(params: PyTree) -> EmptyState:
+    """The ``init`` of a transformation that keeps nothing.
+
+    Args:
+        params: any tree; nothing is read.
+
+    Source: optax.init_empty_state.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> fo.init_empty_state({"w": torch.zeros(2)})
+        EmptyState()
+    """
+    return EmptyState()
+
+
+@transformation
+def stateless_with_tree_map(
+    f: Callable[[Tensor, Tensor | None], Tensor],
+) -> GradientTransformation:
+    """Make a transformation without state from a function of one update and its parameter.
+
+    `f` runs as it is written, in the dtype of the update, which steps in place do not compile. For a
+    rule that they compile see `leafwise`.
+
+    Args:
+        f: ``(update, param) -> update``, called for every update that is not None. ``param`` is None
+            where ``update`` is called without params.
+
+    Raises:
+        ValueError: the structures of updates and params differ.
+
+    Source: optax.stateless_with_tree_map.
+
+    Example:
+        >>> import torch, functorch_opt as fo
+        >>> tx = fo.stateless_with_tree_map(lambda u, p: u if p is None else u + 0.1 * p)
+        >>> params = {"w": torch.tensor(10.0)}
+        >>> tx.update({"w": torch.tensor(1.0)}, tx.init(params), params)[0]
+        {'w': tensor(2.)}
+    """
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None
+    ) -> tuple[PyTree, PyTree]:
+        if params is None:
+            return structure.map(lambda u: f(u, None), updates), state
+        names = ("updates", "params")
+        return structure.map(f, updates, params, names=names), state
+
+    return GradientTransformation(lambda params: (), update)
 
 
 def with_extra_args_support(tx: T) -> T:

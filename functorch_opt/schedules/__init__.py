@@ -1,5 +1,6 @@
 """Schedules: functions of the count. They are pure, so they trace, vmap and differentiate."""
 
+from functorch_opt._elsewhere import missing as _missing
 from functorch_opt.schedules import curves, cycles, pieces, schedule, warmups
 from functorch_opt.schedules.curves import *
 from functorch_opt.schedules.cycles import *
@@ -18,6 +19,11 @@ __all__ = sorted(
         *cycles.__all__,
     ]
 )
+
+
+def __getattr__(name: str) -> object:
+    """An error, which of a name of ``optax.schedules`` says what there is in place of it."""
+    raise _missing("functorch_opt.schedules", name)
 
 
 def __dir__() -> list[str]:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ POSITIONAL = "the stages are `*{}`, not `*args`: nobody names them"
 
 ARGUMENTS = {
     "GradientTransformation": "`extra_args=` and `last=` are ours: what the stages declare",
+    "GradientTransformationExtraArgs": "as `GradientTransformation`",
     "MultiSteps": "no `accumulator_dtype=`: at least float32; `weighted=` and `flushes=` are ours",
     "adabelief": "`weight_decay=` and its mask are those of optax after 0.2.8",
     "adafactor": "`eps=None` stands for 1e-30",
@@ -88,10 +91,6 @@ ARGUMENTS = {
     "tree.zeros_like": "a function of one tensor",
 }
 """Functions whose arguments are not optax's, and why; a default of `adopt` is a function of each."""
-
-
-LATER = {"ArrayTree"}
-"""Names that optax has after 0.2.8, which is the version that the pages are about."""
 
 
 def public(module: Any) -> set[str]:
@@ -168,7 +167,7 @@ def test_nothing_is_forgotten() -> None:
     assert not deprecated() - names() - {"__getattr__"}
     here = NAMES.keys() & set(dir(fo))
     assert not here, f"they are here: take them out of NAMES, {here}"
-    gone = NAMES.keys() - names() - LATER
+    gone = NAMES.keys() - names()
     assert not gone, f"optax has no such name: {gone}"
 
 
@@ -206,7 +205,7 @@ def test_every_folder_of_optax_is_here() -> None:
 
 
 def not_here(module: Any, table: dict[str, str]) -> list[str]:
-    """Without `transforms`, which is a folder here too."""
+    """Without `transforms`, which is a folder here too, and has a test of its own."""
     return sorted(table.keys() - {*dir(module), "transforms"})
 
 
@@ -220,6 +219,34 @@ def test_a_name_of_optax_says_what_there_is_here(name: str) -> None:
 def test_a_tree_function_of_optax_says_what_there_is_here(name: str) -> None:
     with pytest.raises(AttributeError, match=f"Of optax's {name} docs/migrate.md says: "):
         getattr(fo.tree, name)
+
+
+INSIDE = {"ConditionFn", "StatefulSchedule", "unitwise_clip", "unitwise_norm"}
+"""Names that optax has in a folder only."""
+FILES = {"clip", "monitor"}
+"""Names that are files of the folder here, so that the folder has them."""
+
+
+@pytest.mark.parametrize("folder", ["schedules", "transforms"])
+def test_a_folder_of_optax_that_is_a_folder_here_says_where_its_names_are(
+    folder: str,
+) -> None:
+    here = importlib.import_module(f"functorch_opt.{folder}")
+    theirs = public(getattr(optax, folder)) - INSIDE - FILES
+    for name in theirs - {*dir(here)}:
+        said = (
+            f"Write functorch_opt.{name}." if name in dir(fo) else "docs/migrate.md says"
+        )
+        with pytest.raises(AttributeError, match=re.escape(said)):
+            getattr(here, name)
+    assert not hasattr(here, "adan_w")
+
+
+def test_names_of_trees_with_the_prefix_of_optax_say_what_to_write() -> None:
+    for name in public(optax.tree_utils) - {"NamedTupleKey"}:
+        said = f"Write functorch_opt.tree.{name.removeprefix('tree_')}, without a prefix."
+        with pytest.raises(AttributeError, match=re.escape(said)):
+            getattr(fo.tree, name)
 
 
 def test_another_name_is_just_not_there() -> None:
@@ -241,7 +268,15 @@ def pairs() -> dict[str, tuple[Any, Any]]:
         ours, theirs = getattr(fo, folder), getattr(optax, folder)
         for name in public(theirs) & {*dir(ours)}:
             found[f"{folder}.{name}"] = getattr(ours, name), getattr(theirs, name)
-    return {name: both for name, both in found.items() if all(map(callable, both))}
+    return {
+        name: both
+        for name, both in found.items()
+        if all(map(callable, both)) and not is_type_alias(both[0])
+    }
+
+
+def is_type_alias(value: Any) -> bool:
+    return value is Any or typing.get_origin(value) is not None
 
 
 def arguments(f: Any) -> list[tuple]:

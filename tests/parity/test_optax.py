@@ -605,6 +605,15 @@ CASES: list[Case] = [
         ),
     ),
     *same(
+        "stateless_with_tree_map",
+        lambda o: o.stateless_with_tree_map(lambda u, p: 0.1 * p - u),
+        lambda o: o.stateless_with_tree_map(lambda u, p: -0.5 * u),
+        lambda o: o.stateless_with_tree_map(lambda u, p: u * p - 0.1 * u**2),
+        lambda o: o.chain(
+            o.stateless_with_tree_map(lambda u, p: u - 0.01 * p), o.adam(0.1)
+        ),
+    ),
+    *same(
         "trace",
         lambda o: o.trace(0.9),
         lambda o: o.trace(0.5, nesterov=True),

@@ -6,9 +6,10 @@ optax's documentation, and gives the same numbers with both.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ JAX = SimpleNamespace(
     value_and_grad=jax.value_and_grad,
     vmap=jax.vmap,
     sigmoid=jax.nn.sigmoid,
+    minimum=jax.numpy.minimum,
 )
 TORCH = SimpleNamespace(
     array=torch.as_tensor,
@@ -47,6 +49,7 @@ TORCH = SimpleNamespace(
     value_and_grad=value_and_grad,
     vmap=torch.func.vmap,
     sigmoid=torch.sigmoid,
+    minimum=torch.minimum,
 )
 
 DRAWN = np.random.default_rng(0)
@@ -294,7 +297,54 @@ def states_as_trees(optax: Any, of: Any) -> Any:
     return [optax.tree.get(state, name) for name in ("mu", "nu", "count")]
 
 
+def stages_of_the_script(optax: Any, of: Any) -> Any:
+    """A stage that reads an extra argument and has a state, one that has none, and annotations."""
+
+    class Seen(NamedTuple):
+        steps: Any
+        least: Any
+
+    def init(params: optax.Params) -> optax.OptState:
+        return Seen(of.array(np.array(0.0)), of.array(np.array(1e9)))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        value: Any,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        share = value / (1 + value)
+        least = of.minimum(state.least, value)
+        return optax.tree.scale(share, updates), Seen(state.steps + 1, least)
+
+    for f in (init, update):
+        assert typing.get_type_hints(f, localns={"optax": optax})
+    scale_by_loss = optax.GradientTransformationExtraArgs(init, update)
+    decay = optax.stateless_with_tree_map(lambda u, p: u + 0.01 * p)
+
+    def flip(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        return optax.tree.scale(-0.1, updates), optax.EmptyState()
+
+    negate = optax.GradientTransformation(optax.init_empty_state, flip)
+    mask = {"w": True, "b": False}
+    tx = optax.chain(optax.masked(scale_by_loss, mask), decay, negate)
+    params = first(of)
+    state, loss = tx.init(params), loss_of(of)
+    for _ in range(10):
+        value, grad = of.value_and_grad(loss)(params)
+        updates, state = tx.update(grad, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    alone, seen = scale_by_loss.update(grad, init(params), params, value=value, grad=grad)
+    return params, alone, seen.least, optax.tree.get(state, "least")
+
+
 SCRIPTS = {
+    stages_of_the_script: 1e-10,
     meta_learning: 1e-10,
     adversarial_training: 1e-10,
     sam: 1e-10,
