@@ -320,8 +320,10 @@ def stages_of_the_script(optax: Any, of: Any) -> Any:
         least = of.minimum(state.least, value)
         return optax.tree.scale(share, updates), Seen(state.steps + 1, least)
 
-    for f in (init, update):
-        assert typing.get_type_hints(f, localns={"optax": optax})
+    # A tree of optax 0.2.8 is made of trees, which it names by a string.
+    known = {"optax": optax, "ArrayTree": Any}
+    assert typing.get_type_hints(init, localns=known)
+    assert typing.get_type_hints(update, localns=known)
     scale_by_loss = optax.GradientTransformationExtraArgs(init, update)
     decay = optax.stateless_with_tree_map(lambda u, p: u + 0.01 * p)
 
