@@ -5,6 +5,10 @@ bound anew, an object gets another attribute. So the key of a function has the v
 reads, functions by what they compute. At every step it is asked again whether they are the same.
 What cannot be looked into (an object with methods or properties) stands for itself, and a rule that
 reads one is not compiled, for nobody could tell whether it has changed.
+
+Compiled code may have the numbers of a small tensor in it. Those of one in the memory of the host
+are part of the key. On a GPU the host would have to wait for them, so that a change there is seen
+only if it is one of the tensor itself, and not of its ``data``.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import builtins
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from enum import Enum, EnumMeta
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_opt._core import sharding
 from functorch_opt._core.transformation import Expression
 
 PLAIN = (
@@ -46,6 +52,21 @@ OF_LIBRARIES = (
     "_operator",
 )
 """Packages whose names are not expected to change."""
+FOR_EVER = (
+    object,
+    range,
+    slice,
+    torch.layout,
+    torch.memory_format,
+    torch.finfo,
+    torch.iinfo,
+    type(NotImplemented),
+)
+"""Types of libraries whose objects never change."""
+BY_TEXT = frozenset({"getattr", "hasattr", "vars", "globals", "__dict__"})
+"""What finds a value by a name that is given as text."""
+FEW = 16
+"""Up to so many numbers of a tensor may be constants of compiled code."""
 _ABSENT = object()
 
 
@@ -89,20 +110,23 @@ class _Reader:
         self.fixed: list[tuple[Callable[[], Any], Any]] = []
         self.mutable = False
         self.unknown: str | None = None
-        self.inside: set[int] = set()
+        self.inside: set[Any] = set()
         self.names: frozenset[str] = frozenset()
 
     def value(self, x: Any) -> Any:
         """A key that is equal for values that mean the same."""
         if isinstance(x, PLAIN):
             return type(x), repr(x)
-        if id(x) in self.inside:
+        # A function reads the same names every time, and an object has others read by each.
+        names = frozenset() if isinstance(x, types.FunctionType) else self.names
+        now = id(x), names
+        if now in self.inside:
             return "itself"
-        self.inside.add(id(x))
+        self.inside.add(now)
         try:
             return self._compound(x)
         finally:
-            self.inside.discard(id(x))
+            self.inside.discard(now)
 
     def _compound(self, x: Any) -> Any:
         if isinstance(x, types.FunctionType):
@@ -116,11 +140,11 @@ class _Reader:
             )
         if isinstance(x, (tuple, list, frozenset, set)):
             self.mutable |= isinstance(x, (list, set))
-            return type(x), tuple([self.value(of) for of in x])
+            return type(x), tuple([self.value(of) for of in x]), self._attributes(x)
         if isinstance(x, dict):
             self.mutable = True
             pairs = [(self.value(name), self.value(of)) for name, of in x.items()]
-            return dict, tuple(pairs)
+            return dict, tuple(pairs), self._attributes(x)
         if isinstance(x, types.ModuleType):
             return self._module(x)
         value = vars(x).get("value") if isinstance(x, Expression) else None
@@ -128,8 +152,14 @@ class _Reader:
             return "schedule", self._watched(partial(getattr, x, "value"), value)
         if isinstance(x, Tensor):
             self.mutable = True
-            memory = x.data_ptr() if type(x) is Tensor else 0
-            return Tensor, _Same(x), x._version, memory
+            return Tensor, _Same(x), x._version, *_in_memory(x)
+        if isinstance(x, (types.MethodType, types.BuiltinMethodType)):
+            return self._method(x)
+        if type(x).__module__ == "numpy" and hasattr(x, "tobytes"):
+            self.mutable = True
+            return "array", str(x.dtype), x.shape, x.tobytes()
+        if isinstance(x, type):
+            return self._class(x)
         return self._object(x)
 
     def _function(self, f: types.FunctionType) -> Any:
@@ -142,9 +172,14 @@ class _Reader:
                 for cell in f.__closure__ or ()
             ]
             found = [(name, self._global(f, name)) for name in sorted(self.names)]
-            defaults = self.value(f.__defaults__), self.value(f.__kwdefaults__)
+            of_function = [
+                self._watched(partial(getattr, f, name), getattr(f, name))
+                for name in ("__defaults__", "__kwdefaults__")
+            ]
+            self.names |= outer  # who calls it may read its attributes as well
+            attributes = self._attributes(f)
             self.fixed.append((partial(getattr, f, "__code__"), f.__code__))
-            return f.__code__, tuple(cells), defaults, tuple(found)
+            return f.__code__, tuple(cells), *of_function, tuple(found), attributes
         finally:
             self.names = outer
 
@@ -169,20 +204,73 @@ class _Reader:
         ]
         return module.__name__, tuple(found)
 
+    def _attributes(self, x: Any) -> Any:
+        """Those of its own attributes that are read, where it has any."""
+        own = getattr(x, "__dict__", None)
+        there = sorted(self.names & own.keys()) if own else ()
+        return tuple(
+            [
+                (name, self._watched(partial(own.get, name, _ABSENT), own[name]))
+                for name in there
+            ]
+        )
+
+    def _method(self, x: Any) -> Any:
+        """A method that is bound to an object: what it is of, and its name."""
+        of = x.__self__
+        if of is None or isinstance(of, (type, types.ModuleType)):
+            return _Same(x) if _of_library(x) else self._unknown(x)
+        function = x.__func__ if isinstance(x, types.MethodType) else None
+        return x.__name__, self.value(function), self.value(of)
+
+    def _class(self, x: type) -> Any:
+        """A class: those of its attributes that are read."""
+        ours = x.__module__.partition(".")[0] == "functorch_opt"
+        if ours or _of_library(x) or isinstance(x, EnumMeta):
+            return _Same(x)
+        if type(x) is not type:
+            return self._unknown(x)
+        self.mutable = True
+        bases = [vars(base) for base in x.__mro__ if not _of_library(base)]
+        there = [(name, of) for of in bases for name in sorted(self.names & of.keys())]
+        return _Same(x), tuple([(name, self._member(of[name])) for name, of in there])
+
+    def _member(self, x: Any) -> Any:
+        """What stands in a class. A method reads attributes of what it is called with."""
+        if isinstance(x, staticmethod):
+            return self.value(x.__func__)
+        if isinstance(x, (types.FunctionType, classmethod, property)):
+            return self._unknown(x)
+        return _Same(x) if hasattr(type(x), "__get__") else self.value(x)
+
+    def _unknown(self, x: Any) -> Any:
+        self.unknown = self.unknown or f"{type(x).__name__} {_shown(x)}"
+        return _Same(x)
+
     def _object(self, x: Any) -> Any:
         """An object: its attributes, if nothing of its class computes anything."""
-        if isinstance(x, type) or callable(x) or _of_library(type(x)):
-            if not (isinstance(x, type) or _of_library(x) or _of_library(type(x))):
-                self.unknown = self.unknown or f"{type(x).__name__} {_shown(x)}"
+        if callable(x) and not isinstance(x, torch.nn.Module):
+            known = _of_library(x) or _of_library(type(x))
+            return _Same(x) if known else self._unknown(x)
+        if isinstance(x, Enum) or type(x).__module__ == "typing" or type(x) in FOR_EVER:
             return _Same(x)
         parts = [_computed(cls, self.names) for cls in type(x).__mro__[:-1]]
-        if any(parts) or not hasattr(x, "__dict__"):
-            self.unknown = self.unknown or f"{type(x).__name__} {_shown(x)}"
-            return _Same(x)
+        looks_inside = hasattr(x, "__dict__") and not _of_library(type(x))
+        if any(parts) or not looks_inside:
+            return self._unknown(x)
         self.mutable = True
         there = [name for name in sorted(self.names) if hasattr(x, name)]
         values = [(name, self.value(getattr(x, name))) for name in there]
         return _Same(x), tuple(values)
+
+
+def _in_memory(x: Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a tensor lie; and the numbers, if they may be constants of code."""
+    if type(x) not in sharding.PLAIN or x.is_meta:
+        return ()
+    if x.device.type != "cpu" or x.layout is not torch.strided or x.numel() > FEW:
+        return (x.data_ptr(),)
+    return x.data_ptr(), repr(x.tolist())
 
 
 def _computed(cls: type, names: frozenset[str]) -> bool:
@@ -204,9 +292,12 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 def _all_names(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
+    by_text = not BY_TEXT.isdisjoint(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _all_names(constant)
+        elif by_text and isinstance(constant, str):
+            yield constant
 
 
 def _content(cell: types.CellType) -> Any:
