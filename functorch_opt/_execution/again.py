@@ -144,6 +144,8 @@ class Again:
     def _lay_out(self) -> None:
         """Find the place of each value among those that all shares give."""
         self.apart = [k for k in range(len(self.shares)) if k not in self.joined]
+        self.asked = [k for k in self.apart if not self.shares[k].tx.is_constant]
+        """Those of them whose values may be of another kind at a step."""
         self.read: list[dict[str, int]] = [{} for _ in self.shares]
         self.next: list[dict[str, int]] = [{} for _ in self.shares]
         place = count()
@@ -186,7 +188,7 @@ class Again:
             return None
         with self.lock:  # numbers may be written where those of the last step were
             values = self._values(inputs)
-            if self.apart and not self._are_of_kind(values):
+            if not self._are_of_kind(values):
                 worked += self._of_each(values)
                 return None
             self.segment.check(columns)
@@ -208,9 +210,9 @@ class Again:
 
     def _are_of_kind(self, values: list[Any]) -> bool:
         """Whether the code takes these values in the place of those that it was made for."""
-        for before, read in zip(self.now, self.read, strict=True):
-            now = [values[i] for i in read.values()]
-            if not all(map(_can_replace, before.values(), now)):
+        for k in self.asked:
+            now = [values[i] for i in self.read[k].values()]
+            if not all(map(_can_replace, self.now[k].values(), now)):
                 return False
         return True
 
@@ -317,7 +319,7 @@ def _can_replace(before: Any, x: Any) -> bool:
 
 
 def _is_of_numbers(share: Share) -> bool:
-    """Whether it can be worked out by a program: of single numbers on one device, or of nothing."""
+    """Whether it can be worked out by a program: of single numbers on one device."""
     if not all(map(is_number, share.inputs)):
         return False
-    return len({x.device for x in share.inputs}) < 2
+    return len({x.device for x in share.inputs}) == 1

@@ -206,8 +206,8 @@ class _Reader:
 
     def _attributes(self, x: Any) -> Any:
         """Those of its own attributes that are read, where it has any."""
-        own = getattr(x, "__dict__", None)
-        there = sorted(self.names & own.keys()) if own else ()
+        own: dict[str, Any] = getattr(x, "__dict__", {})
+        there = sorted(self.names & own.keys())
         return tuple(
             [
                 (name, self._watched(partial(own.get, name, _ABSENT), own[name]))
