@@ -52,8 +52,11 @@ class Placed(Tensor):
     def __getitem__(self, index: Any) -> Any:  # torch's own asks for a driver
         found: Tensor = self
         dim = 0
-        for i in index if isinstance(index, tuple) else (index,):
-            if isinstance(i, int):
+        many = index if isinstance(index, tuple) else (index,)
+        for k, i in enumerate(many):
+            if i is Ellipsis:
+                dim = found.dim() - (len(many) - k - 1)
+            elif isinstance(i, int):
                 found = torch.select(found, dim, i)
             else:
                 found = torch.ops.aten.slice(found, dim, i.start, i.stop, i.step or 1)

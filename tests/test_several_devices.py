@@ -39,6 +39,13 @@ MAKES: dict[str, Any] = {
         {"a": fo.adam(0.1), "b": fo.chain(fo.clip_by_global_norm(0.1), fo.sgd(0.1))},
         lambda path, p: "a" if p.dim() > 1 else "b",
     ),
+    "a device a group": lambda: fo.chain(
+        fo.clip_by_global_norm(0.5),
+        fo.partition(
+            {"a": fo.adam(0.1), "b": fo.sgd(0.1, 0.9), "c": fo.lion(0.1)},
+            lambda path, p: {"1": "b", "2": "c", "3": "b"}.get(path, "a"),
+        ),
+    ),
     "totals": lambda: fo.leafwise(
         lambda g, top: g / top, totals={"top": fo.largest(lambda g: g.abs().amax())}
     ),

@@ -34,6 +34,7 @@ IN_PIECES = "in pieces"
 """The backend that compiles nothing."""
 BLOCK = {"cpu": 1}
 """Tensors in a block. On a CPU a call costs nothing; elsewhere `LAUNCH` tensors share a launch."""
+CPU = torch.device("cpu")
 LAUNCH = 16
 EXAMPLE = 131_072
 """Elements of the tensors that a block of several is traced on."""
@@ -149,7 +150,10 @@ class Segment:
 
     def _parts(self, sorts: dict[Any, list[int]], mine: Columns) -> list[Part]:
         number = {i: k for k, i in enumerate(self.compiled)}
-        several = len({sort[0] for sort in sorts}) > 1
+        devices = {sort[0] for sort in sorts}
+        # What is worked out once a step lies with the first parameter of all.
+        others = {x.device for x in self.body.scalars} - {*devices, CPU}
+        several = len(devices) > 1 or bool(others)
         in_a_row = not (self.body.whole or self.body.row) and self.backend != IN_PIECES
         lie = flat if in_a_row else Tensor.contiguous
         columns = [[lie(x).contiguous() for x in column] for column in mine]
