@@ -114,6 +114,8 @@ def compiled_step(
 class CompiledStep:
     """What `compiled_step` makes. It keeps which code serves which leaf of which model."""
 
+    walks = Walk
+
     def __init__(
         self,
         tx: GradientTransformation,
@@ -237,7 +239,7 @@ class CompiledStep:
     ) -> Walk:
         flush: Any = partial(self._apply, add=False)
         once = None if self.backend == IN_PIECES else self.backend
-        return Walk(view, ps, us, extra, flush, self._aside, known, once)
+        return self.walks(view, ps, us, extra, flush, self._aside, known, once)
 
     def _drawing(self) -> AbstractContextManager[Any]:
         """Where random numbers are drawn by compiled code, if anything is compiled."""
@@ -269,9 +271,12 @@ class CompiledStep:
         ]
         for segment, columns, _ in jobs:
             segment.check(columns)
+        self._run(jobs)
+        return jobs
+
+    def _run(self, jobs: list[Job]) -> None:
         for segment, columns, body in jobs:
             segment.run(columns, body)
-        return jobs
 
     def _job(self, walk: Walk, waiting: list[Waiting], route: Route, add: bool) -> Job:
         """The code for a route, the leaves that it gets, and their scalars."""
@@ -331,7 +336,8 @@ class CompiledStep:
         body = Body(entries, now, into, False)
         if PROGRAMS.wants_inputs(body):
             body = Body(entries, now, into, True)
-        known = self.segments.get(body.key, ())
+        key = self._key(body, route)
+        known = self.segments.get(key, ())
         for segment in known:
             if segment.knows(columns):
                 _forget(known, segment)
@@ -347,8 +353,12 @@ class CompiledStep:
             return self._segment(mine, into, columns, walk, route)
         _forget(known, segment)
         with self.lock:
-            self.segments[body.key] = [segment, *known][:MODELS]
+            self.segments[key] = [segment, *known][:MODELS]
         return segment, body
+
+    def _key(self, body: Body, route: Route) -> Any:
+        """By what segments are looked up."""
+        return body.key
 
     def _routes(self, walk: Walk, waiting: list[Waiting]) -> list[Route]:
         """The leaves, by what they go through. It is the same as long as the views are."""

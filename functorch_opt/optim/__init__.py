@@ -17,6 +17,7 @@ from functorch_opt.optim.exported import *
 from functorch_opt.optim.in_backward import *
 from functorch_opt.optim.muon import *
 from functorch_opt.optim.nadam import *
+from functorch_opt.optim.on_host import *
 from functorch_opt.optim.param_groups import *
 from functorch_opt.optim.partition import *
 from functorch_opt.optim.qk_hook import *

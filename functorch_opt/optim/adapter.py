@@ -38,6 +38,7 @@ from functorch_opt.optim.numbers import decays, is_zero
 from functorch_opt.optim.one_operation import as_one, number_of
 from functorch_opt.optim.options import (
     FLAGS,
+    PRIVATE,
     arguments,
     check_like,
     check_names,
@@ -56,8 +57,6 @@ from functorch_opt.optim.recipe import Recipe, made, shown
 from functorch_opt.transforms.report import noise_in
 
 __all__ = ["Optimizer"]
-PRIVATE = ("_recipe", "_own", "_numbers", "_optional", "_compile", "_owners")
-"""Attributes that are pickled beside torch's."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -125,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
     """Options that are hyperparameters while they are a float or a tensor."""
     _sees_names: ClassVar = True
     """Whether a mask or a label may look at the names of parameters."""
-    _evaluating = False
+    _evaluating = _slots_on_host = False
     found_inf: Tensor | int | None = None
     """What a `torch.amp.GradScaler` sets for the time of a step."""
 
@@ -571,6 +570,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state,
                 params,
                 self._owners,
+                self._slots_on_host,
             )
             # Of options that have had many values only the last ones are remembered.
             for old in [*self._plans][: -len(self.param_groups) - 8]:

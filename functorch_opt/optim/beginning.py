@@ -12,6 +12,7 @@ from functorch_opt._core.checkpoint import state_dict
 from functorch_opt._execution.memory import with_memory_of_its_own
 from functorch_opt.codecs.rounded import KEY
 from functorch_opt.optim.counts import Entries
+from functorch_opt.optim.host import from_card, kept
 from functorch_opt.optim.places import Place
 
 if TYPE_CHECKING:
@@ -55,11 +56,13 @@ def complete(
             p.detach() if everything or i in wanted else None
             for i, p in enumerate(params)
         ]
+        given = from_card(plan, given)
         first = state_dict(plan.tx.init(plan.tree(plan.given(given))))
         mine = {place.path: first[place.path] for place in absent}
         mine = with_memory_of_its_own(mine, params)
         for place in absent:
-            entries[place.i][place.key] = _own_draws(plan, place, mine[place.path])
+            x = _own_draws(plan, place, mine[place.path])
+            entries[place.i][place.key] = kept(plan, place, x, params[place.i])
 
 
 def _own_draws(plan: Plan, place: Place, first: Tensor) -> Tensor:

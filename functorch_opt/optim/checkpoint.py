@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from functorch_opt._core.checkpoint import Fit, fit, state_dict
+from functorch_opt.optim.host import lies_apart, to_host
 from functorch_opt.optim.params import on_meta
 from functorch_opt.optim.plan import Plan
 
@@ -33,6 +34,8 @@ class Expected(NamedTuple):
     like: Tensor
     of: int = 0
     """By which parameters it is shared: those with the same number here."""
+    on_host: bool = False
+    """Whether it lies on the host, whatever device its parameter is on."""
 
 
 def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
@@ -45,7 +48,8 @@ def expectations(plan: Plan, params: list[Tensor]) -> list[dict[str, Expected]]:
     for place in plan.flat:
         if place and place.kind == "slot":
             mine = keys[place.i]
-            mine[place.key] = Expected("slot", first[place.path])
+            apart = lies_apart(plan, place, params[place.i])
+            mine[place.key] = Expected("slot", first[place.path], on_host=apart)
         elif place and place.kind == "joint":
             for mine in keys:
                 mine[place.key] = Expected("joint", first[place.path], plan.place)
@@ -238,6 +242,8 @@ def _checked(value: Any, expected: Expected, p: Tensor, name: str, key: str) -> 
         raise TypeError(
             f"{name} is {value.dtype}, and here it is {like.dtype}, which cannot be made of it."
         )
+    if expected.on_host:
+        return to_host(value)
     return value.detach().to(p.device, copy=True)
 
 

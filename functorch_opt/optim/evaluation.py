@@ -12,6 +12,7 @@ from torch import Tensor
 from functorch_opt import tree
 from functorch_opt._core.points import has_point, points
 from functorch_opt.optim.contents import leaves_of
+from functorch_opt.optim.host import from_card
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.step import NOTHING, State
 
@@ -55,8 +56,9 @@ def points_of(plan: Plan, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         blank = plan.tree([p.detach().to("meta") for p in params])
         points(plan.tx, plan.tx.init(blank), blank)
         return {}
-    old = tree.unflatten(plan.spec, leaves_of(plan, entries, moved))
-    values = plan.given([p.detach() for p in params])
+    flat = from_card(plan, leaves_of(plan, entries, moved))
+    old = tree.unflatten(plan.spec, flat)
+    values = from_card(plan, plan.given([p.detach() for p in params]))
     found = points(plan.tx, old, plan.tree(values))
     by_number = {plan.number[path]: x for path, x in found.items()}
     if plan.replicas:

@@ -151,6 +151,11 @@ class _Alone:
         self.one.state = self.of.state
         ((fixed, groups),) = self.one._buckets()
         plan = self.one._plan(fixed, groups)
+        if self.of._slots_on_host and self.p.device.type != "cpu":
+            raise ValueError(
+                "inside of backward a step has one parameter, and nothing to do while its slots "
+                "are fetched from the host. Leave slots_on_host or step_in_backward away."
+            )
         if plan is self.plan:
             return
         self.plan = plan

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functorch_opt import tree
 from functorch_opt.optim.contents import leaves_of
+from functorch_opt.optim.host import refuse_on_host
 from functorch_opt.optim.numbers import Groups
 from functorch_opt.optim.params import refuse_gradient
 from functorch_opt.optim.plan import Plan
@@ -62,6 +63,7 @@ def look_at(
     loss: Any,
 ) -> None:
     """Look at what the transformation of a bucket does. Its state is taken out as for a step."""
+    refuse_on_host(plan, "report() looks at the whole optimizer")
     plan.numbers.write(groups)
     params = [p for group in groups for p in group["params"]]
     gradients = [p.grad for p in params]

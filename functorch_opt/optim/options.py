@@ -123,6 +123,16 @@ def is_open(options: dict[str, Any]) -> Callable[[str], bool]:
 
 FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """Options by which torch chooses among its implementations. There is one here."""
+PRIVATE = (
+    "_recipe",
+    "_own",
+    "_numbers",
+    "_optional",
+    "_compile",
+    "_owners",
+    "_slots_on_host",
+)
+"""Attributes of an optimizer that are pickled beside torch's."""
 
 
 def only_sets_up(groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:

@@ -19,6 +19,7 @@ from functorch_opt._core.sharding import any_sharded
 from functorch_opt._core.transformation import GradientTransformation
 from functorch_opt._execution.compiled import CompiledStep
 from functorch_opt._execution.flat import rules_at
+from functorch_opt._execution.from_host import StepFromHost
 from functorch_opt._execution.fusing import always_counts
 from functorch_opt._execution.segments import IN_PIECES
 from functorch_opt.optim.alike import check_groups
@@ -26,6 +27,7 @@ from functorch_opt.optim.beginning import complete, lacks
 from functorch_opt.optim.closure import extra_of, rehearsed
 from functorch_opt.optim.contents import Contents, are_plain, leaves_of
 from functorch_opt.optim.counts import Counts
+from functorch_opt.optim.host import check, is_needed, refuse_in_graph, refuse_on_host
 from functorch_opt.optim.hosts import refuse_capture, with_numbers
 from functorch_opt.optim.loss_scale import behind, if_finite
 from functorch_opt.optim.numbers import Groups
@@ -64,9 +66,13 @@ class Plan:
         state: State,
         everybody: list[Tensor],
         owners: bool = False,
+        slots_on_host: bool = False,
     ) -> None:
         params = [p for group in groups for p in group["params"]]
         self.replicas = replicas_of(params, state) if owners else None
+        self.slots_on_host = slots_on_host
+        self.on_host = slots_on_host and is_needed(params)
+        """Whether some slots lie on the host, and their parameters do not."""
         self.layout = layout(groups)
         self.gone: list[Any] = []
         """Parameters that are no more; another one may have the id of such a one."""
@@ -77,16 +83,10 @@ class Plan:
                 f"all parameters of a group are {params[0].dtype}, and one has a gradient: only "
                 "floating and complex tensors can be optimized. Set its grad to None."
             )
-        names = [name for group in groups for name in group.get("param_names", [])]
-        self.named = len(set(names)) == len(params)
-        self.paths = names if self.named else [str(i) for i in range(len(params))]
-        self.number = {path: i for i, path in enumerate(self.paths)}
-        # A dict is a tree with its leaves by name: the numbers of parameters are in that order.
-        self.order = [self.number[path] for path in tree.paths(self.tree(params))]
-        self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
+        self._name(groups, params)
         few = self.tree([*map(small, params)])
         self.numbers, self.tx = with_numbers(make, varying, groups, self.order, few)
-        self.in_place = CompiledStep(self.tx, True, "inductor" if compile else IN_PIECES)
+        self.in_place = self._stepping(self.tx, "inductor" if compile else IN_PIECES)
         self.view = self.in_place.view(few)[0]
         self.checked = False
         self.is_whole = True if not compile and overlap(params) else None
@@ -95,10 +95,22 @@ class Plan:
 
         check_groups(make, self.numbers, groups, self.tx, few)
         self._lay_out(on_meta(params), rename)
+        if self.on_host:
+            check(self, params)
         self.rules = rules_at(self.tx, self.numbered, any_sharded(self.given(params)))
         self._settle(params, state)
         # Two buckets draw from one key: each after the first folds its place into it.
         self.place = next(i for i, p in enumerate(everybody) if p is params[0])
+
+    def _name(self, groups: Groups, params: list[Tensor]) -> None:
+        """Find the path of each parameter, and its place among the leaves of the tree."""
+        names = [name for group in groups for name in group.get("param_names", [])]
+        self.named = len(set(names)) == len(params)
+        self.paths = names if self.named else [str(i) for i in range(len(params))]
+        self.number = {path: i for i, path in enumerate(self.paths)}
+        # A dict is a tree with its leaves by name: the numbers of parameters are in that order.
+        self.order = [self.number[path] for path in tree.paths(self.tree(params))]
+        self.leaf = sorted(range(len(params)), key=self.order.__getitem__)
 
     def _lay_out(self, params: list[Tensor | None], rename: dict[str, str]) -> None:
         """Find a place for each tensor of the state."""
@@ -165,6 +177,9 @@ class Plan:
         there it does not matter which groups are alike."""
         if self.gone or self.layout != layout(groups):
             return False
+        params = [p for group in groups for p in group["params"]]
+        if self.slots_on_host and self.on_host != is_needed(params):
+            return False  # they have been moved
         return torch.compiler.is_compiling() or self.numbers.fit(groups)
 
     def serves(self, groups: Groups, state: State) -> bool:
@@ -184,6 +199,12 @@ class Plan:
 
     # ---- a step ----------------------------------------------------------------------------------
 
+    def _stepping(self, tx: GradientTransformation, backend: str) -> CompiledStep:
+        """What makes steps of `tx` in place."""
+        if self.on_host:
+            return StepFromHost(tx, backend)
+        return CompiledStep(tx, True, backend)
+
     def compute(
         self,
         groups: Groups,
@@ -200,6 +221,7 @@ class Plan:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             # Traced. Into new tensors: Dynamo may drop a write to a 0-dim float64 buffer
             # (torch 2.13), and a fake mode takes no real one.
+            refuse_in_graph(self)
             tx = make(self.numbers.read(groups))
         else:
             tx = self.tx
@@ -263,6 +285,9 @@ class Plan:
                         f"parameter {self.tx.name} raised {type(error).__name__}: {error}",
                         stacklevel=6,
                     )
+        if self.is_whole:
+            what = "the step has to be worked out before any of it is written"
+            refuse_on_host(self, what)
         return not self.is_whole
 
     def _rehearse(self, params: list[Tensor], loss: Any) -> None:
@@ -303,7 +328,7 @@ class Plan:
 
     @cached_property
     def _gated(self) -> CompiledStep:
-        return CompiledStep(if_finite(self.tx), True, self.in_place.backend)
+        return self._stepping(if_finite(self.tx), self.in_place.backend)
 
     def _if_active(
         self, step: Step, gradients: list[Any], extra: dict[str, Any]
