@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -42,6 +41,7 @@ from functorch_opt._execution.segments import (
     PROGRAMS,
     NeedsConstants,
     Segment,
+    let_go,
 )
 from functorch_opt._execution.together import Worked
 from functorch_opt._execution.views import View
@@ -211,9 +211,8 @@ class CompiledStep:
         ways = self._ways(rules)
         worked: list[Worked] = []
         with self._drawing():
-            found = None if extra else ways.go(us, ps, state, worked)
-            if found is not None:
-                return found
+            if not extra and (new := ways.go(us, ps, state, worked)) is not None:
+                return new
             walk = self._walk(view, ps, us, extra, True)
             shared = go_flat(walk, rules, state, view, worked)
             waiting = walk.waiting
@@ -224,10 +223,9 @@ class CompiledStep:
     def _ways(self, rules: list[RuleAt]) -> Ways:
         """What is kept of the steps of these rules."""
         with self.lock:
-            found = self.ways.setdefault(id(rules), Ways(rules, self.backend))
-            while len(self.ways) > MODELS:
+            if len(self.ways) == MODELS and id(rules) not in self.ways:
                 self.ways.popitem(last=False)
-        return found
+            return self.ways.setdefault(id(rules), Ways(rules, self.backend))
 
     def _walk(
         self,
@@ -243,8 +241,8 @@ class CompiledStep:
 
     def _drawing(self) -> AbstractContextManager[Any]:
         """Where random numbers are drawn by compiled code, if anything is compiled."""
-        eager = self.backend == IN_PIECES
-        return nullcontext() if eager else philox.compiled(self.backend)
+        backend = self.backend
+        return nullcontext() if backend == IN_PIECES else philox.compiled(backend)
 
     def view(self, params: PyTree) -> tuple[View, list[Any]]:
         """The view of all of `params`, and its leaves. Mostly it is that of the last step."""
@@ -340,7 +338,7 @@ class CompiledStep:
         known = self.segments.get(key, ())
         for segment in known:
             if segment.knows(columns):
-                _forget(known, segment)
+                let_go(known, segment)
                 route.last[into] = segment, body
                 return segment, body
         if walk.writes_params:
@@ -351,7 +349,7 @@ class CompiledStep:
         except NeedsConstants:
             PROGRAMS.constant_only.add(body.base)
             return self._segment(mine, into, columns, walk, route)
-        _forget(known, segment)
+        let_go(known, segment)
         with self.lock:
             self.segments[key] = [segment, *known][:MODELS]
         return segment, body
@@ -400,10 +398,3 @@ class CompiledStep:
                 "of rules. If it can be, write it with leafwise, wrap or gate.",
                 stacklevel=2,
             )
-
-
-def _forget(segments: Iterable[Segment], used: Segment) -> None:
-    """Let the segments that are not `used` now keep no tensors."""
-    for segment in segments:
-        if segment is not used:
-            segment.forget()

@@ -9,6 +9,7 @@ same rules eagerly. Of sharded tensors elementwise rules see the shards.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -300,6 +301,13 @@ class Segment:
                 raise ValueError(
                     f"compiled_step: the update at {where!r} {misfit}"
                 ) from misfit
+
+
+def let_go(segments: Iterable[Segment], used: Segment) -> None:
+    """Let the segments that are not `used` now keep no tensors."""
+    for segment in segments:
+        if segment is not used:
+            segment.forget()
 
 
 class Watched:
