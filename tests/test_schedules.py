@@ -1074,7 +1074,8 @@ TORCH = {
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrate.md"
-PAIRS = re.findall(r"^\| `(\w+\(.*\))` \| `(.*)` \|$", PAGE.read_text(), re.MULTILINE)
+OF_PAGE = re.findall(r"^\| `(\w+\(.*\))` \| `(.*)` \|$", PAGE.read_text(), re.MULTILINE)
+PAIRS = [row for row in OF_PAGE if row[0].partition("(")[0] in torch_lr.__all__]
 """The table of schedulers: torch's call, and the schedule."""
 
 
