@@ -176,7 +176,10 @@ class Together:
         gs = [x for x in updates.leaves if x is not None] if tx.looks_around else []
         if tx.looks_around and not (updates.are_settled and gs):
             return None
-        if not any(costs_a_launch(x.device) for x in (*gs[:1], *shared.values())):
+        varying = [x for x in tx.once.varying.values() if isinstance(x, Tensor)]
+        if not any(
+            costs_a_launch(x.device) for x in (*gs[:1], *shared.values(), *varying)
+        ):
             return None
         share = Share(tx, shared, extra, len(updates.leaves), len(gs))
         if not share.is_alone or (gs and not _asks_norm(share, updates)):
