@@ -338,29 +338,6 @@ def test_a_rule_is_recorded_as_one_would_write_it() -> None:
     momentum = recorded(fo.trace(0.9))
     assert [x.name + "_" * x.in_place for x in momentum.operations] == ["mul_", "add_"]
     assert len(momentum.moves) == 1
-    with_rate = recorded(fo.chain(fo.trace(0.9), fo.scale(-0.1)))
-    assert [x.name + "_" * x.in_place for x in with_rate.operations] == ["mul_", "add_"]
-    assert with_rate.moves[0].factor == -0.1
-
-
-def with_a_factor_that_is_read_again() -> fo.GradientTransformation:
-    """What is added to the parameter is kept too."""
-
-    def rule(g, a):
-        u = g * -0.1
-        return u, {"a": u}
-
-    return fo.leafwise(rule, slots={"a": torch.zeros_like})
-
-
-def with_a_slot_as_direction() -> fo.GradientTransformation:
-    """The old value of a slot moves the parameter, and the slot is overwritten."""
-
-    def rule(g, a):
-        t = a + 2.0
-        return t * -0.1, {"a": g * 3.0}
-
-    return fo.leafwise(rule, slots={"a": torch.zeros_like})
 
 
 @pytest.fixture
@@ -417,8 +394,6 @@ OWN = [
     keeps_the_gradient,
     two_slots_change_places,
     reads_a_slot_again,
-    with_a_factor_that_is_read_again,
-    with_a_slot_as_direction,
     numbers_first,
     a_number_of_the_step,
 ]

@@ -62,14 +62,6 @@ class Value(NamedTuple):
     place: int
 
 
-class Move(NamedTuple):
-    """``value[to] += factor * value[place]``; the factor is a number, or stands for one."""
-
-    to: int
-    place: int
-    factor: Any = 1
-
-
 class Recorder(TorchDispatchMode):
     """Records the operations that are made of the tensors `known`."""
 
@@ -146,7 +138,7 @@ class Recorded:
         operations: as they were recorded. The first places are those of the leaf's tensors and of
             the scalars.
         writes: places of the leaf, and the place of the value to be written there.
-        moves: what is to be added to parameters.
+        moves: places of parameters, and that of the value to be added.
         width: how many tensors a leaf has.
     """
 
@@ -154,16 +146,10 @@ class Recorded:
         self,
         operations: list[Operation],
         writes: list[tuple[int, int]],
-        moves: list[Move],
+        moves: list[tuple[int, int]],
         width: int,
     ) -> None:
-        self.writes = writes
-        self.moves: list[Move] = []
-        for move in moves:
-            move, operations = _with_factor(move, writes, operations, width)
-            self.moves.append(move)
-        self.written = [*[i for i, _ in writes], *[move.to for move in moves]]
-        """Places of the leaf that are written to."""
+        self.writes, self.moves = writes, moves
         of_lists = [x for x in operations if x.name is not None]
         self.calls = len(of_lists) + len(moves)
         """How many calls a leaf takes."""
@@ -184,11 +170,7 @@ class Recorded:
             for x in operation.args
             if isinstance(x, Value)
         }
-        at_the_end = [x for _, x in self.writes]
-        for move in self.moves:
-            at_the_end.append(move.place)
-            if isinstance(move.factor, Value):
-                at_the_end.append(move.factor.place)
+        at_the_end = [x for _, x in (*self.writes, *self.moves)]
         return last | dict.fromkeys(at_the_end, len(operations))
 
     def _add(self, k: int, operation: Operation) -> None:
@@ -223,14 +205,11 @@ class Recorded:
                 values[out] = given[0] if in_place else made
             for place in read_last:
                 del values[place]
-        for move in self.moves:
-            alpha = move.factor
-            if isinstance(alpha, Value):
-                alpha = _number(values[alpha.place])
-            torch._foreach_add_(columns[move.to], values[move.place], alpha=alpha)
         for i, x in self.writes:
             if values[x] is not columns[i]:
                 torch._foreach_copy_(columns[i], values[x])
+        for i, x in self.moves:
+            torch._foreach_add_(columns[i], values[x])
 
 
 def recorded(body: Body, leaf: list[Tensor], scalars: list[Tensor]) -> Recorded | None:
@@ -253,33 +232,7 @@ def recorded(body: Body, leaf: list[Tensor], scalars: list[Tensor]) -> Recorded 
     if any(x in written and x != i for i, x in places):
         return None  # an old value is to be kept somewhere else
     n = len(writes)
-    added = [Move(i, x) for i, x in places[n:]]
-    return Recorded(seen.made, places[:n], added, len(leaf))
-
-
-def _with_factor(
-    move: Move,
-    writes: list[tuple[int, int]],
-    operations: list[Operation],
-    width: int,
-) -> tuple[Move, list[Operation]]:
-    """The move, and the operations without the last one if that only gives it a factor.
-
-    An update is nearly always a direction times a number, the rate. A sum with a factor is one
-    operation.
-    """
-    makers = [x for x in operations if x.out == move.place and x.name == "mul"]
-    reads = [x for operation in operations for x in operation.args]
-    is_written = any(place == move.place for _, place in writes)
-    if not makers or is_written or Value(move.place) in reads:
-        return move, operations
-    (last,) = makers
-    direction, factor = last.args
-    lists = {*range(width), *[x.out for x in operations if x.name is not None]}
-    if isinstance(factor, Value) and factor.place in lists:
-        return move, operations
-    others = [x for x in operations if x is not last]
-    return Move(move.to, direction.place, factor), others
+    return Recorded(seen.made, places[:n], places[n:], len(leaf))
 
 
 def _number(x: Any) -> Any:

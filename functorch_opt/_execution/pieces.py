@@ -176,7 +176,7 @@ def _joined(
     flat = [_join(column, sizes, narrow, device) for column in columns]
     if rules.lists is not None:
         rules.lists.run([[x] for x in flat], rules.scalars)
-        for i in rules.lists.written:
+        for i, _ in (*rules.lists.writes, *rules.lists.moves):
             torch._foreach_copy_(columns[i], _taken_apart(flat[i], columns[i]))
         return
     writes, moves = rules.body.apart([*flat, *rules.scalars])
