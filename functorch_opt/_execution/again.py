@@ -37,8 +37,7 @@ from functorch_opt._execution.walk import Walk
 STEPS = 5000
 """After so many steps what stages work out once a step is compiled, on a CPU too.
 
-That takes about a second, unless the code lies on disk, and then saves less than a tenth of a
-millisecond at every step.
+To compile takes as long as thousands of steps save by it, unless the code lies on disk.
 """
 MISSES = 8
 """After so many steps in a row that went another way, the way of a step is not kept any more."""
